@@ -1,0 +1,19 @@
+//! The vocabulary every layer shares: ranges, identities, classes of work, kinds of fault.
+//!
+//! Standard library only. Nothing here does I/O, allocates by a foreign length, or knows a format.
+
+mod class;
+mod fault;
+mod id;
+mod range;
+mod size;
+
+pub use class::Class;
+pub use fault::Fault;
+pub use id::{BlobId, Digest, InvalidBlobId, hex};
+pub use range::ByteRange;
+pub use size::{ByteSize, InvalidSize};
+
+/// Bytes in one block of a native RAFS v6 image, and the alignment of every unit in a device
+/// (`rafs-v6.md` section 2: `blkszbits` 12).
+pub const BLOCK: u64 = 4096;

@@ -1,0 +1,361 @@
+use std::ops::Range;
+
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::{Check, MAX_UNIT, Recipe, Unit, UnitIndex};
+use crate::base::{BLOCK, BlobId, ByteRange, Digest};
+
+/// Every unit of one blob, ordered by decoded offset.
+///
+/// Holds by construction: units start on block boundaries, do not overlap, are between 1 byte and
+/// [`MAX_UNIT`] long on both sides, and end within the device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitMap {
+    blob: BlobId,
+    decoded_len: u64,
+    units: Vec<Unit>,
+}
+
+/// Why a list of units is not a map of a blob.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UnitMapError {
+    /// Too many units for 24-bit chunk numbers.
+    #[error("{0} units are more than a blob can have")]
+    TooMany(usize),
+    /// A unit breaks one of the rules that every map keeps.
+    #[error("unit {unit} {rule}")]
+    Unit { unit: usize, rule: &'static str },
+    /// Saved bytes that are not a saved map.
+    #[error("saved unit table is damaged: {0}")]
+    Saved(&'static str),
+}
+
+/// Most units a blob can have: chunk numbers have 24 bits (`blob.md` section 1).
+pub(super) const MAX_UNITS: usize = 0xff_ffff;
+
+/// Longest decoded space of one blob in bytes (`rafs-v6.md` section 5: 2^44).
+pub(super) const MAX_DECODED: u64 = 1 << 44;
+
+impl UnitMap {
+    /// Checks `units` and makes a map of them. `decoded_len` is the length of the device in bytes;
+    /// it is rounded up to whole blocks.
+    pub fn new(blob: BlobId, decoded_len: u64, units: Vec<Unit>) -> Result<Self, UnitMapError> {
+        if units.len() > MAX_UNITS {
+            return Err(UnitMapError::TooMany(units.len()));
+        }
+        let decoded_len = decoded_len.min(MAX_DECODED).next_multiple_of(BLOCK);
+        let mut free_from = 0;
+        for (index, unit) in units.iter().enumerate() {
+            let rule = |rule| Err(UnitMapError::Unit { unit: index, rule });
+            if unit.decoded.start() % BLOCK != 0 {
+                return rule("does not start on a block boundary");
+            }
+            if unit.decoded.is_empty() || unit.decoded.len() > MAX_UNIT {
+                return rule("has a decoded size outside 1 byte to 16 MiB");
+            }
+            // Incompressible data may grow a little under a codec that is told not to give up.
+            if unit.stored.is_empty() || unit.stored.len() > MAX_UNIT + MAX_UNIT / 16 {
+                return rule("has a stored size outside 1 byte to 17 MiB");
+            }
+            if unit.recipe == Recipe::Plain && unit.stored.len() != unit.decoded.len() {
+                return rule("is stored plain but with another size");
+            }
+            if unit.decoded.start() < free_from {
+                return rule("overlaps the one before it");
+            }
+            if unit.decoded.end() > decoded_len {
+                return rule("ends behind the end of the device");
+            }
+            free_from = unit.blocks().end();
+        }
+        Ok(Self { blob, decoded_len, units })
+    }
+
+    /// The blob this is a map of.
+    pub fn blob(&self) -> &BlobId {
+        &self.blob
+    }
+
+    /// Length of the device in bytes, whole blocks.
+    pub fn decoded_len(&self) -> u64 {
+        self.decoded_len
+    }
+
+    /// All units, in order.
+    pub fn units(&self) -> &[Unit] {
+        &self.units
+    }
+
+    /// Number of units.
+    pub fn count(&self) -> UnitIndex {
+        UnitIndex::try_from(self.units.len()).expect("a map has at most 2^24 units")
+    }
+
+    /// The unit with this number, if there is one.
+    pub fn get(&self, index: UnitIndex) -> Option<&Unit> {
+        self.units.get(index as usize)
+    }
+
+    /// The unit whose blocks hold the byte at `decoded`.
+    pub fn find(&self, decoded: u64) -> Option<UnitIndex> {
+        let after = self.units.partition_point(|unit| unit.decoded.start() <= decoded);
+        let index = after.checked_sub(1)?;
+        (decoded < self.units[index].blocks().end()).then(|| UnitIndex::try_from(index).expect("bounded by new()"))
+    }
+
+    /// Numbers of the units that touch `decoded`, or `None` if some byte of it is in no unit.
+    /// An empty range touches nothing.
+    pub fn covering(&self, decoded: ByteRange) -> Option<Range<UnitIndex>> {
+        if decoded.is_empty() {
+            return Some(0..0);
+        }
+        let first = self.find(decoded.start())?;
+        let mut last = first;
+        while self.units[last as usize].blocks().end() < decoded.end() {
+            let next = self.units.get(last as usize + 1)?;
+            if next.decoded.start() != self.units[last as usize].blocks().end() {
+                return None;
+            }
+            last += 1;
+        }
+        Some(first..last + 1)
+    }
+
+    /// Adds what `other` knows about how to check units of the same blob.
+    ///
+    /// An image names digests only for the chunks its own files use, so two images that share a
+    /// blob each know a part. Returns `None` if the two maps disagree about anything both know:
+    /// then they must not share a cache.
+    pub fn merge(&self, other: &Self) -> Option<Self> {
+        if self.blob != other.blob || self.decoded_len != other.decoded_len || self.units.len() != other.units.len() {
+            return None;
+        }
+        let mut merged = self.clone();
+        for (mine, theirs) in merged.units.iter_mut().zip(&other.units) {
+            let same_place =
+                mine.decoded == theirs.decoded && mine.stored == theirs.stored && mine.recipe == theirs.recipe;
+            if !same_place {
+                return None;
+            }
+            match (mine.check, theirs.check) {
+                (a, b) if a == b => {}
+                (_, Check::Unknown) => {}
+                (Check::Unknown, b) => mine.check = b,
+                _ => return None,
+            }
+        }
+        Some(merged)
+    }
+
+    /// The map as bytes that [`UnitMap::from_bytes`] understands: our own format, for our own
+    /// cache directory, guarded by a checksum.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut id = [0; BlobId::MAX_LEN];
+        id[..self.blob.as_str().len()].copy_from_slice(self.blob.as_str().as_bytes());
+        let head = SavedHead {
+            magic: SAVED_MAGIC,
+            id,
+            decoded_len: self.decoded_len.into(),
+            count: self.count().into(),
+            reserved: 0.into(),
+        };
+        let mut out = head.as_bytes().to_vec();
+        for unit in &self.units {
+            out.extend_from_slice(SavedUnit::from(unit).as_bytes());
+        }
+        let sum = blake3::hash(&out);
+        out.extend_from_slice(sum.as_bytes());
+        out
+    }
+
+    /// Reads a saved map back. Any difference from what was saved is an error.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, UnitMapError> {
+        let (body, sum) = bytes.split_last_chunk::<32>().ok_or(UnitMapError::Saved("too short"))?;
+        if blake3::hash(body).as_bytes() != sum {
+            return Err(UnitMapError::Saved("checksum mismatch"));
+        }
+        let (head, rest) =
+            SavedHead::read_from_prefix(body).map_err(|_| UnitMapError::Saved("too short for its head"))?;
+        if head.magic != SAVED_MAGIC {
+            return Err(UnitMapError::Saved("unknown version"));
+        }
+        let units = <[SavedUnit]>::ref_from_bytes(rest).map_err(|_| UnitMapError::Saved("ragged records"))?;
+        if units.len() != head.count.get() as usize {
+            return Err(UnitMapError::Saved("wrong number of records"));
+        }
+        let id_len = head.id.iter().position(|&b| b == 0).unwrap_or(head.id.len());
+        let blob = std::str::from_utf8(&head.id[..id_len])
+            .ok()
+            .and_then(|id| id.parse().ok())
+            .ok_or(UnitMapError::Saved("impossible blob id"))?;
+        let units = units
+            .iter()
+            .map(|saved| Unit::try_from(saved).map_err(UnitMapError::Saved))
+            .collect::<Result<Vec<_>, _>>()?;
+        Self::new(blob, head.decoded_len.get(), units)
+    }
+
+    /// A digest over everything [`UnitMap::to_bytes`] keeps: two maps are equal exactly when
+    /// their fingerprints are.
+    pub fn fingerprint(&self) -> Digest {
+        let bytes = self.to_bytes();
+        Digest(*blake3::hash(&bytes).as_bytes())
+    }
+}
+
+const SAVED_MAGIC: [u8; 8] = *b"rafsdum1";
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct SavedHead {
+    magic: [u8; 8],
+    id: [u8; 64],
+    decoded_len: U64,
+    count: U32,
+    reserved: U32,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct SavedUnit {
+    decoded_start: U64,
+    decoded_len: U32,
+    stored_len: U32,
+    stored_start: U64,
+    recipe: u8,
+    check: u8,
+    reserved: [u8; 6],
+    value: [u8; 32],
+}
+
+impl From<&Unit> for SavedUnit {
+    fn from(unit: &Unit) -> Self {
+        let small = |len: u64| u32::try_from(len).expect("a map refuses longer units").into();
+        let (check, value) = match unit.check {
+            Check::Unknown => (0, [0; 32]),
+            Check::Blake3(digest) => (1, digest),
+            Check::Sha256(digest) => (2, digest),
+            Check::Crc32c(crc) => {
+                let mut value = [0; 32];
+                value[..4].copy_from_slice(&crc.to_le_bytes());
+                (3, value)
+            }
+        };
+        let recipe = match unit.recipe {
+            Recipe::Plain => 0,
+            Recipe::Lz4Block => 1,
+            Recipe::Gzip => 2,
+            Recipe::Zstd => 3,
+        };
+        Self {
+            decoded_start: unit.decoded.start().into(),
+            decoded_len: small(unit.decoded.len()),
+            stored_len: small(unit.stored.len()),
+            stored_start: unit.stored.start().into(),
+            recipe,
+            check,
+            reserved: [0; 6],
+            value,
+        }
+    }
+}
+
+impl TryFrom<&SavedUnit> for Unit {
+    type Error = &'static str;
+
+    fn try_from(saved: &SavedUnit) -> Result<Self, &'static str> {
+        let range = |start: U64, len: U32| ByteRange::at(start.get(), len.get().into()).ok_or("range overflows");
+        let crc = || u32::from_le_bytes([saved.value[0], saved.value[1], saved.value[2], saved.value[3]]);
+        Ok(Self {
+            decoded: range(saved.decoded_start, saved.decoded_len)?,
+            stored: range(saved.stored_start, saved.stored_len)?,
+            recipe: match saved.recipe {
+                0 => Recipe::Plain,
+                1 => Recipe::Lz4Block,
+                2 => Recipe::Gzip,
+                3 => Recipe::Zstd,
+                _ => return Err("unknown recipe"),
+            },
+            check: match saved.check {
+                0 => Check::Unknown,
+                1 => Check::Blake3(saved.value),
+                2 => Check::Sha256(saved.value),
+                3 => Check::Crc32c(crc()),
+                _ => return Err("unknown check"),
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unit(start: u64, len: u64) -> Unit {
+        Unit {
+            decoded: ByteRange::at(start, len).unwrap(),
+            stored: ByteRange::at(start / 2, len).unwrap(),
+            recipe: Recipe::Plain,
+            check: Check::Crc32c(u32::try_from(len).unwrap()),
+        }
+    }
+
+    fn map(units: &[Unit]) -> Result<UnitMap, UnitMapError> {
+        UnitMap::new("blob".parse().unwrap(), 1 << 20, units.to_vec())
+    }
+
+    #[test]
+    fn units_that_break_a_rule_are_refused() {
+        let refused = |units: &[Unit]| matches!(map(units), Err(UnitMapError::Unit { .. }));
+        assert!(refused(&[unit(1, 10)]), "unaligned");
+        assert!(refused(&[unit(0, 0)]), "empty");
+        assert!(refused(&[unit(0, MAX_UNIT + 1)]), "huge");
+        assert!(refused(&[unit(0, 4097), unit(4096, 1)]), "padding overlaps");
+        assert!(refused(&[unit(4096, 1), unit(0, 1)]), "unordered");
+        assert!(refused(&[unit(1 << 20, 1)]), "behind the end");
+        assert!(map(&[unit(0, 4097), unit(8192, 1)]).is_ok());
+    }
+
+    #[test]
+    fn a_range_is_covered_only_without_gaps() {
+        let map = map(&[unit(0, 4097), unit(8192, 4096), unit(16384, 1)]).unwrap();
+        let covering = |start, end| map.covering(ByteRange::new(start, end).unwrap());
+
+        assert_eq!(covering(0, 1), Some(0..1));
+        assert_eq!(covering(8191, 8193), Some(0..2));
+        assert_eq!(covering(0, 12288), Some(0..2));
+        assert_eq!(covering(0, 12289), None, "the gap at 12288");
+        assert_eq!(covering(16384, 20480), Some(2..3), "padding belongs to its unit");
+        assert_eq!(covering(16384, 20481), None, "nothing behind the last unit");
+        assert_eq!(covering(5, 5), Some(0..0));
+    }
+
+    #[test]
+    fn saved_maps_come_back_whole_or_not_at_all() {
+        let map = map(&[unit(0, 4097), unit(8192, 4096)]).unwrap();
+        let bytes = map.to_bytes();
+
+        assert_eq!(UnitMap::from_bytes(&bytes), Ok(map));
+        for at in 0..bytes.len() {
+            let mut bad = bytes.clone();
+            bad[at] ^= 1;
+            assert!(UnitMap::from_bytes(&bad).is_err(), "flip at {at}");
+            assert!(UnitMap::from_bytes(&bytes[..at]).is_err(), "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn maps_share_a_cache_only_if_they_agree() {
+        let full = map(&[unit(0, 10), unit(4096, 10)]).unwrap();
+        let mut part = full.clone();
+        part.units[1].check = Check::Unknown;
+        let mut lying = full.clone();
+        lying.units[1].check = Check::Crc32c(99);
+
+        assert_eq!(part.merge(&full), Some(full.clone()));
+        assert_eq!(full.merge(&part), Some(full.clone()));
+        assert_eq!(full.merge(&lying), None);
+        assert_ne!(full.fingerprint(), part.fingerprint());
+    }
+}

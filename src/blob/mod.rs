@@ -1,0 +1,71 @@
+//! How the decoded space of a blob is cut into units, and how one unit is made and checked.
+//!
+//! A *unit* is the smallest piece that can be fetched and verified alone: a RAFS chunk. A
+//! [`UnitMap`] is the complete list for one blob. [`decode()`] turns stored bytes into checked
+//! decoded bytes and is the only way bytes get into a cache. Nothing here does I/O.
+
+mod decode;
+mod map;
+mod native;
+
+pub use decode::{DecodeError, decode};
+pub use map::{UnitMap, UnitMapError};
+pub use native::{BlobTables, TablesError};
+
+use crate::base::ByteRange;
+
+/// Ordinal of a unit in its blob, from 0.
+pub type UnitIndex = u32;
+
+/// Largest decoded size of one unit in bytes (`blob.md` section 1).
+pub const MAX_UNIT: u64 = 16 << 20;
+
+/// One independently fetchable, independently verifiable piece of a blob.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unit {
+    /// Where the plain bytes belong in the device. Starts on a block boundary; the end does not
+    /// have to. The bytes from the end to the next block boundary belong to the unit and are zero.
+    pub decoded: ByteRange,
+    /// Where the stored bytes lie in the blob file.
+    pub stored: ByteRange,
+    /// How to get from one to the other.
+    pub recipe: Recipe,
+    /// How to know that the result is right.
+    pub check: Check,
+}
+
+impl Unit {
+    /// The unit's part of the device, padding included: whole blocks.
+    pub fn blocks(&self) -> ByteRange {
+        self.decoded.align_out(crate::base::BLOCK).expect("a unit map refuses units near the end of the address space")
+    }
+}
+
+/// How stored bytes become plain bytes.
+///
+/// A closed enum on purpose: `decode.rs` has one exhaustive match, and a new kind of blob is a
+/// compile error in the one place that must think about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Recipe {
+    /// Stored as is.
+    Plain,
+    /// One raw LZ4 block without a size prefix.
+    Lz4Block,
+    /// One Zstandard frame.
+    Zstd,
+    /// One gzip member.
+    Gzip,
+}
+
+/// How to know that a decoded unit is right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Check {
+    /// BLAKE3 of the plain bytes.
+    Blake3([u8; 32]),
+    /// SHA-256 of the plain bytes.
+    Sha256([u8; 32]),
+    /// CRC-32C of the plain bytes; only where the image carries no digest.
+    Crc32c(u32),
+    /// The image does not say: such a unit belongs to no file of the image and is never filled.
+    Unknown,
+}

@@ -1,0 +1,5 @@
+//! placeholder
+#[derive(Debug)]
+pub struct BlobTables;
+#[derive(Debug)]
+pub struct TablesError;
