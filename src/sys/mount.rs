@@ -1,0 +1,172 @@
+//! Mounting by the file-descriptor calls (`fsopen` to `move_mount`), and unmounting.
+//!
+//! `mount(8)` is no substitute: it slips a loop device under an EROFS image file, which hides the
+//! reads from fanotify. The old `mount(2)` has one page for all options, about thirty devices.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
+
+/// Why a mount was refused, with what the kernel said about it.
+#[derive(Debug, thiserror::Error)]
+#[error("{step} failed{}", said(log))]
+pub struct MountError {
+    /// The call that failed, with its argument.
+    pub step: String,
+    /// Messages of the file system, oldest first.
+    pub log: Vec<String>,
+    /// The errno.
+    #[source]
+    pub cause: io::Error,
+}
+
+fn said(log: &[String]) -> String {
+    if log.is_empty() { String::new() } else { format!(" ({})", log.join("; ")) }
+}
+
+/// A configured file system that is not mounted yet.
+#[derive(Debug)]
+pub struct FsContext(OwnedFd);
+
+impl FsContext {
+    /// Starts configuring a file system of type `name`.
+    ///
+    /// # Errors
+    /// `ENODEV` if the kernel has no such file system, `EPERM` without privilege.
+    pub fn open(name: &str) -> Result<Self, MountError> {
+        match rustix::mount::fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC) {
+            Ok(fd) => Ok(Self(fd)),
+            Err(errno) => Err(MountError { step: format!("fsopen {name}"), log: Vec::new(), cause: errno.into() }),
+        }
+    }
+
+    /// Sets option `key` to `value`.
+    pub fn set(&self, key: &str, value: &str) -> Result<(), MountError> {
+        rustix::mount::fsconfig_set_string(self.0.as_fd(), key, value)
+            .map_err(|e| self.failed(format!("{key}={value}"), e))
+    }
+
+    /// Sets option `key` to a path, which may hold any bytes.
+    pub fn set_path(&self, key: &str, value: &Path) -> Result<(), MountError> {
+        rustix::mount::fsconfig_set_string(self.0.as_fd(), key, value)
+            .map_err(|e| self.failed(format!("{key}={}", value.display()), e))
+    }
+
+    /// Creates the superblock and gives a detached, read-only mount of it.
+    pub fn mount(self, attributes: MountAttrFlags) -> Result<DetachedMount, MountError> {
+        rustix::mount::fsconfig_set_flag(self.0.as_fd(), "ro").map_err(|e| self.failed("ro".into(), e))?;
+        rustix::mount::fsconfig_create(self.0.as_fd()).map_err(|e| self.failed("creating the superblock".into(), e))?;
+        let flags = MountAttrFlags::MOUNT_ATTR_RDONLY | attributes;
+        rustix::mount::fsmount(self.0.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, flags)
+            .map(DetachedMount)
+            .map_err(|e| self.failed("fsmount".into(), e))
+    }
+
+    /// What the file system has said so far, without its level prefix. Reading empties it.
+    pub fn messages(&self) -> Vec<String> {
+        let mut out = Vec::new();
+        let mut buffer = [0; 1024];
+        while let Ok(len @ 1..) = nix::unistd::read(&self.0, &mut buffer) {
+            out.push(String::from_utf8_lossy(&buffer[..len]).trim_end().to_owned());
+        }
+        out
+    }
+
+    fn failed(&self, step: String, errno: rustix::io::Errno) -> MountError {
+        MountError { step, log: self.messages(), cause: errno.into() }
+    }
+}
+
+/// A mount that no path leads to yet. Dropping it unmounts.
+#[derive(Debug)]
+pub struct DetachedMount(OwnedFd);
+
+impl DetachedMount {
+    /// Makes it visible at `target`, an existing directory.
+    pub fn attach(self, target: &Path) -> io::Result<()> {
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        Ok(rustix::mount::move_mount(self.0.as_fd(), "", rustix::fs::CWD, target, flags)?)
+    }
+}
+
+impl AsFd for DetachedMount {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Unmounts what is at `target`, without following a symbolic link there.
+///
+/// # Errors
+/// `EBUSY` while files on it are open, `EINVAL` if nothing is mounted there.
+pub fn unmount(target: &Path) -> io::Result<()> {
+    Ok(rustix::mount::unmount(target, UnmountFlags::NOFOLLOW)?)
+}
+
+/// Takes what is at `target` out of the tree now; it goes away when its last user does.
+pub fn detach(target: &Path) -> io::Result<()> {
+    Ok(rustix::mount::unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?)
+}
+
+/// One line of `/proc/self/mountinfo`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountInfo {
+    /// `st_dev` of the file system, as `major:minor`.
+    pub device: String,
+    /// Where it is mounted.
+    pub target: PathBuf,
+    /// File system type.
+    pub fs_type: String,
+    /// What is mounted.
+    pub source: String,
+}
+
+/// The mount table of this process.
+pub fn mount_table() -> io::Result<Vec<MountInfo>> {
+    Ok(std::fs::read_to_string("/proc/self/mountinfo")?.lines().filter_map(parse_mountinfo).collect())
+}
+
+fn parse_mountinfo(line: &str) -> Option<MountInfo> {
+    let (head, tail) = line.split_once(" - ")?;
+    let mut head = head.split(' ').skip(2);
+    let device = head.next()?.to_owned();
+    let target = PathBuf::from(unescape(head.nth(1)?));
+    let mut tail = tail.split(' ');
+    Some(MountInfo { device, target, fs_type: tail.next()?.to_owned(), source: unescape(tail.next()?) })
+}
+
+/// Undoes the `\040` style escapes of the mount table.
+fn unescape(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, after)) = rest.split_first() {
+        let octal = after.get(..3).filter(|d| byte == b'\\' && d.iter().all(|c| (b'0'..=b'7').contains(c)));
+        match octal.and_then(|d| u8::from_str_radix(std::str::from_utf8(d).ok()?, 8).ok()) {
+            Some(value) => {
+                out.push(value);
+                rest = &after[3..];
+            }
+            None => {
+                out.push(byte);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_table_line_with_escapes_is_understood() {
+        let line = r"36 35 0:45 / /mnt/a\040b ro,nosuid shared:1 - erofs /cache/boot\134x ro,device=/x";
+        let info = parse_mountinfo(line).unwrap();
+        assert_eq!(info.target, Path::new("/mnt/a b"));
+        assert_eq!((info.fs_type.as_str(), info.source.as_str()), ("erofs", r"/cache/boot\x"));
+        assert_eq!(info.device, "0:45");
+    }
+}
