@@ -59,6 +59,19 @@ impl BlobId {
     /// Longest id, in bytes: the tag field of a device slot (`rafs-v6.md` section 4).
     pub const MAX_LEN: usize = 64;
 
+    /// Reads an id from a field padded with NUL, as images keep it.
+    pub fn from_padded(field: &[u8; Self::MAX_LEN]) -> Result<Self, InvalidBlobId> {
+        let len = field.iter().position(|&b| b == 0).unwrap_or(field.len());
+        String::from_utf8_lossy(&field[..len]).parse()
+    }
+
+    /// The id padded with NUL, as images keep it.
+    pub fn to_padded(&self) -> [u8; Self::MAX_LEN] {
+        let mut field = [0; Self::MAX_LEN];
+        field[..self.0.len()].copy_from_slice(self.0.as_bytes());
+        field
+    }
+
     /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -10,7 +10,7 @@ mod native;
 
 pub use decode::{DecodeError, decode};
 pub use map::{UnitMap, UnitMapError};
-pub use native::{BlobTables, TablesError, blob_id};
+pub use native::{BlobTables, TablesError};
 
 use crate::base::ByteRange;
 

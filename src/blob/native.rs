@@ -72,7 +72,7 @@ const MAX_STORED: u64 = 1 << 40;
 impl BlobTables {
     /// Checks one row of the blob table.
     pub fn new(entry: &BlobEntry) -> Result<Self, TablesError> {
-        let blob = blob_id(&entry.id)?;
+        let blob = BlobId::from_padded(&entry.id)?;
         let features = entry.features.get();
         refuse_unsupported(&blob, features)?;
         let field = |field, value: u64| TablesError::Field { blob: blob.clone(), field, value };
@@ -281,12 +281,6 @@ impl BlobTables {
     fn damaged(&self, what: &'static str) -> TablesError {
         TablesError::Damaged { blob: self.blob.clone(), what }
     }
-}
-
-/// Reads a NUL-padded blob id.
-pub fn blob_id(field: &[u8; 64]) -> Result<BlobId, InvalidBlobId> {
-    let len = field.iter().position(|&b| b == 0).unwrap_or(field.len());
-    String::from_utf8_lossy(&field[..len]).parse()
 }
 
 fn refuse_unsupported(blob: &BlobId, set: u32) -> Result<(), TablesError> {

@@ -1,1 +1,109 @@
-//! image
+//! The meaning of a bootstrap: inodes, names, and where the bytes of files lie.
+//!
+//! An [`Image`] is a checked view over the bytes of a RAFS v6 bootstrap. It never opens a blob and
+//! never sees a byte of file data: extents are the only bridge from files to devices. Every access
+//! is bounds-checked, so a hostile image gives an [`ImageError`], never a panic, and no allocation
+//! is sized by a number from the image.
+
+mod error;
+mod extents;
+mod inode;
+mod list;
+mod superblock;
+mod walk;
+
+pub use error::ImageError;
+pub use extents::Extent;
+pub use inode::{Inode, Kind, Layout, Nid};
+pub use list::DirEntry;
+pub use superblock::Summary;
+pub use walk::{Visit, Walk};
+
+use std::fs::File;
+use std::path::Path;
+
+use crate::base::BlobId;
+use crate::format::rafs::{BlobEntry, ChunkRecord};
+use crate::sys::mmap::ReadMap;
+
+/// Largest bootstrap in bytes (`build-rules.md` section 9).
+pub const MAX_BOOTSTRAP: u64 = 2 << 30;
+
+/// One bootstrap.
+pub struct Image {
+    bytes: Box<dyn AsRef<[u8]> + Send + Sync>,
+    summary: Summary,
+    devices: Vec<Device>,
+    chunk_table: (u64, u64),
+}
+
+/// One device of an image: a blob in its decoded form.
+#[derive(Clone, Debug)]
+pub struct Device {
+    /// The blob.
+    pub blob: BlobId,
+    /// Length that the kernel may read, in bytes.
+    pub len: u64,
+    /// The blob's row of the blob table.
+    pub entry: BlobEntry,
+}
+
+impl Image {
+    /// Maps and checks the bootstrap at `path`, a complete file that nobody writes any more.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        let open = || ReadMap::new(&File::open(path)?);
+        let bytes = open().map_err(|cause| OpenError::Io { path: path.to_owned(), cause })?;
+        Self::parse(bytes).map_err(|cause| OpenError::Image { path: path.to_owned(), cause })
+    }
+
+    /// Checks the superblocks and tables in `bytes`. Inodes are checked when they are asked for.
+    pub fn parse(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Self, ImageError> {
+        let head = superblock::parse(bytes.as_ref())?;
+        Ok(Self { bytes: Box::new(bytes), summary: head.summary, devices: head.devices, chunk_table: head.chunk_table })
+    }
+
+    /// Facts about the image as a whole.
+    pub fn summary(&self) -> &Summary {
+        &self.summary
+    }
+
+    /// The devices, in the order of their numbers: entry `i` is device `i + 1` of the kernel.
+    pub fn devices(&self) -> &[Device] {
+        &self.devices
+    }
+
+    /// The chunk table: place and digest of every chunk that a file of this image uses.
+    pub fn chunk_records(&self) -> &[ChunkRecord] {
+        let (at, count) = self.chunk_table;
+        crate::format::array_at(self.bytes(), at, count, "chunk table").expect("checked by parse()")
+    }
+
+    fn bytes(&self) -> &[u8] {
+        (*self.bytes).as_ref()
+    }
+}
+
+impl std::fmt::Debug for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Image").field("summary", &self.summary).field("devices", &self.devices).finish_non_exhaustive()
+    }
+}
+
+/// Why a bootstrap file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Io {
+        path: std::path::PathBuf,
+        #[source]
+        cause: std::io::Error,
+    },
+    /// The file is not a usable bootstrap.
+    #[error("{} is not a usable RAFS v6 bootstrap", path.display())]
+    Image {
+        path: std::path::PathBuf,
+        #[source]
+        cause: ImageError,
+    },
+}

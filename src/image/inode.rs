@@ -1,0 +1,159 @@
+use super::{Image, ImageError};
+use crate::base::BLOCK;
+use crate::format::erofs::{INODE_SLOT, InodeCompact, InodeExtended, XattrEntry, XattrHead, layout};
+use crate::format::record_at;
+
+/// Number of an inode: its place in the metadata area in slots of 32 bytes.
+pub type Nid = u64;
+
+/// What an inode is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    Regular,
+    Directory,
+    Symlink,
+    Character,
+    Block,
+    Fifo,
+    Socket,
+}
+
+/// Where the data of an inode lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// Whole blocks of the bootstrap from byte `at`.
+    Plain { at: u64 },
+    /// Whole blocks from byte `at`, the rest behind the inode at byte `tail`.
+    Inline { at: u64, tail: u64 },
+    /// An array of chunk indexes at byte `indexes`.
+    Chunks { indexes: u64 },
+    /// No data: a special file.
+    None,
+}
+
+/// One inode, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inode {
+    pub nid: Nid,
+    pub kind: Kind,
+    /// Permission bits, set-id and sticky bits included.
+    pub permissions: u16,
+    /// Bytes of the file, the link target or the directory.
+    pub size: u64,
+    pub nlink: u32,
+    pub uid: u32,
+    pub gid: u32,
+    /// Seconds and nanoseconds since 1970; zero for a compact inode.
+    pub mtime: (i64, u32),
+    /// Device number of a character or block device, as the kernel encodes it.
+    pub rdev: u32,
+    pub layout: Layout,
+}
+
+/// The fields that both forms of an inode have.
+struct Common {
+    format: u16,
+    xattr_icount: u16,
+    mode: u16,
+    size: u64,
+    u: u32,
+    nlink: u32,
+    uid: u32,
+    gid: u32,
+    mtime: (i64, u32),
+    len: u64,
+}
+
+impl Image {
+    /// The inode with this number.
+    pub fn inode(&self, nid: Nid) -> Result<Inode, ImageError> {
+        let wrong = |rule| ImageError::Inode { nid, rule };
+        let at = nid
+            .checked_mul(INODE_SLOT)
+            .and_then(|offset| offset.checked_add(self.summary.meta_start))
+            .ok_or_else(|| wrong("has an impossible number"))?;
+        let raw = self.raw_inode(at)?;
+        if raw.format & !0xf != 0 {
+            return Err(wrong("has unknown format bits"));
+        }
+        let kind = Kind::from_mode(raw.mode).ok_or_else(|| wrong("has an impossible file type"))?;
+        if raw.nlink == 0 {
+            return Err(wrong("has no links"));
+        }
+        if i64::try_from(raw.size).is_err() {
+            return Err(wrong("is impossibly large"));
+        }
+        let xattrs = match raw.xattr_icount {
+            0 => 0,
+            n => size_of::<XattrHead>() as u64 + u64::from(n - 1) * size_of::<XattrEntry>() as u64,
+        };
+        let behind = at + raw.len + xattrs;
+        let data = u64::from(raw.u) * BLOCK;
+        let has_data = matches!(kind, Kind::Regular | Kind::Directory | Kind::Symlink);
+        let layout = match raw.format >> 1 {
+            _ if !has_data => Layout::None,
+            layout::FLAT_PLAIN => Layout::Plain { at: data },
+            layout::FLAT_INLINE => Layout::Inline { at: data, tail: behind },
+            layout::CHUNK_BASED if kind == Kind::Regular => Layout::Chunks { indexes: behind.next_multiple_of(8) },
+            _ => return Err(wrong("has a data layout that RAFS does not use")),
+        };
+        Ok(Inode {
+            nid,
+            kind,
+            permissions: raw.mode & 0o7777,
+            size: raw.size,
+            nlink: raw.nlink,
+            uid: raw.uid,
+            gid: raw.gid,
+            mtime: raw.mtime,
+            rdev: if has_data { 0 } else { raw.u },
+            layout,
+        })
+    }
+
+    fn raw_inode(&self, at: u64) -> Result<Common, ImageError> {
+        let compact: &InodeCompact = record_at(self.bytes(), at, "inode")?;
+        if compact.format.get() & 1 == 0 {
+            return Ok(Common {
+                format: compact.format.get(),
+                xattr_icount: compact.xattr_icount.get(),
+                mode: compact.mode.get(),
+                size: compact.size.get().into(),
+                u: compact.u.get(),
+                nlink: compact.nlink.get().into(),
+                uid: compact.uid.get().into(),
+                gid: compact.gid.get().into(),
+                mtime: (0, 0),
+                len: size_of::<InodeCompact>() as u64,
+            });
+        }
+        let long: &InodeExtended = record_at(self.bytes(), at, "inode")?;
+        Ok(Common {
+            format: long.format.get(),
+            xattr_icount: long.xattr_icount.get(),
+            mode: long.mode.get(),
+            size: long.size.get(),
+            u: long.u.get(),
+            nlink: long.nlink.get(),
+            uid: long.uid.get(),
+            gid: long.gid.get(),
+            mtime: (long.mtime.get().cast_signed(), long.mtime_nsec.get()),
+            len: size_of::<InodeExtended>() as u64,
+        })
+    }
+}
+
+impl Kind {
+    fn from_mode(mode: u16) -> Option<Self> {
+        Some(match u32::from(mode) & libc::S_IFMT {
+            libc::S_IFREG => Self::Regular,
+            libc::S_IFDIR => Self::Directory,
+            libc::S_IFLNK => Self::Symlink,
+            libc::S_IFCHR => Self::Character,
+            libc::S_IFBLK => Self::Block,
+            libc::S_IFIFO => Self::Fifo,
+            libc::S_IFSOCK => Self::Socket,
+            _ => return None,
+        })
+    }
+}

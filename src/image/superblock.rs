@@ -1,0 +1,137 @@
+use std::collections::HashSet;
+
+use super::{Device, ImageError, MAX_BOOTSTRAP};
+use crate::base::{BLOCK, BlobId};
+use crate::format::erofs::{self, DeviceSlot, MAX_DEVICES, SUPERBLOCK_OFFSET, Superblock};
+use crate::format::rafs::{self, BlobEntry, ChunkRecord, ExtSuperblock, flags};
+use crate::format::{array_at, record_at};
+
+/// Facts about an image as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// Length of the bootstrap in bytes.
+    pub bootstrap_len: u64,
+    /// Number of paths, the root included.
+    pub paths: u64,
+    /// Inode number of the root.
+    pub root: u64,
+    /// First byte of the metadata area.
+    pub meta_start: u64,
+    /// Chunk size of files in bytes: a power of two from 4 KiB to 16 MiB.
+    pub chunk_size: u32,
+    /// [`flags`] of the extended superblock.
+    pub flags: u64,
+}
+
+pub(super) struct Head {
+    pub(super) summary: Summary,
+    pub(super) devices: Vec<Device>,
+    /// First byte and number of records.
+    pub(super) chunk_table: (u64, u64),
+}
+
+/// Checks everything that a mount relies on before the kernel sees the image.
+pub(super) fn parse(bytes: &[u8]) -> Result<Head, ImageError> {
+    let field = |field, value: u64| Err(ImageError::Field { field, value });
+    let sb: &Superblock = record_at(bytes, SUPERBLOCK_OFFSET, "superblock")?;
+    if sb.magic.get() != erofs::MAGIC {
+        return Err(ImageError::NotRafs("no EROFS magic at byte 1024"));
+    }
+    if sb.feature_compat.get() & erofs::COMPAT_RAFS_V6 == 0 {
+        return Err(ImageError::NotRafs("an EROFS image without the RAFS marker"));
+    }
+    let len = bytes.len() as u64;
+    if len > MAX_BOOTSTRAP || !len.is_multiple_of(512) {
+        return field("bootstrap length", len);
+    }
+    match sb.blkszbits {
+        12 => {}
+        9 => return Err(ImageError::Unsupported("a bootstrap with 512-byte blocks (tarfs)")),
+        bits => return field("block size bits", bits.into()),
+    }
+    if sb.feature_incompat.get() != erofs::INCOMPAT_CHUNKED_FILE | erofs::INCOMPAT_DEVICE_TABLE {
+        return field("incompatible features", sb.feature_incompat.get().into());
+    }
+    if sb.devt_slotoff.get() != erofs::DEVICE_TABLE_SLOT {
+        return field("device table offset", sb.devt_slotoff.get().into());
+    }
+    let meta_start = u64::from(sb.meta_blkaddr.get()) * BLOCK;
+    if meta_start > len {
+        return field("metadata address", meta_start);
+    }
+    let ext: &ExtSuperblock = record_at(bytes, rafs::EXT_SUPERBLOCK_OFFSET, "extended superblock")?;
+    check_extended(ext)?;
+    let devices = devices(bytes, sb, ext)?;
+    let chunk_len = ext.chunk_table_size.get();
+    let record = size_of::<ChunkRecord>() as u64;
+    if !chunk_len.is_multiple_of(record) {
+        return field("chunk table size", chunk_len);
+    }
+    let chunk_table = (ext.chunk_table_offset.get(), chunk_len / record);
+    array_at::<ChunkRecord>(bytes, chunk_table.0, chunk_table.1, "chunk table")?;
+    let summary = Summary {
+        bootstrap_len: len,
+        paths: sb.inos.get(),
+        root: sb.root_nid.get().into(),
+        meta_start,
+        chunk_size: ext.chunk_size.get(),
+        flags: ext.flags.get(),
+    };
+    Ok(Head { summary, devices, chunk_table })
+}
+
+fn check_extended(ext: &ExtSuperblock) -> Result<(), ImageError> {
+    let set = ext.flags.get();
+    let one_of = |bits: u64| (set & bits).count_ones() == 1;
+    let compression =
+        flags::COMPRESSION_NONE | flags::COMPRESSION_LZ4 | flags::COMPRESSION_GZIP | flags::COMPRESSION_ZSTD;
+    let sound = set & !flags::KNOWN == 0 && one_of(compression) && one_of(flags::HASH_BLAKE3 | flags::HASH_SHA256);
+    if !sound {
+        return Err(ImageError::Field { field: "RAFS flags", value: set });
+    }
+    if set & flags::TARFS_MODE != 0 {
+        return Err(ImageError::Unsupported("a tarfs image"));
+    }
+    let chunk_size = ext.chunk_size.get();
+    if !chunk_size.is_power_of_two() || !(0x1000..=0x100_0000).contains(&chunk_size) {
+        return Err(ImageError::Field { field: "chunk size", value: chunk_size.into() });
+    }
+    Ok(())
+}
+
+fn devices(bytes: &[u8], sb: &Superblock, ext: &ExtSuperblock) -> Result<Vec<Device>, ImageError> {
+    let count = usize::from(sb.extra_devices.get());
+    let table_len = u64::from(ext.blob_table_size.get());
+    if count > MAX_DEVICES || table_len != (count * size_of::<BlobEntry>()) as u64 {
+        return Err(ImageError::Field { field: "number of devices", value: count as u64 });
+    }
+    let slots: &[DeviceSlot] = array_at(bytes, rafs::DEVICE_TABLE_OFFSET, count as u64, "device table")?;
+    let table_at = if count == 0 { 0 } else { ext.blob_table_offset.get() };
+    let entries: &[BlobEntry] = array_at(bytes, table_at, count as u64, "blob table")?;
+    let mut seen = HashSet::new();
+    slots.iter().zip(entries).enumerate().map(|(index, (slot, entry))| device(index, slot, entry, &mut seen)).collect()
+}
+
+fn device(
+    index: usize,
+    slot: &DeviceSlot,
+    entry: &BlobEntry,
+    seen: &mut HashSet<BlobId>,
+) -> Result<Device, ImageError> {
+    if entry.id == [b'x'; 64] {
+        return Err(ImageError::Unsupported("a bootstrap that does not name its blob (taken out of a blob file)"));
+    }
+    let blob = BlobId::from_padded(&entry.id).map_err(|cause| ImageError::BlobId { index, cause })?;
+    let len = u64::from(slot.blocks.get()) * BLOCK;
+    let agree = slot.tag == entry.id
+        && entry.index.get() as usize == index
+        && len > 0
+        && len <= entry.uncompressed_size.get().checked_next_multiple_of(BLOCK).unwrap_or(0);
+    if !agree {
+        return Err(ImageError::Device(index));
+    }
+    if !seen.insert(blob.clone()) {
+        return Err(ImageError::Twice(blob));
+    }
+    Ok(Device { blob, len, entry: *entry })
+}
