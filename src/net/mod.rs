@@ -1,1 +1,15 @@
-//! net
+//! HTTP, once for everybody who needs it.
+//!
+//! [`client()`] builds the one kind of client there is: bounded in time and in redirects, with TLS by
+//! *ring* and the system's trust roots. [`RetryPolicy`] decides whether and when to ask again, as
+//! plain arithmetic on times that are passed in. [`server`] is the other end: a small static server
+//! with ranges, for the demo, the tests and the benches, that can also misbehave on request.
+//!
+//! Nothing here knows what a blob is for.
+
+mod client;
+mod retry;
+pub mod server;
+
+pub use client::{ClientError, ClientOptions, client, install_tls};
+pub use retry::{Attempt, RetryPolicy};

@@ -3,10 +3,15 @@
 //! A [`BlobSource`] answers ranged reads of whole blobs by id and knows nothing of what they mean.
 //! Retries, time-outs and connection reuse live below, in `net`, once for every remote kind.
 
+mod answer;
 mod http;
 mod local;
 
+pub use http::HttpSource;
+pub use local::LocalSource;
+
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,6 +19,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use crate::base::{BlobId, ByteRange, Class, Fault};
+use crate::net::{ClientError, ClientOptions, RetryPolicy};
 
 /// An owned future, so that the trait below can be made into an object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -59,6 +65,9 @@ pub enum SourceError {
     /// The server answered a ranged request with something else.
     #[error("{place} does not answer ranged requests properly: {detail}")]
     NoRanges { place: String, detail: String },
+    /// The other side cannot prove who it is, or sends us where nobody should follow.
+    #[error("{place} cannot be trusted: {detail}")]
+    Untrusted { place: String, detail: String },
     /// The other side failed or went away; worth another try.
     #[error("{place} failed to serve blob {blob}: {detail}")]
     Unavailable { blob: BlobId, place: String, detail: String },
@@ -84,7 +93,75 @@ impl SourceError {
             | Self::Refused { .. }
             | Self::OutOfRange { .. }
             | Self::NoRanges { .. }
+            | Self::Untrusted { .. }
             | Self::Io { .. } => Fault::Permanent,
+        }
+    }
+}
+
+/// Opens the source that `spec` names: a directory, as a path or `file://` URL, or the base of an
+/// `http://` or `https://` server, where blob `ID` is at `BASE/ID`. Connects to nobody yet.
+///
+/// `options` and `policy` apply to remote sources only.
+pub fn open(spec: &str, options: &ClientOptions, policy: RetryPolicy) -> Result<Arc<dyn BlobSource>, OpenError> {
+    let Some((scheme, _)) = spec.split_once("://") else {
+        return Ok(Arc::new(LocalSource::new(spec)?));
+    };
+    if !scheme.eq_ignore_ascii_case("file") {
+        return Ok(Arc::new(HttpSource::new(spec, options, policy)?));
+    }
+    let url = reqwest::Url::parse(spec).map_err(|error| OpenError::Url { detail: error.to_string() })?;
+    let dir = url.to_file_path().map_err(|()| OpenError::Url { detail: "not a path on this host".into() })?;
+    Ok(Arc::new(LocalSource::new(dir)?))
+}
+
+/// Why there is no source to ask.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A local source is not a directory that can be looked into.
+    #[error("cannot use {} as a directory of blobs", dir.display())]
+    Directory {
+        dir: PathBuf,
+        #[source]
+        cause: Arc<std::io::Error>,
+    },
+    /// The address of a remote source is malformed. It is not repeated here: it may hold a secret.
+    #[error("the address of the blobs is not a valid URL: {detail}")]
+    Url { detail: String },
+    /// Nobody here speaks this protocol.
+    #[error("blobs cannot be fetched over {scheme:?}; give a directory or an http or https URL")]
+    Scheme { scheme: String },
+    /// No client could be built for the remote source.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn describe(spec: &str) -> Result<String, OpenError> {
+        open(spec, &ClientOptions::default(), RetryPolicy::default()).map(|source| source.describe())
+    }
+
+    #[test]
+    fn sources_are_opened_by_the_form_of_their_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap();
+
+        assert_eq!(describe(path).unwrap(), path);
+        assert_eq!(describe(&format!("file://{path}")).unwrap(), path);
+        assert_eq!(describe("HTTP://h/x/").unwrap(), "http://h/x");
+    }
+
+    #[test]
+    fn names_that_lead_nowhere_say_why() {
+        for (spec, text) in [
+            ("/nonexistent", "cannot use /nonexistent as a directory of blobs"),
+            ("file://elsewhere/x", "the address of the blobs is not a valid URL: not a path on this host"),
+            ("ftp://h/", "blobs cannot be fetched over \"ftp\"; give a directory or an http or https URL"),
+        ] {
+            assert_eq!(describe(spec).unwrap_err().to_string(), text);
         }
     }
 }
