@@ -2,12 +2,14 @@
 //!
 //! Standard library only. Nothing here does I/O, allocates by a foreign length, or knows a format.
 
+mod chain;
 mod class;
 mod fault;
 mod id;
 mod range;
 mod size;
 
+pub use chain::Chain;
 pub use class::Class;
 pub use fault::Fault;
 pub use id::{BlobId, Digest, InvalidBlobId, hex};

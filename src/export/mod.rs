@@ -1,1 +1,127 @@
-//! export
+//! Kernels: how a cold read reaches us and how the answer goes back.
+//!
+//! A backend holds one kernel descriptor and serves many images through it. It knows devices only
+//! as [`Fill`]: no compression, no digest, no network. Two backends exist:
+//!
+//! * [`fanotify`]: the device files themselves are what EROFS reads; pre-content events tell us
+//!   before a range is read (Linux 6.14 and later).
+//! * [`cachefiles`]: the kernel keeps the cache and asks for what it misses (Linux 5.19 to 7.1).
+//!
+//! [`host`] finds out by trying which of them this machine can do.
+
+pub mod cachefiles;
+pub mod fanotify;
+pub mod host;
+mod limiter;
+mod probe;
+mod selftest;
+mod watch;
+
+pub use watch::{MountWatch, WatchId};
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cache::Fill;
+use crate::image::Image;
+use crate::sys::mount::MountError;
+
+/// Which way cold reads take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendKind {
+    /// Pre-content events over file-backed EROFS.
+    Fanotify,
+    /// EROFS over the kernel's own cache, in on-demand mode.
+    Cachefiles,
+}
+
+impl std::fmt::Display for BackendKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Fanotify => "fanotify",
+            Self::Cachefiles => "cachefiles",
+        })
+    }
+}
+
+/// A device whose decoded bytes live in a file that the kernel reads.
+pub trait Backing: Fill {
+    /// The file. Its length is the device's length from the start; missing parts are holes.
+    fn path(&self) -> &Path;
+
+    /// Whether every byte an image can ask for is in the file and synced: the kernel can read it
+    /// without us from now on.
+    fn is_settled(&self) -> bool;
+
+    /// Calls `then` once when [`Backing::is_settled`] becomes true, or at once if it is.
+    fn when_settled(&self, then: Box<dyn FnOnce() + Send>);
+}
+
+/// An image whose devices are ready to be served.
+pub struct LiveImage {
+    /// The parsed bootstrap.
+    pub image: Arc<Image>,
+    /// The bootstrap as a complete, synced, unmarked file that nobody writes any more.
+    pub bootstrap: PathBuf,
+    /// One device per entry of [`Image::devices`], in the same order.
+    pub devices: Vec<Arc<dyn Backing>>,
+}
+
+impl std::fmt::Debug for LiveImage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LiveImage").field("bootstrap", &self.bootstrap).finish_non_exhaustive()
+    }
+}
+
+/// Why an image could not be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The kernel would not ask us before reading this file.
+    #[error("cannot mark {}{}", path.display(), remedy_for_mark(cause))]
+    Mark {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    /// The kernel refused the file system.
+    #[error("the kernel refused the image")]
+    Mount(#[source] MountError),
+    /// The mount point is not usable.
+    #[error("cannot mount at {}", target.display())]
+    Target {
+        target: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    /// A device file or the mount could not be used.
+    #[error("cannot use {}", path.display())]
+    Io {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    /// The image turned out damaged while a cold byte was looked for.
+    #[error("the image is damaged")]
+    Image(#[source] crate::image::ImageError),
+    /// The mount reads its device behind our back: holes would be read as zeros.
+    #[error("reads of {} raise no events, so missing data would be read as zeros; the mount was undone", path.display())]
+    Bypassed { path: PathBuf },
+    /// A name that the kernel would mishandle.
+    #[error("{name:?} cannot name an image: {rule}")]
+    Name { name: String, rule: &'static str },
+    /// The name is taken by another image.
+    #[error("the name {0:?} is in use by another image")]
+    Taken(String),
+}
+
+fn remedy_for_mark(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EOPNOTSUPP) => " (put the cache on ext4, XFS or btrfs)",
+        Some(libc::EINVAL) => " (pre-content events need Linux 6.14 or later)",
+        _ => "",
+    }
+}

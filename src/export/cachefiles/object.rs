@@ -1,0 +1,122 @@
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
+use std::thread::sleep;
+use std::time::Duration;
+
+use crate::base::{BLOCK, ByteRange};
+use crate::cache::{Fill, Sink};
+use crate::sys::cachefiles::read_complete;
+use crate::sys::files::data_ranges;
+
+/// Makes the device behind an object, from where its bytes go and what is there already.
+pub type OpenObject = Box<dyn Fn(Box<dyn Sink>, &[ByteRange]) -> Arc<dyn Fill> + Send + Sync>;
+
+/// What the service must know to answer the kernel about one name.
+pub struct ObjectSpec {
+    /// Exact length in bytes. Must never change for a name: the kernel throws away what it has
+    /// cached when it does.
+    pub size: u64,
+    /// Makes the device once the kernel has opened the object.
+    pub open: OpenObject,
+}
+
+impl fmt::Debug for ObjectSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ObjectSpec").field("size", &self.size).finish_non_exhaustive()
+    }
+}
+
+/// An object that the kernel has open.
+pub(super) struct Object {
+    pub(super) name: String,
+    file: Arc<OwnedFd>,
+    spec: Arc<ObjectSpec>,
+    device: OnceLock<Arc<dyn Fill>>,
+}
+
+impl Object {
+    pub(super) fn new(name: String, file: OwnedFd, spec: Arc<ObjectSpec>) -> Self {
+        Self { name, file: Arc::new(file), spec, device: OnceLock::new() }
+    }
+
+    /// Length in bytes, rounded up to whole blocks as the kernel rounds it.
+    pub(super) fn len(&self) -> u64 {
+        self.spec.size.next_multiple_of(BLOCK)
+    }
+
+    /// The device, made at the first READ: before that the kernel may not have set the object's
+    /// file up, and writes to it or questions about its holes fail.
+    pub(super) fn device(&self) -> io::Result<&Arc<dyn Fill>> {
+        if let Some(device) = self.device.get() {
+            return Ok(device);
+        }
+        let present = data_ranges(self.file.as_fd(), self.len())?;
+        let device = (self.spec.open)(Box::new(ObjectSink(self.file.clone())), &present);
+        Ok(self.device.get_or_init(|| device))
+    }
+
+    /// The duty to complete one READ of this object.
+    pub(super) fn duty(&self, msg_id: u32) -> ReadDuty {
+        ReadDuty { file: self.file.clone(), msg_id }
+    }
+}
+
+/// The duty to complete one READ. Completion is the same call whether data was written or not:
+/// the kernel looks for itself, and fails the reader if the range is still missing.
+#[derive(Debug)]
+pub(super) struct ReadDuty {
+    file: Arc<OwnedFd>,
+    msg_id: u32,
+}
+
+impl Drop for ReadDuty {
+    fn drop(&mut self) {
+        match read_complete(self.file.as_fd(), self.msg_id) {
+            Ok(()) => {}
+            // The reader was killed while it waited.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(error) => tracing::error!(%error, msg_id = self.msg_id, "a read could not be completed"),
+        }
+    }
+}
+
+/// Writes into the kernel's cache object.
+#[derive(Debug)]
+struct ObjectSink(Arc<OwnedFd>);
+
+/// Longest piece of one write: before Linux 6.13 a short write was reported as whole.
+const PIECE: usize = 1 << 20;
+
+impl Sink for ObjectSink {
+    fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        let mut at = i64::try_from(at).map_err(io::Error::other)?;
+        for piece in bytes.chunks(PIECE) {
+            write_piece(&self.0, piece, at)?;
+            at += i64::try_from(piece.len()).expect("at most 1 MiB");
+        }
+        Ok(())
+    }
+
+    /// Writes are direct: nothing is left to sync.
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// `ENOBUFS` means that the kernel is still setting the file up, or that its disk is below the
+/// stop threshold; the first passes within moments.
+fn write_piece(file: &OwnedFd, piece: &[u8], at: i64) -> io::Result<()> {
+    for attempt in 0u64.. {
+        match nix::sys::uio::pwrite(file, piece, at) {
+            Ok(len) if len == piece.len() => return Ok(()),
+            Ok(_) => return Err(io::Error::new(io::ErrorKind::WriteZero, "the kernel took only part of a write")),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(nix::errno::Errno::ENOBUFS) if attempt < 10 => sleep(Duration::from_millis(10 << attempt.min(4))),
+            Err(nix::errno::Errno::ENOBUFS) => return Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    unreachable!("the range above has no end")
+}

@@ -1,0 +1,73 @@
+//! Serving by pre-content events over file-backed EROFS mounts.
+//!
+//! The device file in the cache *is* the device that EROFS reads: nothing is copied. Four orders
+//! keep it right, and the types of this folder hold them:
+//!
+//! * our write descriptor is opened **before** the mark, or our own writes would raise events
+//!   that we wait for ourselves (the store opens it; [`Fanotify::attach`] takes ready devices);
+//! * the mark comes **before** the mount, or the mount's reads are never seen;
+//! * a mark goes only when its device is settled or the **superblock** is gone, not merely
+//!   unmounted: [`Attachment`] is to be dropped when [`MountWatch`] says so;
+//! * before anybody can see the mount, a cold byte is read through it and must raise an event.
+//!
+//! Inodes are marked, never mounts or file systems, and nothing is ever written through the
+//! descriptor of an event.
+
+mod permission;
+mod service;
+
+pub use service::Fanotify;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::mount::MountAttrFlags;
+
+use self::service::MarkHold;
+use super::probe::find_cold;
+use super::{AttachError, LiveImage, MountWatch, WatchId};
+use crate::sys::mount::{DetachedMount, FsContext};
+
+/// A mounted image. Keeps its devices marked; drop it when its superblock is gone.
+#[derive(Debug)]
+pub struct Attachment {
+    /// Reports the end of the superblock.
+    pub watch: WatchId,
+    _marks: Vec<MarkHold>,
+}
+
+impl Fanotify {
+    /// Mounts `image` at `target` and starts answering its reads.
+    ///
+    /// Blocks while the kernel mounts; [`Fanotify::run`] must be running on another thread. On
+    /// failure nothing stays behind.
+    pub fn attach(
+        self: &Arc<Self>,
+        image: &LiveImage,
+        target: &Path,
+        watch: &MountWatch,
+    ) -> Result<Attachment, AttachError> {
+        let _alone = self.attaching.lock().unwrap();
+        let marks = image.devices.iter().map(|device| self.mark(device)).collect::<Result<Vec<_>, _>>()?;
+        let mount = mount(image).map_err(AttachError::Mount)?;
+        for cold in find_cold(&image.image, &image.devices).map_err(AttachError::Image)? {
+            let hold = &marks[cold.device];
+            let seen = hold.expect_own_read(|| cold.read(&mount));
+            if !seen {
+                return Err(AttachError::Bypassed { path: image.devices[cold.device].path().to_owned() });
+            }
+        }
+        let watch = watch.add(&mount).map_err(|cause| AttachError::Io { path: image.bootstrap.clone(), cause })?;
+        mount.attach(target).map_err(|cause| AttachError::Target { target: target.to_owned(), cause })?;
+        Ok(Attachment { watch, _marks: marks })
+    }
+}
+
+fn mount(image: &LiveImage) -> Result<DetachedMount, crate::sys::mount::MountError> {
+    let context = FsContext::open("erofs")?;
+    context.set_path("source", &image.bootstrap)?;
+    for device in &image.devices {
+        context.set_path("device", device.path())?;
+    }
+    context.mount(MountAttrFlags::empty())
+}

@@ -1,0 +1,195 @@
+//! What this host can do, found by trying.
+//!
+//! No version is compared: options are built out, interfaces are back-ported by halves, and the
+//! file system of the cache matters as much as the kernel. Each finding says what was tried, and
+//! when it failed, what is missing and what to do about it.
+
+use std::io;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::BackendKind;
+use super::selftest::{self, SelfTestError};
+use crate::base::Chain;
+use crate::sys::cachefiles;
+use crate::sys::files::file_system;
+use crate::sys::mount::FsContext;
+
+/// One thing that was tried.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// Stable name for scripts.
+    pub name: &'static str,
+    /// Whether it works.
+    pub works: bool,
+    /// What was seen, in one sentence.
+    pub detail: String,
+    /// What to do about it, in one sentence; only where it does not work.
+    pub remedy: Option<&'static str>,
+}
+
+/// Everything that was tried.
+#[derive(Clone, Debug, Serialize)]
+pub struct Host {
+    /// Release of the running kernel, for people; nothing is decided by it.
+    pub kernel: String,
+    /// File system of the cache directory.
+    pub cache_file_system: String,
+    /// In the order in which they were tried.
+    pub findings: Vec<Finding>,
+    /// What `--backend auto` takes here, if anything.
+    pub choice: Option<BackendKind>,
+}
+
+impl Host {
+    /// Tries everything, with scratch files below `cache`, which is created if it is missing.
+    /// Nothing stays behind.
+    pub fn examine(cache: &Path) -> io::Result<Self> {
+        std::fs::create_dir_all(cache)?;
+        let cache_file_system = file_system(std::fs::File::open(cache)?)?;
+        let file_backed = file_backed(cache);
+        let pre_content = if file_backed.works { pre_content(cache) } else { unreachable_pre_content() };
+        let findings = vec![cachefiles(cache), on_demand_erofs(), file_backed, pre_content, fuse()];
+        let works = |name| findings.iter().any(|finding| finding.name == name && finding.works);
+        let choice = if works("cachefiles") && works("erofs-on-demand") {
+            Some(BackendKind::Cachefiles)
+        } else if works("pre-content-events") {
+            Some(BackendKind::Fanotify)
+        } else {
+            None
+        };
+        let uname = nix::sys::utsname::uname()?;
+        let kernel = uname.release().to_string_lossy().into_owned();
+        Ok(Self { kernel, cache_file_system, findings, choice })
+    }
+
+    /// Whether `kind` can serve here.
+    pub fn can(&self, kind: BackendKind) -> bool {
+        let needed: &[&str] = match kind {
+            BackendKind::Fanotify => &["pre-content-events"],
+            BackendKind::Cachefiles => &["cachefiles", "erofs-on-demand"],
+        };
+        needed.iter().all(|name| self.findings.iter().any(|finding| finding.name == *name && finding.works))
+    }
+
+    /// Why `kind` cannot serve here: the findings that say so, with their remedies.
+    pub fn obstacles(&self, kind: BackendKind) -> String {
+        let names: &[&str] = match kind {
+            BackendKind::Fanotify => &["file-backed-erofs", "pre-content-events"],
+            BackendKind::Cachefiles => &["cachefiles", "erofs-on-demand"],
+        };
+        let failed = self.findings.iter().filter(|finding| names.contains(&finding.name) && !finding.works);
+        let say = |finding: &Finding| format!("{}: {}", finding.detail, finding.remedy.unwrap_or_default());
+        failed.map(say).collect::<Vec<_>>().join("; ")
+    }
+}
+
+fn works(name: &'static str, detail: &str) -> Finding {
+    Finding { name, works: true, detail: detail.to_owned(), remedy: None }
+}
+
+fn missing(name: &'static str, detail: String, remedy: &'static str) -> Finding {
+    Finding { name, works: false, detail, remedy: Some(remedy) }
+}
+
+fn cachefiles(cache: &Path) -> Finding {
+    const NAME: &str = "cachefiles";
+    let device = match cachefiles::Device::open() {
+        Ok(device) => device,
+        Err(e) => {
+            let remedy = match e.raw_os_error() {
+                Some(libc::ENOENT) => "load the cachefiles module, or use a kernel built with CACHEFILES (up to 7.1)",
+                Some(libc::EBUSY) => "stop the daemon that has it open: cachefilesd, nydusd or another rafsd",
+                Some(libc::EPERM | libc::EACCES) => "run as root in the initial user namespace",
+                _ => "see the kernel log",
+            };
+            return missing(NAME, format!("{} cannot be opened ({e})", cachefiles::DEVICE), remedy);
+        }
+    };
+    let scratch = cache.join(format!(".bind-{}", std::process::id()));
+    let bound = std::fs::create_dir_all(&scratch).and_then(|()| device.bind(&scratch, "rafsd-probe"));
+    // Closing the device withdraws the cache; only then can its directories be removed.
+    drop(device);
+    let _ = std::fs::remove_dir_all(&scratch);
+    match bound {
+        Ok(()) => works(NAME, "an on-demand cache can be bound in the cache directory"),
+        Err(e) => {
+            let remedy = match e.raw_os_error() {
+                Some(libc::EINVAL) => "use a kernel built with CACHEFILES_ONDEMAND (Linux 5.19 to 7.1)",
+                Some(libc::EOPNOTSUPP) => "put the cache on ext4 or XFS",
+                Some(libc::EROFS) => "put the cache on a writable file system",
+                _ => "see the kernel log",
+            };
+            missing(NAME, format!("an on-demand cache cannot be bound ({e})"), remedy)
+        }
+    }
+}
+
+/// The call that sets the option succeeds even where the option is built out; only the message
+/// log of the context tells (seen on 6.18).
+fn on_demand_erofs() -> Finding {
+    const NAME: &str = "erofs-on-demand";
+    const REMEDY: &str = "use a kernel built with EROFS_FS_ONDEMAND (Linux 5.19 to 7.1), or the fanotify backend";
+    let context = match FsContext::open("erofs") {
+        Ok(context) => context,
+        Err(e) => return missing(NAME, Chain(&e).to_string(), "load the erofs module, or use a kernel with EROFS_FS"),
+    };
+    match context.set("fsid", "probe") {
+        Err(e) => missing(NAME, Chain(&e).to_string(), REMEDY),
+        Ok(()) => match context.messages().first() {
+            Some(message) => missing(NAME, message.clone(), REMEDY),
+            None => works(NAME, "EROFS knows the fsid option"),
+        },
+    }
+}
+
+fn file_backed(cache: &Path) -> Finding {
+    const NAME: &str = "file-backed-erofs";
+    match selftest::file_backed(cache) {
+        Ok(()) => works(NAME, "EROFS mounts an image and a device from files in the cache directory"),
+        Err(SelfTestError::Mount(e)) => {
+            let remedy = match e.cause.raw_os_error() {
+                Some(libc::ENODEV) => "load the erofs module, or use a kernel with EROFS_FS",
+                Some(libc::EPERM) => "run as root in the initial user namespace",
+                Some(libc::ENOTBLK) => {
+                    "use Linux 6.12 or later with EROFS_FS_BACKED_BY_FILE, and put the cache on a plain disk file system"
+                }
+                _ => "see the kernel log",
+            };
+            missing(NAME, Chain(&e).to_string(), remedy)
+        }
+        Err(e) => missing(NAME, Chain(&e).to_string(), "make the cache directory writable"),
+    }
+}
+
+fn unreachable_pre_content() -> Finding {
+    let detail = "not tried, because it needs EROFS mounts from files".to_owned();
+    missing("pre-content-events", detail, "solve that first")
+}
+
+fn pre_content(cache: &Path) -> Finding {
+    const NAME: &str = "pre-content-events";
+    let Err(e) = selftest::pre_content(cache) else {
+        return works(NAME, "a cold read raised an event with its range, waited for the data, and a denial failed it");
+    };
+    let errno = |cause: &io::Error| cause.raw_os_error();
+    let remedy = match &e {
+        SelfTestError::Group(cause) if errno(cause) == Some(libc::EPERM) => "run as root in the initial user namespace",
+        SelfTestError::Group(cause) if errno(cause) == Some(libc::ENOSYS) => "use a kernel built with FANOTIFY",
+        SelfTestError::Mark(cause) if errno(cause) == Some(libc::EOPNOTSUPP) => "put the cache on ext4, XFS or btrfs",
+        SelfTestError::Mark(_) => "use Linux 6.14 or later built with FANOTIFY_ACCESS_PERMISSIONS",
+        SelfTestError::NoRange => "use Linux 6.15 or later",
+        SelfTestError::Silent => "use Linux 6.14 or later, with the cache on ext4, XFS or btrfs itself",
+        _ => "see the kernel log and report it: this kernel would show wrong data",
+    };
+    missing(NAME, Chain(&e).to_string(), remedy)
+}
+
+fn fuse() -> Finding {
+    const NAME: &str = "fuse";
+    match std::fs::File::options().read(true).write(true).open("/dev/fuse") {
+        Ok(_) => works(NAME, "/dev/fuse opens"),
+        Err(e) => missing(NAME, format!("/dev/fuse cannot be opened ({e})"), "load the fuse module"),
+    }
+}
