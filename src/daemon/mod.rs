@@ -1,1 +1,18 @@
-//! daemon
+//! The process that serves many images: it owns the pools, the store, the backends and the
+//! mounts, and composes them. Nothing below it spawns a thread of its own accord.
+//!
+//! * [`Daemon`] mounts, unmounts and lists; its methods may block and are called from blocking
+//!   threads.
+//! * [`control`] puts it behind a Unix socket, [`client`] is the other end.
+//! * [`keeper`] is the process that holds the kernel descriptors, so that a killed daemon leaves
+//!   readers waiting instead of showing them zeros.
+
+pub mod api;
+pub mod client;
+pub mod control;
+pub mod keeper;
+mod mounts;
+mod prepare;
+mod serving;
+
+pub use mounts::{Daemon, DaemonError, Options};

@@ -7,7 +7,7 @@
 use std::io;
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::BackendKind;
 use super::selftest::{self, SelfTestError};
@@ -17,20 +17,20 @@ use crate::sys::files::file_system;
 use crate::sys::mount::FsContext;
 
 /// One thing that was tried.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     /// Stable name for scripts.
-    pub name: &'static str,
+    pub name: String,
     /// Whether it works.
     pub works: bool,
     /// What was seen, in one sentence.
     pub detail: String,
     /// What to do about it, in one sentence; only where it does not work.
-    pub remedy: Option<&'static str>,
+    pub remedy: Option<String>,
 }
 
 /// Everything that was tried.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Host {
     /// Release of the running kernel, for people; nothing is decided by it.
     pub kernel: String,
@@ -79,18 +79,18 @@ impl Host {
             BackendKind::Fanotify => &["file-backed-erofs", "pre-content-events"],
             BackendKind::Cachefiles => &["cachefiles", "erofs-on-demand"],
         };
-        let failed = self.findings.iter().filter(|finding| names.contains(&finding.name) && !finding.works);
-        let say = |finding: &Finding| format!("{}: {}", finding.detail, finding.remedy.unwrap_or_default());
+        let failed = self.findings.iter().filter(|finding| names.contains(&finding.name.as_str()) && !finding.works);
+        let say = |finding: &Finding| format!("{}: {}", finding.detail, finding.remedy.as_deref().unwrap_or_default());
         failed.map(say).collect::<Vec<_>>().join("; ")
     }
 }
 
 fn works(name: &'static str, detail: &str) -> Finding {
-    Finding { name, works: true, detail: detail.to_owned(), remedy: None }
+    Finding { name: name.to_owned(), works: true, detail: detail.to_owned(), remedy: None }
 }
 
 fn missing(name: &'static str, detail: String, remedy: &'static str) -> Finding {
-    Finding { name, works: false, detail, remedy: Some(remedy) }
+    Finding { name: name.to_owned(), works: false, detail, remedy: Some(remedy.to_owned()) }
 }
 
 fn cachefiles(cache: &Path) -> Finding {

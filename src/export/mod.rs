@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cache::Fill;
+use crate::cache::{Device, Fill};
 use crate::image::Image;
 use crate::sys::mount::MountError;
 
@@ -59,6 +59,20 @@ pub trait Backing: Fill {
 
     /// Calls `then` once when [`Backing::is_settled`] becomes true, or at once if it is.
     fn when_settled(&self, then: Box<dyn FnOnce() + Send>);
+}
+
+impl Backing for Device {
+    fn path(&self) -> &Path {
+        self.data_path().expect("a device of a store has a file of its own")
+    }
+
+    fn is_settled(&self) -> bool {
+        self.is_complete_durable()
+    }
+
+    fn when_settled(&self, then: Box<dyn FnOnce() + Send>) {
+        self.on_complete(then);
+    }
 }
 
 /// An image whose devices are ready to be served.

@@ -7,8 +7,8 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -40,10 +40,20 @@ impl MountWatch {
     /// Starts watching the superblock of `mount`.
     pub fn add(&self, mount: &DetachedMount) -> io::Result<WatchId> {
         let root = PathBuf::from(format!("/proc/self/fd/{}", mount.as_fd().as_raw_fd()));
+        self.add_path(&root)
+    }
+
+    /// Starts watching the superblock of what is mounted at `target`.
+    pub fn add_path(&self, target: &Path) -> io::Result<WatchId> {
         // Some event must be asked for; attributes of a read-only root never change.
-        let id = WatchId(self.inotify.add_watch(&root, AddWatchFlags::IN_ATTRIB)?);
+        let id = WatchId(self.inotify.add_watch(target, AddWatchFlags::IN_ATTRIB)?);
         self.watched.lock().unwrap().insert(id);
         Ok(id)
+    }
+
+    /// How many superblocks are still alive.
+    pub fn alive(&self) -> usize {
+        self.watched.lock().unwrap().len()
     }
 
     /// Whether the superblock is still alive.
@@ -73,7 +83,8 @@ impl MountWatch {
         }
     }
 
-    fn gone(&self) -> io::Result<Vec<WatchId>> {
+    /// Names superblocks that have gone since the last look. Does not wait.
+    pub fn gone(&self) -> io::Result<Vec<WatchId>> {
         let events = match self.inotify.read_events() {
             Ok(events) => events,
             Err(nix::errno::Errno::EAGAIN) => return Ok(Vec::new()),
@@ -87,6 +98,11 @@ impl MountWatch {
             .map(|event| WatchId(event.wd))
             .filter(|id| watched.remove(id))
             .collect())
+    }
+
+    /// Becomes readable when [`MountWatch::gone`] has something to say.
+    pub fn as_poll(&self) -> BorrowedFd<'_> {
+        self.inotify.as_fd()
     }
 
     /// Ends [`MountWatch::wait`].

@@ -12,3 +12,4 @@ pub mod fdpass;
 pub mod files;
 pub mod mmap;
 pub mod mount;
+pub mod process;

@@ -1,0 +1,135 @@
+//! What goes over the control socket, as JSON.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cache::DeviceStats;
+use crate::export::BackendKind;
+use crate::export::host::Host;
+
+/// Which backend to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendChoice {
+    /// The best this host has: cachefiles where it exists, then fanotify
+    #[default]
+    Auto,
+    /// Pre-content events over file-backed EROFS (Linux 6.14 and later)
+    Fanotify,
+    /// EROFS over the kernel's on-demand cache (Linux 5.19 to 7.1)
+    Cachefiles,
+}
+
+/// Where an image is and how its blobs are reached.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageSpec {
+    /// Bootstrap file, absolute.
+    pub bootstrap: PathBuf,
+    /// Directory or base URL of the blobs.
+    pub blobs: String,
+    /// PEM file with further certificate authorities for `https` sources.
+    #[serde(default)]
+    pub ca: Option<PathBuf>,
+    /// Fetch everything in the background, behind all readers.
+    #[serde(default)]
+    pub prefetch: bool,
+}
+
+/// `POST /v1/mounts`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MountRequest {
+    #[serde(flatten)]
+    pub image: ImageSpec,
+    /// Mount point, absolute, an existing directory.
+    pub dir: PathBuf,
+    #[serde(default)]
+    pub backend: BackendChoice,
+}
+
+/// `DELETE /v1/mounts`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UnmountRequest {
+    /// Mount point, absolute.
+    pub dir: PathBuf,
+    /// Take it out of the tree even while files on it are open.
+    #[serde(default)]
+    pub lazy: bool,
+}
+
+/// `POST /v1/images`: makes an image mountable by anyone through `mount -t erofs -o fsid=`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RegisterRequest {
+    #[serde(flatten)]
+    pub image: ImageSpec,
+    /// `fsid=` of the mount.
+    pub id: String,
+    /// `domain_id=` of the mount.
+    #[serde(default)]
+    pub domain: Option<String>,
+}
+
+/// `DELETE /v1/images`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UnregisterRequest {
+    pub id: String,
+    #[serde(default)]
+    pub domain: Option<String>,
+}
+
+/// One device of a served image.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeviceReport {
+    /// Blob id.
+    pub blob: String,
+    /// Bytes of the decoded blob.
+    pub decoded_bytes: u64,
+    /// Bytes of the stored blob that hold its chunks.
+    pub stored_bytes: u64,
+    /// What has been done for it; absent while nobody has it open.
+    pub stats: Option<DeviceStats>,
+}
+
+/// One mounted or registered image.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ImageReport {
+    /// Mount point; absent for an image that is only registered.
+    pub dir: Option<PathBuf>,
+    pub backend: BackendKind,
+    /// Why this backend.
+    pub why: String,
+    /// SHA-256 of the bootstrap.
+    pub image: String,
+    /// Bytes of the bootstrap.
+    pub bootstrap_bytes: u64,
+    /// Where stored bytes come from.
+    pub source: String,
+    /// Options with which anybody can mount it, for the cachefiles backend.
+    pub mount_options: Option<String>,
+    pub devices: Vec<DeviceReport>,
+}
+
+/// `GET /v1/info`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Info {
+    pub version: String,
+    pub pid: u32,
+    pub cache: PathBuf,
+    /// Pre-content events answered at once, and those that had to wait for data.
+    pub events_hit: u64,
+    pub events_missed: u64,
+    /// READ requests of the cachefiles backend.
+    pub cachefiles_reads: u64,
+    /// What this host can do, tried when the daemon started.
+    pub host: Host,
+}
+
+/// Body of every answer that is not a success.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Failure {
+    /// What went wrong, with its causes.
+    pub error: String,
+}

@@ -1,0 +1,286 @@
+//! The process that does nothing, so that nothing goes wrong.
+//!
+//! A fanotify group answers for its readers only while somebody holds its descriptor: when the
+//! last holder closes it, waiting readers are let through and see holes as zeros. So a second
+//! process, the keeper, is given the group before the first mark is made. Killing the daemon then
+//! leaves readers waiting.
+//!
+//! When the daemon finishes in order it says so and the keeper exits. When the daemon vanishes,
+//! the keeper stays, holding what it was given, until its mounts are gone or somebody asks it to
+//! [`recover`]: take the mounts out of the tree and deny whoever still reads. It stays for as long
+//! as a superblock lives, denying, and exits with the last one.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
+
+use crate::export::MountWatch;
+use crate::sys::fanotify::{Answer, EVENT_BUFFER, Group};
+use crate::sys::{fdpass, mount, process};
+
+/// Name of the keeper's socket in the run directory.
+pub const SOCKET: &str = "keeper.sock";
+
+/// What the daemon tells its keeper, over the socket they share.
+#[derive(Debug, Serialize, Deserialize)]
+enum Word {
+    /// Keep the descriptor that comes with this.
+    Hold { name: String },
+    /// Something of ours is mounted here now.
+    Mounted { dir: PathBuf },
+    /// All is unmounted: let go and exit.
+    Finish,
+}
+
+/// What a keeper says about itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    pub pid: u32,
+    /// Whether the daemon has vanished.
+    pub orphaned: bool,
+    /// Whether readers are being denied, after a request to recover.
+    pub denying: bool,
+    /// Mount points it was told of.
+    pub mounts: Vec<PathBuf>,
+    /// Superblocks of those that still exist.
+    pub alive: usize,
+}
+
+/// The daemon's end.
+#[derive(Debug)]
+pub struct Keeper {
+    socket: OwnedFd,
+    child: Mutex<Child>,
+}
+
+impl Keeper {
+    /// Starts `program` as a keeper.
+    ///
+    /// # Errors
+    /// `AddrInUse` if a keeper is there already.
+    pub fn start(program: &Path, run: &Path) -> io::Result<Self> {
+        let socket_path = run.join(SOCKET);
+        if let Ok(status) = ask(run, "status") {
+            let text = format!("an earlier daemon left its keeper behind (process {}); `rafsd recover` ends it", status.pid);
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
+        }
+        let (ours, theirs) = fdpass::pair()?;
+        let mut command = Command::new(program);
+        command.arg("keeper").arg("--socket").arg(&socket_path);
+        let child = command.stdin(Stdio::from(theirs)).stdout(Stdio::null()).spawn()?;
+        let keeper = Self { socket: ours, child: Mutex::new(child) };
+        // The first answer tells that it runs.
+        fdpass::receive(keeper.socket.as_fd())?.ok_or(io::ErrorKind::BrokenPipe)?;
+        Ok(keeper)
+    }
+
+    fn tell(&self, word: &Word, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        fdpass::send(self.socket.as_fd(), &serde_json::to_vec(word)?, fd)?;
+        fdpass::receive(self.socket.as_fd())?.ok_or(io::ErrorKind::BrokenPipe)?;
+        Ok(())
+    }
+
+    /// Gives it a descriptor to hold. Returns when it has it.
+    pub fn hold(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.tell(&Word::Hold { name: name.to_owned() }, Some(fd))
+    }
+
+    /// Tells it of a mount.
+    pub fn mounted(&self, dir: &Path) -> io::Result<()> {
+        self.tell(&Word::Mounted { dir: dir.to_owned() }, None)
+    }
+
+    /// Lets it go, and waits until it has.
+    pub fn finish(&self) {
+        if self.tell(&Word::Finish, None).is_ok() {
+            let _ = self.child.lock().unwrap().wait();
+        }
+    }
+}
+
+/// Asks the keeper below `run` something: `status` or `recover`.
+pub fn ask(run: &Path, what: &str) -> io::Result<Status> {
+    let mut stream = UnixStream::connect(run.join(SOCKET))?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    writeln!(stream, "{what}")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(serde_json::from_str(&answer)?)
+}
+
+/// Takes the mounts of a vanished daemon out of the tree and denies their readers with `EIO`.
+pub fn recover(run: &Path) -> io::Result<Status> {
+    ask(run, "recover")
+}
+
+/// The keeper process: runs until it may let go. `socket` is the daemon's end of the talk.
+pub fn keep(socket: OwnedFd, control: &Path) -> io::Result<()> {
+    // In this order: from here on only SIGKILL or a reason to stop ends this process.
+    process::ignore_stop_signals()?;
+    let _ = process::leave_session();
+    process::protect_from_oom();
+    match std::fs::remove_file(control) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(control)?;
+    fdpass::send(socket.as_fd(), b"{}", None)?;
+    let mut post = Post {
+        socket: Some(socket),
+        listener,
+        held: BTreeMap::new(),
+        mounts: Vec::new(),
+        watch: MountWatch::new()?,
+        denying: false,
+    };
+    let outcome = post.stand();
+    let _ = std::fs::remove_file(control);
+    outcome
+}
+
+/// Everything the keeper process has.
+struct Post {
+    /// `None` once the daemon has vanished.
+    socket: Option<OwnedFd>,
+    listener: UnixListener,
+    held: BTreeMap<String, OwnedFd>,
+    mounts: Vec<PathBuf>,
+    watch: MountWatch,
+    denying: bool,
+}
+
+impl Post {
+    fn stand(&mut self) -> io::Result<()> {
+        loop {
+            self.wait()?;
+            // Must be read for the count of the living to be true.
+            self.watch.gone()?;
+            if self.denying {
+                self.deny_waiting();
+            }
+            if self.socket.is_some() && self.hear()? {
+                return Ok(());
+            }
+            if self.socket.is_none() && self.watch.alive() == 0 {
+                return Ok(());
+            }
+            self.serve_control();
+        }
+    }
+
+    fn wait(&self) -> io::Result<()> {
+        let mut fds = vec![
+            PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.watch.as_poll(), PollFlags::POLLIN),
+        ];
+        fds.extend(self.socket.as_ref().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
+        let group = self.held.get("group").filter(|_| self.denying);
+        fds.extend(group.map(|group| PollFd::new(group.as_fd(), PollFlags::POLLIN)));
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Hears what the daemon says, if anything. True when it says to finish.
+    fn hear(&mut self) -> io::Result<bool> {
+        let Some(socket) = &self.socket else { return Ok(false) };
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::ZERO)? == 0 {
+            return Ok(false);
+        }
+        let message = fdpass::receive(socket.as_fd()).unwrap_or(None);
+        let Some((bytes, fd)) = message else {
+            tracing::error!("the daemon vanished; readers of its mounts wait, see `rafsd recover`");
+            self.socket = None;
+            return Ok(false);
+        };
+        let mut finish = false;
+        match serde_json::from_slice(&bytes) {
+            Ok(Word::Hold { name }) => self.held.extend(fd.map(|fd| (name, fd))),
+            Ok(Word::Mounted { dir }) => {
+                self.watch.add_path(&dir)?;
+                self.mounts.push(dir);
+            }
+            Ok(Word::Finish) => finish = true,
+            Err(error) => tracing::error!(%error, "the daemon said something unknown"),
+        }
+        fdpass::send(socket.as_fd(), b"{}", None)?;
+        Ok(finish)
+    }
+
+    /// Answers one question on the control socket, if somebody waits there. Questions are short
+    /// and come from root on this host; one that says nothing is dropped.
+    fn serve_control(&mut self) {
+        let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::ZERO) != Ok(1) {
+            return;
+        }
+        let Ok((mut stream, _)) = self.listener.accept() else { return };
+        let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
+        let mut question = [0; 64];
+        let Ok(len) = stream.read(&mut question) else { return };
+        if question[..len].trim_ascii() == b"recover" && self.socket.is_none() {
+            self.start_denying();
+        }
+        let status = Status {
+            pid: std::process::id(),
+            orphaned: self.socket.is_none(),
+            denying: self.denying,
+            mounts: self.mounts.clone(),
+            alive: self.watch.alive(),
+        };
+        // Whoever asked may have gone.
+        let _ = serde_json::to_writer(&mut stream, &status);
+    }
+
+    fn start_denying(&mut self) {
+        self.denying = true;
+        for dir in &self.mounts {
+            let ours = mount::mount_table().is_ok_and(|table| {
+                table.iter().any(|mounted| mounted.target == *dir && mounted.fs_type == "erofs")
+            });
+            if ours && let Err(error) = mount::detach(dir) {
+                tracing::error!(dir = %dir.display(), %error, "cannot take a mount out of the tree");
+            }
+        }
+        // Events that the daemon had read are known only by the numbers their descriptors had in
+        // its table. Denying every possible number reaches them all.
+        if let Some(group) = self.group() {
+            let limit = process::raise_descriptor_limit().unwrap_or(1 << 20).min(1 << 20);
+            for number in 0..i32::try_from(limit).unwrap_or(i32::MAX) {
+                // ENOENT for the numbers that name nothing.
+                let _ = group.answer_number(number, Answer::Deny(libc::EIO));
+            }
+        }
+        self.deny_waiting();
+        let _ = self.watch.gone();
+    }
+
+    fn deny_waiting(&self) {
+        let Some(group) = self.group() else { return };
+        let mut buffer = vec![0; EVENT_BUFFER];
+        while let Ok(events) = group.read(&mut buffer) {
+            if events.is_empty() {
+                break;
+            }
+            for event in events {
+                if let Ok(file) = event.file {
+                    let _ = group.answer(file.as_fd(), Answer::Deny(libc::EIO));
+                }
+            }
+        }
+    }
+
+    fn group(&self) -> Option<Group> {
+        self.held.get("group").and_then(|fd| fd.try_clone().ok()).map(Group::from)
+    }
+}

@@ -1,0 +1,476 @@
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+
+use super::api::{DeviceReport, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest};
+use super::keeper::Keeper;
+use super::prepare::{Prepared, bootstrap_as_blob, prepare};
+use super::serving::{Backends, spawn};
+use crate::base::{BlobId, Chain};
+use crate::blob::{TablesError, UnitMap};
+use crate::cache::{Device, Engine, Fill, Store, StoreError, StoreOptions};
+use crate::export::cachefiles::{self, FsId, ObjectSpec, Registration};
+use crate::export::{AttachError, Backing, BackendKind, LiveImage, MountWatch, WatchId, fanotify};
+use crate::image::OpenError as ImageOpenError;
+use crate::source::{BlobSource, OpenError, SourceError};
+use crate::sys::mount::{detach, unmount};
+
+/// Where a daemon keeps its things.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Directory of the cache: on ext4, XFS or btrfs.
+    pub cache: PathBuf,
+    /// Directory of sockets.
+    pub run: PathBuf,
+    /// This program, to start the keeper with.
+    pub program: PathBuf,
+    pub store: StoreOptions,
+}
+
+/// Why a request could not be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    #[error("cannot use {}", path.display())]
+    Io {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("cannot start {what}")]
+    Start {
+        what: &'static str,
+        #[source]
+        cause: io::Error,
+    },
+    #[error(transparent)]
+    Bootstrap(ImageOpenError),
+    #[error(transparent)]
+    Tables(TablesError),
+    #[error("cannot fetch the tables of blob {blob}")]
+    FetchTables {
+        blob: BlobId,
+        #[source]
+        cause: SourceError,
+    },
+    #[error(transparent)]
+    SourceSpec(OpenError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    #[error("no backend can serve on this host: {reasons}; `rafsd doctor` tells more")]
+    NoBackend { reasons: String },
+    #[error("{} is not an absolute path to a directory", .0.display())]
+    NotADirectory(PathBuf),
+    #[error("an image is mounted at {} already", .0.display())]
+    Mounted(PathBuf),
+    #[error("no image of this daemon is mounted at {}", .0.display())]
+    NotMounted(PathBuf),
+    #[error("no image is registered as {0}")]
+    NotRegistered(String),
+    #[error("cannot unmount {}{}", dir.display(), busy(cause))]
+    Unmount {
+        dir: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("the daemon is stopping")]
+    Stopping,
+}
+
+fn busy(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EBUSY) => ": files on it are open; stop what uses them, or take it out of the tree with --lazy",
+        _ => "",
+    }
+}
+
+/// The daemon: one store, its backends, and everything mounted.
+#[derive(Debug)]
+pub struct Daemon {
+    options: Options,
+    runtime: Handle,
+    store: Arc<Store>,
+    backends: Backends,
+    keeper: Keeper,
+    watch: Arc<MountWatch>,
+    watcher: Mutex<Option<JoinHandle<()>>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    stopping: bool,
+    /// By mount point. `None` reserves the place while the mount is being made.
+    mounts: BTreeMap<PathBuf, Option<Mounted>>,
+    /// Unmounted here, but the superblock lives on: in another mount namespace, or in open files.
+    lingering: Vec<Mounted>,
+    registered: BTreeMap<FsId, Served>,
+}
+
+/// What keeps a mounted image served.
+#[derive(Debug)]
+struct Mounted {
+    watch: WatchId,
+    served: Served,
+    _hold: Hold,
+}
+
+#[derive(Debug)]
+enum Hold {
+    Fanotify(#[expect(dead_code, reason = "held for its drop")] fanotify::Attachment),
+    Cachefiles(#[expect(dead_code, reason = "held for its drop")] Arc<Registration>),
+}
+
+/// One served image: what is told about it.
+#[derive(Clone, Debug)]
+struct Served {
+    backend: BackendKind,
+    why: String,
+    prepared: Arc<Prepared>,
+    devices: Vec<Live>,
+    registration: Option<Arc<Registration>>,
+}
+
+/// The device behind a blob: there from the start with fanotify, from the first read on with
+/// cachefiles.
+type Live = Arc<Mutex<Weak<Device>>>;
+
+impl std::fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+impl Daemon {
+    /// Opens the store, tries out the host, and starts the keeper.
+    pub fn start(options: Options, runtime: Handle) -> Result<Arc<Self>, DaemonError> {
+        let start = |what| move |cause| DaemonError::Start { what, cause };
+        let store = Store::open(&options.cache, options.store.clone(), runtime.clone())?;
+        let backends = Backends::examine(&options.cache).map_err(start("the examination of this host"))?;
+        let keeper = Keeper::start(&options.program, &options.run).map_err(start("the keeper"))?;
+        // A successor must not write to files whose readers still ask our group.
+        keeper.hold("store", store.lock_file()).map_err(start("the keeper"))?;
+        let watch = Arc::new(MountWatch::new().map_err(start("the watch on mounts"))?);
+        let daemon = Arc::new(Self {
+            options,
+            runtime,
+            store,
+            backends,
+            keeper,
+            watch,
+            watcher: Mutex::default(),
+            state: Mutex::default(),
+        });
+        let thread = spawn("mnt-0", &daemon, |daemon| daemon.follow_unmounts()).map_err(start("the watch on mounts"))?;
+        *daemon.watcher.lock().unwrap() = Some(thread);
+        Ok(daemon)
+    }
+
+    /// Facts about the daemon and its host.
+    pub fn info(&self) -> Info {
+        let (events_hit, events_missed, cachefiles_reads) = self.backends.counts();
+        Info {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            cache: self.options.cache.clone(),
+            events_hit,
+            events_missed,
+            cachefiles_reads,
+            host: self.backends.host.clone(),
+        }
+    }
+
+    /// Mounts an image and returns when it is usable. Blocks.
+    pub fn mount(&self, request: &MountRequest) -> Result<ImageReport, DaemonError> {
+        let dir = request.dir.clone();
+        if !dir.is_absolute() || !dir.is_dir() {
+            return Err(DaemonError::NotADirectory(dir));
+        }
+        self.reserve(&dir)?;
+        match self.mount_reserved(request) {
+            Ok(mounted) => {
+                let report = mounted.served.report(Some(&dir));
+                tracing::info!(dir = %dir.display(), backend = %report.backend, image = report.image, "mounted");
+                self.state.lock().unwrap().mounts.insert(dir, Some(mounted));
+                Ok(report)
+            }
+            Err(error) => {
+                self.state.lock().unwrap().mounts.remove(&dir);
+                Err(error)
+            }
+        }
+    }
+
+    fn reserve(&self, dir: &Path) -> Result<(), DaemonError> {
+        let mut state = self.state.lock().unwrap();
+        if state.stopping {
+            return Err(DaemonError::Stopping);
+        }
+        if state.mounts.contains_key(dir) {
+            return Err(DaemonError::Mounted(dir.to_owned()));
+        }
+        state.mounts.insert(dir.to_owned(), None);
+        Ok(())
+    }
+
+    fn mount_reserved(&self, request: &MountRequest) -> Result<Mounted, DaemonError> {
+        let (kind, why) = self.backends.choose(request.backend)?;
+        let prepared = Arc::new(prepare(&request.image, &self.options.cache, &self.store, &self.runtime)?);
+        let (watch, served, hold) = match kind {
+            BackendKind::Fanotify => self.mount_fanotify(request, prepared, why)?,
+            BackendKind::Cachefiles => self.mount_cachefiles(request, prepared, why)?,
+        };
+        // Told before anybody is: should we die, the keeper knows what to look after.
+        if let Err(error) = self.keeper.mounted(&request.dir) {
+            tracing::error!(%error, "the keeper does not answer; a crash would show zeros to readers");
+        }
+        Ok(Mounted { watch, served, _hold: hold })
+    }
+
+    fn mount_fanotify(
+        &self,
+        request: &MountRequest,
+        prepared: Arc<Prepared>,
+        why: String,
+    ) -> Result<(WatchId, Served, Hold), DaemonError> {
+        let devices = prepared
+            .maps
+            .iter()
+            .map(|map| self.store.device(map.clone(), prepared.source.clone()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let image = LiveImage {
+            image: prepared.image.clone(),
+            bootstrap: prepared.bootstrap.clone(),
+            devices: devices.iter().map(|device| device.clone() as Arc<dyn Backing>).collect(),
+        };
+        let service = self.backends.fanotify(&self.keeper)?;
+        let attachment = service.attach(&image, &request.dir, &self.watch)?;
+        if request.image.prefetch {
+            devices.iter().for_each(|device| device.complete_in_background());
+        }
+        let live = devices.iter().map(|device| Arc::new(Mutex::new(Arc::downgrade(device)))).collect();
+        let served = Served { backend: BackendKind::Fanotify, why, prepared, devices: live, registration: None };
+        Ok((attachment.watch, served, Hold::Fanotify(attachment)))
+    }
+
+    fn mount_cachefiles(
+        &self,
+        request: &MountRequest,
+        prepared: Arc<Prepared>,
+        why: String,
+    ) -> Result<(WatchId, Served, Hold), DaemonError> {
+        // Images of this daemon share blobs through one domain; each mount of an image needs a
+        // name of its own there.
+        let short = prepared.key.to_string()[..32].to_owned();
+        let mut number = 1u32;
+        let (served, registration) = loop {
+            let id = if number == 1 { short.clone() } else { format!("{short}.{number}") };
+            let name = FsId::new(&id, Some("rafsd"))?;
+            match self.serve_cachefiles(&request.image, prepared.clone(), &name, why.clone()) {
+                Err(DaemonError::Attach(AttachError::Taken(_))) => number += 1,
+                other => break other?,
+            }
+        };
+        let watch = cachefiles::mount(registration.name(), &request.dir, &self.watch)?;
+        Ok((watch, served, Hold::Cachefiles(registration)))
+    }
+
+    fn serve_cachefiles(
+        &self,
+        spec: &ImageSpec,
+        prepared: Arc<Prepared>,
+        name: &FsId,
+        why: String,
+    ) -> Result<(Served, Arc<Registration>), DaemonError> {
+        let service = self.backends.cachefiles()?;
+        let engine = self.store.engine();
+        let (boot_map, boot_source) = bootstrap_as_blob(&prepared)?;
+        let size = prepared.image.summary().bootstrap_len;
+        // Metadata is read page by page, each read waiting for us: fetch all of it at the first.
+        let boot = object(boot_map, boot_source, engine, size, true, &Live::default());
+        let devices: Vec<Live> = prepared.maps.iter().map(|_| Live::default()).collect();
+        let blobs = prepared.maps.iter().zip(&devices).map(|(map, live)| {
+            let spec = object(map.clone(), prepared.source.clone(), engine, map.decoded_len(), spec.prefetch, live);
+            (map.blob().to_string(), spec)
+        });
+        let registration = Arc::new(service.register(name, boot, blobs.collect())?);
+        let registered = Some(registration.clone());
+        let served = Served { backend: BackendKind::Cachefiles, why, prepared, devices, registration: registered };
+        Ok((served, registration))
+    }
+
+    /// Makes an image mountable by anybody under names of the caller's choice.
+    pub fn register(&self, request: &RegisterRequest) -> Result<ImageReport, DaemonError> {
+        let name = FsId::new(&request.id, request.domain.as_deref())?;
+        let (_, why) = self.backends.choose(super::api::BackendChoice::Cachefiles)?;
+        let prepared = Arc::new(prepare(&request.image, &self.options.cache, &self.store, &self.runtime)?);
+        let (served, _) = self.serve_cachefiles(&request.image, prepared, &name, why)?;
+        let report = served.report(None);
+        let mut state = self.state.lock().unwrap();
+        if state.stopping {
+            return Err(DaemonError::Stopping);
+        }
+        state.registered.insert(name, served);
+        Ok(report)
+    }
+
+    /// Forgets a registered image. What is mounted from it stays served.
+    pub fn unregister(&self, id: &str, domain: Option<&str>) -> Result<(), DaemonError> {
+        let name = FsId::new(id, domain)?;
+        let removed = self.state.lock().unwrap().registered.remove(&name);
+        removed.map(drop).ok_or_else(|| DaemonError::NotRegistered(name.mount_options()))
+    }
+
+    /// Everything that is mounted or registered.
+    pub fn list(&self) -> Vec<ImageReport> {
+        let state = self.state.lock().unwrap();
+        let mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, mounted.as_ref()?)));
+        let mounts = mounted.map(|(dir, mounted)| mounted.served.report(Some(dir)));
+        mounts.chain(state.registered.values().map(|served| served.report(None))).collect()
+    }
+
+    /// Whether nothing is mounted, being mounted, lingering or registered.
+    pub fn is_idle(&self) -> bool {
+        let state = self.state.lock().unwrap();
+        state.mounts.is_empty() && state.lingering.is_empty() && state.registered.is_empty()
+    }
+
+    /// Unmounts `dir`. Returns when the file system is gone, or after a moment if somebody else
+    /// keeps it alive; it stays served until then. Blocks.
+    pub fn unmount(&self, dir: &Path, lazy: bool) -> Result<(), DaemonError> {
+        let watch = {
+            let state = self.state.lock().unwrap();
+            let mounted = state.mounts.get(dir).and_then(Option::as_ref);
+            mounted.map(|mounted| mounted.watch).ok_or_else(|| DaemonError::NotMounted(dir.to_owned()))?
+        };
+        let outcome = if lazy { detach(dir) } else { unmount(dir) };
+        outcome.map_err(|cause| DaemonError::Unmount { dir: dir.to_owned(), cause })?;
+        let until = Instant::now() + Duration::from_secs(2);
+        while self.watch.is_alive(watch) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let mut state = self.state.lock().unwrap();
+        // The watching thread may have been first.
+        if let Some(Some(mounted)) = state.mounts.remove(dir) {
+            state.lingering.push(mounted);
+        }
+        drop(state);
+        self.bury();
+        Ok(())
+    }
+
+    /// Lets go of what served superblocks that are gone.
+    fn bury(&self) {
+        let mut gone = Vec::new();
+        let mut state = self.state.lock().unwrap();
+        let is_dead = |mounted: &Mounted| !self.watch.is_alive(mounted.watch);
+        gone.extend(state.lingering.extract_if(.., |mounted| is_dead(mounted)));
+        let dead: Vec<_> = state.mounts.iter().filter(|(_, m)| m.as_ref().is_some_and(is_dead)).map(|(d, _)| d.clone()).collect();
+        for dir in dead {
+            tracing::info!(dir = %dir.display(), "unmounted");
+            gone.extend(state.mounts.remove(&dir).flatten());
+        }
+        drop(state);
+        // Outside the lock: the last owner of a device waits for the disk.
+        drop(gone);
+    }
+
+    /// Learns of every superblock that goes away, whoever unmounted it.
+    fn follow_unmounts(&self) -> io::Result<()> {
+        while self.watch.wait()?.is_some() {
+            self.bury();
+        }
+        Ok(())
+    }
+
+    /// Unmounts everything that can be unmounted, makes the cache durable and ends the threads.
+    /// What is busy and incomplete is left to the keeper: its readers wait and never see zeros.
+    /// Blocks.
+    pub fn stop(&self) {
+        let dirs: Vec<_> = {
+            let mut state = self.state.lock().unwrap();
+            state.stopping = true;
+            state.mounts.keys().cloned().collect()
+        };
+        for dir in dirs {
+            if let Err(error) = self.unmount(&dir, false) {
+                tracing::warn!(error = %Chain(&error), "stays mounted");
+            }
+        }
+        self.state.lock().unwrap().registered.clear();
+        self.bury();
+        self.watch.stop();
+        if let Some(thread) = self.watcher.lock().unwrap().take() {
+            let _ = thread.join();
+        }
+        let busy: Vec<_> = self.list().into_iter().filter(|image| !image.is_complete()).collect();
+        let lingering = !self.state.lock().unwrap().lingering.is_empty();
+        self.backends.stop();
+        if let Err(error) = self.store.close() {
+            tracing::error!(error = %Chain(&error), "what was fetched last may have to be fetched again");
+        }
+        if busy.is_empty() && !lingering {
+            self.keeper.finish();
+        } else {
+            tracing::warn!("incomplete images are still in use; the keeper holds their readers, see `rafsd recover`");
+        }
+    }
+}
+
+impl Served {
+    fn report(&self, dir: Option<&PathBuf>) -> ImageReport {
+        let prepared = &self.prepared;
+        let device = |(map, live): (&UnitMap, &Live)| DeviceReport {
+            blob: map.blob().to_string(),
+            decoded_bytes: map.decoded_len(),
+            stored_bytes: map.units().iter().map(|unit| unit.stored.end()).max().unwrap_or(0),
+            stats: live.lock().unwrap().upgrade().map(|device| device.stats()),
+        };
+        ImageReport {
+            dir: dir.cloned(),
+            backend: self.backend,
+            why: self.why.clone(),
+            image: prepared.key.to_string(),
+            bootstrap_bytes: prepared.image.summary().bootstrap_len,
+            source: prepared.source.describe(),
+            mount_options: self.registration.as_ref().map(|registration| registration.name().mount_options()),
+            devices: prepared.maps.iter().zip(&self.devices).map(device).collect(),
+        }
+    }
+}
+
+impl ImageReport {
+    /// Whether the kernel can read all of it without us.
+    pub fn is_complete(&self) -> bool {
+        self.devices.iter().all(|device| device.stats.is_some_and(|stats| stats.complete))
+    }
+}
+
+/// An object of the kernel's cache, filled from `source`.
+fn object(
+    map: UnitMap,
+    source: Arc<dyn BlobSource>,
+    engine: &Arc<Engine>,
+    size: u64,
+    eager: bool,
+    live: &Live,
+) -> ObjectSpec {
+    let (engine, live) = (engine.clone(), live.clone());
+    ObjectSpec {
+        size,
+        open: Box::new(move |sink, present| {
+            let device = Device::with_sink(map.clone(), source.clone(), sink, present, engine.clone());
+            *live.lock().unwrap() = Arc::downgrade(&device);
+            if eager {
+                device.complete_in_background();
+            }
+            device as Arc<dyn Fill>
+        }),
+    }
+}

@@ -1,0 +1,162 @@
+//! From a bootstrap file and a source to maps and a mountable copy.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sha2::Digest as _;
+
+use super::DaemonError;
+use super::api::ImageSpec;
+use crate::base::{BLOCK, BlobId, ByteRange, Class, Digest};
+use crate::blob::{BlobTables, Check, Recipe, TablesError, Unit, UnitMap};
+use crate::cache::Store;
+use crate::image::{Device, Image, MAX_BOOTSTRAP};
+use crate::net::{ClientOptions, RetryPolicy};
+use crate::source::{self, BlobSource, LocalSource, ReadCtx};
+
+/// An image that is ready to be attached to a backend.
+pub(super) struct Prepared {
+    pub(super) image: Arc<Image>,
+    /// SHA-256 of the bootstrap.
+    pub(super) key: Digest,
+    /// Our own copy of the bootstrap: complete, synced, and never written again.
+    pub(super) bootstrap: PathBuf,
+    /// One map per device, with the digests this image names.
+    pub(super) maps: Vec<UnitMap>,
+    pub(super) source: Arc<dyn BlobSource>,
+}
+
+/// How long the tables of a blob may take to arrive.
+const TABLES_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Pieces in which a bootstrap is served by the cachefiles backend.
+const BOOTSTRAP_UNIT: usize = 1 << 20;
+
+/// Reads everything a mount needs. Blocks; runs its fetches on `runtime`.
+pub(super) fn prepare(
+    spec: &ImageSpec,
+    cache: &Path,
+    store: &Store,
+    runtime: &tokio::runtime::Handle,
+) -> Result<Prepared, DaemonError> {
+    let (bootstrap, key) = adopt(&spec.bootstrap, &cache.join("bootstraps"))?;
+    let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, &spec.bootstrap)))?;
+    let mut options = ClientOptions::default();
+    options.extra_ca_pem.extend(spec.ca.clone());
+    let source = source::open(&spec.blobs, &options, RetryPolicy::default()).map_err(DaemonError::SourceSpec)?;
+    let maps = image
+        .devices()
+        .iter()
+        .map(|device| map(device, &image, store, source.as_ref(), runtime))
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source })
+}
+
+/// The unit map of one device: from the cache if it is there and agrees, else from the blob.
+fn map(
+    device: &Device,
+    image: &Image,
+    store: &Store,
+    source: &dyn BlobSource,
+    runtime: &tokio::runtime::Handle,
+) -> Result<UnitMap, DaemonError> {
+    let tables = BlobTables::new(&device.entry).map_err(DaemonError::Tables)?;
+    let with_digests = |map: &UnitMap| tables.with_digests(map, image.chunk_records().iter());
+    if let Some(saved) = store.saved_map(&device.blob)
+        && saved.decoded_len() == tables.decoded_len()
+        && let Ok(map) = with_digests(&saved)
+    {
+        return Ok(map);
+    }
+    let ctx = ReadCtx { class: Class::OnDemand, deadline: Instant::now() + TABLES_DEADLINE };
+    let fetched = runtime.block_on(source.read(&device.blob, tables.stored(), ctx));
+    let stored = fetched.map_err(|cause| DaemonError::FetchTables { blob: device.blob.clone(), cause })?;
+    tables.geometry(&stored).and_then(|map| with_digests(&map)).map_err(DaemonError::Tables)
+}
+
+/// Copies the bootstrap into the cache under its digest, so that nobody can change it while the
+/// kernel has it mounted, and so that it lies on a file system that EROFS accepts.
+fn adopt(bootstrap: &Path, dir: &Path) -> Result<(PathBuf, Digest), DaemonError> {
+    let read = |cause| DaemonError::Io { path: bootstrap.to_owned(), cause };
+    let write = |cause| DaemonError::Io { path: dir.to_owned(), cause };
+    let mut from = File::open(bootstrap).map_err(read)?;
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(write)?;
+    let scratch = dir.join(format!(".new-{}-{:?}", std::process::id(), std::thread::current().id()));
+    let mut to = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&scratch)
+        .map_err(write)?;
+    let _remove = RemoveOnDrop(&scratch);
+    let mut hasher = sha2::Sha256::new();
+    let (mut buffer, mut total) = (vec![0; BOOTSTRAP_UNIT], 0u64);
+    loop {
+        let len = from.read(&mut buffer).map_err(read)?;
+        if len == 0 {
+            break;
+        }
+        total += len as u64;
+        if total > MAX_BOOTSTRAP {
+            return Err(read(io::Error::other("it is longer than 2 GiB, so it is no bootstrap")));
+        }
+        hasher.update(&buffer[..len]);
+        to.write_all(&buffer[..len]).map_err(write)?;
+    }
+    let key = Digest(hasher.finalize().into());
+    let path = dir.join(key.to_string());
+    if !path.exists() {
+        to.sync_all().map_err(write)?;
+        fs::rename(&scratch, &path).map_err(write)?;
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(write)?;
+    }
+    Ok((path, key))
+}
+
+struct RemoveOnDrop<'a>(&'a Path);
+
+impl Drop for RemoveOnDrop<'_> {
+    fn drop(&mut self) {
+        // Gone already when it was renamed.
+        let _ = fs::remove_file(self.0);
+    }
+}
+
+/// People know the file they named, not our copy.
+fn renamed(error: crate::image::OpenError, asked: &Path) -> crate::image::OpenError {
+    use crate::image::OpenError;
+    match error {
+        OpenError::Io { cause, .. } => OpenError::Io { path: asked.to_owned(), cause },
+        OpenError::Image { cause, .. } => OpenError::Image { path: asked.to_owned(), cause },
+    }
+}
+
+/// The bootstrap as a blob of plain units with digests, and the source that has it: the
+/// cachefiles backend serves it like any other object.
+pub(super) fn bootstrap_as_blob(prepared: &Prepared) -> Result<(UnitMap, Arc<dyn BlobSource>), DaemonError> {
+    let io = |cause| DaemonError::Io { path: prepared.bootstrap.clone(), cause };
+    let blob: BlobId = prepared.key.to_string().parse().expect("hexadecimal digits make an id");
+    let mut file = File::open(&prepared.bootstrap).map_err(io)?;
+    let (mut units, mut at, mut buffer) = (Vec::new(), 0u64, Vec::new());
+    loop {
+        buffer.clear();
+        (&mut file).take(BOOTSTRAP_UNIT as u64).read_to_end(&mut buffer).map_err(io)?;
+        if buffer.is_empty() {
+            break;
+        }
+        let range = ByteRange::at(at, buffer.len() as u64).expect("a bootstrap has at most 2 GiB");
+        let check = Check::Blake3(crate::codec::blake3(&buffer).0);
+        units.push(Unit { decoded: range, stored: range, recipe: Recipe::Plain, check });
+        at = range.end();
+    }
+    let map = UnitMap::new(blob.clone(), at.next_multiple_of(BLOCK), units)
+        .map_err(|cause| DaemonError::Tables(TablesError::Map { blob, cause }))?;
+    let dir = prepared.bootstrap.parent().expect("a file in the cache has a directory");
+    let source = LocalSource::new(dir).map_err(DaemonError::SourceSpec)?;
+    Ok((map, Arc::new(source)))
+}
