@@ -255,18 +255,19 @@ fn distrust(error: &reqwest::Error) -> Option<String> {
     if error.is_redirect() {
         return Some(with_causes(error));
     }
-    causes(error).find_map(|cause| {
-        // An I/O error does not list what it wraps among its sources.
-        let wrapped = cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        let tls = cause.downcast_ref().or_else(|| wrapped?.downcast_ref())?;
-        match tls {
-            rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer) => {
-                Some("its certificate is not signed by an authority trusted here".to_owned())
-            }
-            rustls::Error::InvalidCertificate(_) => Some(tls.to_string()),
-            _ => None,
+    match causes(error).find_map(tls_error)? {
+        rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer) => {
+            Some("its certificate is not signed by an authority trusted here".to_owned())
         }
-    })
+        bad @ rustls::Error::InvalidCertificate(_) => Some(bad.to_string()),
+        _ => None,
+    }
+}
+
+/// The error of the TLS library that `cause` is, or hides: an I/O error does not list what it
+/// wraps among its sources, and here one I/O error wraps another.
+fn tls_error<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
+    cause.downcast_ref().or_else(|| tls_error(cause.downcast_ref::<io::Error>()?.get_ref()?))
 }
 
 fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
