@@ -1,1 +1,7 @@
-fn main() {}
+//! The program: see `rafsd --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    rafsd::cli::run()
+}

@@ -1,1 +1,122 @@
-//! cli
+//! Commands: parse, call the library, print.
+//!
+//! Human output goes to stdout, `--json` prints the same facts for scripts, logs and progress go
+//! to stderr. Exit status is 0 for success, 1 for failure, 2 for a wrong command line; what a
+//! command adds to that is in its help.
+
+pub mod build;
+mod connect;
+mod demo;
+mod doctor;
+mod keeper;
+mod manual;
+mod mount;
+pub mod progress;
+mod register;
+mod serve;
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// Start containers before their images have arrived
+///
+/// rafsd mounts RAFS images through the kernel's own EROFS driver and fetches file data only when
+/// something reads it.
+#[derive(Debug, Parser)]
+#[command(name = "rafsd", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to log to stderr: error, warn, info, debug, trace, or rules like info,rafsd::cache=debug
+    #[arg(long, global = true, value_name = "LEVEL", env = "RAFSD_LOG")]
+    log: Option<Targets>,
+
+    /// How to log
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Build(build::BuildArgs),
+    Mount(mount::MountArgs),
+    #[command(visible_alias = "unmount")]
+    Umount(mount::UmountArgs),
+    #[command(visible_alias = "ls")]
+    List(mount::ListArgs),
+    Serve(serve::ServeArgs),
+    Stop(serve::StopArgs),
+    Register(register::RegisterArgs),
+    Unregister(register::UnregisterArgs),
+    Doctor(doctor::DoctorArgs),
+    Demo(demo::DemoArgs),
+    Recover(keeper::RecoverArgs),
+    #[command(hide = true)]
+    Keeper(keeper::KeeperArgs),
+    Completions(manual::CompletionsArgs),
+    Man(manual::ManArgs),
+}
+
+/// Runs the program: the whole of `main` but the process.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(&cli);
+    let outcome = match cli.command {
+        Command::Build(args) => build::run(args),
+        Command::Mount(args) => mount::mount(args),
+        Command::Umount(args) => mount::umount(args),
+        Command::List(args) => mount::list(args),
+        Command::Serve(args) => serve::run(args),
+        Command::Stop(args) => serve::stop(args),
+        Command::Register(args) => register::register(args),
+        Command::Unregister(args) => register::unregister(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Demo(args) => demo::run(args),
+        Command::Recover(args) => keeper::recover(args),
+        Command::Keeper(args) => keeper::keep(args),
+        Command::Completions(args) => manual::completions(args),
+        Command::Man(args) => manual::man(args),
+    };
+    outcome.unwrap_or_else(|error| {
+        let closed = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+        if closed.into_iter().any(|cause| cause.kind() == io::ErrorKind::BrokenPipe) {
+            // Whoever read our output has seen enough.
+            return ExitCode::SUCCESS;
+        }
+        // A closed stderr leaves nobody to tell.
+        let _ = writeln!(io::stderr(), "rafsd: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn start_log(cli: &Cli) {
+    let serves = matches!(cli.command, Command::Serve(_) | Command::Keeper(_));
+    let default = if serves { LevelFilter::INFO } else { LevelFilter::WARN };
+    let targets = cli.log.clone().unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN).with_target("rafsd", default));
+    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
+    let layer = match cli.log_format {
+        LogFormat::Text => layer.boxed(),
+        LogFormat::Json => layer.json().boxed(),
+    };
+    tracing_subscriber::registry().with(layer.with_filter(targets)).init();
+}
+
+/// Prints `value` as JSON, one line.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer(&mut out, value).map_err(io::Error::from)?;
+    Ok(writeln!(out)?)
+}

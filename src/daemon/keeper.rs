@@ -140,6 +140,7 @@ pub fn keep(socket: OwnedFd, control: &Path) -> io::Result<()> {
         mounts: Vec::new(),
         watch: MountWatch::new()?,
         denying: false,
+        unwatched: false,
     };
     let outcome = post.stand();
     let _ = std::fs::remove_file(control);
@@ -155,6 +156,8 @@ struct Post {
     mounts: Vec<PathBuf>,
     watch: MountWatch,
     denying: bool,
+    /// A mount's end cannot be known, so the group must be held for ever.
+    unwatched: bool,
 }
 
 impl Post {
@@ -169,7 +172,7 @@ impl Post {
             if self.socket.is_some() && self.hear()? {
                 return Ok(());
             }
-            if self.socket.is_none() && self.watch.alive() == 0 {
+            if self.socket.is_none() && self.watch.alive() == 0 && !self.unwatched {
                 return Ok(());
             }
             self.serve_control();
@@ -207,7 +210,10 @@ impl Post {
         match serde_json::from_slice(&bytes) {
             Ok(Word::Hold { name }) => self.held.extend(fd.map(|fd| (name, fd))),
             Ok(Word::Mounted { dir }) => {
-                self.watch.add_path(&dir)?;
+                if let Err(error) = self.watch.add_path(&dir) {
+                    tracing::error!(dir = %dir.display(), %error, "cannot watch a mount; this keeper will stay for good");
+                    self.unwatched = true;
+                }
                 self.mounts.push(dir);
             }
             Ok(Word::Finish) => finish = true,

@@ -1,0 +1,179 @@
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
+
+use super::connect::{Place, block_on};
+use super::print_json;
+use crate::base::ByteSize;
+use crate::daemon::api::{BackendChoice, ImageReport, ImageSpec, MountRequest, UnmountRequest};
+
+/// Where an image and its blobs are.
+#[derive(Debug, clap::Args)]
+pub(super) struct ImageArgs {
+    /// Bootstrap of the image
+    #[arg(value_name = "BOOTSTRAP")]
+    bootstrap: PathBuf,
+
+    /// Where the blobs are: a directory, or the http(s) URL below which each has its id as name
+    #[arg(long, value_name = "DIR|URL")]
+    blobs: String,
+
+    /// PEM file with a certificate authority to trust besides the system's
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+
+    /// Fetch everything in the background, behind all readers
+    #[arg(long)]
+    prefetch: bool,
+}
+
+impl ImageArgs {
+    /// The same with paths that mean the same to the daemon.
+    pub(super) fn spec(self) -> anyhow::Result<ImageSpec> {
+        let blobs = if self.blobs.contains("://") {
+            self.blobs
+        } else {
+            utf8(&absolute(Path::new(&self.blobs))?)?.to_owned()
+        };
+        let ca = self.ca.as_deref().map(absolute).transpose()?;
+        Ok(ImageSpec { bootstrap: absolute(&self.bootstrap)?, blobs, ca, prefetch: self.prefetch })
+    }
+}
+
+/// Mount an image; its data arrives when it is read
+///
+/// Asks the daemon, starting one if none runs, and returns when the mount is usable.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLE)]
+pub(super) struct MountArgs {
+    #[command(flatten)]
+    image: ImageArgs,
+
+    /// Where to mount: an existing directory
+    #[arg(value_name = "DIR")]
+    dir: PathBuf,
+
+    /// How cold reads reach the daemon
+    #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
+    backend: BackendChoice,
+
+    /// Directory of the cache, for a daemon that is started now [default: /var/lib/rafsd]
+    #[arg(long, value_name = "DIR", env = "RAFSD_CACHE")]
+    cache: Option<PathBuf>,
+
+    #[command(flatten)]
+    place: Place,
+
+    /// Print what was mounted as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLE: &str = "\
+Example:
+  rafsd mount image/bootstrap /mnt --blobs https://blobs.example/image";
+
+/// Exit status: 0 when the mount is usable.
+pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
+    let dir = absolute(&args.dir)?;
+    utf8(&dir)?;
+    let request = MountRequest { image: args.image.spec()?, dir, backend: args.backend };
+    let report = block_on(async {
+        let client = args.place.connect_or_start(args.cache.as_deref()).await?;
+        Ok(client.mount(&request).await?)
+    })?;
+    if args.json {
+        print_json(&report)?;
+    } else {
+        writeln!(io::stdout(), "{}: {} ({})", request.dir.display(), report.backend, report.why)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Unmount an image
+#[derive(Debug, clap::Args)]
+pub(super) struct UmountArgs {
+    /// Where it is mounted
+    #[arg(value_name = "DIR")]
+    dir: PathBuf,
+
+    /// Take it out of the tree even while files on it are open
+    #[arg(long)]
+    lazy: bool,
+
+    #[command(flatten)]
+    place: Place,
+}
+
+/// Exit status: 0 when nothing of the image is mounted there any more.
+pub(super) fn umount(args: UmountArgs) -> anyhow::Result<ExitCode> {
+    let request = UnmountRequest { dir: absolute(&args.dir)?, lazy: args.lazy };
+    block_on(async { args.place.client()?.unmount(&request).await.map_err(|e| args.place.explain(e)) })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// List mounted and registered images
+#[derive(Debug, clap::Args)]
+pub(super) struct ListArgs {
+    #[command(flatten)]
+    place: Place,
+
+    /// Print everything that is known as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Exit status: 0, also when nothing is mounted or no daemon runs.
+pub(super) fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
+    use crate::daemon::client::ClientError;
+    let images = block_on(async {
+        match args.place.client()?.list().await {
+            Err(ClientError::NoDaemon { .. }) if crate::daemon::keeper::ask(&args.place.run, "status").is_err() => {
+                Ok(Vec::new())
+            }
+            other => other.map_err(|e| args.place.explain(e)),
+        }
+    })?;
+    if args.json {
+        print_json(&images)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut out = io::stdout().lock();
+    if !images.is_empty() {
+        writeln!(out, "{:<10}  {:>9}  {:>10}  {:<12}  WHERE", "BACKEND", "PRESENT", "FETCHED", "IMAGE")?;
+    }
+    for image in &images {
+        let options = image.mount_options.as_deref().unwrap_or_default();
+        let place = image.dir.as_deref().map_or_else(|| format!("-o {options}"), |dir| dir.display().to_string());
+        let (present, fetched) = progress(image);
+        writeln!(out, "{:<10}  {present:>9}  {fetched:>10}  {:<12}  {place}", image.backend, &image.image[..12])?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Part of the units that is present, and stored bytes fetched so far.
+fn progress(image: &ImageReport) -> (String, String) {
+    let stats: Vec<_> = image.devices.iter().filter_map(|device| device.stats).collect();
+    let units: u64 = stats.iter().map(|stats| u64::from(stats.units)).sum();
+    let present: u64 = stats.iter().map(|stats| u64::from(stats.units_present)).sum();
+    let fetched = stats.iter().map(|stats| stats.stored_bytes_fetched).sum();
+    let part = if image.is_complete() {
+        "complete".to_owned()
+    } else if stats.len() < image.devices.len() || units == 0 {
+        "-".to_owned()
+    } else {
+        format!("{}%", present * 100 / units)
+    };
+    (part, ByteSize(fetched).to_string())
+}
+
+fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+    path.canonicalize().with_context(|| format!("cannot use {}", path.display()))
+}
+
+/// Paths travel as JSON, which has no words for other bytes.
+fn utf8(path: &Path) -> anyhow::Result<&str> {
+    path.to_str().with_context(|| format!("the path {} is not UTF-8", path.display()))
+}

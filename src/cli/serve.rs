@@ -1,0 +1,122 @@
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+use super::connect::{Place, block_on};
+use crate::cache::{StoreError, StoreOptions};
+use crate::daemon::control::Control;
+use crate::daemon::{Daemon, DaemonError, Options};
+use crate::sys::process;
+
+/// Run the daemon that serves mounted images
+///
+/// SIGTERM and SIGINT unmount everything and exit. A mount that is in use and incomplete stays:
+/// its readers wait, held by the keeper, and never see zeros.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  rafsd serve --cache /var/lib/rafsd")]
+pub(super) struct ServeArgs {
+    /// Directory of the cache, on ext4, XFS or btrfs
+    #[arg(long, value_name = "DIR", env = "RAFSD_CACHE", default_value = "/var/lib/rafsd")]
+    cache: PathBuf,
+
+    #[command(flatten)]
+    place: Place,
+
+    /// Seconds that a read may wait for its data before it fails with EIO
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    deadline: u64,
+
+    /// Exit after this many seconds without anything to serve
+    #[arg(long, value_name = "SECONDS")]
+    exit_when_idle: Option<u64>,
+
+    /// Leave the terminal's session
+    #[arg(long, hide = true)]
+    detached: bool,
+}
+
+/// How long to wait for a predecessor to leave the cache.
+const HANDOVER: Duration = Duration::from_secs(10);
+
+/// Exit status: 0 after an orderly stop.
+pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    if args.detached {
+        process::leave_session().context("cannot leave the session")?;
+    }
+    process::protect_from_oom();
+    process::raise_descriptor_limit().context("cannot raise the limit of open files")?;
+    for dir in [&args.place.run, &args.cache] {
+        let create = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        create.with_context(|| format!("cannot create {}", dir.display()))?;
+    }
+    let cache = args.cache.canonicalize().with_context(|| format!("cannot use {}", args.cache.display()))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(std::thread::available_parallelism().map_or(2, |n| n.get().min(4)))
+        .thread_name("net")
+        .enable_all()
+        .build()?;
+    let store = StoreOptions { deadline: Duration::from_secs(args.deadline), ..StoreOptions::default() };
+    let program = PathBuf::from("/proc/self/exe");
+    let options = Options { cache, run: args.place.run.clone(), program, store };
+    let idle = args.exit_when_idle.map(Duration::from_secs);
+    let stopped = runtime.block_on(async {
+        // First, so that two daemons started at once do not both try out the host.
+        let control = Control::bind(&args.place.run)?;
+        let stop = Arc::new(Notify::new());
+        // Before anything is mounted: from here on a signal is an orderly stop.
+        watch_signals(stop.clone())?;
+        let handle = tokio::runtime::Handle::current();
+        let daemon = tokio::task::spawn_blocking(move || start(&options, &handle)).await??;
+        tracing::info!(run = %args.place.run.display(), choice = ?daemon.info().host.choice, "serving");
+        control.serve(daemon.clone(), stop, idle).await?;
+        anyhow::Ok(daemon)
+    });
+    let daemon = stopped?;
+    tracing::info!("stopping");
+    daemon.stop();
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Starts the daemon, waiting a while for one that is just leaving the same cache.
+fn start(options: &Options, handle: &tokio::runtime::Handle) -> anyhow::Result<Arc<Daemon>> {
+    let until = Instant::now() + HANDOVER;
+    loop {
+        match Daemon::start(options.clone(), handle.clone()) {
+            Err(DaemonError::Store(StoreError::Locked { .. })) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            outcome => return Ok(outcome?),
+        }
+    }
+}
+
+fn watch_signals(stop: Arc<Notify>) -> anyhow::Result<()> {
+    let mut term = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::spawn(async move {
+        tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
+        stop.notify_one();
+    });
+    Ok(())
+}
+
+/// Stop the daemon: unmount everything and exit
+#[derive(Debug, clap::Args)]
+pub(super) struct StopArgs {
+    #[command(flatten)]
+    place: Place,
+}
+
+/// Exit status: 0 when the daemon has taken the request.
+pub(super) fn stop(args: StopArgs) -> anyhow::Result<ExitCode> {
+    block_on(async { args.place.client()?.stop().await.map_err(|e| args.place.explain(e)) })?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,112 @@
+//! The other end of the control socket.
+
+use std::path::{Path, PathBuf};
+
+use reqwest::Method;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::api::{
+    Failure, ImageReport, Info, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest,
+};
+use super::control::SOCKET;
+
+/// Talks to the daemon of one run directory.
+#[derive(Clone, Debug)]
+pub struct Client {
+    http: reqwest::Client,
+    socket: PathBuf,
+}
+
+/// Why a daemon did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody answers.
+    #[error("no daemon answers at {}", socket.display())]
+    NoDaemon {
+        socket: PathBuf,
+        #[source]
+        cause: reqwest::Error,
+    },
+    /// The daemon refused.
+    #[error("{0}")]
+    Refused(String),
+    /// The answer makes no sense.
+    #[error("the daemon at {} gave an answer that cannot be understood", socket.display())]
+    Garbled {
+        socket: PathBuf,
+        #[source]
+        cause: reqwest::Error,
+    },
+}
+
+impl Client {
+    /// A client for the daemon below `run`. Connects at the first request.
+    pub fn new(run: &Path) -> reqwest::Result<Self> {
+        crate::net::install_tls();
+        let socket = run.join(SOCKET);
+        let http = reqwest::Client::builder()
+            .unix_socket(socket.clone())
+            .no_proxy()
+            .tls_certs_only([])
+            .build()?;
+        Ok(Self { http, socket })
+    }
+
+    /// Facts about the daemon.
+    pub async fn info(&self) -> Result<Info, ClientError> {
+        self.call(Method::GET, "info", &()).await
+    }
+
+    /// What it serves.
+    pub async fn list(&self) -> Result<Vec<ImageReport>, ClientError> {
+        self.call(Method::GET, "mounts", &()).await
+    }
+
+    /// Mounts an image; returns when it is usable.
+    pub async fn mount(&self, request: &MountRequest) -> Result<ImageReport, ClientError> {
+        self.call(Method::POST, "mounts", request).await
+    }
+
+    /// Unmounts.
+    pub async fn unmount(&self, request: &UnmountRequest) -> Result<(), ClientError> {
+        self.call(Method::DELETE, "mounts", request).await
+    }
+
+    /// Makes an image known to the cachefiles backend.
+    pub async fn register(&self, request: &RegisterRequest) -> Result<ImageReport, ClientError> {
+        self.call(Method::POST, "images", request).await
+    }
+
+    /// Makes the cachefiles backend forget an image.
+    pub async fn unregister(&self, request: &UnregisterRequest) -> Result<(), ClientError> {
+        self.call(Method::DELETE, "images", request).await
+    }
+
+    /// Asks it to unmount everything and exit.
+    pub async fn stop(&self) -> Result<(), ClientError> {
+        self.call(Method::POST, "stop", &()).await
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &(impl Serialize + Sync + ?Sized),
+    ) -> Result<T, ClientError> {
+        let garbled = |cause| ClientError::Garbled { socket: self.socket.clone(), cause };
+        // The host is not looked at: the socket decides where this goes.
+        let request = self.http.request(method, format!("http://rafsd/v1/{path}")).json(body);
+        let answer = request
+            .send()
+            .await
+            .map_err(|cause| ClientError::NoDaemon { socket: self.socket.clone(), cause })?;
+        if answer.status().is_success() {
+            return answer.json().await.map_err(garbled);
+        }
+        let status = answer.status();
+        let text = answer.text().await.map_err(garbled)?;
+        let failure = serde_json::from_str::<Failure>(&text);
+        Err(ClientError::Refused(failure.map_or_else(|_| format!("{status}: {text}"), |failure| failure.error)))
+    }
+}

@@ -1,0 +1,155 @@
+//! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use serde::Serialize;
+use tokio::net::UnixListener;
+use tokio::sync::Notify;
+
+use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest};
+use super::{Daemon, DaemonError};
+use crate::base::Chain;
+
+/// Name of the control socket in the run directory.
+pub const SOCKET: &str = "rafsd.sock";
+
+/// The listening socket. Dropping it removes it.
+#[derive(Debug)]
+pub struct Control {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+#[derive(Clone)]
+struct Shared {
+    daemon: Arc<Daemon>,
+    stop: Arc<Notify>,
+}
+
+impl Control {
+    /// Listens below `run`, for root only. Must be called on the runtime.
+    ///
+    /// # Errors
+    /// `AddrInUse` if another daemon answers there.
+    pub fn bind(run: &Path) -> io::Result<Self> {
+        let path = run.join(SOCKET);
+        if std::os::unix::net::UnixStream::connect(&path).is_ok() {
+            let text = format!("a daemon answers at {} already", path.display());
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
+        }
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        Ok(Self { listener, path })
+    }
+
+    /// Answers requests until `stop` is notified, or, where `idle` is given, until the daemon has
+    /// had nothing to serve for that long.
+    pub async fn serve(self, daemon: Arc<Daemon>, stop: Arc<Notify>, idle: Option<Duration>) -> io::Result<()> {
+        let shared = Shared { daemon: daemon.clone(), stop: stop.clone() };
+        let router = Router::new()
+            .route("/v1/info", get(info))
+            .route("/v1/mounts", get(list).post(mount).delete(unmount))
+            .route("/v1/images", post(register).delete(unregister))
+            .route("/v1/stop", post(request_stop))
+            .with_state(shared);
+        let path = self.path;
+        let until = async move {
+            match idle {
+                Some(idle) => tokio::select! { () = stop.notified() => {}, () = idle_for(daemon, idle) => {} },
+                None => stop.notified().await,
+            }
+            // Gone before the daemon is: whoever comes now starts another one and waits for us.
+            let _ = fs::remove_file(&path);
+        };
+        axum::serve(self.listener, router).with_graceful_shutdown(until).await
+    }
+}
+
+async fn idle_for(daemon: Arc<Daemon>, idle: Duration) {
+    let mut calm = 0u32;
+    let step = Duration::from_millis(100);
+    while step * calm < idle {
+        tokio::time::sleep(step).await;
+        calm = if daemon.is_idle() { calm + 1 } else { 0 };
+    }
+}
+
+/// Runs `work`, which blocks, off the runtime's own threads.
+async fn blocking<T, F>(shared: Shared, work: F) -> Response
+where
+    T: Serialize + Send + 'static,
+    F: FnOnce(&Daemon) -> Result<T, DaemonError> + Send + 'static,
+{
+    match tokio::task::spawn_blocking(move || work(&shared.daemon)).await {
+        Ok(Ok(value)) => Json(value).into_response(),
+        Ok(Err(error)) => failure(status(&error), Chain(&error).to_string()),
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+    }
+}
+
+fn failure(status: StatusCode, error: String) -> Response {
+    tracing::warn!(%status, error, "request refused");
+    (status, Json(Failure { error })).into_response()
+}
+
+fn status(error: &DaemonError) -> StatusCode {
+    match error {
+        DaemonError::NotMounted(_) | DaemonError::NotRegistered(_) => StatusCode::NOT_FOUND,
+        DaemonError::Mounted(_) | DaemonError::Unmount { .. } => StatusCode::CONFLICT,
+        DaemonError::NotADirectory(_)
+        | DaemonError::Bootstrap(_)
+        | DaemonError::Tables(_)
+        | DaemonError::SourceSpec(_)
+        | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+        DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+        DaemonError::Io { .. }
+        | DaemonError::Start { .. }
+        | DaemonError::FetchTables { .. }
+        | DaemonError::Store(_)
+        | DaemonError::Attach(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+async fn info(State(shared): State<Shared>) -> Response {
+    blocking(shared, |daemon| Ok(daemon.info())).await
+}
+
+async fn list(State(shared): State<Shared>) -> Response {
+    blocking(shared, |daemon| Ok(daemon.list())).await
+}
+
+async fn mount(State(shared): State<Shared>, Json(request): Json<MountRequest>) -> Response {
+    blocking(shared, move |daemon| daemon.mount(&request)).await
+}
+
+async fn unmount(State(shared): State<Shared>, Json(request): Json<UnmountRequest>) -> Response {
+    blocking(shared, move |daemon| daemon.unmount(&request.dir, request.lazy)).await
+}
+
+async fn register(State(shared): State<Shared>, Json(request): Json<RegisterRequest>) -> Response {
+    blocking(shared, move |daemon| daemon.register(&request)).await
+}
+
+async fn unregister(State(shared): State<Shared>, Json(request): Json<UnregisterRequest>) -> Response {
+    blocking(shared, move |daemon| daemon.unregister(&request.id, request.domain.as_deref())).await
+}
+
+async fn request_stop(State(shared): State<Shared>) -> Response {
+    shared.stop.notify_one();
+    Json(()).into_response()
+}
