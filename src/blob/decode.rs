@@ -24,10 +24,14 @@ pub enum DecodeError {
 
 /// Turns the stored bytes of `unit` into checked plain bytes.
 ///
-/// `out` is cleared and becomes the unit's whole blocks: the plain bytes, then zeros up to the
-/// block boundary. On error its contents mean nothing. The work and memory are bounded by the
+/// `out` is the room for the unit's whole blocks and is filled completely: the plain bytes, then
+/// zeros up to the block boundary. On error its contents mean nothing. The work is bounded by the
 /// unit's decoded size whatever `stored` holds.
-pub fn decode(unit: &Unit, stored: &[u8], out: &mut Vec<u8>) -> Result<(), DecodeError> {
+///
+/// # Panics
+/// If `out` is not exactly as long as [`Unit::blocks`].
+pub fn decode(unit: &Unit, stored: &[u8], out: &mut [u8]) -> Result<(), DecodeError> {
+    assert_eq!(out.len() as u64, unit.blocks().len(), "the caller makes room for whole blocks");
     if stored.len() as u64 != unit.stored.len() {
         return Err(DecodeError::StoredLength { got: stored.len(), want: unit.stored.len() });
     }
@@ -35,10 +39,8 @@ pub fn decode(unit: &Unit, stored: &[u8], out: &mut Vec<u8>) -> Result<(), Decod
         return Err(DecodeError::Unverifiable);
     }
     let plain_len = usize::try_from(unit.decoded.len()).expect("a unit has at most 16 MiB");
-    let padded_len = usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB");
-    out.clear();
-    out.resize(padded_len, 0);
-    let plain = &mut out[..plain_len];
+    let (plain, padding) = out.split_at_mut(plain_len);
+    padding.fill(0);
     match unit.recipe {
         Recipe::Plain if stored.len() == plain_len => plain.copy_from_slice(stored),
         Recipe::Plain => return Err(DecodeError::StoredLength { got: stored.len(), want: unit.decoded.len() }),
@@ -93,10 +95,10 @@ mod tests {
     fn every_recipe_gives_the_plain_bytes_padded_with_zeros() {
         let plain: Vec<u8> = (0..5000u32).flat_map(|i| (i / 3).to_le_bytes()).collect();
         for (recipe, stored) in every_recipe(&plain) {
-            let mut out = vec![0xff; 3];
+            let mut out = vec![0xff; 20480];
             decode(&unit(recipe, &stored, &plain), &stored, &mut out).unwrap_or_else(|e| panic!("{recipe:?}: {e}"));
             assert_eq!(out[..plain.len()], plain, "{recipe:?}");
-            assert!(out[plain.len()..].iter().all(|&b| b == 0) && out.len() == 20480, "{recipe:?}");
+            assert!(out[plain.len()..].iter().all(|&b| b == 0), "{recipe:?}");
         }
     }
 
@@ -108,13 +110,12 @@ mod tests {
             for bit in 0..stored.len() * 8 {
                 let mut bad = stored.clone();
                 bad[bit / 8] ^= 1 << (bit % 8);
-                let mut out = Vec::new();
+                let mut out = [0; 4096];
                 if decode(&unit, &bad, &mut out).is_ok() {
                     assert_eq!(out[..plain.len()], plain, "{recipe:?} bit {bit}");
                 }
             }
-            let mut out = Vec::new();
-            assert!(decode(&unit, &stored[1..], &mut out).is_err(), "{recipe:?} cut");
+            assert!(decode(&unit, &stored[1..], &mut [0; 4096]).is_err(), "{recipe:?} cut");
         }
     }
 
@@ -122,6 +123,6 @@ mod tests {
     fn a_unit_without_a_promise_is_never_decoded() {
         let mut unit = unit(Recipe::Plain, b"x", b"x");
         unit.check = Check::Unknown;
-        assert_eq!(decode(&unit, b"x", &mut Vec::new()), Err(DecodeError::Unverifiable));
+        assert_eq!(decode(&unit, b"x", &mut [0; 4096]), Err(DecodeError::Unverifiable));
     }
 }

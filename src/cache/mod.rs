@@ -4,11 +4,39 @@
 //! so. It knows units, a source and a file; it knows no file system format, no kernel interface
 //! and no registry. A byte reaches the device file only after the unit it belongs to was checked,
 //! and a presence bit is set only after the bytes are in the file.
+//!
+//! A [`Store`] owns a directory and gives out [`Device`]s; an [`Engine`] has the threads, queues
+//! and limits all devices share. The way of one cold read: `device` finds the missing units, joins
+//! or leads each in `inflight`, `plan` gathers the led ones into ranged reads, `fetch` queues the
+//! reads and runs them on the network threads, `pool` decodes and checks, `ledger` writes and
+//! publishes, and the last unit to settle runs the completion.
+
+mod background;
+mod bits;
+mod budget;
+mod device;
+mod engine;
+mod fetch;
+mod flush;
+mod inflight;
+mod ledger;
+mod plan;
+mod pool;
+mod presence;
+mod readahead;
+mod sink;
+mod store;
+
+pub use device::{Device, DeviceStats};
+pub use engine::{Engine, StoreOptions};
+pub use ledger::FlushError;
+pub use sink::{FileSink, MAX_PIECE, Sink};
+pub use store::{Store, StoreError};
 
 use std::sync::Arc;
 
 use crate::base::{BlobId, ByteRange, Class, Fault};
-use crate::blob::{DecodeError, UnitIndex};
+use crate::blob::{Check, DecodeError, Unit, UnitIndex};
 use crate::source::SourceError;
 
 /// Called exactly once, on a pool thread or before `fill` returns; must not block.
@@ -29,6 +57,20 @@ pub trait Fill: Send + Sync {
     /// Tells the device that `decoded` was found present by a reader, so that it can fetch ahead
     /// of a sequential one. Never blocks.
     fn touched(&self, decoded: ByteRange);
+}
+
+/// Makes `decoded` present for a reader and waits for it: for command lines and tests, never for a
+/// thread that answers a kernel.
+pub fn fill_blocking(device: &dyn Fill, decoded: ByteRange) -> Result<(), FillError> {
+    let (tx, rx) = std::sync::mpsc::channel();
+    // The receiver is alive until the answer has come, so sending cannot fail.
+    device.fill(decoded, Class::OnDemand, Box::new(move |outcome| drop(tx.send(outcome))));
+    rx.recv().unwrap_or(Err(FillError::Cancelled))
+}
+
+/// Whether anything can ever make this unit present.
+fn is_needed(unit: &Unit) -> bool {
+    unit.check != Check::Unknown
 }
 
 /// Why a range could not be made present.

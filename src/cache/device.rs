@@ -1,0 +1,486 @@
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use super::background::Background;
+use super::engine::Engine;
+use super::fetch::{Led, Window};
+use super::inflight::{Inflight, Lead, Role, Urgency, Wait};
+use super::ledger::{FlushError, Ledger};
+use super::plan::{PlanLimits, plan};
+use super::pool::Job;
+use super::presence::{set_bit, words_for};
+use super::readahead::{Reach, Streams};
+use super::sink::{Scratch, Sink};
+use super::{Completion, Fill, FillError, is_needed};
+use crate::base::{BlobId, ByteRange, Class};
+use crate::blob::{DecodeError, Unit, UnitIndex, UnitMap, decode};
+use crate::source::{BlobSource, SourceError};
+
+/// A blob's decoded bytes, brought in when wanted.
+///
+/// Dropping the last owner cancels what is queued, completes every waiter and makes durable what
+/// is present, for which it waits for the disk.
+pub struct Device {
+    core: Arc<Core>,
+}
+
+/// What queued and running work holds on to.
+pub(super) struct Core {
+    /// Unique within the engine.
+    pub(super) id: u64,
+    /// Where units lie. Never changes, so that asking for presence takes no lock.
+    layout: Arc<UnitMap>,
+    /// The same units with all checks known so far; another image may add some.
+    map: RwLock<Arc<UnitMap>>,
+    source: RwLock<Arc<dyn BlobSource>>,
+    pub(super) ledger: Arc<Ledger>,
+    inflight: Arc<Inflight>,
+    streams: Mutex<Streams>,
+    pub(super) engine: Arc<Engine>,
+    pub(super) counters: Counters,
+    completeness: Completeness,
+    pub(super) background: Background,
+    data: Option<PathBuf>,
+    closed: AtomicBool,
+    /// The last flush failed; said once, not every two seconds.
+    flush_failed: AtomicBool,
+}
+
+/// Whether everything that can be present is, durably.
+#[derive(Default)]
+struct Completeness {
+    /// Units whose check is known.
+    needed: AtomicU32,
+    reached: AtomicBool,
+    /// Whom to tell.
+    callbacks: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
+}
+
+/// What a device has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct DeviceStats {
+    /// Units the image has, those it names no check for left out.
+    pub units: u32,
+    /// Units present.
+    pub units_present: u32,
+    /// Units decoded, checked and written since the device was opened.
+    pub units_filled: u64,
+    /// Stored bytes that sources delivered, gaps between units included.
+    pub stored_bytes_fetched: u64,
+    /// Ranged reads begun.
+    pub requests: u64,
+    /// Reads that found everything present.
+    pub hits: u64,
+    /// Reads that had to wait.
+    pub misses: u64,
+    /// Units that failed to be fetched, checked or written.
+    pub errors: u64,
+    /// Whether everything is present and durable.
+    pub complete: bool,
+}
+
+#[derive(Default)]
+pub(super) struct Counters {
+    filled: AtomicU64,
+    fetched: AtomicU64,
+    requests: AtomicU64,
+    hits: AtomicU64,
+    misses: AtomicU64,
+    errors: AtomicU64,
+}
+
+impl Counters {
+    pub(super) fn request(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Device {
+    /// A device over a file that somebody else owns, with no durable copy of its presence.
+    ///
+    /// `present` are the decoded ranges already in the sink: a unit is present if all its blocks
+    /// lie in one of them.
+    pub fn with_sink(
+        map: UnitMap,
+        source: Arc<dyn BlobSource>,
+        sink: Box<dyn Sink>,
+        present: &[ByteRange],
+        engine: Arc<Engine>,
+    ) -> Arc<Self> {
+        let mut words = vec![0; words_for(map.count())];
+        for (index, unit) in (0..).zip(map.units()) {
+            if is_needed(unit) && present.iter().any(|range| range.contains(unit.blocks())) {
+                set_bit(&mut words, index);
+            }
+        }
+        Self::assemble(Arc::new(map), source, Arc::new(Ledger::new(sink, words, None)), None, engine)
+    }
+
+    pub(super) fn assemble(
+        map: Arc<UnitMap>,
+        source: Arc<dyn BlobSource>,
+        ledger: Arc<Ledger>,
+        data: Option<PathBuf>,
+        engine: Arc<Engine>,
+    ) -> Arc<Self> {
+        let core = Arc::new(Core {
+            id: engine.number_device(),
+            layout: Arc::clone(&map),
+            map: RwLock::new(Arc::clone(&map)),
+            source: RwLock::new(source),
+            ledger,
+            inflight: Arc::default(),
+            streams: Mutex::default(),
+            engine: Arc::clone(&engine),
+            counters: Counters::default(),
+            completeness: Completeness::default(),
+            background: Background::default(),
+            data,
+            closed: AtomicBool::new(false),
+            flush_failed: AtomicBool::new(false),
+        });
+        core.learn(map);
+        engine.flusher.watch(Arc::downgrade(&core));
+        Arc::new(Self { core })
+    }
+
+    /// The blob this device holds.
+    pub fn blob(&self) -> &BlobId {
+        self.core.blob()
+    }
+
+    /// All units, with the checks known at this moment.
+    pub fn map(&self) -> Arc<UnitMap> {
+        self.core.map()
+    }
+
+    /// The file that holds the decoded bytes; `None` over a foreign sink.
+    pub fn data_path(&self) -> Option<&Path> {
+        self.core.data.as_deref()
+    }
+
+    /// Opens the file that holds the decoded bytes, for reading.
+    ///
+    /// # Errors
+    /// `Unsupported` over a foreign sink, else what the system says.
+    pub fn open_data(&self) -> io::Result<File> {
+        File::open(self.data_path().ok_or(io::ErrorKind::Unsupported)?)
+    }
+
+    /// What the device has done so far.
+    pub fn stats(&self) -> DeviceStats {
+        let (core, counters) = (&self.core, &self.core.counters);
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        DeviceStats {
+            units: core.completeness.needed.load(Ordering::Acquire),
+            units_present: core.ledger.presence.count(),
+            units_filled: read(&counters.filled),
+            stored_bytes_fetched: read(&counters.fetched),
+            requests: read(&counters.requests),
+            hits: read(&counters.hits),
+            misses: read(&counters.misses),
+            errors: read(&counters.errors),
+            complete: self.is_complete_durable(),
+        }
+    }
+
+    /// Whether every unit whose check is known is present and on stable storage.
+    pub fn is_complete_durable(&self) -> bool {
+        self.core.completeness.reached.load(Ordering::Acquire)
+    }
+
+    /// Calls `callback` once, when [`Device::is_complete_durable`] becomes true: at once, or later
+    /// on the flush thread. The callback must not block; this call may wait for a flush.
+    pub fn on_complete(&self, callback: Box<dyn FnOnce() + Send>) {
+        let mut callbacks = self.core.completeness.callbacks.lock().unwrap();
+        if !self.is_complete_durable() {
+            return callbacks.push(callback);
+        }
+        drop(callbacks);
+        callback();
+    }
+
+    /// Makes everything present durable now. Waits for the disk.
+    pub fn flush(&self) -> Result<(), FlushError> {
+        self.core.flush()
+    }
+
+    /// Starts fetching everything that is missing, behind all readers. Goes on after transient
+    /// faults, ends at the first full disk. Does nothing if it is going on already.
+    pub fn complete_in_background(&self) {
+        self.core.background.start(&self.core);
+    }
+
+    /// Stops what [`Device::complete_in_background`] started; units in flight still arrive.
+    pub fn cancel_background(&self) {
+        self.core.background.stop();
+    }
+
+    pub(super) fn learn(&self, map: UnitMap, source: Arc<dyn BlobSource>) {
+        *self.core.source.write().unwrap() = source;
+        self.core.learn(Arc::new(map));
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device").field("blob", self.blob()).field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.core.closed.store(true, Ordering::Release);
+        self.core.background.stop();
+        self.core.engine.fetcher.remove(self.core.id);
+        self.core.flush_and_log();
+    }
+}
+
+impl Fill for Device {
+    fn decoded_len(&self) -> u64 {
+        self.core.layout.decoded_len()
+    }
+
+    fn present(&self, decoded: ByteRange) -> bool {
+        self.core.layout.covering(decoded).is_some_and(|units| self.core.ledger.presence.all(units))
+    }
+
+    fn fill(&self, decoded: ByteRange, class: Class, done: Completion) {
+        match self.core.layout.covering(decoded) {
+            None => done(Err(FillError::Unmapped { blob: self.blob().clone(), decoded })),
+            Some(units) => self.core.fill(units, class, done),
+        }
+    }
+
+    fn touched(&self, decoded: ByteRange) {
+        self.core.counters.hits.fetch_add(1, Ordering::Relaxed);
+        if let Some(units) = self.core.layout.covering(decoded) {
+            self.core.observe(units);
+        }
+    }
+}
+
+impl Core {
+    pub(super) fn blob(&self) -> &BlobId {
+        self.layout.blob()
+    }
+
+    pub(super) fn map(&self) -> Arc<UnitMap> {
+        Arc::clone(&self.map.read().unwrap())
+    }
+
+    pub(super) fn source(&self) -> Arc<dyn BlobSource> {
+        Arc::clone(&self.source.read().unwrap())
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Makes `units` present, then calls `done`.
+    pub(super) fn fill(self: &Arc<Self>, units: Range<UnitIndex>, class: Class, done: Completion) {
+        let wait = Wait::new(done);
+        let map = self.map();
+        let mut leads = Vec::new();
+        let mut hit = true;
+        for index in units.clone().filter(|&index| !self.ledger.presence.get(index)) {
+            hit = false;
+            let unit = &map.units()[index as usize];
+            if is_needed(unit) {
+                leads.extend(self.enter(index, class, Some(&wait)));
+            } else {
+                wait.fail(self.corrupt(index, unit, DecodeError::Unverifiable));
+            }
+        }
+        self.submit(&map, leads, class);
+        if class == Class::OnDemand {
+            let counter = if hit { &self.counters.hits } else { &self.counters.misses };
+            counter.fetch_add(1, Ordering::Relaxed);
+            self.observe(units);
+        }
+        wait.settle(&Ok(()));
+    }
+
+    /// Joins or leads the fetch of one absent unit.
+    fn enter(&self, index: UnitIndex, class: Class, wait: Option<&Arc<Wait>>) -> Option<Lead> {
+        match self.inflight.enter(index, class, wait) {
+            // It may have been published and finished between the caller's look and this.
+            Role::Lead(lead) if self.ledger.presence.get(index) => {
+                lead.finish(&Ok(()));
+                None
+            }
+            Role::Lead(lead) => Some(lead),
+            Role::Joined { promote } => {
+                if promote {
+                    self.engine.fetcher.promote((self.id, index));
+                }
+                None
+            }
+        }
+    }
+
+    /// Gathers led units into ranged reads and queues them.
+    fn submit(self: &Arc<Self>, map: &UnitMap, leads: Vec<Lead>, class: Class) {
+        if leads.is_empty() {
+            return;
+        }
+        let options = &self.engine.options;
+        let missing = leads.iter().map(|lead| (lead.unit(), map.units()[lead.unit() as usize])).collect();
+        let mut leads: HashMap<UnitIndex, Lead> = leads.into_iter().map(|lead| (lead.unit(), lead)).collect();
+        let reads = plan(missing, PlanLimits { gap: options.gap, window: options.window(class) });
+        let windows = reads.into_iter().map(|read| {
+            let led = |index| {
+                let lead = leads.remove(&index)?;
+                Some(Led { unit: map.units()[index as usize], lead, again: false })
+            };
+            let units = read.units.into_iter().filter_map(led).collect();
+            Window { core: Arc::clone(self), stored: read.stored, units, asked: Instant::now() }
+        });
+        self.enqueue(windows.collect());
+    }
+
+    fn enqueue(self: &Arc<Self>, windows: Vec<Window>) {
+        self.engine.fetcher.enqueue(windows);
+        // A device that closed in between has already removed its windows and missed these.
+        if self.is_closed() {
+            self.engine.fetcher.remove(self.id);
+        }
+    }
+
+    /// Notes where a reader is, and fetches ahead of it if it walks forward.
+    fn observe(self: &Arc<Self>, units: Range<UnitIndex>) {
+        let options = &self.engine.options;
+        let reach = Reach { first: options.readahead_first, most: options.readahead_most };
+        if units.is_empty() || reach.first == 0 {
+            return;
+        }
+        // A missed observation costs a little speed; waiting would cost a reader its answer.
+        let Ok(mut streams) = self.streams.try_lock() else { return };
+        let Some(ahead) = streams.observe(&self.layout, units, reach) else { return };
+        drop(streams);
+        if self.ledger.presence.all(ahead.clone()) {
+            return;
+        }
+        let core = Arc::clone(self);
+        let run = Box::new(move |_: &mut _| core.prefetch(ahead));
+        // Urgent although it is prefetch: it is short, and late it is of no use.
+        self.engine.jobs().push(Job { key: None, urgency: Urgency::new(Class::OnDemand), run });
+    }
+
+    /// Fetches what is absent of `units` and in nobody's hands yet, for nobody in particular.
+    fn prefetch(self: &Arc<Self>, units: Range<UnitIndex>) {
+        let map = self.map();
+        let absent = units.filter(|&index| !self.ledger.presence.get(index) && is_needed(&map.units()[index as usize]));
+        let leads = absent.filter_map(|index| self.enter(index, Class::Prefetch, None)).collect();
+        self.submit(&map, leads, Class::Prefetch);
+    }
+
+    /// Decodes, checks, writes and publishes one unit, then tells everyone who waits.
+    pub(super) fn land(self: &Arc<Self>, led: Led, stored: &[u8], scratch: &mut Scratch) {
+        if self.is_closed() {
+            return drop(led);
+        }
+        let (index, unit) = (led.lead.unit(), led.unit);
+        let room = scratch.room(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"));
+        let outcome = match decode(&unit, stored, room) {
+            Err(_) if !led.again => return self.refetch(led),
+            Err(cause) => Err(self.corrupt(index, &unit, cause)),
+            Ok(()) => self.ledger.land(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
+        };
+        match &outcome {
+            Ok(_) => self.counters.filled.fetch_add(1, Ordering::Relaxed),
+            Err(_) => self.counters.errors.fetch_add(1, Ordering::Relaxed),
+        };
+        led.lead.finish(&outcome.map(drop));
+        if self.ledger.presence.count() >= self.completeness.needed.load(Ordering::Acquire) {
+            self.engine.flusher.kick();
+        }
+    }
+
+    /// Asks once more for a unit whose bytes were damaged, alone: a proxy may have mixed up a
+    /// long range, and its neighbours were fine.
+    fn refetch(self: &Arc<Self>, led: Led) {
+        let led = Led { again: true, ..led };
+        let stored = led.unit.stored;
+        self.enqueue(vec![Window { core: Arc::clone(self), stored, units: vec![led], asked: Instant::now() }]);
+    }
+
+    pub(super) fn fetch_failed(&self, led: Led, cause: &SourceError) {
+        self.counters.errors.fetch_add(1, Ordering::Relaxed);
+        let (blob, unit, stored) = (self.blob().clone(), led.lead.unit(), led.unit.stored);
+        led.lead.finish(&Err(FillError::Source { blob, unit, stored, cause: cause.clone() }));
+    }
+
+    /// Holds a source to its word.
+    pub(super) fn whole(&self, bytes: Bytes, stored: ByteRange) -> Result<Bytes, SourceError> {
+        self.counters.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        if bytes.len() as u64 == stored.len() {
+            return Ok(bytes);
+        }
+        let detail = format!("{} bytes came instead of {}", bytes.len(), stored.len());
+        Err(SourceError::Unavailable { blob: self.blob().clone(), place: self.source().describe(), detail })
+    }
+
+    pub(super) fn deadline_error(&self, range: ByteRange) -> SourceError {
+        SourceError::Deadline { blob: self.blob().clone(), place: self.source().describe(), range }
+    }
+
+    fn corrupt(&self, index: UnitIndex, unit: &Unit, cause: DecodeError) -> FillError {
+        FillError::Corrupt { blob: self.blob().clone(), unit: index, stored: unit.stored, cause }
+    }
+
+    fn unwritten(&self, unit: UnitIndex, cause: io::Error) -> FillError {
+        let blob = self.blob().clone();
+        match cause.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FillError::NoSpace { blob, unit },
+            _ => FillError::Io { blob, unit, cause: Arc::new(cause) },
+        }
+    }
+
+    /// Takes over a map of the same layout that knows at least as many checks.
+    fn learn(&self, map: Arc<UnitMap>) {
+        let needed = map.units().iter().filter(|unit| is_needed(unit)).count();
+        self.completeness.needed.store(u32::try_from(needed).unwrap_or(u32::MAX), Ordering::Release);
+        *self.map.write().unwrap() = map;
+        self.note_completeness();
+    }
+
+    pub(super) fn flush(&self) -> Result<(), FlushError> {
+        let outcome = self.ledger.flush();
+        self.note_completeness();
+        outcome
+    }
+
+    /// Flushes, for callers that have nobody to return an error to.
+    pub(super) fn flush_and_log(&self) {
+        match self.flush() {
+            Ok(()) => self.flush_failed.store(false, Ordering::Relaxed),
+            Err(error) if !self.flush_failed.swap(true, Ordering::Relaxed) => {
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                tracing::error!(blob = %self.blob(), cause, "{error}");
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn note_completeness(&self) {
+        // Judged under the lock, or an old verdict could overwrite one about a newer map.
+        let mut callbacks = self.completeness.callbacks.lock().unwrap();
+        let enough = self.ledger.presence.count() >= self.completeness.needed.load(Ordering::Acquire);
+        let complete = enough && self.ledger.holds_all(&self.map());
+        self.completeness.reached.store(complete, Ordering::Release);
+        let due = if complete { std::mem::take(&mut *callbacks) } else { Vec::new() };
+        drop(callbacks);
+        due.into_iter().for_each(|callback| callback());
+    }
+}

@@ -1,0 +1,124 @@
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+use super::fetch::Fetcher;
+use super::flush::Flusher;
+use super::pool::{Pool, Queue};
+use crate::base::Class;
+
+/// Limits of a cache. The defaults suit one host that runs containers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoreOptions {
+    /// Threads that decode, check and write. Default: one per core.
+    pub decode_threads: usize,
+    /// Bytes that fetched and not yet written windows may hold. Default 128 MiB.
+    pub memory: u64,
+    /// The part of `memory` that only on-demand fetches may use. Default 32 MiB.
+    pub memory_reserve: u64,
+    /// Longest ranged read for a waiting reader, in stored bytes, unless one unit is longer.
+    /// Default 4 MiB.
+    pub window: u64,
+    /// The same for prefetch: shorter, so that several run at once and readers that join one do
+    /// not wait for much else. Default 2 MiB.
+    pub prefetch_window: u64,
+    /// Stored bytes between two units that are rather read than paid for with a second request.
+    /// Default 64 KiB.
+    pub gap: u64,
+    /// Ranged reads for waiting readers that run at once. Default 8.
+    pub fetches: usize,
+    /// Ranged reads of prefetch that run at once. Default 4.
+    pub prefetch_fetches: usize,
+    /// How long a reader may wait, queues included. Default 30 s.
+    pub deadline: Duration,
+    /// How long one prefetch read may take once it runs. Default 120 s.
+    pub prefetch_deadline: Duration,
+    /// Decoded bytes fetched ahead when a reader is first seen to walk forward; 0 for no
+    /// read-ahead at all. Default 1 MiB.
+    pub readahead_first: u64,
+    /// Most decoded bytes fetched ahead in one step. Default 16 MiB.
+    pub readahead_most: u64,
+    /// How often new presence bits are made durable. Default 2 s.
+    pub flush_every: Duration,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        const MIB: u64 = 1 << 20;
+        Self {
+            decode_threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            memory: 128 * MIB,
+            memory_reserve: 32 * MIB,
+            window: 4 * MIB,
+            prefetch_window: 2 * MIB,
+            gap: 64 << 10,
+            fetches: 8,
+            prefetch_fetches: 4,
+            deadline: Duration::from_secs(30),
+            prefetch_deadline: Duration::from_secs(120),
+            readahead_first: MIB,
+            readahead_most: 16 * MIB,
+            flush_every: Duration::from_secs(2),
+        }
+    }
+}
+
+impl StoreOptions {
+    pub(super) fn window(&self, class: Class) -> u64 {
+        match class {
+            Class::OnDemand => self.window,
+            Class::Prefetch => self.prefetch_window,
+        }
+    }
+
+    pub(super) fn fetches(&self, class: Class) -> usize {
+        match class {
+            Class::OnDemand => self.fetches.max(1),
+            Class::Prefetch => self.prefetch_fetches.max(1),
+        }
+    }
+}
+
+/// The threads, queues and limits that devices share.
+///
+/// Lives as long as its last device. Dropping it ends its threads.
+pub struct Engine {
+    pub(super) options: Arc<StoreOptions>,
+    pub(super) runtime: Handle,
+    pub(super) fetcher: Arc<Fetcher>,
+    pub(super) flusher: Flusher,
+    pool: Pool,
+    next_device: AtomicU64,
+}
+
+impl Engine {
+    /// Starts the threads. Fetches run on `runtime`, which must have timers enabled.
+    ///
+    /// # Errors
+    /// If the system has no room for the threads.
+    pub fn new(options: StoreOptions, runtime: Handle) -> io::Result<Arc<Self>> {
+        let options = Arc::new(options);
+        let pool = Pool::start(options.decode_threads)?;
+        let fetcher = Fetcher::new(Arc::clone(&options), runtime.clone(), Arc::clone(pool.queue()));
+        let flusher = Flusher::start(options.flush_every)?;
+        Ok(Arc::new(Self { options, runtime, fetcher, flusher, pool, next_device: AtomicU64::new(0) }))
+    }
+
+    pub(super) fn jobs(&self) -> &Queue {
+        self.pool.queue()
+    }
+
+    pub(super) fn number_device(&self) -> u64 {
+        self.next_device.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine").field("options", &self.options).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,322 @@
+//! Ranged reads waiting for their turn, and the tasks that run them.
+//!
+//! Two queues: readers before prefetch. A read starts when its class has a free slot and the
+//! budget has memory for its bytes; until then it waits here and no thread does. The slot is
+//! free again when the bytes have come, the memory when they are written.
+//!
+//! Locking: nothing is spawned, dropped or completed under the queue lock.
+
+use std::collections::VecDeque;
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+
+use super::budget::Budget;
+use super::device::Core;
+use super::engine::StoreOptions;
+use super::inflight::{Lead, Urgency};
+use super::pool::{Job, Queue, UnitKey};
+use crate::base::{ByteRange, Class};
+use crate::blob::{Unit, UnitIndex};
+use crate::source::{ReadCtx, SourceError};
+
+/// One ranged read and the duty to finish the units it brings.
+pub(super) struct Window {
+    pub(super) core: Arc<Core>,
+    pub(super) stored: ByteRange,
+    /// Not empty.
+    pub(super) units: Vec<Led>,
+    /// When a reader began to wait, or the window was made.
+    pub(super) asked: Instant,
+}
+
+/// A unit on its way, and the duty to finish it.
+pub(super) struct Led {
+    pub(super) unit: Unit,
+    pub(super) lead: Lead,
+    /// Whether this is the second attempt, after a first one brought damaged bytes.
+    pub(super) again: bool,
+}
+
+impl Window {
+    fn class(&self) -> Class {
+        let classes = self.units.iter().map(|led| led.lead.urgency().class());
+        classes.min().unwrap_or(Class::Prefetch)
+    }
+
+    fn span(&self) -> RangeInclusive<UnitIndex> {
+        let units = || self.units.iter().map(|led| led.lead.unit());
+        units().min().unwrap_or(0)..=units().max().unwrap_or(0)
+    }
+
+    fn holds(&self, (device, unit): UnitKey) -> bool {
+        self.core.id == device && self.units.iter().any(|led| led.lead.unit() == unit)
+    }
+}
+
+/// The queues and everything that runs.
+pub(super) struct Fetcher {
+    options: Arc<StoreOptions>,
+    runtime: Handle,
+    jobs: Arc<Queue>,
+    state: Mutex<State>,
+}
+
+struct State {
+    on_demand: VecDeque<Window>,
+    prefetch: VecDeque<Window>,
+    running: Vec<Running>,
+    budget: Budget,
+    next_ticket: u64,
+    /// Some thread is starting windows; others only note that there may be more to start.
+    pumping: bool,
+    pump_again: bool,
+}
+
+/// A read that occupies a slot.
+struct Running {
+    ticket: u64,
+    device: u64,
+    units: RangeInclusive<UnitIndex>,
+    class: Class,
+    signal: Arc<Signal>,
+}
+
+/// What a running read may be told.
+#[derive(Default)]
+struct Signal {
+    told: Notify,
+    cancelled: AtomicBool,
+}
+
+/// What the queue lock decides about the next window.
+enum Turn {
+    Start(Window, Slot),
+    /// Its reader has waited too long already.
+    Expired(Window),
+}
+
+impl Fetcher {
+    pub(super) fn new(options: Arc<StoreOptions>, runtime: Handle, jobs: Arc<Queue>) -> Arc<Self> {
+        let state = State {
+            on_demand: VecDeque::new(),
+            prefetch: VecDeque::new(),
+            running: Vec::new(),
+            budget: Budget::new(options.memory, options.memory_reserve),
+            next_ticket: 0,
+            pumping: false,
+            pump_again: false,
+        };
+        Arc::new(Self { options, runtime, jobs, state: Mutex::new(state) })
+    }
+
+    /// Queues reads by their urgency at this moment, and starts what can start.
+    pub(super) fn enqueue(self: &Arc<Self>, windows: Vec<Window>) {
+        let mut state = self.state.lock().unwrap();
+        for window in windows {
+            // Read under the lock: a promotion either came before and is seen, or finds the window.
+            match window.class() {
+                Class::OnDemand => state.on_demand.push_back(window),
+                Class::Prefetch => state.prefetch.push_back(window),
+            }
+        }
+        drop(state);
+        self.pump();
+    }
+
+    /// Lets the work for `unit` go before prefetch, wherever it is. Its urgency must have been
+    /// raised already.
+    pub(super) fn promote(self: &Arc<Self>, unit: UnitKey) {
+        let mut state = self.state.lock().unwrap();
+        let queued = state.prefetch.iter().position(|window| window.holds(unit));
+        if let Some(mut window) = queued.and_then(|at| state.prefetch.remove(at)) {
+            window.asked = Instant::now();
+            state.on_demand.push_back(window);
+        }
+        for running in &state.running {
+            if running.device == unit.0 && running.units.contains(&unit.1) {
+                running.signal.told.notify_one();
+            }
+        }
+        drop(state);
+        self.jobs.promote(unit);
+        self.pump();
+    }
+
+    /// Drops what is queued for a device and stops what runs; the leads cancel their waiters.
+    pub(super) fn remove(self: &Arc<Self>, device: u64) {
+        let mut state = self.state.lock().unwrap();
+        let mut removed = Vec::new();
+        let State { on_demand, prefetch, .. } = &mut *state;
+        for queue in [on_demand, prefetch] {
+            let (gone, kept): (Vec<_>, Vec<_>) = queue.drain(..).partition(|window| window.core.id == device);
+            *queue = kept.into();
+            removed.extend(gone);
+        }
+        for running in state.running.iter().filter(|running| running.device == device) {
+            running.signal.cancelled.store(true, Ordering::Release);
+            running.signal.told.notify_one();
+        }
+        drop(state);
+        drop(removed);
+    }
+
+    /// Starts reads until slots, memory or windows run out.
+    ///
+    /// Starting one may end it at once, when the runtime is gone, and ending one calls this; so
+    /// only one thread at a time loops, and recursion is cut short.
+    fn pump(self: &Arc<Self>) {
+        let mut state = self.state.lock().unwrap();
+        if state.pumping {
+            state.pump_again = true;
+            return;
+        }
+        state.pumping = true;
+        loop {
+            state.pump_again = false;
+            while let Some(turn) = self.next_turn(&mut state) {
+                drop(state);
+                match turn {
+                    Turn::Start(window, slot) => drop(self.runtime.spawn(run(window, slot))),
+                    Turn::Expired(window) => self.expire(window),
+                }
+                state = self.state.lock().unwrap();
+            }
+            if !state.pump_again {
+                state.pumping = false;
+                return;
+            }
+        }
+    }
+
+    fn next_turn(self: &Arc<Self>, state: &mut State) -> Option<Turn> {
+        let class = if !state.on_demand.is_empty() {
+            Class::OnDemand
+        } else if !state.prefetch.is_empty() {
+            Class::Prefetch
+        } else {
+            return None;
+        };
+        if class == Class::OnDemand && state.on_demand.front()?.asked.elapsed() >= self.options.deadline {
+            return state.on_demand.pop_front().map(Turn::Expired);
+        }
+        if state.running.iter().filter(|running| running.class == class).count() >= self.options.fetches(class) {
+            return None;
+        }
+        let queue = match class {
+            Class::OnDemand => &mut state.on_demand,
+            Class::Prefetch => &mut state.prefetch,
+        };
+        let bytes = queue.front()?.stored.len();
+        if !state.budget.try_take(class, bytes) {
+            return None;
+        }
+        let window = queue.pop_front()?;
+        let signal = Arc::<Signal>::default();
+        let ticket = state.next_ticket;
+        state.next_ticket += 1;
+        let (device, units) = (window.core.id, window.span());
+        state.running.push(Running { ticket, device, units, class, signal: Arc::clone(&signal) });
+        Some(Turn::Start(window, Slot { fetcher: Arc::clone(self), ticket, bytes, class, signal }))
+    }
+
+    /// Fails a window whose readers' time is over. On the pool, where completions may run.
+    fn expire(&self, window: Window) {
+        let error = window.core.deadline_error(window.stored);
+        fail(&self.jobs, window, error);
+    }
+}
+
+/// What a running read occupies. Dropping it, at the end or in a panic, frees it.
+pub(super) struct Slot {
+    fetcher: Arc<Fetcher>,
+    ticket: u64,
+    bytes: u64,
+    class: Class,
+    signal: Arc<Signal>,
+}
+
+impl Slot {
+    /// The bytes have come: another read may start. The memory stays taken.
+    fn fetched(&self) {
+        self.fetcher.state.lock().unwrap().running.retain(|running| running.ticket != self.ticket);
+        self.fetcher.pump();
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut state = self.fetcher.state.lock().unwrap();
+        state.running.retain(|running| running.ticket != self.ticket);
+        state.budget.give_back(self.bytes);
+        drop(state);
+        self.fetcher.pump();
+    }
+}
+
+/// Runs one read and hands its units to the pool. Dropping the task cancels the waiters.
+async fn run(window: Window, slot: Slot) {
+    let Some(outcome) = read(&window, &slot).await else { return };
+    slot.fetched();
+    let jobs = Arc::clone(&slot.fetcher.jobs);
+    match outcome {
+        Ok(bytes) => deliver(&jobs, window, &bytes, slot),
+        Err(error) => fail(&jobs, window, error),
+    }
+}
+
+/// The bytes of the window, or `None` if nobody wants them any more.
+async fn read(window: &Window, slot: &Slot) -> Option<Result<Bytes, SourceError>> {
+    let (core, options) = (&window.core, &slot.fetcher.options);
+    let mut deadline = match slot.class {
+        Class::OnDemand => window.asked + options.deadline,
+        Class::Prefetch => Instant::now() + options.prefetch_deadline,
+    };
+    let source = core.source();
+    core.counters.request();
+    let mut read = source.read(core.blob(), window.stored, ReadCtx { class: slot.class, deadline });
+    loop {
+        tokio::select! {
+            outcome = &mut read => return Some(outcome.and_then(|bytes| core.whole(bytes, window.stored))),
+            () = tokio::time::sleep_until(deadline.into()) => return Some(Err(core.deadline_error(window.stored))),
+            () = slot.signal.told.notified() => {
+                if slot.signal.cancelled.load(Ordering::Acquire) {
+                    return None;
+                }
+                // A reader has joined: from now on its patience counts.
+                deadline = deadline.min(Instant::now() + options.deadline);
+            }
+        }
+    }
+}
+
+/// One job per unit, so that all threads share a window and each unit is answered by itself.
+fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
+    let Window { core, stored, units, .. } = window;
+    let slot = Arc::new(slot);
+    for led in units {
+        let cut = |at: u64| usize::try_from(at - stored.start()).expect("a window fits in memory");
+        let bytes = bytes.slice(cut(led.unit.stored.start())..cut(led.unit.stored.end()));
+        let (core, slot) = (Arc::clone(&core), Arc::clone(&slot));
+        let (key, urgency) = ((core.id, led.lead.unit()), led.lead.urgency().clone());
+        let run = Box::new(move |scratch: &mut _| {
+            core.land(led, &bytes, scratch);
+            drop((bytes, slot));
+        });
+        jobs.push(Job { key: Some(key), urgency, run });
+    }
+}
+
+fn fail(jobs: &Queue, window: Window, cause: SourceError) {
+    let run = Box::new(move |_: &mut _| {
+        for led in window.units {
+            window.core.fetch_failed(led, &cause);
+        }
+    });
+    jobs.push(Job { key: None, urgency: Urgency::new(Class::OnDemand), run });
+}

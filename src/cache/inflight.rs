@@ -1,0 +1,244 @@
+//! One fetch per unit, however many readers ask for it.
+//!
+//! A kernel read, a prefetch and a background completion may want the same unit at the same
+//! moment. The first caller becomes the *leader* and fetches it; the others *join* and learn the
+//! leader's outcome. Nothing here knows what a fetch is.
+//!
+//! Locking: neither lock is held while a completion runs.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::{Completion, FillError};
+use crate::base::Class;
+use crate::blob::UnitIndex;
+
+/// One caller of `fill`, waiting for all units of its range.
+///
+/// The completion is called exactly once: by the last [`Wait::settle`], or with
+/// [`FillError::Cancelled`] when the last owner drops it unsettled.
+pub(super) struct Wait(Mutex<Waiting>);
+
+struct Waiting {
+    /// Units not settled yet, plus one while the caller is still adding units.
+    open: usize,
+    failed: Option<FillError>,
+    done: Option<Completion>,
+}
+
+impl Wait {
+    /// Starts with one open share, which the caller settles when it has added all units.
+    pub(super) fn new(done: Completion) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Waiting { open: 1, failed: None, done: Some(done) })))
+    }
+
+    fn add(&self) {
+        self.0.lock().unwrap().open += 1;
+    }
+
+    /// Notes the outcome of one share; the first error is the one that is told.
+    pub(super) fn settle(&self, outcome: &Result<(), FillError>) {
+        let mut waiting = self.0.lock().unwrap();
+        if let Err(error) = outcome {
+            waiting.failed.get_or_insert_with(|| error.clone());
+        }
+        waiting.open -= 1;
+        if waiting.open > 0 {
+            return;
+        }
+        let (done, failed) = (waiting.done.take(), waiting.failed.take());
+        drop(waiting);
+        if let Some(done) = done {
+            done(failed.map_or(Ok(()), Err));
+        }
+    }
+
+    /// Notes a failure that belongs to no unit in flight.
+    pub(super) fn fail(&self, error: FillError) {
+        self.0.lock().unwrap().failed.get_or_insert(error);
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        let done = self.0.get_mut().ok().and_then(|waiting| waiting.done.take());
+        if let Some(done) = done {
+            done(Err(FillError::Cancelled));
+        }
+    }
+}
+
+/// Whether a reader waits for a unit. Shared by everything that queues work for it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Urgency(Arc<AtomicBool>);
+
+impl Urgency {
+    pub(super) fn new(class: Class) -> Self {
+        Self(Arc::new(AtomicBool::new(class == Class::OnDemand)))
+    }
+
+    pub(super) fn class(&self) -> Class {
+        if self.0.load(Ordering::Acquire) { Class::OnDemand } else { Class::Prefetch }
+    }
+
+    /// Makes the unit urgent; tells whether it was not before.
+    fn raise(&self) -> bool {
+        !self.0.swap(true, Ordering::AcqRel)
+    }
+}
+
+/// Units being fetched, with everyone who waits for them.
+#[derive(Default)]
+pub(super) struct Inflight(Mutex<HashMap<UnitIndex, Fetch>>);
+
+struct Fetch {
+    urgency: Urgency,
+    waits: Vec<Arc<Wait>>,
+}
+
+/// What the caller of [`Inflight::enter`] has to do next.
+#[must_use]
+pub(super) enum Role {
+    /// Fetch the unit, then call [`Lead::finish`].
+    Lead(Lead),
+    /// Nothing: the wait has been queued. If `promote`, a reader just joined work that was queued
+    /// as prefetch, and whoever holds it must let it go first.
+    Joined { promote: bool },
+}
+
+impl Inflight {
+    /// Joins the fetch of `unit`, or starts one. `wait`, if any, is settled with the outcome.
+    pub(super) fn enter(self: &Arc<Self>, unit: UnitIndex, class: Class, wait: Option<&Arc<Wait>>) -> Role {
+        if let Some(wait) = wait {
+            wait.add();
+        }
+        let waits = wait.cloned();
+        match self.0.lock().unwrap().entry(unit) {
+            Entry::Occupied(mut fetch) => {
+                fetch.get_mut().waits.extend(waits);
+                Role::Joined { promote: class == Class::OnDemand && fetch.get().urgency.raise() }
+            }
+            Entry::Vacant(slot) => {
+                let urgency = Urgency::new(class);
+                slot.insert(Fetch { urgency: urgency.clone(), waits: waits.into_iter().collect() });
+                Role::Lead(Lead { table: Arc::clone(self), unit, urgency, finished: false })
+            }
+        }
+    }
+
+    fn leave(&self, unit: UnitIndex, outcome: &Result<(), FillError>) {
+        let fetch = self.0.lock().unwrap().remove(&unit);
+        for wait in fetch.into_iter().flat_map(|fetch| fetch.waits) {
+            wait.settle(outcome);
+        }
+    }
+}
+
+/// The duty to finish one fetch. Dropping it, as a panic would, cancels the waiters.
+pub(super) struct Lead {
+    table: Arc<Inflight>,
+    unit: UnitIndex,
+    urgency: Urgency,
+    finished: bool,
+}
+
+impl Lead {
+    pub(super) fn unit(&self) -> UnitIndex {
+        self.unit
+    }
+
+    pub(super) fn urgency(&self) -> &Urgency {
+        &self.urgency
+    }
+
+    /// Tells everyone who waits. The unit must have been published before an `Ok`.
+    pub(super) fn finish(mut self, outcome: &Result<(), FillError>) {
+        // First, so that a panicking completion does not end what may be the next leader's fetch.
+        self.finished = true;
+        self.table.leave(self.unit, outcome);
+    }
+}
+
+impl Drop for Lead {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.table.leave(self.unit, &Err(FillError::Cancelled));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, TryRecvError, channel};
+
+    use super::*;
+
+    fn watched() -> (Arc<Wait>, Receiver<Result<(), i32>>) {
+        let (tx, rx) = channel();
+        (Wait::new(Box::new(move |outcome| tx.send(outcome.map_err(|e| e.errno())).unwrap())), rx)
+    }
+
+    fn lead(role: Role) -> Lead {
+        match role {
+            Role::Lead(lead) => lead,
+            Role::Joined { .. } => panic!("expected to lead"),
+        }
+    }
+
+    fn promoted(role: &Role) -> bool {
+        matches!(role, Role::Joined { promote: true })
+    }
+
+    #[test]
+    fn a_wait_is_told_once_and_only_when_all_its_units_are_settled() {
+        let table = Arc::new(Inflight::default());
+        let (wait, told) = watched();
+        let a = lead(table.enter(1, Class::OnDemand, Some(&wait)));
+        let b = lead(table.enter(2, Class::OnDemand, Some(&wait)));
+        wait.settle(&Ok(()));
+
+        a.finish(&Err(FillError::NoSpace { blob: "x".parse().unwrap(), unit: 1 }));
+        assert_eq!(told.try_recv(), Err(TryRecvError::Empty), "unit 2 is still open");
+        b.finish(&Ok(()));
+
+        assert_eq!(told.try_recv(), Ok(Err(libc::ENOSPC)));
+        drop(wait);
+        assert_eq!(told.try_recv(), Err(TryRecvError::Disconnected), "told once");
+    }
+
+    #[test]
+    fn dropped_leader_cancels_instead_of_leaving_readers_blocked() {
+        let table = Arc::new(Inflight::default());
+        let (wait, told) = watched();
+        let leader = lead(table.enter(1, Class::Prefetch, None));
+        assert!(promoted(&table.enter(1, Class::OnDemand, Some(&wait))));
+        wait.settle(&Ok(()));
+
+        drop(leader);
+
+        assert_eq!(told.try_recv(), Ok(Err(libc::EIO)));
+        drop(lead(table.enter(1, Class::OnDemand, None)));
+    }
+
+    #[test]
+    fn only_the_first_reader_promotes_a_prefetch() {
+        let table = Arc::new(Inflight::default());
+        let leader = lead(table.enter(1, Class::Prefetch, None));
+
+        assert!(!promoted(&table.enter(1, Class::Prefetch, None)));
+        assert_eq!(leader.urgency().class(), Class::Prefetch);
+        assert!(promoted(&table.enter(1, Class::OnDemand, None)));
+        assert!(!promoted(&table.enter(1, Class::OnDemand, None)));
+        assert_eq!(leader.urgency().class(), Class::OnDemand);
+        leader.finish(&Ok(()));
+    }
+
+    #[test]
+    fn an_abandoned_wait_is_cancelled_not_forgotten() {
+        let (wait, told) = watched();
+        drop(wait);
+        assert_eq!(told.try_recv(), Ok(Err(libc::EIO)));
+    }
+}

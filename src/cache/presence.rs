@@ -1,0 +1,99 @@
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crate::blob::UnitIndex;
+
+/// Which units are in the device file: one bit each, readable without a lock.
+#[derive(Debug)]
+pub(super) struct Presence {
+    words: Box<[AtomicU64]>,
+    /// Number of set bits.
+    count: AtomicU32,
+}
+
+/// Number of 64-bit words that hold a bit per unit.
+pub(super) fn words_for(units: UnitIndex) -> usize {
+    units.div_ceil(64) as usize
+}
+
+/// Word and mask of one unit's bit.
+fn place(unit: UnitIndex) -> (usize, u64) {
+    (unit as usize / 64, 1 << (unit % 64))
+}
+
+/// Whether `unit` is set in a plain copy of the bits.
+pub(super) fn bit(words: &[u64], unit: UnitIndex) -> bool {
+    let (word, mask) = place(unit);
+    words[word] & mask != 0
+}
+
+/// Sets `unit` in a plain copy of the bits.
+pub(super) fn set_bit(words: &mut [u64], unit: UnitIndex) {
+    let (word, mask) = place(unit);
+    words[word] |= mask;
+}
+
+impl Presence {
+    /// Starts from a plain copy of the bits.
+    pub(super) fn new(words: &[u64]) -> Self {
+        let count = words.iter().map(|word| word.count_ones()).sum();
+        Self { words: words.iter().map(|&word| AtomicU64::new(word)).collect(), count: AtomicU32::new(count) }
+    }
+
+    /// Whether `unit` is present. Whoever sees `true` also sees the unit's bytes in the file.
+    pub(super) fn get(&self, unit: UnitIndex) -> bool {
+        let (word, mask) = place(unit);
+        self.words[word].load(Ordering::Acquire) & mask != 0
+    }
+
+    /// Whether all of `units` are present.
+    pub(super) fn all(&self, mut units: Range<UnitIndex>) -> bool {
+        units.all(|unit| self.get(unit))
+    }
+
+    /// Makes `unit` present; its bytes must be in the file. Tells whether it was absent before.
+    pub(super) fn publish(&self, unit: UnitIndex) -> bool {
+        let (word, mask) = place(unit);
+        let fresh = self.words[word].fetch_or(mask, Ordering::AcqRel) & mask == 0;
+        if fresh {
+            self.count.fetch_add(1, Ordering::AcqRel);
+        }
+        fresh
+    }
+
+    /// Number of units present.
+    pub(super) fn count(&self) -> u32 {
+        self.count.load(Ordering::Acquire)
+    }
+
+    /// A plain copy of the bits.
+    pub(super) fn snapshot(&self) -> Vec<u64> {
+        self.words.iter().map(|word| word.load(Ordering::Acquire)).collect()
+    }
+
+    /// Makes every unit absent that is not in `keep`.
+    pub(super) fn withdraw(&self, keep: &[u64]) {
+        for (word, &keep) in self.words.iter().zip(keep) {
+            let lost = word.fetch_and(keep, Ordering::AcqRel) & !keep;
+            self.count.fetch_sub(lost.count_ones(), Ordering::AcqRel);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_are_counted_once_and_withdrawn_exactly() {
+        let presence = Presence::new(&[1 << 3, 0]);
+
+        assert!(presence.publish(64));
+        assert!(!presence.publish(64), "already there");
+        assert!(presence.publish(4));
+        assert_eq!((presence.count(), presence.all(3..5), presence.all(3..6)), (3, true, false));
+
+        presence.withdraw(&[1 << 3, 0]);
+        assert_eq!((presence.count(), presence.get(3), presence.get(4), presence.get(64)), (1, true, false, false));
+    }
+}

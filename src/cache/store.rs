@@ -1,0 +1,285 @@
+//! A directory of device files, and who may write to it.
+//!
+//! ```text
+//! root/                            mode 0700
+//!   lock                           one writer per store; holds its process id
+//!   v1/<blob id>/units             the unit map with all checks known so far
+//!                data              decoded bytes, sparse, as long as the device
+//!                present           which units of `data` can be trusted
+//!   v1/<blob id>.<16 hex digits>/  the same for images that disagree about the blob
+//! ```
+//!
+//! Files appear under their names complete or not at all. `data` is never punched, shortened or
+//! preallocated: a kernel may have it mounted.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::UNIX_EPOCH;
+
+use tokio::runtime::Handle;
+
+use super::bits::{self, Identity};
+use super::device::Device;
+use super::engine::{Engine, StoreOptions};
+use super::is_needed;
+use super::ledger::{DurableCopy, FlushError, Ledger};
+use super::presence::{bit, set_bit, words_for};
+use super::sink::FileSink;
+use crate::base::{BlobId, Digest};
+use crate::blob::{Check, UnitMap};
+use crate::source::BlobSource;
+
+/// Why a store or a device in it could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Another process writes to the store.
+    #[error("the cache at {} is in use{}", .root.display(), .pid.map(|pid| format!(" by process {pid}")).unwrap_or_default())]
+    Locked { root: PathBuf, pid: Option<u32> },
+    /// The file system failed.
+    #[error("cannot use {}", .path.display())]
+    Io {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    /// Two maps with the same fingerprint prefix disagree: one of them was made to.
+    #[error("the cache holds another blob {blob} that contradicts this one")]
+    Contradiction { blob: BlobId },
+    /// The threads could not be started.
+    #[error("cannot start the threads of the cache")]
+    Threads(#[source] io::Error),
+    /// Presence could not be made durable.
+    #[error("cannot make blob {blob} durable")]
+    Flush {
+        blob: BlobId,
+        #[source]
+        cause: FlushError,
+    },
+}
+
+/// Devices by name in one directory, with the one right to write there.
+pub struct Store {
+    devices_dir: PathBuf,
+    engine: Arc<Engine>,
+    shelves: Mutex<HashMap<String, Shelf>>,
+    lock: Arc<File>,
+}
+
+/// What is alive of one device directory. A ledger outlives its device while the last jobs end;
+/// whoever opens the device again must go on with the same one.
+struct Shelf {
+    device: Weak<Device>,
+    ledger: Weak<Ledger>,
+}
+
+impl Store {
+    /// Opens the store at `root`, creating it if it is not there, and starts its threads.
+    /// Fetches run on `runtime`.
+    pub fn open(root: &Path, options: StoreOptions, runtime: Handle) -> Result<Arc<Self>, StoreError> {
+        let devices_dir = root.join("v1");
+        DirBuilder::new().recursive(true).mode(0o700).create(&devices_dir).map_err(at(&devices_dir))?;
+        // Whoever can write to a device file can put anything into a container.
+        fs::set_permissions(root, Permissions::from_mode(0o700)).map_err(at(root))?;
+        let lock = Arc::new(lock(root)?);
+        let engine = Engine::new(options, runtime).map_err(StoreError::Threads)?;
+        Ok(Arc::new(Self { devices_dir, engine, shelves: Mutex::default(), lock }))
+    }
+
+    /// The threads and limits, for devices over foreign sinks.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    /// The unit map kept for `blob`, with all checks learnt so far; spares fetching its tables.
+    pub fn saved_map(&self, blob: &BlobId) -> Option<UnitMap> {
+        saved(&self.devices_dir.join(blob.as_str())).filter(|map| map.blob() == blob)
+    }
+
+    /// The device for `map`'s blob, shared with everyone whose map agrees.
+    ///
+    /// `source` replaces the one the device had. A map that disagrees with what is known gets a
+    /// directory of its own: an image with false digests must not poison another one's cache.
+    /// Waits for the disk.
+    pub fn device(&self, map: UnitMap, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
+        let mut shelves = self.shelves.lock().unwrap();
+        let common = map.blob().to_string();
+        let own = format!("{common}.{}", &map.fingerprint().to_string()[..16]);
+        for name in [common, own] {
+            if let Some(device) = self.shared(&mut shelves, &name, &map, &source)? {
+                return Ok(device);
+            }
+        }
+        Err(StoreError::Contradiction { blob: map.blob().clone() })
+    }
+
+    /// The device in directory `name`, or `None` if what is there disagrees with `map`.
+    fn shared(
+        &self,
+        shelves: &mut HashMap<String, Shelf>,
+        name: &str,
+        map: &UnitMap,
+        source: &Arc<dyn BlobSource>,
+    ) -> Result<Option<Arc<Device>>, StoreError> {
+        let dir = self.devices_dir.join(name);
+        let shelf = shelves.get(name);
+        if let Some(device) = shelf.and_then(|shelf| shelf.device.upgrade()) {
+            let known = device.map();
+            let Some(merged) = known.merge(map) else { return Ok(None) };
+            if merged != *known {
+                save(&dir, &merged)?;
+            }
+            device.learn(merged, Arc::clone(source));
+            return Ok(Some(device));
+        }
+        let ledger = shelf.and_then(|shelf| shelf.ledger.upgrade());
+        let Some(merged) = settle_map(&dir, map)? else { return Ok(None) };
+        let ledger = match ledger {
+            Some(ledger) => ledger,
+            None => Arc::new(open_ledger(&dir, &merged, &self.lock)?),
+        };
+        let weak = Arc::downgrade(&ledger);
+        let data = Some(dir.join("data"));
+        let device = Device::assemble(Arc::new(merged), Arc::clone(source), ledger, data, Arc::clone(&self.engine));
+        shelves.retain(|_, shelf| shelf.ledger.strong_count() > 0);
+        shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak });
+        Ok(Some(device))
+    }
+
+    /// Makes everything present in all devices durable. Waits for the disk. Devices stay usable.
+    ///
+    /// # Errors
+    /// The first failure; the other devices are flushed all the same.
+    pub fn close(&self) -> Result<(), StoreError> {
+        let devices: Vec<_> = self.shelves.lock().unwrap().values().filter_map(|s| s.device.upgrade()).collect();
+        let mut outcome = Ok(());
+        for device in devices {
+            let flushed = device.flush().map_err(|cause| StoreError::Flush { blob: device.blob().clone(), cause });
+            outcome = outcome.and(flushed);
+        }
+        outcome
+    }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("devices_dir", &self.devices_dir).finish_non_exhaustive()
+    }
+}
+
+/// Adds the path to an error of the system.
+fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    let path = path.to_owned();
+    move |cause| StoreError::Io { path, cause }
+}
+
+/// Takes the right to write, which lasts until the file is closed.
+fn lock(root: &Path) -> Result<File, StoreError> {
+    let path = root.join("lock");
+    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+    let mut file = open.map_err(at(&path))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut text = String::new();
+            let pid = file.take(20).read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+            return Err(StoreError::Locked { root: root.to_owned(), pid });
+        }
+        Err(TryLockError::Error(cause)) => return Err(at(&path)(cause)),
+    }
+    // Only for the message above, so a failure to write it is no failure.
+    let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    Ok(file)
+}
+
+/// The map saved in `dir`, if there is a sound one.
+fn saved(dir: &Path) -> Option<UnitMap> {
+    UnitMap::from_bytes(&fs::read(dir.join("units")).ok()?).ok()
+}
+
+fn save(dir: &Path, map: &UnitMap) -> Result<(), StoreError> {
+    replace(dir, "units", |file| file.write_all(&map.to_bytes()))
+}
+
+/// Merges `map` with the one saved in `dir` and saves the outcome; `None` if they disagree.
+fn settle_map(dir: &Path, map: &UnitMap) -> Result<Option<UnitMap>, StoreError> {
+    if let Some(known) = saved(dir) {
+        let merged = known.merge(map);
+        if let Some(merged) = &merged
+            && *merged != known
+        {
+            save(dir, merged)?;
+        }
+        return Ok(merged);
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
+    // What is present was checked against a map that is lost.
+    let present = dir.join("present");
+    match fs::remove_file(&present) {
+        Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(at(&present)(cause)),
+        _ => sync_dir(dir)?,
+    }
+    save(dir, map)?;
+    Ok(Some(map.clone()))
+}
+
+/// Opens `data` and `present`, creating or replacing what is missing or does not fit.
+fn open_ledger(dir: &Path, map: &UnitMap, lock: &Arc<File>) -> Result<Ledger, StoreError> {
+    let data_path = dir.join("data");
+    let fits = fs::symlink_metadata(&data_path).is_ok_and(|meta| meta.is_file() && meta.len() == map.decoded_len());
+    if !fits {
+        replace(dir, "data", |file| file.set_len(map.decoded_len()))?;
+    }
+    let data = OpenOptions::new().write(true).open(&data_path).map_err(at(&data_path))?;
+    let identity = identify(&data, map).map_err(at(&data_path))?;
+
+    let present_path = dir.join("present");
+    let bytes = fs::read(&present_path).unwrap_or_default();
+    let fresh = bits::empty(&identity);
+    if !bytes.starts_with(&fresh) {
+        replace(dir, "present", |file| file.write_all(&fresh))?;
+    }
+    let read = bits::read(&bytes, &identity);
+    let mut words = vec![0; words_for(map.count())];
+    for (index, unit) in (0..).zip(map.units()) {
+        if is_needed(unit) && bit(&read, index) {
+            set_bit(&mut words, index);
+        }
+    }
+    let file = OpenOptions::new().write(true).open(&present_path).map_err(at(&present_path))?;
+    let copy = DurableCopy { file: Box::new(FileSink::new(file)), identity, _lock: Some(Arc::clone(lock)) };
+    Ok(Ledger::new(Box::new(FileSink::new(data)), words, Some(copy)))
+}
+
+fn identify(data: &File, map: &UnitMap) -> io::Result<Identity> {
+    let meta = data.metadata()?;
+    let born = meta.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    let born = born.and_then(|age| u64::try_from(age.as_nanos()).ok()).unwrap_or(0);
+    Ok(Identity { layout: layout(map), units: map.count(), inode: meta.ino(), born })
+}
+
+/// Fingerprint of where units lie, without how they are checked.
+fn layout(map: &UnitMap) -> Digest {
+    let mut units = map.units().to_vec();
+    units.iter_mut().for_each(|unit| unit.check = Check::Unknown);
+    let bare = UnitMap::new(map.blob().clone(), map.decoded_len(), units);
+    bare.expect("the rules of a map do not speak of checks").fingerprint()
+}
+
+/// Makes a file appear under `name` complete and durable, or not at all.
+fn replace(dir: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<(), StoreError> {
+    let (path, new) = (dir.join(name), dir.join(format!("{name}.new")));
+    let open = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
+    let mut file = open.map_err(at(&new))?;
+    write(&mut file).and_then(|()| file.sync_all()).map_err(at(&new))?;
+    fs::rename(&new, &path).map_err(at(&path))?;
+    sync_dir(dir)
+}
+
+fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
+}
