@@ -1,1 +1,4 @@
 //! cli
+
+pub mod build;
+pub mod progress;

@@ -4,6 +4,7 @@
 //! Nothing here knows the crate under test, so a fault in it cannot hide itself.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
 
+pub mod image;
 pub mod listing;
 pub mod tree;
 
