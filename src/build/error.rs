@@ -1,0 +1,64 @@
+use std::io;
+use std::path::PathBuf;
+
+/// Why no image was made.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    #[error("cannot read {}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{} changed while it was being read; build from a snapshot or stop what writes to it", path.display())]
+    Changed { path: PathBuf },
+    #[error("{} cannot be part of an image: {problem}", path.display())]
+    Entry { path: PathBuf, problem: Unfit },
+    #[error("damaged or unsupported archive {} at byte {at}: {problem}", archive.display())]
+    Archive { archive: PathBuf, at: u64, problem: String },
+    #[error("cannot write {}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("output {} lies inside the source {}; choose a directory elsewhere", out.display(), source_dir.display())]
+    OutputInSource { out: PathBuf, source_dir: PathBuf },
+    #[error("chunk size {0} is not a power of two between 4 KiB and 16 MiB")]
+    ChunkSize(u64),
+    #[error("cannot set up the compressor")]
+    Compressor(#[source] io::Error),
+    #[error("too big for one image: {0}")]
+    Limit(Limit),
+    /// The two passes over the metadata disagree: a fault of the builder, never of the input.
+    #[error("metadata was laid out at byte {at} and written elsewhere; please report this")]
+    Layout { at: u64 },
+}
+
+/// What makes one entry unfit for the format.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
+    #[error("its name has {0} bytes, 255 is the limit")]
+    NameTooLong(usize),
+    #[error("its name is empty, '.', '..', or holds '/' or NUL")]
+    Name,
+    #[error("its parent is not a directory")]
+    ParentNotDirectory,
+    #[error("the metadata of the image is at its limit of 2 GiB; split the source")]
+    TooManyEntries,
+    #[error("a symbolic link target has 1 to 4095 bytes, this one {0}")]
+    SymlinkLength(usize),
+    #[error("device number {major}:{minor} does not fit in 12 and 20 bits")]
+    DeviceNumber { major: u64, minor: u64 },
+    #[error("xattr {name} has {len} bytes, 65535 is the limit")]
+    XattrValue { name: String, len: usize },
+    #[error("its xattrs take {0} bytes, 262144 is the limit")]
+    XattrArea(usize),
+    #[error("its content takes more chunks than an image can index; use a larger --chunk-size")]
+    TooManyChunks,
+}
+
+/// What an image has too much of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Limit {
+    #[error("more than 16777214 different chunks; use a larger --chunk-size")]
+    Chunks,
+    #[error("more than 1 TiB of stored data; split the source")]
+    Stored,
+    #[error("more than 16 TiB of file data; split the source")]
+    Decoded,
+    #[error("more than 2 GiB of metadata; split the source")]
+    Metadata,
+}

@@ -1,0 +1,378 @@
+//! A directory as a source.
+//!
+//! Every step is relative to an open directory and follows no symbolic link, so nothing outside
+//! the source is read whatever is renamed meanwhile. Only one directory is open at a time: the
+//! way back up is `..`, checked against the directory we came from. So neither the depth of the
+//! tree nor the length of its paths has a limit. What changes while it is read is an error, never
+//! a mixture.
+
+use std::collections::HashMap;
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, Stat};
+use rustix::io::Errno;
+
+use super::{Read, check_target, device_number};
+use crate::build::chunk::{Body, CutError, Cutter};
+use crate::build::tree::{Kind, Meta, Node, NodeId, Tree};
+use crate::build::xattr::{self, Collector};
+use crate::build::{BuildError, Progress, Unfit};
+
+/// Reads everything below `root` into a tree, and file content into `cutter`.
+pub(in crate::build) fn directory(
+    root: &Path,
+    cutter: &mut Cutter<'_>,
+    progress: &dyn Progress,
+) -> Result<Read, BuildError> {
+    if progress.wants_total() {
+        let mut census = Census::default();
+        walk(root, &mut census)?;
+        progress.total(census.entries, census.bytes);
+    }
+    let mut reader = Reader {
+        tree: Tree::new(Meta::implied_directory()),
+        linked: HashMap::new(),
+        buffer: vec![0; xattr::MAX_VALUE + 1],
+        skipped_xattrs: 0,
+        cutter,
+        progress,
+    };
+    walk(root, &mut reader)?;
+    let Reader { tree, skipped_xattrs, cutter, .. } = reader;
+    Ok(Read { tree, hole_bytes: cutter.hole_bytes(), skipped_xattrs })
+}
+
+/// Somebody who is shown every entry: a directory, then all its entries by name, then each of its
+/// subdirectories in the same way.
+trait Visitor {
+    /// How the visitor calls a directory.
+    type Dir: Copy;
+
+    fn root(&mut self, here: &Here<'_>, stat: &Stat) -> Result<Self::Dir, BuildError>;
+
+    /// Returns a value for directories only.
+    fn entry(
+        &mut self,
+        here: &Here<'_>,
+        dir: Self::Dir,
+        name: &OsStr,
+        stat: &Stat,
+    ) -> Result<Option<Self::Dir>, BuildError>;
+}
+
+/// The directory that is open, and how we got there.
+struct Here<'a> {
+    fd: BorrowedFd<'a>,
+    path: &'a dyn Fn() -> PathBuf,
+}
+
+impl Here<'_> {
+    fn path_of(&self, name: &OsStr) -> PathBuf {
+        let path = (self.path)();
+        if name == "." { path } else { path.join(name) }
+    }
+
+    fn read_error(&self, name: &OsStr) -> impl FnOnce(Errno) -> BuildError {
+        let path = self.path_of(name);
+        // An entry that was listed and is gone, or is another kind now, is a moving target.
+        move |errno| match errno {
+            Errno::NOENT | Errno::LOOP | Errno::NXIO | Errno::NOTDIR => BuildError::Changed { path },
+            _ => BuildError::Read { path, source: errno.into() },
+        }
+    }
+}
+
+/// A directory between the root and where we are.
+struct Level<D> {
+    name: CString,
+    identity: (u64, u64),
+    /// Subdirectories still to visit, last one first.
+    todo: Vec<(CString, D, (u64, u64))>,
+}
+
+const OPEN_DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+fn walk<V: Visitor>(root: &Path, visitor: &mut V) -> Result<(), BuildError> {
+    let failed = |errno: Errno| BuildError::Read { path: root.to_owned(), source: errno.into() };
+    // The root itself may be a symbolic link: it is what the user named.
+    let mut fd = rustix::fs::open(root, OPEN_DIRECTORY.difference(OFlags::NOFOLLOW), Mode::empty()).map_err(failed)?;
+    let stat = rustix::fs::fstat(&fd).map_err(failed)?;
+    let dir = visitor.root(&Here { fd: fd.as_fd(), path: &|| root.to_owned() }, &stat)?;
+    let mut levels: Vec<Level<V::Dir>> = Vec::new();
+    let todo = list(root, &levels, &fd, dir, visitor)?;
+    levels.push(Level { name: CString::default(), identity: identity(&stat), todo });
+    loop {
+        let level = levels.last_mut().expect("popped only below");
+        if let Some((name, dir, expected)) = level.todo.pop() {
+            fd = step(root, &levels, &fd, &name, expected)?;
+            levels.push(Level { name, identity: expected, todo: Vec::new() });
+            let todo = list(root, &levels, &fd, dir, visitor)?;
+            levels.last_mut().expect("just pushed").todo = todo;
+        } else {
+            levels.pop();
+            let Some(parent) = levels.last() else { return Ok(()) };
+            fd = step(root, &levels, &fd, c"..", parent.identity)?;
+        }
+    }
+}
+
+fn identity(stat: &Stat) -> (u64, u64) {
+    (stat.st_dev, stat.st_ino)
+}
+
+fn path_of<D>(root: &Path, levels: &[Level<D>]) -> PathBuf {
+    let mut path = root.to_owned();
+    path.extend(levels.iter().skip(1).map(|level| OsStr::from_bytes(level.name.to_bytes())));
+    path
+}
+
+/// Opens the directory that `from` calls `name`, which must be the one that was seen before.
+fn step<D>(
+    root: &Path,
+    levels: &[Level<D>],
+    from: &OwnedFd,
+    name: &std::ffi::CStr,
+    expected: (u64, u64),
+) -> Result<OwnedFd, BuildError> {
+    let here = Here { fd: from.as_fd(), path: &|| path_of(root, levels) };
+    let name_text = OsStr::from_bytes(name.to_bytes());
+    let fd = rustix::fs::openat(from, name, OPEN_DIRECTORY, Mode::empty()).map_err(here.read_error(name_text))?;
+    let stat = rustix::fs::fstat(&fd).map_err(here.read_error(name_text))?;
+    if identity(&stat) == expected { Ok(fd) } else { Err(BuildError::Changed { path: here.path_of(name_text) }) }
+}
+
+/// Shows the visitor every entry of the open directory, and returns the subdirectories.
+fn list<V: Visitor>(
+    root: &Path,
+    levels: &[Level<V::Dir>],
+    fd: &OwnedFd,
+    dir: V::Dir,
+    visitor: &mut V,
+) -> Result<Vec<(CString, V::Dir, (u64, u64))>, BuildError> {
+    let here = Here { fd: fd.as_fd(), path: &|| path_of(root, levels) };
+    let mut names = Vec::new();
+    let entries = rustix::fs::Dir::read_from(fd).map_err(here.read_error(OsStr::new(".")))?;
+    for entry in entries {
+        let entry = entry.map_err(here.read_error(OsStr::new(".")))?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            names.push(entry.file_name().to_owned());
+        }
+    }
+    names.sort_unstable();
+    let mut subdirectories = Vec::new();
+    for name in names {
+        let text = OsStr::from_bytes(name.to_bytes());
+        let stat = rustix::fs::statat(fd, &name, AtFlags::SYMLINK_NOFOLLOW).map_err(here.read_error(text))?;
+        if let Some(dir) = visitor.entry(&here, dir, text, &stat)? {
+            subdirectories.push((name, dir, identity(&stat)));
+        }
+    }
+    subdirectories.reverse();
+    Ok(subdirectories)
+}
+
+fn kind_of(stat: &Stat) -> FileType {
+    FileType::from_raw_mode(stat.st_mode)
+}
+
+/// Counts what there is, for a progress bar.
+#[derive(Default)]
+struct Census {
+    entries: u64,
+    bytes: u64,
+    linked: std::collections::HashSet<(u64, u64)>,
+}
+
+impl Visitor for Census {
+    type Dir = ();
+
+    fn root(&mut self, _: &Here<'_>, _: &Stat) -> Result<(), BuildError> {
+        self.entries += 1;
+        Ok(())
+    }
+
+    fn entry(&mut self, _: &Here<'_>, (): (), _: &OsStr, stat: &Stat) -> Result<Option<()>, BuildError> {
+        self.entries += 1;
+        let kind = kind_of(stat);
+        if kind == FileType::RegularFile && (stat.st_nlink == 1 || self.linked.insert(identity(stat))) {
+            self.bytes += u64::try_from(stat.st_size).unwrap_or(0);
+        }
+        Ok((kind == FileType::Directory).then_some(()))
+    }
+}
+
+/// Makes the tree.
+struct Reader<'a, 'c> {
+    tree: Tree,
+    /// Nodes of regular files with several names, by device and inode.
+    linked: HashMap<(u64, u64), NodeId>,
+    buffer: Vec<u8>,
+    skipped_xattrs: u64,
+    cutter: &'a mut Cutter<'c>,
+    progress: &'a dyn Progress,
+}
+
+impl Visitor for Reader<'_, '_> {
+    type Dir = NodeId;
+
+    fn root(&mut self, here: &Here<'_>, stat: &Stat) -> Result<NodeId, BuildError> {
+        let meta = self.meta(here, OsStr::new("."), stat)?;
+        self.tree.node_mut(NodeId::ROOT).meta = meta;
+        self.progress.advance(1, 0);
+        Ok(NodeId::ROOT)
+    }
+
+    fn entry(&mut self, here: &Here<'_>, dir: NodeId, name: &OsStr, stat: &Stat) -> Result<Option<NodeId>, BuildError> {
+        self.progress.advance(1, 0);
+        let unfit = |problem| BuildError::Entry { path: here.path_of(name), problem };
+        let kind = kind_of(stat);
+        let shared = (kind == FileType::RegularFile && stat.st_nlink > 1).then(|| identity(stat));
+        if let Some(node) = shared.and_then(|key| self.linked.get(&key)) {
+            self.tree.link(dir, name.as_bytes(), *node).map_err(unfit)?;
+            return Ok(None);
+        }
+        let node = if kind == FileType::RegularFile {
+            self.regular(here, name, stat)?
+        } else {
+            Node { kind: self.other_kind(here, name, stat)?, meta: self.meta(here, name, stat)? }
+        };
+        let id = self.tree.insert(dir, name.as_bytes(), node).map_err(unfit)?;
+        self.linked.extend(shared.map(|key| (key, id)));
+        Ok((kind == FileType::Directory).then_some(id))
+    }
+}
+
+impl Reader<'_, '_> {
+    /// Everything but regular files.
+    fn other_kind(&self, here: &Here<'_>, name: &OsStr, stat: &Stat) -> Result<Kind, BuildError> {
+        let unfit = |problem| BuildError::Entry { path: here.path_of(name), problem };
+        let device = || {
+            let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+            device_number(major.into(), minor.into()).map_err(unfit)
+        };
+        match kind_of(stat) {
+            FileType::Directory => Ok(Kind::empty_directory()),
+            FileType::Symlink => {
+                let target = rustix::fs::readlinkat(here.fd, name, Vec::new()).map_err(here.read_error(name))?;
+                check_target(target.as_bytes()).map_err(unfit)?;
+                Ok(Kind::Symlink(target.into_bytes().into()))
+            }
+            FileType::CharacterDevice => device().map(Kind::Character),
+            FileType::BlockDevice => device().map(Kind::Block),
+            FileType::Fifo => Ok(Kind::Fifo),
+            FileType::Socket => Ok(Kind::Socket),
+            FileType::RegularFile | FileType::Unknown => Err(BuildError::Changed { path: here.path_of(name) }),
+        }
+    }
+
+    fn regular(&mut self, here: &Here<'_>, name: &OsStr, listed: &Stat) -> Result<Node, BuildError> {
+        let changed = || BuildError::Changed { path: here.path_of(name) };
+        // Should it have become a FIFO, opening it must not wait for a writer.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(here.fd, name, flags, Mode::empty()).map_err(here.read_error(name))?;
+        let before = rustix::fs::fstat(&fd).map_err(here.read_error(name))?;
+        if identity(&before) != identity(listed) || kind_of(&before) != FileType::RegularFile {
+            return Err(changed());
+        }
+        let size = u64::try_from(before.st_size).map_err(|_| changed())?;
+        // Only files with fewer blocks than bytes are worth asking for holes.
+        let allocated = u64::try_from(before.st_blocks).unwrap_or(0).saturating_mul(512);
+        let mut body = FileBody { file: File::from(fd), at: 0, size, sparse: allocated < size, next_data: 0 };
+        let content = self.cutter.cut(size, &mut body).map_err(|e| match e {
+            CutError::Read(e) if e.kind() == io::ErrorKind::UnexpectedEof => changed(),
+            CutError::Read(source) => BuildError::Read { path: here.path_of(name), source },
+            CutError::Limit(limit) => BuildError::Limit(limit),
+            CutError::Stopped => changed(),
+        })?;
+        let meta = self.meta(here, name, &before)?;
+        let after = rustix::fs::fstat(&body.file).map_err(here.read_error(name))?;
+        let version = |stat: &Stat| (stat.st_size, stat.st_mtime, stat.st_mtime_nsec);
+        if version(&before) != version(&after) {
+            return Err(changed());
+        }
+        Ok(Node { kind: Kind::Regular(content), meta })
+    }
+
+    fn meta(&mut self, here: &Here<'_>, name: &OsStr, stat: &Stat) -> Result<Meta, BuildError> {
+        let mut meta = Meta {
+            permissions: u16::try_from(stat.st_mode & 0o7777).expect("12 bits"),
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            mtime: stat.st_mtime,
+            mtime_nsec: u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
+            xattrs: Vec::new(),
+        };
+        let xattrs = self.xattrs(here, name)?;
+        self.skipped_xattrs += xattrs.skipped;
+        xattrs.store(&mut meta).map_err(|problem| BuildError::Entry { path: here.path_of(name), problem })?;
+        Ok(meta)
+    }
+
+    fn xattrs(&mut self, here: &Here<'_>, name: &OsStr) -> Result<Collector, BuildError> {
+        let mut collector = Collector::default();
+        // There is no call for the xattrs of a name in an open directory, and descriptors that
+        // merely name a file are refused. The way through /proc works for every kind of entry.
+        let mut path = format!("/proc/self/fd/{}/", here.fd.as_raw_fd()).into_bytes();
+        path.extend_from_slice(name.as_bytes());
+        let path = OsStr::from_bytes(&path);
+        let names = match rustix::fs::llistxattr(path, &mut self.buffer[..]) {
+            Err(Errno::OPNOTSUPP) => return Ok(collector),
+            other => self.buffer[..other.map_err(here.read_error(name))?].to_vec(),
+        };
+        for xattr in names.split(|b| *b == 0).filter(|xattr| !xattr.is_empty()) {
+            let value = match rustix::fs::lgetxattr(path, OsStr::from_bytes(xattr), &mut self.buffer[..]) {
+                // Removed since it was listed, or listed by a filesystem that does not let us see it.
+                Err(Errno::NODATA | Errno::OPNOTSUPP) => continue,
+                other => &self.buffer[..other.map_err(here.read_error(name))?],
+            };
+            let added = collector.add(xattr, value);
+            added.map_err(|problem: Unfit| BuildError::Entry { path: here.path_of(name), problem })?;
+        }
+        Ok(collector)
+    }
+}
+
+/// The content of an open file. Reads by position, so that looking for holes disturbs nothing.
+struct FileBody {
+    file: File,
+    at: u64,
+    size: u64,
+    /// Whether looking for holes can pay.
+    sparse: bool,
+    /// If larger than `at`: everything between them is a hole.
+    next_data: u64,
+}
+
+impl Body for FileBody {
+    fn fill(&mut self, plain: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(plain, self.at)?;
+        self.at += plain.len() as u64;
+        Ok(())
+    }
+
+    fn skip_zeros(&mut self, len: u64) -> io::Result<bool> {
+        if self.sparse && self.next_data <= self.at {
+            self.next_data = match rustix::fs::seek(&self.file, SeekFrom::Data(self.at)) {
+                Ok(next) => next,
+                // Nothing but a hole until the end.
+                Err(Errno::NXIO) => self.size,
+                // A filesystem that cannot tell: then every byte is read.
+                Err(_) => {
+                    self.sparse = false;
+                    0
+                }
+            };
+        }
+        let skip = self.next_data >= self.at + len;
+        if skip {
+            self.at += len;
+        }
+        Ok(skip)
+    }
+}

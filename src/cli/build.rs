@@ -1,0 +1,119 @@
+use std::io::{self, Write};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::ValueEnum;
+
+use super::progress::Bar;
+use crate::base::ByteSize;
+use crate::build::{self, BuildReport, BuildSpec, Compression, Source};
+use crate::format::rafs::DigestAlgorithm;
+
+/// Build an image from a directory or a tar archive
+///
+/// Writes OUT/bootstrap and, if any file has content, OUT/blobs/<SHA-256 of the blob>. The same
+/// source gives the same bytes, whatever the number of threads.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct BuildArgs {
+    /// A directory, a tar or tar.gz archive, or - for an archive on standard input
+    #[arg(value_name = "SOURCE")]
+    source: PathBuf,
+
+    /// Directory for the image; made if it is not there
+    #[arg(short, long, value_name = "DIR")]
+    out: PathBuf,
+
+    /// zstd, zstd:LEVEL with 1 to 22, lz4 or none
+    #[arg(long, value_name = "HOW", default_value = "zstd")]
+    compress: Compression,
+
+    /// Digest that chunks are checked by when they are read
+    #[arg(long, value_enum, default_value_t = Digest::Blake3)]
+    digest: Digest,
+
+    /// Largest piece that is fetched at once: a power of two from 4KiB to 16MiB
+    #[arg(long, value_name = "SIZE", default_value = "1MiB")]
+    chunk_size: ByteSize,
+
+    /// Threads that compress; all cores if not given
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+
+    /// Print what was made as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  rafsd build rootfs/ -o image/
+  zcat layer.tar.gz | rafsd build - -o image/ --compress zstd:19";
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Digest {
+    Blake3,
+    Sha256,
+}
+
+impl From<Digest> for DigestAlgorithm {
+    fn from(digest: Digest) -> Self {
+        match digest {
+            Digest::Blake3 => Self::Blake3,
+            Digest::Sha256 => Self::Sha256,
+        }
+    }
+}
+
+/// Exit status: 0 when the image is complete and on disk.
+///
+/// # Errors
+/// Whatever stopped the build; no image was made then.
+pub fn run(args: BuildArgs) -> anyhow::Result<ExitCode> {
+    let source = if args.source == Path::new("-") {
+        Source::Archive { name: "standard input".into(), stream: Box::new(io::stdin()) }
+    } else {
+        Source::open(&args.source)?
+    };
+    let spec = BuildSpec {
+        source,
+        out_dir: args.out,
+        compression: args.compress,
+        digest: args.digest.into(),
+        chunk_size: args.chunk_size.0,
+        threads: args.threads.or_else(|| std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN),
+    };
+    let bar = Bar::on_terminal("building");
+    let report = build::build(spec, &bar).context("no image was made")?;
+    drop(bar);
+    let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { summary(&report) };
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e).context("cannot write to standard output"),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// The report for a person.
+fn summary(report: &BuildReport) -> String {
+    let size = |bytes| ByteSize(bytes).to_string();
+    let mut out = format!("bootstrap  {} ({})\n", report.bootstrap, size(report.bootstrap_bytes));
+    for blob in &report.blobs {
+        out += &format!("blob       {} ({}, {} chunks)\n", blob.path, size(blob.stored_bytes), blob.chunks);
+    }
+    out += &format!(
+        "contents   {} files, {} directories, {} symlinks, {} special files, {} hard links\n",
+        report.files, report.directories, report.symlinks, report.specials, report.hard_links
+    );
+    let read = format!("data       {}", size(report.source_bytes));
+    out += &format!(
+        "{read}, {} of it stored already, {} in holes\n",
+        size(report.deduplicated_bytes),
+        size(report.hole_bytes)
+    );
+    if report.skipped_xattrs > 0 {
+        out += &format!("left out   {} xattrs that the format has no place for\n", report.skipped_xattrs);
+    }
+    out
+}

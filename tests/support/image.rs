@@ -1,0 +1,88 @@
+//! Images of RAFS v6 in the hands of the kernel, without any code under test.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+/// An image mounted read-only by the EROFS driver; unmounted when dropped.
+#[derive(Debug)]
+pub struct Mounted {
+    at: PathBuf,
+}
+
+impl Mounted {
+    /// Mounts `bootstrap` with complete device files, in the order of the device table.
+    pub fn new(bootstrap: &Path, devices: &[PathBuf], at: &Path) -> nix::Result<Self> {
+        let options: Vec<String> = devices.iter().map(|path| format!("device={}", path.display())).collect();
+        mount(Some(bootstrap), at, Some("erofs"), MsFlags::MS_RDONLY, Some(options.join(",").as_str()))?;
+        Ok(Self { at: at.to_owned() })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.at
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        umount2(&self.at, MntFlags::MNT_DETACH).expect("what was mounted can be unmounted");
+    }
+}
+
+/// A blob of 16-byte chunk-info entries, written out as the device it stands for.
+///
+/// Reads the tables by hand: an error here is an error in the blob, not in a reader of ours.
+pub fn expand(blob: &Path, device: &Path) -> io::Result<()> {
+    let file = File::open(blob)?;
+    let len = file.metadata()?.len();
+    let mut header = [0; 64];
+    file.read_exact_at(&mut header, len - 4096)?;
+    let u32_at = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap());
+    let u64_at = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().unwrap());
+    assert_eq!(u32_at(0), 0xb10b_b10b, "header magic");
+    let (algorithm, entries) = (u32_at(8), u32_at(12) as usize);
+    assert_eq!(u64_at(16) + u64_at(24) + 4096, len, "the array lies in front of the header");
+    let mut stored = vec![0; usize::try_from(u64_at(24)).unwrap()];
+    file.read_exact_at(&mut stored, u64_at(16))?;
+    let table = plain(algorithm, &stored, usize::try_from(u64_at(32)).unwrap());
+    assert_eq!(table.len(), entries * 16);
+
+    let out = File::create(device)?;
+    let mut end = 0;
+    for entry in table.chunks_exact(16) {
+        let word = |at: usize| u64::from_le_bytes(entry[at..at + 8].try_into().unwrap());
+        let (decoded, stored) = (word(0), word(8));
+        let decoded_len = (decoded >> 44 | (decoded >> 8 & 0xf) << 20) + 1;
+        let stored_len = (stored >> 44 | (stored >> 40 & 0xf) << 20) + 1;
+        let decoded_at = decoded & 0xfff_ffff_f000;
+        assert_eq!(decoded_at, end, "chunks follow each other on block boundaries");
+        end = (decoded_at + decoded_len).next_multiple_of(4096);
+        let mut bytes = vec![0; usize::try_from(stored_len).unwrap()];
+        file.read_exact_at(&mut bytes, stored & 0xff_ffff_ffff)?;
+        let len = usize::try_from(decoded_len).unwrap();
+        // Chunks have the compression of the table, or none where it does not pay. A table that
+        // did not compress says nothing, so the frame's own magic is asked.
+        let algorithm = match (stored_len == decoded_len, algorithm) {
+            (true, _) => 0,
+            (false, 0) if bytes.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) => 3,
+            (false, 0) => 1,
+            (false, other) => other,
+        };
+        out.write_all_at(&plain(algorithm, &bytes, len), decoded_at)?;
+    }
+    out.set_len(end)
+}
+
+fn plain(algorithm: u32, stored: &[u8], len: usize) -> Vec<u8> {
+    let plain = match algorithm {
+        0 => stored.to_vec(),
+        1 => lz4_flex::block::decompress(stored, len).expect("a sound lz4 block"),
+        3 => zstd::bulk::decompress(stored, len).expect("a sound zstd frame"),
+        other => panic!("unexpected compression {other}"),
+    };
+    assert_eq!(plain.len(), len);
+    plain
+}
