@@ -1,1 +1,230 @@
-fn main() {}
+//! Cases that need a kernel: they mount, serve and kill for real.
+//!
+//! # Adding a case
+//!
+//! Write `fn case(ctx: &Ctx) -> Outcome` in a file of its subject, list it in that file's
+//! `CASES: &[Case]`, and name the table in [`TABLES`]. Files about backends live in `cases/`
+//! (declare them here as `mod cases { pub(crate) mod subject; }`), files about the kernel alone
+//! beside this one.
+//!
+//! A case gets a [`Ctx`] with the backend to use, an empty directory of its own on a disk file
+//! system, and the path of the `rafsd` binary. It fails by returning an error or by panicking; what
+//! it prints is shown when it fails. It runs as a process of its own, so it may crash or hang; the
+//! harness then kills whatever it started and unmounts whatever lies below its directory. A case
+//! that *passes* must have cleaned up by itself: processes and mounts left behind turn it into a
+//! failure.
+//!
+//! # Where cases run
+//!
+//! The fanotify backend is tested on this host, the cachefiles backend in a virtual machine, which
+//! boots once for all of them: this same program, packed with the `rafsd` binary into an initrd,
+//! runs there as `--in-guest` and its report lines are counted here (`guest.rs`). A [`Need`] that
+//! is not met skips the case with its reason; so does a missing emulator or kernel.
+//!
+//! # Usage
+//!
+//! `cargo test --test kernel -- [--list] [--backend fanotify|cachefiles|all] [--exact] [--skip TEXT]
+//! [NAME...]`. Other flags of the usual test harness are accepted and ignored. Environment:
+//! `RAFSD_TEST_KERNEL` names the guest's kernel (else the one `build-kernel` left in its cache),
+//! `RAFSD_TEST_DIR` a directory for scratch files on ext4, XFS or btrfs. The last line is
+//! `N passed, N failed, N skipped`; the exit status is 1 when a case failed.
+
+mod args;
+mod facts;
+mod guest;
+mod host;
+mod initrd;
+mod isolate;
+mod mounts;
+mod report;
+mod selftest;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Context as _;
+
+use args::{Args, Mode};
+use host::Need;
+use report::{Tally, Verdict};
+
+/// Every case, by subject.
+const TABLES: &[&[Case]] = &[selftest::CASES, facts::CASES];
+
+/// What a case returns; the error's whole chain is printed.
+pub(crate) type Outcome = anyhow::Result<()>;
+
+/// One promise about the kernel, or about the daemon on a kernel.
+#[derive(Debug)]
+pub(crate) struct Case {
+    /// Unique, a sentence in snake case: the name is the promise.
+    pub(crate) name: &'static str,
+    /// What must be there; the first need that is not met skips the case.
+    pub(crate) needs: &'static [Need],
+    pub(crate) place: Place,
+    pub(crate) run: fn(&Ctx) -> Outcome,
+}
+
+/// Where a case makes sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "offered to every case, whether one of today uses it or not")]
+pub(crate) enum Place {
+    /// On this host, with the fanotify backend.
+    Host,
+    /// In the virtual machine, with the cachefiles backend.
+    Guest,
+    /// Both, each with its backend.
+    Both,
+}
+
+impl Place {
+    /// Whether a case of this place is run for `backend`.
+    fn runs(self, backend: Backend) -> bool {
+        match self {
+            Self::Host => backend == Backend::Fanotify,
+            Self::Guest => backend == Backend::Cachefiles,
+            Self::Both => true,
+        }
+    }
+}
+
+/// The way into the kernel under test; decides where the case runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backend {
+    Fanotify,
+    Cachefiles,
+}
+
+impl Backend {
+    /// As the command lines of this program and of `rafsd` spell it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Fanotify => "fanotify",
+            Self::Cachefiles => "cachefiles",
+        }
+    }
+}
+
+/// What a case gets.
+#[derive(Debug)]
+#[allow(dead_code, reason = "offered to every case, whether one of today uses it or not")]
+pub(crate) struct Ctx {
+    /// The backend to use.
+    pub(crate) backend: Backend,
+    /// Empty directory, on ext4, XFS or btrfs when the case needs [`Need::DiskStore`]; removed afterwards.
+    pub(crate) dir: PathBuf,
+    /// The `rafsd` binary of this build.
+    pub(crate) rafsd: PathBuf,
+    /// Whether this is the virtual machine: one or two orders of magnitude slower than the host.
+    pub(crate) in_guest: bool,
+}
+
+/// Set when the user asked to stop; every wait of the harness looks at it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Interrupt(Arc<AtomicBool>);
+
+impl Interrupt {
+    pub(crate) fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Sets the flag on SIGINT, SIGTERM or SIGHUP, so that virtual machine, mounts and files are taken
+    /// away before the program ends.
+    fn watch() -> anyhow::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+
+        let this = Self::default();
+        let flag = Arc::clone(&this.0);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (mut int, mut term, mut hup) = {
+            let _entered = runtime.enter();
+            (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?, signal(SignalKind::hangup())?)
+        };
+        std::thread::Builder::new().name("signals".into()).spawn(move || {
+            runtime.block_on(async {
+                tokio::select! { _ = int.recv() => {}, _ = term.recv() => {}, _ = hup.recv() => {} }
+            });
+            flag.store(true, Ordering::Relaxed);
+        })?;
+        Ok(this)
+    }
+}
+
+fn main() -> ExitCode {
+    let args = match Args::parse(std::env::args().skip(1)) {
+        Ok(args) => args,
+        Err(message) => {
+            eprintln!("error: {message}");
+            return ExitCode::from(2);
+        }
+    };
+    let status = match &args.mode {
+        Mode::List => Ok(list(&args)),
+        Mode::One { name, dir } => one(&args, name, dir.clone()),
+        Mode::All => all(&args),
+    };
+    status.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn selected(args: &Args, backend: Backend) -> Vec<&'static Case> {
+    let wanted = |case: &&Case| case.place.runs(backend) && args.runs(backend) && args.selects(case.name);
+    TABLES.iter().copied().flatten().filter(wanted).collect()
+}
+
+fn list(args: &Args) -> ExitCode {
+    for backend in [Backend::Fanotify, Backend::Cachefiles] {
+        for case in selected(args, backend) {
+            println!("{} [{}]", case.name, backend.name());
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// The child's side of [`isolate::run`]: one case, in this process.
+fn one(args: &Args, name: &str, dir: PathBuf) -> anyhow::Result<ExitCode> {
+    isolate::die_with_parent().context("ask to be killed with the harness")?;
+    let backend = args.backend.context("--run-one needs --backend")?;
+    let case =
+        TABLES.iter().copied().flatten().chain(selftest::BAD).find(|case| case.name == name).context("no such case")?;
+    let ctx = Ctx { backend, dir, rafsd: host::rafsd(args.in_guest), in_guest: args.in_guest };
+    (case.run)(&ctx)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn all(args: &Args) -> anyhow::Result<ExitCode> {
+    let interrupt = Interrupt::watch().context("watch for signals")?;
+    let mut tally = Tally::default();
+    let here = if args.in_guest { Backend::Cachefiles } else { Backend::Fanotify };
+    for case in selected(args, here) {
+        if interrupt.is_set() {
+            break;
+        }
+        if args.in_guest {
+            println!("running {}", case.name);
+        }
+        let unmet = case.needs.iter().find_map(|need| need.unmet(args.in_guest));
+        let (verdict, elapsed) = match unmet {
+            Some(reason) => (Verdict::Skipped(reason), None),
+            None => isolate::run(case, here, args.in_guest, isolate::time_limit(args.in_guest), &interrupt),
+        };
+        tally.report(case.name, here, &verdict, elapsed);
+    }
+    if !args.in_guest && !interrupt.is_set() {
+        let cases = selected(args, Backend::Cachefiles);
+        if !cases.is_empty() {
+            guest::run(&cases, &interrupt, &mut tally);
+        }
+    }
+    if interrupt.is_set() {
+        anyhow::bail!("interrupted; {tally} so far");
+    }
+    if !args.in_guest {
+        println!("{tally}");
+    }
+    Ok(if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

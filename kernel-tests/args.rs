@@ -1,0 +1,74 @@
+//! The command line: ours, plus tolerance for what `cargo test -- …` passes to every test program.
+
+use std::path::PathBuf;
+
+use crate::Backend;
+
+/// Flags of the usual test harness that take a value, which must not be mistaken for a case's name.
+const IGNORED_WITH_VALUE: &[&str] = &["--test-threads", "--format", "--color", "--logfile", "-Z", "--shuffle-seed"];
+
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    All,
+    List,
+    /// One case in this process; what [`crate::isolate`] starts.
+    One {
+        name: String,
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Args {
+    pub(crate) mode: Mode,
+    pub(crate) in_guest: bool,
+    /// `None` is all of them.
+    pub(crate) backend: Option<Backend>,
+    names: Vec<String>,
+    exact: bool,
+    skips: Vec<String>,
+}
+
+impl Args {
+    pub(crate) fn parse(args: impl Iterator<Item = String>) -> Result<Self, String> {
+        let mut parsed =
+            Self { mode: Mode::All, in_guest: false, backend: None, names: vec![], exact: false, skips: vec![] };
+        let (mut run_one, mut dir) = (None, None);
+        let mut args = args;
+        while let Some(arg) = args.next() {
+            let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
+            match arg.as_str() {
+                "--list" => parsed.mode = Mode::List,
+                "--in-guest" => parsed.in_guest = true,
+                "--exact" => parsed.exact = true,
+                "--skip" => parsed.skips.push(value()?),
+                "--backend" => {
+                    parsed.backend = match value()?.as_str() {
+                        "fanotify" => Some(Backend::Fanotify),
+                        "cachefiles" => Some(Backend::Cachefiles),
+                        "all" => None,
+                        other => return Err(format!("unknown backend {other:?}: fanotify, cachefiles or all")),
+                    }
+                }
+                "--run-one" => run_one = Some(value()?),
+                "--dir" => dir = Some(PathBuf::from(value()?)),
+                flag if IGNORED_WITH_VALUE.contains(&flag) => drop(value()?),
+                flag if flag.starts_with('-') => {}
+                name => parsed.names.push(name.to_owned()),
+            }
+        }
+        if let Some(name) = run_one {
+            parsed.mode = Mode::One { name, dir: dir.ok_or("--run-one needs --dir")? };
+        }
+        Ok(parsed)
+    }
+
+    pub(crate) fn runs(&self, backend: Backend) -> bool {
+        self.backend.is_none_or(|wanted| wanted == backend)
+    }
+
+    pub(crate) fn selects(&self, name: &str) -> bool {
+        let hit = |text: &String| if self.exact { name == text } else { name.contains(text.as_str()) };
+        (self.names.is_empty() || self.names.iter().any(hit)) && !self.skips.iter().any(hit)
+    }
+}

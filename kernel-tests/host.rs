@@ -1,0 +1,99 @@
+//! What this machine has, and where its pieces are.
+
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, statfs};
+
+/// Where the guest's disk is mounted.
+pub(crate) const GUEST_STORE: &str = "/var/lib/rafsd-test";
+/// Where the guest finds the daemon.
+pub(crate) const GUEST_RAFSD: &str = "/bin/rafsd";
+
+/// A precondition of a case. A need that is not met skips the case and says why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "offered to every case, whether one of today uses it or not")]
+pub(crate) enum Need {
+    Root,
+    /// The kernel serves images by the backend the case runs for.
+    Backend,
+    /// The kernel mounts EROFS.
+    Erofs,
+    /// The case's directory lies on a file system that can hold a cache: ext4, XFS or btrfs.
+    DiskStore,
+    /// A program on the path. The guest gets the host's, with its libraries.
+    Program(&'static str),
+}
+
+impl Need {
+    /// Why the need is not met here; `None` when it is.
+    pub(crate) fn unmet(&self, in_guest: bool) -> Option<String> {
+        match self {
+            Self::Root => (!nix::unistd::geteuid().is_root()).then(|| "not root".into()),
+            Self::Backend if in_guest => cannot_cachefiles(),
+            Self::Backend => cannot_fanotify(),
+            Self::Erofs => cannot_erofs(),
+            Self::DiskStore => {
+                let dir = store(in_guest);
+                let reason = format!("{} is not on ext4, XFS or btrfs; set RAFSD_TEST_DIR", dir.display());
+                (!on_disk(&dir)).then_some(reason)
+            }
+            Self::Program(name) => find_program(name).is_none().then(|| format!("no program {name}")),
+        }
+    }
+}
+
+/// The first release whose pre-content events carry complete ranges (`docs/KERNELS.md`).
+const FANOTIFY_SINCE: (u32, u32) = (6, 15);
+
+/// Why the fanotify backend cannot work on this host; `None` when it can.
+///
+/// The one place that decides it for the tests. A version is a poor witness, and is taken only to
+/// choose between running and skipping: a case that runs on a kernel without the events fails.
+fn cannot_fanotify() -> Option<String> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let old = version < FANOTIFY_SINCE;
+    old.then(|| format!("Linux {} has no complete pre-content events (6.15)", release.trim()))
+}
+
+fn cannot_cachefiles() -> Option<String> {
+    (!Path::new("/dev/cachefiles").exists()).then(|| "no /dev/cachefiles".into())
+}
+
+fn cannot_erofs() -> Option<String> {
+    let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let missing = !known.split_whitespace().any(|word| word == "erofs");
+    missing.then(|| "the kernel has no EROFS (or its module is not loaded)".into())
+}
+
+/// The daemon's binary.
+pub(crate) fn rafsd(in_guest: bool) -> PathBuf {
+    PathBuf::from(if in_guest { GUEST_RAFSD } else { env!("CARGO_BIN_EXE_rafsd") })
+}
+
+/// Where the directories of cases are made: the first candidate on a file system that can hold a cache.
+///
+/// `/var/tmp` before the build directory because paths of sockets are limited to 107 bytes.
+pub(crate) fn store(in_guest: bool) -> PathBuf {
+    if in_guest {
+        return GUEST_STORE.into();
+    }
+    if let Some(dir) = std::env::var_os("RAFSD_TEST_DIR") {
+        return dir.into();
+    }
+    let candidates = ["/var/tmp", env!("CARGO_TARGET_TMPDIR")];
+    candidates.into_iter().map(PathBuf::from).find(|dir| on_disk(dir)).unwrap_or_else(std::env::temp_dir)
+}
+
+fn on_disk(dir: &Path) -> bool {
+    let kinds = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC];
+    statfs(dir).is_ok_and(|fs| kinds.contains(&fs.filesystem_type()))
+}
+
+/// Finds a program on the path, or in the directories that only root's path has.
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let extra = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path).chain(extra).map(|dir| dir.join(name)).find(|file| file.is_file())
+}
