@@ -66,7 +66,7 @@ struct Completeness {
 }
 
 /// What a device has done so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct DeviceStats {
     /// Units the image has, those it names no check for left out.
     pub units: u32,

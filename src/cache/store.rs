@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
@@ -88,6 +89,12 @@ impl Store {
         let lock = Arc::new(lock(root)?);
         let engine = Engine::new(options, runtime).map_err(StoreError::Threads)?;
         Ok(Arc::new(Self { devices_dir, engine, shelves: Mutex::default(), lock }))
+    }
+
+    /// The open lock. Whoever keeps a copy of it keeps every other process out of the store, even
+    /// when this one has died.
+    pub fn lock_file(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
     }
 
     /// The threads and limits, for devices over foreign sinks.

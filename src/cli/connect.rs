@@ -49,7 +49,10 @@ impl Place {
                     && fs::canonicalize(asked).ok() != fs::canonicalize(&info.cache).ok()
                 {
                     let has = info.cache.display();
-                    bail!("the running daemon has its cache at {has}, not {}; leave --cache out, or give another --run", asked.display());
+                    bail!(
+                        "the running daemon has its cache at {has}, not {}; leave --cache out, or give another --run",
+                        asked.display()
+                    );
                 }
                 return Ok(client);
             }
@@ -73,7 +76,11 @@ impl Place {
 
     fn start(&self, cache: Option<&Path>, log: &Path) -> anyhow::Result<Child> {
         let run = self.run.display();
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.run).with_context(|| format!("cannot create {run}"))?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.run)
+            .with_context(|| format!("cannot create {run}"))?;
         let output = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
         let program = std::env::current_exe().context("cannot find this program")?;
         let mut command = Command::new(program);

@@ -105,7 +105,8 @@ pub fn run() -> ExitCode {
 fn start_log(cli: &Cli) {
     let serves = matches!(cli.command, Command::Serve(_) | Command::Keeper(_));
     let default = if serves { LevelFilter::INFO } else { LevelFilter::WARN };
-    let targets = cli.log.clone().unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN).with_target("rafsd", default));
+    let targets =
+        cli.log.clone().unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN).with_target("rafsd", default));
     let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
     let layer = match cli.log_format {
         LogFormat::Text => layer.boxed(),

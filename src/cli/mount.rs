@@ -32,11 +32,8 @@ pub(super) struct ImageArgs {
 impl ImageArgs {
     /// The same with paths that mean the same to the daemon.
     pub(super) fn spec(self) -> anyhow::Result<ImageSpec> {
-        let blobs = if self.blobs.contains("://") {
-            self.blobs
-        } else {
-            utf8(&absolute(Path::new(&self.blobs))?)?.to_owned()
-        };
+        let blobs =
+            if self.blobs.contains("://") { self.blobs } else { utf8(&absolute(Path::new(&self.blobs))?)?.to_owned() };
         let ca = self.ca.as_deref().map(absolute).transpose()?;
         Ok(ImageSpec { bootstrap: absolute(&self.bootstrap)?, blobs, ca, prefetch: self.prefetch })
     }

@@ -6,9 +6,7 @@ use reqwest::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::api::{
-    Failure, ImageReport, Info, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest,
-};
+use super::api::{Failure, ImageReport, Info, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest};
 use super::control::SOCKET;
 
 /// Talks to the daemon of one run directory.
@@ -45,11 +43,7 @@ impl Client {
     pub fn new(run: &Path) -> reqwest::Result<Self> {
         crate::net::install_tls();
         let socket = run.join(SOCKET);
-        let http = reqwest::Client::builder()
-            .unix_socket(socket.clone())
-            .no_proxy()
-            .tls_certs_only([])
-            .build()?;
+        let http = reqwest::Client::builder().unix_socket(socket.clone()).no_proxy().tls_certs_only([]).build()?;
         Ok(Self { http, socket })
     }
 
@@ -97,10 +91,8 @@ impl Client {
         let garbled = |cause| ClientError::Garbled { socket: self.socket.clone(), cause };
         // The host is not looked at: the socket decides where this goes.
         let request = self.http.request(method, format!("http://rafsd/v1/{path}")).json(body);
-        let answer = request
-            .send()
-            .await
-            .map_err(|cause| ClientError::NoDaemon { socket: self.socket.clone(), cause })?;
+        let answer =
+            request.send().await.map_err(|cause| ClientError::NoDaemon { socket: self.socket.clone(), cause })?;
         if answer.status().is_success() {
             return answer.json().await.map_err(garbled);
         }

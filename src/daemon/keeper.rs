@@ -69,7 +69,8 @@ impl Keeper {
     pub fn start(program: &Path, run: &Path) -> io::Result<Self> {
         let socket_path = run.join(SOCKET);
         if let Ok(status) = ask(run, "status") {
-            let text = format!("an earlier daemon left its keeper behind (process {}); `rafsd recover` ends it", status.pid);
+            let text =
+                format!("an earlier daemon left its keeper behind (process {}); `rafsd recover` ends it", status.pid);
             return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
         }
         let (ours, theirs) = fdpass::pair()?;
@@ -251,9 +252,8 @@ impl Post {
     fn start_denying(&mut self) {
         self.denying = true;
         for dir in &self.mounts {
-            let ours = mount::mount_table().is_ok_and(|table| {
-                table.iter().any(|mounted| mounted.target == *dir && mounted.fs_type == "erofs")
-            });
+            let ours = mount::mount_table()
+                .is_ok_and(|table| table.iter().any(|mounted| mounted.target == *dir && mounted.fs_type == "erofs"));
             if ours && let Err(error) = mount::detach(dir) {
                 tracing::error!(dir = %dir.display(), %error, "cannot take a mount out of the tree");
             }

@@ -15,7 +15,7 @@ use crate::base::{BlobId, Chain};
 use crate::blob::{TablesError, UnitMap};
 use crate::cache::{Device, Engine, Fill, Store, StoreError, StoreOptions};
 use crate::export::cachefiles::{self, FsId, ObjectSpec, Registration};
-use crate::export::{AttachError, Backing, BackendKind, LiveImage, MountWatch, WatchId, fanotify};
+use crate::export::{AttachError, BackendKind, Backing, LiveImage, MountWatch, WatchId, fanotify};
 use crate::image::OpenError as ImageOpenError;
 use crate::source::{BlobSource, OpenError, SourceError};
 use crate::sys::mount::{detach, unmount};
@@ -167,7 +167,8 @@ impl Daemon {
             watcher: Mutex::default(),
             state: Mutex::default(),
         });
-        let thread = spawn("mnt-0", &daemon, |daemon| daemon.follow_unmounts()).map_err(start("the watch on mounts"))?;
+        let thread =
+            spawn("mnt-0", &daemon, |daemon| daemon.follow_unmounts()).map_err(start("the watch on mounts"))?;
         *daemon.watcher.lock().unwrap() = Some(thread);
         Ok(daemon)
     }
@@ -371,7 +372,8 @@ impl Daemon {
         let mut state = self.state.lock().unwrap();
         let is_dead = |mounted: &Mounted| !self.watch.is_alive(mounted.watch);
         gone.extend(state.lingering.extract_if(.., |mounted| is_dead(mounted)));
-        let dead: Vec<_> = state.mounts.iter().filter(|(_, m)| m.as_ref().is_some_and(is_dead)).map(|(d, _)| d.clone()).collect();
+        let dead: Vec<_> =
+            state.mounts.iter().filter(|(_, m)| m.as_ref().is_some_and(is_dead)).map(|(d, _)| d.clone()).collect();
         for dir in dead {
             tracing::info!(dir = %dir.display(), "unmounted");
             gone.extend(state.mounts.remove(&dir).flatten());

@@ -86,13 +86,8 @@ fn adopt(bootstrap: &Path, dir: &Path) -> Result<(PathBuf, Digest), DaemonError>
     let mut from = File::open(bootstrap).map_err(read)?;
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(write)?;
     let scratch = dir.join(format!(".new-{}-{:?}", std::process::id(), std::thread::current().id()));
-    let mut to = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&scratch)
-        .map_err(write)?;
+    let mut to =
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&scratch).map_err(write)?;
     let _remove = RemoveOnDrop(&scratch);
     let mut hasher = sha2::Sha256::new();
     let (mut buffer, mut total) = (vec![0; BOOTSTRAP_UNIT], 0u64);
