@@ -48,6 +48,12 @@ enum Run {
 }
 
 impl Content {
+    /// Content that was never cut, for tests of what depends on sizes only.
+    #[cfg(test)]
+    pub(in crate::build) fn of_size(size: u64) -> Self {
+        Self { size, runs: Vec::new() }
+    }
+
     /// The number of the cut behind each chunk of the file.
     pub(in crate::build) fn cuts(&self) -> impl Iterator<Item = u64> {
         self.runs.iter().flat_map(|run| {
