@@ -9,7 +9,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use rafsd::build::{self, BuildError, Compression, Progress, Source, Unfit};
+use rafsd::build::{self, BuildError, Compression, Progress, Source};
 use rafsd::format::rafs::DigestAlgorithm;
 use support::building::{assert_mounts_as, build, build_watched, mount, output, spec};
 use support::{listing, skip, tree, unable_to_mount};
@@ -218,24 +218,4 @@ fn settings_outside_the_format_are_refused() {
         let error = build::build(spec, &()).unwrap_err();
         assert!(matches!(error, BuildError::ChunkSize(size) if size == bad), "{error:?}");
     }
-}
-
-#[test]
-fn entries_that_the_format_cannot_hold_are_named() {
-    if !rustix::process::geteuid().is_root() {
-        return skip("entries_that_the_format_cannot_hold_are_named", "not root");
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let source = dir.path().join("source");
-    fs::create_dir(&source).unwrap();
-    let node = source.join("device");
-    let kind = rustix::fs::FileType::CharacterDevice;
-    // The kernel itself keeps 12 and 20 bits; a major beyond them cannot be made.
-    rustix::fs::mknodat(rustix::fs::CWD, &node, kind, rustix::fs::Mode::empty(), rustix::fs::makedev(4095, 1_048_575))
-        .unwrap();
-    assert_eq!(build(&source, &dir.path().join("out")).unwrap().specials, 1);
-    assert_eq!(
-        Unfit::DeviceNumber { major: 4096, minor: 0 }.to_string(),
-        "device number 4096:0 does not fit in 12 and 20 bits"
-    );
 }

@@ -148,8 +148,7 @@ impl Cutter<'_> {
     fn send(&mut self, len: u64, fill: impl FnOnce(&mut [u8]) -> io::Result<()>) -> Result<u64, CutError> {
         let len = usize::try_from(len).expect("at most a chunk");
         let mut slot = self.free.recv().map_err(|_| CutError::Stopped)?;
-        slot.plain.resize(len, 0);
-        fill(&mut slot.plain).map_err(CutError::Read)?;
+        fill(slot.room(len)).map_err(CutError::Read)?;
         let cut = self.next_cut;
         self.next_cut += 1;
         self.jobs.send(Job { cut, slot }).map_err(|_| CutError::Stopped)?;
