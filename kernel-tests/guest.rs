@@ -58,16 +58,11 @@ pub(crate) fn run(cases: &[&Case], interrupt: &Interrupt, tally: &mut Tally) {
     };
     let start = Instant::now();
     println!("booting {} for {} cases", kernel.display(), cases.len());
-    let session = prepare(cases).and_then(|dir| Guest::boot(dir, &kernel)).and_then(|guest| {
-        let names = cases.iter().map(|case| case.name).collect();
-        guest.follow(names, interrupt, tally)
-    });
-    match session {
-        Ok(()) => println!("the guest took {:.0} s", start.elapsed().as_secs_f64()),
-        Err(error) => {
-            all(tally, Verdict::Failed { reason: format!("no guest: {error:#}"), output: String::new() });
-        }
+    match prepare(cases).and_then(|dir| Guest::boot(dir, &kernel)) {
+        Ok(guest) => guest.follow(cases.iter().map(|case| case.name).collect(), interrupt, tally),
+        Err(error) => all(tally, Verdict::Failed { reason: format!("no guest: {error:#}"), output: String::new() }),
     }
+    println!("the guest took {:.0} s", start.elapsed().as_secs_f64());
 }
 
 /// The kernel to boot, or why there is no guest on this host.
@@ -144,11 +139,15 @@ struct Guest {
 
 /// How following a guest ended.
 enum End {
-    Finished { status: i32 },
+    Finished {
+        status: String,
+    },
     Gone,
     Silent,
     Late,
     Interrupted,
+    /// Its output cannot be read any more.
+    Lost(io::Error),
 }
 
 impl Guest {
@@ -185,7 +184,7 @@ impl Guest {
     }
 
     /// Prints and counts the guest's report until it ends, then accounts for what was not reported.
-    fn follow(mut self, mut missing: BTreeSet<&str>, interrupt: &Interrupt, tally: &mut Tally) -> anyhow::Result<()> {
+    fn follow(mut self, mut missing: BTreeSet<&str>, interrupt: &Interrupt, tally: &mut Tally) {
         let mut said = Vec::new();
         let failed_before = tally.failed;
         let end = self.listen(interrupt, &mut |line| {
@@ -198,16 +197,16 @@ impl Guest {
                 println!("{line}");
             }
             said.push(line.to_owned());
-        })?;
-        self.console.read()?;
+        });
         let complaint = self.console.complaint();
         let reason = match end {
-            End::Finished { status } if (status != 0) == (tally.failed > failed_before) => None,
+            End::Finished { status } if (status != "0") == (tally.failed > failed_before) => None,
             End::Finished { status } => Some(format!("its harness ended with status {status}")),
             End::Gone => Some("it went down before its end".into()),
             End::Silent => Some(format!("nothing came from it for {} s", SILENCE_TIMEOUT.as_secs())),
             End::Late => Some(format!("it took more than {} s", OVERALL_TIMEOUT.as_secs())),
-            End::Interrupted => return Ok(()),
+            End::Lost(error) => Some(format!("its output cannot be read: {error}")),
+            End::Interrupted => return,
         };
         let ended_well = reason.is_none() && complaint.is_none();
         let reason = complaint.or(reason).unwrap_or_else(|| "its harness did not run it".into());
@@ -223,38 +222,44 @@ impl Guest {
             let output = format!("last lines of the cases:\n{}\nof the kernel:\n{}", tail(&said), tail(&console));
             tally.report("guest_stays_well", Backend::Cachefiles, &Verdict::Failed { reason, output }, None);
         }
-        Ok(())
     }
 
     /// Hands every line of the report to `line` until the guest ends or is given up.
-    fn listen(&mut self, interrupt: &Interrupt, line: &mut dyn FnMut(&str)) -> anyhow::Result<End> {
+    fn listen(&mut self, interrupt: &Interrupt, line: &mut dyn FnMut(&str)) -> End {
         let start = Instant::now();
         let mut last_sign = start;
         loop {
+            match self.console.read() {
+                Ok(true) => last_sign = Instant::now(),
+                Ok(false) => {}
+                Err(error) => return End::Lost(error),
+            }
             match self.lines.recv_timeout(POLL) {
                 Ok(text) => {
                     last_sign = Instant::now();
                     if let Some(status) = text.strip_prefix(MARKER) {
-                        return Ok(End::Finished { status: status.parse().context("the guest's exit status")? });
+                        return self.last_words(End::Finished { status: status.to_owned() });
                     }
                     line(&text);
                 }
-                Err(RecvTimeoutError::Disconnected) => return Ok(End::Gone),
+                Err(RecvTimeoutError::Disconnected) => return self.last_words(End::Gone),
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            if self.console.read()? {
-                last_sign = Instant::now();
-            }
             if interrupt.is_set() {
-                return Ok(End::Interrupted);
+                return End::Interrupted;
             }
             if start.elapsed() > OVERALL_TIMEOUT {
-                return Ok(End::Late);
+                return End::Late;
             }
             if last_sign.elapsed() > SILENCE_TIMEOUT {
-                return Ok(End::Silent);
+                return End::Silent;
             }
         }
+    }
+
+    /// Takes in what the kernel said until `end`.
+    fn last_words(&mut self, end: End) -> End {
+        self.console.read().map_or_else(End::Lost, |_| end)
     }
 }
 

@@ -42,7 +42,7 @@ impl Need {
     }
 }
 
-/// The first release whose pre-content events carry complete ranges (`docs/KERNELS.md`).
+/// Pre-content events came with Linux 6.14; their range records are complete from here on.
 const FANOTIFY_SINCE: (u32, u32) = (6, 15);
 
 /// Why the fanotify backend cannot work on this host; `None` when it can.

@@ -18,7 +18,10 @@ ip link set lo up
 mount -t ext4 -o user_xattr /dev/vda "@STORE@" && /bin/kernel-tests --in-guest --exact @CASES@
 status=$?
 # A disk that is still in use after the last case is held by a leak in the kernel.
-umount "@STORE@" || status=99
+umount "@STORE@" || {
+    echo "the disk is still in use"
+    status=99
+}
 sync
 echo "@MARKER@$status"
 reboot -f

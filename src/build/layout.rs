@@ -296,7 +296,7 @@ mod tests {
                 0 => Kind::empty_directory(),
                 1 => Kind::Symlink(vec![b't'; index(i * 7919 % 4095 + 1)].into()),
                 2 => Kind::Socket,
-                _ => Kind::Regular(crate::build::chunk::Content { size: i * i * 100, ..Default::default() }),
+                _ => Kind::Regular(crate::build::chunk::Content::of_size(i * i * 100)),
             };
             let dir = dirs[index(i) % dirs.len()];
             let id = all.insert(dir, name.as_bytes(), Node { meta: Meta::implied_directory(), kind }).unwrap();

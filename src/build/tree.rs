@@ -26,6 +26,9 @@ impl NodeId {
     }
 }
 
+/// A full name and its value.
+pub(super) type Xattr = (Box<[u8]>, Box<[u8]>);
+
 /// What every kind of node has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Meta {
@@ -37,8 +40,8 @@ pub(super) struct Meta {
     pub mtime: i64,
     /// Below 10^9, counted forwards from `mtime`.
     pub mtime_nsec: u32,
-    /// Full names and values, sorted by name, only namespaces the format knows.
-    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+    /// Sorted by name, only namespaces that the format knows.
+    pub xattrs: Vec<Xattr>,
 }
 
 impl Meta {

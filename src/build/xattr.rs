@@ -1,7 +1,7 @@
 //! Which xattrs the format can hold, and how many bytes they take (`rafs-v6.md` section 11).
 
 use super::error::Unfit;
-use super::tree::Meta;
+use super::tree::{Meta, Xattr};
 use crate::format::erofs::{XATTR_PREFIXES, XattrEntry, XattrHead};
 
 /// Longest full name and longest value, in bytes: the limits of Linux, and of the length fields.
@@ -38,7 +38,7 @@ pub(super) fn area_bytes(meta: &Meta) -> usize {
 /// Collects the xattrs of one entry. Namespaces that the format cannot hold are counted, not kept.
 #[derive(Debug, Default)]
 pub(super) struct Collector {
-    kept: Vec<(Box<[u8]>, Box<[u8]>)>,
+    kept: Vec<Xattr>,
     pub skipped: u64,
 }
 

@@ -57,7 +57,8 @@ pub fn diff(want: &[Line], got: &[Line]) -> String {
         let (sign, line) = match (a.peek(), b.peek()) {
             (None, None) => return out,
             (Some(x), Some(y)) if x == y => {
-                (a.next(), b.next());
+                a.next();
+                b.next();
                 continue;
             }
             (Some(x), Some(y)) if x.path <= y.path => ('-', a.next().unwrap()),

@@ -48,6 +48,12 @@ enum Run {
 }
 
 impl Content {
+    /// Content that was never cut, for tests of what depends on sizes only.
+    #[cfg(test)]
+    pub(in crate::build) fn of_size(size: u64) -> Self {
+        Self { size, runs: Vec::new() }
+    }
+
     /// The number of the cut behind each chunk of the file.
     pub(in crate::build) fn cuts(&self) -> impl Iterator<Item = u64> {
         self.runs.iter().flat_map(|run| {
@@ -142,8 +148,7 @@ impl Cutter<'_> {
     fn send(&mut self, len: u64, fill: impl FnOnce(&mut [u8]) -> io::Result<()>) -> Result<u64, CutError> {
         let len = usize::try_from(len).expect("at most a chunk");
         let mut slot = self.free.recv().map_err(|_| CutError::Stopped)?;
-        slot.plain.resize(len, 0);
-        fill(&mut slot.plain).map_err(CutError::Read)?;
+        fill(slot.room(len)).map_err(CutError::Read)?;
         let cut = self.next_cut;
         self.next_cut += 1;
         self.jobs.send(Job { cut, slot }).map_err(|_| CutError::Stopped)?;

@@ -91,8 +91,26 @@ pub(super) struct Settings {
 /// Buffers for one chunk, used again and again.
 #[derive(Debug, Default)]
 struct Slot {
-    plain: Vec<u8>,
+    /// As large as the largest chunk so far, so that it is cleared only once.
+    buffer: Vec<u8>,
+    len: usize,
     packed: Vec<u8>,
+}
+
+impl Slot {
+    /// Room for a chunk of `len` bytes. What is in it is left over from others.
+    fn room(&mut self, len: usize) -> &mut [u8] {
+        if self.buffer.len() < len {
+            self.buffer.resize(len, 0);
+        }
+        self.len = len;
+        &mut self.buffer[..len]
+    }
+
+    /// The plain bytes of the chunk.
+    fn plain(&self) -> &[u8] {
+        &self.buffer[..self.len]
+    }
 }
 
 #[cfg(test)]

@@ -48,7 +48,7 @@ struct Done {
 enum Outcome {
     /// `slot.packed` is what to store.
     Packed,
-    /// Compression does not pay; `slot.plain` is what to store.
+    /// Compression does not pay; `slot.plain()` is what to store.
     Plain,
     /// Another cut with the same bytes was seen first. If that one comes later in the input, the
     /// writer has to compress this one itself.
@@ -133,7 +133,7 @@ fn work(
         // Whoever holds the lock waits for a job, the others wait for the lock: the same thing.
         let job = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { cut, mut slot }) = job else { return };
-        let plain = slot.plain.as_slice();
+        let plain = slot.plain();
         let crc32c = codec::crc32c(plain);
         let digest = match digest {
             DigestAlgorithm::Blake3 => codec::blake3(plain),
@@ -147,7 +147,7 @@ fn work(
 }
 
 fn pack(compressor: &mut Compressor, slot: &mut Slot) -> Outcome {
-    match compressor.compress(&slot.plain) {
+    match compressor.compress(slot.plain()) {
         Some(packed) => {
             slot.packed.clear();
             slot.packed.extend_from_slice(packed);
@@ -201,10 +201,10 @@ impl Writer<'_> {
             while let Some(result) = early.remove(&next) {
                 next += 1;
                 let Done { slot, digest, crc32c, outcome, .. } = result;
-                let key = (digest, slot.plain.len());
+                let key = (digest, slot.plain().len());
                 let (chunk, slot) = match self.seen.stored(&key) {
                     Some(chunk) => {
-                        deduplicated_bytes += slot.plain.len() as u64;
+                        deduplicated_bytes += slot.plain().len() as u64;
                         (chunk, slot)
                     }
                     None => self.store(key, crc32c, outcome, slot)?,
@@ -222,8 +222,8 @@ impl Writer<'_> {
             Outcome::Seen => pack(&mut self.compressor, &mut slot),
             other => other,
         };
-        let bytes = if matches!(outcome, Outcome::Packed) { &slot.packed } else { &slot.plain };
-        let chunk = Chunk::new(key.0, crc32c, slot.plain.len());
+        let bytes = if matches!(outcome, Outcome::Packed) { slot.packed.as_slice() } else { slot.plain() };
+        let chunk = Chunk::new(key.0, crc32c, slot.plain().len());
         let index = self.blob.append(chunk, bytes)?;
         self.seen.store(key, index);
         Ok((index, slot))

@@ -266,7 +266,7 @@ impl Reader<'_, '_> {
         for (name, value) in &extensions.xattrs {
             collector.add(name, value).map_err(|problem| self.unfit(path, problem))?;
         }
-        self.skipped_xattrs += collector.skipped + extensions.text_acls;
+        self.skipped_xattrs += collector.skipped + extensions.lost_acls();
         collector.store(&mut meta).map_err(|problem| self.unfit(path, problem))?;
         Ok(meta)
     }

@@ -78,10 +78,10 @@ impl Here<'_> {
         if name == "." { path } else { path.join(name) }
     }
 
-    fn read_error(&self, name: &OsStr) -> impl FnOnce(Errno) -> BuildError {
+    fn read_error(&self, name: &OsStr, errno: Errno) -> BuildError {
         let path = self.path_of(name);
-        // An entry that was listed and is gone, or is another kind now, is a moving target.
-        move |errno| match errno {
+        match errno {
+            // An entry that was listed and is gone, or is another kind now, is a moving target.
             Errno::NOENT | Errno::LOOP | Errno::NXIO | Errno::NOTDIR => BuildError::Changed { path },
             _ => BuildError::Read { path, source: errno.into() },
         }
@@ -93,7 +93,14 @@ struct Level<D> {
     name: CString,
     identity: (u64, u64),
     /// Subdirectories still to visit, last one first.
-    todo: Vec<(CString, D, (u64, u64))>,
+    todo: Vec<Subdirectory<D>>,
+}
+
+/// A directory that was seen and is still to visit.
+struct Subdirectory<D> {
+    name: CString,
+    dir: D,
+    identity: (u64, u64),
 }
 
 const OPEN_DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
@@ -109,9 +116,9 @@ fn walk<V: Visitor>(root: &Path, visitor: &mut V) -> Result<(), BuildError> {
     levels.push(Level { name: CString::default(), identity: identity(&stat), todo });
     loop {
         let level = levels.last_mut().expect("popped only below");
-        if let Some((name, dir, expected)) = level.todo.pop() {
-            fd = step(root, &levels, &fd, &name, expected)?;
-            levels.push(Level { name, identity: expected, todo: Vec::new() });
+        if let Some(Subdirectory { name, dir, identity }) = level.todo.pop() {
+            fd = step(root, &levels, &fd, &name, identity)?;
+            levels.push(Level { name, identity, todo: Vec::new() });
             let todo = list(root, &levels, &fd, dir, visitor)?;
             levels.last_mut().expect("just pushed").todo = todo;
         } else {
@@ -142,8 +149,9 @@ fn step<D>(
 ) -> Result<OwnedFd, BuildError> {
     let here = Here { fd: from.as_fd(), path: &|| path_of(root, levels) };
     let name_text = OsStr::from_bytes(name.to_bytes());
-    let fd = rustix::fs::openat(from, name, OPEN_DIRECTORY, Mode::empty()).map_err(here.read_error(name_text))?;
-    let stat = rustix::fs::fstat(&fd).map_err(here.read_error(name_text))?;
+    let fd =
+        rustix::fs::openat(from, name, OPEN_DIRECTORY, Mode::empty()).map_err(|e| here.read_error(name_text, e))?;
+    let stat = rustix::fs::fstat(&fd).map_err(|e| here.read_error(name_text, e))?;
     if identity(&stat) == expected { Ok(fd) } else { Err(BuildError::Changed { path: here.path_of(name_text) }) }
 }
 
@@ -154,12 +162,12 @@ fn list<V: Visitor>(
     fd: &OwnedFd,
     dir: V::Dir,
     visitor: &mut V,
-) -> Result<Vec<(CString, V::Dir, (u64, u64))>, BuildError> {
+) -> Result<Vec<Subdirectory<V::Dir>>, BuildError> {
     let here = Here { fd: fd.as_fd(), path: &|| path_of(root, levels) };
     let mut names = Vec::new();
-    let entries = rustix::fs::Dir::read_from(fd).map_err(here.read_error(OsStr::new(".")))?;
+    let entries = rustix::fs::Dir::read_from(fd).map_err(|e| here.read_error(OsStr::new("."), e))?;
     for entry in entries {
-        let entry = entry.map_err(here.read_error(OsStr::new(".")))?;
+        let entry = entry.map_err(|e| here.read_error(OsStr::new("."), e))?;
         if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
             names.push(entry.file_name().to_owned());
         }
@@ -168,9 +176,9 @@ fn list<V: Visitor>(
     let mut subdirectories = Vec::new();
     for name in names {
         let text = OsStr::from_bytes(name.to_bytes());
-        let stat = rustix::fs::statat(fd, &name, AtFlags::SYMLINK_NOFOLLOW).map_err(here.read_error(text))?;
+        let stat = rustix::fs::statat(fd, &name, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| here.read_error(text, e))?;
         if let Some(dir) = visitor.entry(&here, dir, text, &stat)? {
-            subdirectories.push((name, dir, identity(&stat)));
+            subdirectories.push(Subdirectory { name, dir, identity: identity(&stat) });
         }
     }
     subdirectories.reverse();
@@ -259,7 +267,7 @@ impl Reader<'_, '_> {
         match kind_of(stat) {
             FileType::Directory => Ok(Kind::empty_directory()),
             FileType::Symlink => {
-                let target = rustix::fs::readlinkat(here.fd, name, Vec::new()).map_err(here.read_error(name))?;
+                let target = rustix::fs::readlinkat(here.fd, name, Vec::new()).map_err(|e| here.read_error(name, e))?;
                 check_target(target.as_bytes()).map_err(unfit)?;
                 Ok(Kind::Symlink(target.into_bytes().into()))
             }
@@ -275,8 +283,8 @@ impl Reader<'_, '_> {
         let changed = || BuildError::Changed { path: here.path_of(name) };
         // Should it have become a FIFO, opening it must not wait for a writer.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(here.fd, name, flags, Mode::empty()).map_err(here.read_error(name))?;
-        let before = rustix::fs::fstat(&fd).map_err(here.read_error(name))?;
+        let fd = rustix::fs::openat(here.fd, name, flags, Mode::empty()).map_err(|e| here.read_error(name, e))?;
+        let before = rustix::fs::fstat(&fd).map_err(|e| here.read_error(name, e))?;
         if identity(&before) != identity(listed) || kind_of(&before) != FileType::RegularFile {
             return Err(changed());
         }
@@ -291,7 +299,7 @@ impl Reader<'_, '_> {
             CutError::Stopped => changed(),
         })?;
         let meta = self.meta(here, name, &before)?;
-        let after = rustix::fs::fstat(&body.file).map_err(here.read_error(name))?;
+        let after = rustix::fs::fstat(&body.file).map_err(|e| here.read_error(name, e))?;
         let version = |stat: &Stat| (stat.st_size, stat.st_mtime, stat.st_mtime_nsec);
         if version(&before) != version(&after) {
             return Err(changed());
@@ -323,13 +331,13 @@ impl Reader<'_, '_> {
         let path = OsStr::from_bytes(&path);
         let names = match rustix::fs::llistxattr(path, &mut self.buffer[..]) {
             Err(Errno::OPNOTSUPP) => return Ok(collector),
-            other => self.buffer[..other.map_err(here.read_error(name))?].to_vec(),
+            other => self.buffer[..other.map_err(|e| here.read_error(name, e))?].to_vec(),
         };
         for xattr in names.split(|b| *b == 0).filter(|xattr| !xattr.is_empty()) {
             let value = match rustix::fs::lgetxattr(path, OsStr::from_bytes(xattr), &mut self.buffer[..]) {
                 // Removed since it was listed, or listed by a filesystem that does not let us see it.
                 Err(Errno::NODATA | Errno::OPNOTSUPP) => continue,
-                other => &self.buffer[..other.map_err(here.read_error(name))?],
+                other => &self.buffer[..other.map_err(|e| here.read_error(name, e))?],
             };
             let added = collector.add(xattr, value);
             added.map_err(|problem: Unfit| BuildError::Entry { path: here.path_of(name), problem })?;

@@ -18,8 +18,9 @@ pub(super) struct Extensions {
     pub mtime: Option<(i64, u32)>,
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     pub sparse: PaxSparse,
-    /// ACLs that were given as text, which is not what the kernel keeps.
-    pub text_acls: u64,
+    /// Xattr names of ACLs that were given as text. The names of users in it mean something only
+    /// where they were written, so it is not translated.
+    pub text_acls: Vec<&'static [u8]>,
 }
 
 /// The `GNU.sparse` records, in any of their three versions.
@@ -47,6 +48,12 @@ impl Extensions {
         Ok(())
     }
 
+    /// ACLs that the member has in no other form.
+    pub(super) fn lost_acls(&self) -> u64 {
+        let kept = |acl: &[u8]| self.xattrs.iter().any(|(name, _)| name == acl);
+        self.text_acls.iter().filter(|acl| !kept(acl)).count() as u64
+    }
+
     fn record(&mut self, key: &[u8], value: &[u8]) -> Result<(), String> {
         let number =
             || decimal(value).ok_or_else(|| format!("extended header: {} is not a number", key.escape_ascii()));
@@ -60,7 +67,8 @@ impl Extensions {
             b"gid" => self.gid = if value.is_empty() { None } else { Some(number()?) },
             b"mtime" if value.is_empty() => self.mtime = None,
             b"mtime" => self.mtime = Some(time(value).ok_or("extended header: mtime is not a time")?),
-            b"SCHILY.acl.access" | b"SCHILY.acl.default" => self.text_acls += 1,
+            b"SCHILY.acl.access" => self.text_acls.push(b"system.posix_acl_access"),
+            b"SCHILY.acl.default" => self.text_acls.push(b"system.posix_acl_default"),
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                     self.xattrs.push((name.to_vec(), value.to_vec()));
@@ -155,7 +163,8 @@ mod tests {
 
     #[test]
     fn times_before_1970_count_their_fraction_forwards() {
-        let cases: [(&[u8], Option<(i64, u32)>); 8] = [
+        type Case = (&'static [u8], Option<(i64, u32)>);
+        let cases: [Case; 8] = [
             (b"0", Some((0, 0))),
             (b"12.5", Some((12, 500_000_000))),
             (b"1.0000000019", Some((1, 1))),

@@ -1,0 +1,68 @@
+//! Building an image in a test, and asking the kernel what it shows.
+
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use rafsd::build::{self, BuildError, BuildReport, BuildSpec, Compression, Progress, Source};
+use rafsd::format::rafs::DigestAlgorithm;
+
+use super::{image, listing};
+
+/// The defaults of the command line, with two threads.
+pub fn spec(source: Source, out: &Path) -> BuildSpec {
+    BuildSpec {
+        source,
+        out_dir: out.to_owned(),
+        compression: Compression::default(),
+        digest: DigestAlgorithm::Blake3,
+        chunk_size: BuildSpec::DEFAULT_CHUNK_SIZE,
+        threads: NonZeroUsize::new(2).unwrap(),
+    }
+}
+
+/// Builds `source` with the defaults.
+pub fn build(source: &Path, out: &Path) -> Result<BuildReport, BuildError> {
+    build_watched(source, out, &())
+}
+
+pub fn build_watched(source: &Path, out: &Path, progress: &dyn Progress) -> Result<BuildReport, BuildError> {
+    build::build(spec(Source::open(source)?, out), progress)
+}
+
+/// Mounts a finished image, with its blob written out below `scratch`, and compares everything
+/// in it with `want`.
+#[track_caller]
+pub fn assert_mounts_as(want: &[listing::Line], report: &BuildReport, scratch: &Path) {
+    let mounted = mount(report, scratch);
+    listing::assert_same(want, &listing::of(mounted.path()).unwrap());
+}
+
+/// Mounts a finished image at `scratch/mnt`.
+pub fn mount(report: &BuildReport, scratch: &Path) -> image::Mounted {
+    let mut devices: Vec<PathBuf> = Vec::new();
+    for blob in &report.blobs {
+        let device = scratch.join("device");
+        image::expand(Path::new(&blob.path), &device).unwrap();
+        assert_eq!(device.metadata().unwrap().len(), blob.decoded_bytes);
+        devices.push(device);
+    }
+    let at = scratch.join("mnt");
+    fs::create_dir_all(&at).unwrap();
+    image::Mounted::new(Path::new(&report.bootstrap), &devices, &at).unwrap()
+}
+
+/// Names and content of everything in an output directory, sorted.
+pub fn output(out: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut files = Vec::new();
+    for dir in [out.to_owned(), out.join("blobs")] {
+        for entry in fs::read_dir(dir).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_file() {
+                files.push((entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()));
+            }
+        }
+    }
+    files.sort();
+    files
+}
