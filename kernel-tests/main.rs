@@ -3,9 +3,8 @@
 //! # Adding a case
 //!
 //! Write `fn case(ctx: &Ctx) -> Outcome` in a file of its subject, list it in that file's
-//! `CASES: &[Case]`, and name the table in [`TABLES`]. Files about backends live in `cases/`
-//! (declare them here as `mod cases { pub(crate) mod subject; }`), files about the kernel alone
-//! beside this one.
+//! `CASES: &[Case]`, and name the table in [`TABLES`]. Files about backends live in `cases/`, files
+//! about the kernel alone beside this one.
 //!
 //! A case gets a [`Ctx`] with the backend to use, an empty directory of its own on a disk file
 //! system, and the path of the `rafsd` binary. It fails by returning an error or by panicking; what
@@ -30,6 +29,7 @@
 //! `N passed, N failed, N skipped`; the exit status is 1 when a case failed.
 
 mod args;
+mod cases;
 mod facts;
 mod guest;
 mod host;
@@ -38,6 +38,8 @@ mod isolate;
 mod mounts;
 mod report;
 mod selftest;
+#[path = "../tests/support/mod.rs"]
+mod support;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -51,7 +53,15 @@ use host::Need;
 use report::{Tally, Verdict};
 
 /// Every case, by subject.
-const TABLES: &[&[Case]] = &[selftest::CASES, facts::CASES];
+const TABLES: &[&[Case]] = &[
+    selftest::CASES,
+    facts::CASES,
+    cases::events::CASES,
+    cases::reading::CASES,
+    cases::sharing::CASES,
+    cases::faults::CASES,
+    cases::lifecycle::CASES,
+];
 
 /// What a case returns; the error's whole chain is printed.
 pub(crate) type Outcome = anyhow::Result<()>;

@@ -1,0 +1,182 @@
+//! What a reader sees when something breaks: an error or a wait, never a wrong byte.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use nix::libc::EIO;
+use rafsd::net::server::Fault;
+
+use super::fixture::{FILE, Fixture, content, read_byte};
+use crate::host::Need;
+use crate::{Case, Ctx, Outcome, Place};
+
+const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend];
+
+const fn case(name: &'static str, place: Place, run: fn(&Ctx) -> Outcome) -> Case {
+    Case { name, needs: NEEDS, place, run }
+}
+
+pub(crate) const CASES: &[Case] = &[
+    case("a_flipped_bit_is_eio_and_the_log_names_it", Place::Both, a_flipped_bit_is_eio_and_the_log_names_it),
+    case("a_stalled_source_is_eio_by_the_deadline", Place::Both, a_stalled_source_is_eio_by_the_deadline),
+    case("a_waiting_reader_can_be_killed", Place::Both, a_waiting_reader_can_be_killed),
+    case("a_source_that_comes_back_serves_again", Place::Both, a_source_that_comes_back_serves_again),
+    case("a_killed_daemon_leaves_readers_waiting", Place::Host, a_killed_daemon_leaves_readers_waiting),
+    case("a_killed_daemon_fails_closed", Place::Guest, a_killed_daemon_fails_closed),
+    case("a_busy_mount_outlives_sigterm_without_zeros", Place::Host, a_busy_mount_outlives_sigterm_without_zeros),
+];
+
+fn a_flipped_bit_is_eio_and_the_log_names_it(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 3)?;
+    let mount = fixture.mount("mnt")?;
+    let blob = fixture.list()?[0]["devices"][0]["blob"].as_str().context("a blob")?.to_owned();
+    // File 1 starts at unit 3; its bytes are stored plain behind those of file 0.
+    let offset = FILE as u64 + 1000;
+    fixture.server.set_fault(Fault::FlipByte { blob: blob.clone(), offset });
+
+    ensure!(read_byte(&mount.join("1"), 0) == Err(Some(EIO)), "the first byte of a corrupt unit");
+    ensure!(read_byte(&mount.join("1"), 2 << 20) == Ok(content(1, FILE)[2 << 20]), "another unit of the same file");
+    ensure!(fs::read(mount.join("2"))? == content(2, FILE), "another file");
+    let log = fixture.log();
+    let told =
+        log.lines().any(|line| line.contains(&blob) && line.contains("unit 3") && line.contains(&format!("{FILE}+")));
+    ensure!(told, "the log names no blob, unit and offset:\n{log}");
+
+    fixture.server.set_fault(Fault::None);
+    ensure!(fs::read(mount.join("1"))? == content(1, FILE), "after the fault");
+    fixture.finish()
+}
+
+fn a_stalled_source_is_eio_by_the_deadline(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    fixture.restart(&["--deadline", "2"])?;
+    let mount = fixture.mount("mnt")?;
+    fixture.server.set_fault(Fault::StallHead);
+
+    let asked = Instant::now();
+    let got = read_byte(&mount.join("0"), 0);
+    let waited = asked.elapsed();
+
+    ensure!(got == Err(Some(EIO)), "{got:?}");
+    // The kernel may ask a second time, for the single page.
+    let longest = Duration::from_secs(if ctx.in_guest { 30 } else { 15 });
+    ensure!(waited >= Duration::from_secs(2) && waited < longest, "after {waited:?}");
+    fixture.finish()
+}
+
+fn a_waiting_reader_can_be_killed(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 1)?;
+    let mount = fixture.mount("mnt")?;
+    fixture.server.set_fault(Fault::StallHead);
+    let mut reader = reader(&mount.join("0"))?;
+    ensure!(!ends_within(&mut reader, Duration::from_millis(500))?, "the reader did not wait");
+
+    reader.kill()?;
+
+    ensure!(ends_within(&mut reader, Duration::from_secs(10))?, "the reader cannot be killed");
+    fixture.finish()
+}
+
+fn a_source_that_comes_back_serves_again(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 2)?;
+    let mount = fixture.mount("mnt")?;
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "before");
+    fixture.server.set_fault(Fault::Status { code: 403, retry_after: None });
+
+    ensure!(read_byte(&mount.join("1"), 0) == Err(Some(EIO)), "while the source refuses");
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "what was readable stays readable");
+
+    fixture.server.set_fault(Fault::None);
+    ensure!(fs::read(mount.join("1"))? == content(1, FILE), "after it came back");
+    fixture.finish()
+}
+
+fn a_killed_daemon_leaves_readers_waiting(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 2)?;
+    let mount = fixture.mount("mnt")?;
+    fixture.server.set_fault(Fault::StallHead);
+    // One event that the daemon has read when it dies, one that nobody ever reads.
+    let mut before = reader(&mount.join("0"))?;
+    ensure!(!ends_within(&mut before, Duration::from_millis(500))?, "the reader did not wait");
+    fixture.kill()?;
+    let mut after = reader(&mount.join("1"))?;
+
+    for (name, reader) in [("before", &mut before), ("after", &mut after)] {
+        ensure!(!ends_within(reader, Duration::from_secs(1))?, "the reader from {name} the kill went on");
+    }
+    let refused = fixture.start(&[]).err().map(|e| e.to_string()).unwrap_or_default();
+    ensure!(refused.contains("rafsd recover"), "a second daemon: {refused}");
+    fixture.must(&["recover"])?;
+    for (name, reader) in [("before", before), ("after", after)] {
+        let output = reader.wait_with_output()?;
+        ensure!(!output.status.success(), "the reader from {name} the kill read something: {output:?}");
+        ensure!(output.stdout.is_empty(), "the reader from {name} the kill saw {} bytes", output.stdout.len());
+    }
+    let gone = || !fixture.run().join("keeper.sock").exists();
+    wait_until(gone, "the keeper to leave")?;
+    ensure!(crate::mounts::below(&ctx.dir)?.is_empty(), "still mounted");
+    Ok(())
+}
+
+fn a_killed_daemon_fails_closed(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 2)?;
+    let mount = fixture.mount("mnt")?;
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "before");
+    fixture.kill()?;
+
+    let got = read_byte(&mount.join("1"), 0);
+
+    ensure!(got.is_err(), "a cold byte after the kill: {got:?}");
+    nix::mount::umount(&mount)?;
+    wait_until(|| !fixture.run().join("keeper.sock").exists(), "the keeper to leave")
+}
+
+fn a_busy_mount_outlives_sigterm_without_zeros(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    let mount = fixture.mount("mnt")?;
+    let open = fs::File::open(mount.join("0"))?;
+    fixture.stop()?;
+
+    let mut late = reader(&mount.join("0"))?;
+    ensure!(!ends_within(&mut late, Duration::from_secs(1))?, "a cold read went on without a daemon");
+
+    fixture.must(&["recover"])?;
+    let output = late.wait_with_output()?;
+    ensure!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
+    ensure!(
+        read_byte(Path::new(&format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&open))), 0) == Err(Some(EIO)),
+        "the open file"
+    );
+    drop(open);
+    wait_until(|| !fixture.run().join("keeper.sock").exists(), "the keeper to leave")
+}
+
+/// A process that copies `path` to a pipe.
+fn reader(path: &Path) -> anyhow::Result<Child> {
+    Ok(Command::new("cat").arg(path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+}
+
+fn ends_within(child: &mut Child, time: Duration) -> anyhow::Result<bool> {
+    let until = Instant::now() + time;
+    loop {
+        if child.try_wait()?.is_some() {
+            return Ok(true);
+        }
+        if Instant::now() > until {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn wait_until(done: impl Fn() -> bool, what: &str) -> Outcome {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        ensure!(Instant::now() < until, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}

@@ -1,0 +1,254 @@
+//! A daemon of its own for each case, an image, and the server its blobs come from.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use rafsd::base::ByteRange;
+use rafsd::net::server::{BlobServer, ServerOptions};
+use serde_json::Value;
+
+use crate::{Backend, Ctx};
+
+/// Length of `big` and of the files made by [`Fixture::files`], in bytes.
+pub(crate) const FILE: usize = 3 << 20;
+
+/// An image on a server and a daemon that serves it. Dropping it kills what is left.
+pub(crate) struct Fixture<'a> {
+    pub(crate) ctx: &'a Ctx,
+    pub(crate) server: BlobServer,
+    daemon: Option<Child>,
+}
+
+impl<'a> Fixture<'a> {
+    /// Builds an image of what `fill` puts into an empty directory, and starts a daemon.
+    pub(crate) fn new(ctx: &'a Ctx, fill: impl FnOnce(&Path) -> io::Result<()>) -> anyhow::Result<Self> {
+        let source = ctx.dir.join("source");
+        fs::create_dir(&source)?;
+        fill(&source).context("make the source")?;
+        let out = ctx.dir.join("image");
+        let built = Command::new(&ctx.rafsd)
+            .arg("build")
+            .arg(&source)
+            .arg("-o")
+            .arg(&out)
+            .args(["--compress", "lz4"])
+            .output()?;
+        ensure!(built.status.success(), "build: {}", String::from_utf8_lossy(&built.stderr));
+        let server = BlobServer::start(out.join("blobs"), ServerOptions::default())?;
+        let mut this = Self { ctx, server, daemon: None };
+        this.start(&[])?;
+        Ok(this)
+    }
+
+    /// An image of `count` files `0`, `1`, … of incompressible bytes, each [`FILE`] bytes long.
+    pub(crate) fn files(ctx: &'a Ctx, count: usize) -> anyhow::Result<Self> {
+        Self::new(ctx, |dir| (0..count).try_for_each(|i| fs::write(dir.join(i.to_string()), content(i, FILE))))
+    }
+
+    /// Starts a daemon with these further options and waits until it answers.
+    pub(crate) fn start(&mut self, options: &[&str]) -> anyhow::Result<()> {
+        let log = File::options().create(true).append(true).open(self.log_path())?;
+        let mut command = Command::new(&self.ctx.rafsd);
+        command.arg("serve").arg("--cache").arg(self.cache()).arg("--run").arg(self.run()).args(options);
+        let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
+        self.daemon = Some(child);
+        let until = Instant::now() + Duration::from_secs(if self.ctx.in_guest { 60 } else { 20 });
+        while !self.command(&["list", "--json"])?.status.success() || !self.run().join("rafsd.sock").exists() {
+            let gone = self.daemon.as_mut().expect("just started").try_wait()?;
+            ensure!(gone.is_none(), "the daemon ended at once: {}", self.log());
+            ensure!(Instant::now() < until, "the daemon does not answer: {}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// Stops and starts the daemon with these options.
+    pub(crate) fn restart(&mut self, options: &[&str]) -> anyhow::Result<()> {
+        self.stop()?;
+        self.start(options)
+    }
+
+    /// Ends the daemon by SIGTERM and waits for it.
+    pub(crate) fn stop(&mut self) -> anyhow::Result<()> {
+        let Some(mut daemon) = self.daemon.take() else { bail!("no daemon runs") };
+        signal(&daemon, nix::sys::signal::Signal::SIGTERM)?;
+        let until = Instant::now() + Duration::from_secs(30);
+        while daemon.try_wait()?.is_none() {
+            if Instant::now() > until {
+                daemon.kill()?;
+                bail!("the daemon ignores SIGTERM: {}", self.log());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// Kills the daemon by SIGKILL.
+    pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
+        let Some(mut daemon) = self.daemon.take() else { bail!("no daemon runs") };
+        daemon.kill()?;
+        daemon.wait()?;
+        Ok(())
+    }
+
+    /// Process id of the daemon.
+    pub(crate) fn pid(&self) -> u32 {
+        self.daemon.as_ref().map_or(0, Child::id)
+    }
+
+    /// Runs `rafsd ARGS --run …`.
+    pub(crate) fn command(&self, args: &[&str]) -> io::Result<Output> {
+        Command::new(&self.ctx.rafsd).args(args).arg("--run").arg(self.run()).stdin(Stdio::null()).output()
+    }
+
+    /// The same; an error if it fails.
+    pub(crate) fn must(&self, args: &[&str]) -> anyhow::Result<String> {
+        let output = self.command(args)?;
+        ensure!(
+            output.status.success(),
+            "rafsd {}: {}\n{}",
+            args.join(" "),
+            String::from_utf8_lossy(&output.stderr),
+            self.log()
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Mounts the image at a new directory `name`, with these further options.
+    pub(crate) fn mount_with(&self, name: &str, options: &[&str]) -> anyhow::Result<PathBuf> {
+        let dir = self.ctx.dir.join(name);
+        fs::create_dir_all(&dir)?;
+        let (bootstrap, url) = (self.bootstrap(), self.server.url());
+        let dir_text = dir.to_str().context("UTF-8")?;
+        let fixed = ["mount", bootstrap.to_str().context("UTF-8")?, dir_text, "--blobs", &url];
+        let backend = ["--backend", self.ctx.backend.name()];
+        self.must(&[&fixed[..], &backend, options].concat())?;
+        Ok(dir)
+    }
+
+    /// Mounts the image at a new directory `name`.
+    pub(crate) fn mount(&self, name: &str) -> anyhow::Result<PathBuf> {
+        self.mount_with(name, &[])
+    }
+
+    /// Unmounts `dir` by the command.
+    pub(crate) fn umount(&self, dir: &Path) -> anyhow::Result<()> {
+        self.must(&["umount", dir.to_str().context("UTF-8")?]).map(drop)
+    }
+
+    /// What `rafsd list` knows.
+    pub(crate) fn list(&self) -> anyhow::Result<Vec<Value>> {
+        Ok(serde_json::from_str(&self.must(&["list", "--json"])?)?)
+    }
+
+    /// Waits until `rafsd list` satisfies `wanted`.
+    pub(crate) fn wait_for_list(&self, what: &str, wanted: impl Fn(&[Value]) -> bool) -> anyhow::Result<()> {
+        let until = Instant::now() + Duration::from_secs(60);
+        while !wanted(&self.list()?) {
+            ensure!(Instant::now() < until, "never {what}: {:?}\n{}", self.list()?, self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn source(&self) -> PathBuf {
+        self.ctx.dir.join("source")
+    }
+
+    pub(crate) fn bootstrap(&self) -> PathBuf {
+        self.ctx.dir.join("image/bootstrap")
+    }
+
+    pub(crate) fn cache(&self) -> PathBuf {
+        self.ctx.dir.join("cache")
+    }
+
+    pub(crate) fn run(&self) -> PathBuf {
+        self.ctx.dir.join("run")
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.ctx.dir.join("daemon.log")
+    }
+
+    /// What all daemons of this case have logged.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// Stored ranges that were fetched of any blob, with how often, sorted.
+    pub(crate) fn fetched(&self) -> Vec<(ByteRange, usize)> {
+        let fetches = self.server.stats().fetches();
+        let mut ranges: Vec<_> = fetches.into_iter().filter_map(|((_, range), count)| Some((range?, count))).collect();
+        ranges.sort();
+        ranges
+    }
+
+    /// Fails unless no stored byte was fetched twice.
+    pub(crate) fn ensure_fetched_once(&self) -> anyhow::Result<()> {
+        let ranges = self.fetched();
+        ensure!(!ranges.is_empty(), "nothing was fetched at all");
+        ensure!(ranges.iter().all(|(_, count)| *count == 1), "fetched more than once: {ranges:?}");
+        let overlap = ranges.windows(2).find(|pair| pair[0].0.overlaps(pair[1].0));
+        ensure!(overlap.is_none(), "fetched twice: {overlap:?}");
+        Ok(())
+    }
+
+    /// Unmounts everything and ends the daemon, as a case that passes must.
+    pub(crate) fn finish(mut self) -> anyhow::Result<()> {
+        self.stop()?;
+        let left = crate::mounts::below(&self.ctx.dir)?;
+        ensure!(left.is_empty(), "mounts are left: {left:?}");
+        ensure!(!self.run().join("keeper.sock").exists(), "the keeper is left");
+        ensure!(!self.run().join("rafsd.sock").exists(), "the socket is left");
+        Ok(())
+    }
+}
+
+impl Drop for Fixture<'_> {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            eprintln!("daemon's log:\n{}", self.log());
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+}
+
+fn signal(child: &Child, signal: nix::sys::signal::Signal) -> anyhow::Result<()> {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
+    Ok(nix::sys::signal::kill(pid, signal)?)
+}
+
+/// `len` bytes that no codec can shorten and that differ for each `seed`.
+pub(crate) fn content(seed: usize, len: usize) -> Vec<u8> {
+    let mut out = vec![0; len];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut out);
+    out
+}
+
+/// Makes the kernel forget all it has cached, so that the next read is cold.
+pub(crate) fn drop_caches() -> anyhow::Result<()> {
+    nix::unistd::sync();
+    Ok(fs::write("/proc/sys/vm/drop_caches", "3")?)
+}
+
+/// Reads one byte; the errno if that fails.
+pub(crate) fn read_byte(path: &Path, at: u64) -> Result<u8, Option<i32>> {
+    let read = || {
+        let mut byte = [0];
+        File::open(path)?.read_exact_at(&mut byte, at)?;
+        Ok(byte[0])
+    };
+    read().map_err(|e: io::Error| e.raw_os_error())
+}
+
+/// Whether this case is about fanotify.
+pub(crate) fn is_fanotify(ctx: &Ctx) -> bool {
+    ctx.backend == Backend::Fanotify
+}

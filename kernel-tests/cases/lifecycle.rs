@@ -1,0 +1,183 @@
+//! Mounting, listing, unmounting, and what is left afterwards.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use nix::mount::{MsFlags, mount, umount};
+
+use super::fixture::{FILE, Fixture, content, drop_caches};
+use crate::host::Need;
+use crate::{Case, Ctx, Outcome, Place};
+
+const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend];
+
+const fn case(name: &'static str, place: Place, run: fn(&Ctx) -> Outcome) -> Case {
+    Case { name, needs: NEEDS, place, run }
+}
+
+pub(crate) const CASES: &[Case] = &[
+    case("umount_by_anybody_is_noticed", Place::Both, umount_by_anybody_is_noticed),
+    case("a_busy_mount_is_refused_and_then_lazily_taken", Place::Both, a_busy_mount_is_refused_and_then_lazily_taken),
+    case("mounting_starts_a_daemon_that_leaves_when_idle", Place::Both, mounting_starts_a_daemon_that_leaves_when_idle),
+    case("bad_requests_name_the_thing_and_leave_nothing", Place::Both, bad_requests_name_the_thing_and_leave_nothing),
+    case("anybody_mounts_a_registered_image", Place::Guest, anybody_mounts_a_registered_image),
+    case(
+        "a_settled_blob_has_no_events_and_no_daemon_time",
+        Place::Host,
+        a_settled_blob_has_no_events_and_no_daemon_time,
+    ),
+];
+
+fn umount_by_anybody_is_noticed(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 1)?;
+    let dir = fixture.mount("mnt")?;
+    ensure!(fixture.list()?.len() == 1, "listed");
+
+    umount(&dir)?;
+
+    fixture.wait_for_list("empty", <[_]>::is_empty)?;
+    let again = fixture.mount("mnt")?;
+    ensure!(fs::read(again.join("0"))? == content(0, FILE), "mounted again");
+    fixture.finish()
+}
+
+fn a_busy_mount_is_refused_and_then_lazily_taken(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 1)?;
+    let dir = fixture.mount("mnt")?;
+    let mut open = fs::File::open(dir.join("0"))?;
+    let text = dir.to_str().context("UTF-8")?;
+
+    let refused = fixture.command(&["umount", text])?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success() && said.contains(text) && said.contains("--lazy"), "{said}");
+
+    fixture.must(&["umount", "--lazy", text])?;
+    ensure!(crate::mounts::below(&ctx.dir)?.is_empty(), "still in the tree");
+    let mut got = Vec::new();
+    std::io::Read::read_to_end(&mut open, &mut got)?;
+    ensure!(got == content(0, FILE), "the open file is still served");
+    drop(open);
+    fixture.finish()
+}
+
+fn mounting_starts_a_daemon_that_leaves_when_idle(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    fixture.stop()?;
+    let cache = fixture.cache();
+    let dir = fixture.mount_with("mnt", &["--cache", cache.to_str().context("UTF-8")?])?;
+    ensure!(fs::read(dir.join("0"))? == content(0, FILE), "served by the started daemon");
+
+    fixture.umount(&dir)?;
+
+    let sockets = ["rafsd.sock", "keeper.sock"].map(|name| fixture.run().join(name));
+    let until = std::time::Instant::now() + Duration::from_secs(60);
+    while sockets.iter().any(|socket| socket.exists()) {
+        ensure!(std::time::Instant::now() < until, "the daemon does not leave");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // The socket goes first, the process a moment later.
+    std::thread::sleep(Duration::from_secs(1));
+    Ok(())
+}
+
+fn bad_requests_name_the_thing_and_leave_nothing(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 1)?;
+    let (bootstrap, url) = (fixture.bootstrap(), fixture.server.url());
+    let dir = ctx.dir.join("mnt");
+    fs::create_dir(&dir)?;
+    let text = |path: &Path| path.to_str().expect("UTF-8").to_owned();
+    let empty = ctx.dir.join("empty");
+    fs::create_dir(&empty)?;
+    let garbage = ctx.dir.join("garbage");
+    fs::write(&garbage, content(9, 8192))?;
+    let cut = ctx.dir.join("cut");
+    fs::write(&cut, &fs::read(&bootstrap)?[..4096])?;
+    let (good, dir_text, missing) = (text(&bootstrap), text(&dir), text(&ctx.dir.join("missing")));
+    let refusals: &[(&[&str], &str)] = &[
+        (&["mount", &missing, &dir_text, "--blobs", &url], &missing),
+        (&["mount", &good, &missing, "--blobs", &url], &missing),
+        (&["mount", &text(&garbage), &dir_text, "--blobs", &url], "RAFS v6 bootstrap"),
+        (&["mount", &text(&cut), &dir_text, "--blobs", &url], "RAFS v6 bootstrap"),
+        (&["mount", &good, &dir_text, "--blobs", &text(&empty)], "is not at"),
+        (&["mount", &good, &dir_text, "--blobs", "ftp://host/x"], "http"),
+        (&["mount", &good, &dir_text, "--blobs", "http://127.0.0.1:9/x"], "127.0.0.1:9"),
+        (&["umount", &dir_text], &dir_text),
+    ];
+
+    for (args, expected) in refusals {
+        let output = fixture.command(args)?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(1), "{args:?} ended with {}: {said}", output.status);
+        ensure!(said.contains(expected), "{args:?} says {said:?}, not {expected:?}");
+        ensure!(fixture.list()?.is_empty() && crate::mounts::below(&ctx.dir)?.is_empty(), "{args:?} left something");
+    }
+    let mounted = fixture.mount("mnt")?;
+    ensure!(fs::read(mounted.join("0"))? == content(0, FILE), "the daemon is well");
+    fixture.finish()
+}
+
+fn anybody_mounts_a_registered_image(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 1)?;
+    let (bootstrap, url) = (fixture.bootstrap(), fixture.server.url());
+    let bootstrap = bootstrap.to_str().context("UTF-8")?;
+    for (id, domain) in [("alone", None), ("one", Some("shared")), ("two", Some("shared"))] {
+        let mut args = vec!["register", bootstrap, "--blobs", &url, "--id", id];
+        args.extend(domain.into_iter().flat_map(|domain| ["--domain", domain]));
+        let said = fixture.must(&args)?;
+        ensure!(said.contains(&format!("fsid={id}")), "{said}");
+        let dir = ctx.dir.join(id);
+        fs::create_dir(&dir)?;
+        let options = domain.map_or(format!("fsid={id}"), |domain| format!("fsid={id},domain_id={domain}"));
+        mount(None::<&str>, &dir, Some("erofs"), MsFlags::MS_RDONLY, Some(options.as_str())).context("mount")?;
+        fixture.server.reset_stats();
+        ensure!(fs::read(dir.join("0"))? == content(0, FILE), "{id}");
+        let fetched = fixture.fetched().len();
+        ensure!((fetched == 0) == (id == "two"), "{id} fetched {fetched} ranges");
+    }
+
+    let busy = fixture.command(&["unregister", "--id", "none"])?;
+    ensure!(!busy.status.success(), "an unknown name was forgotten");
+    fixture.must(&["unregister", "--id", "alone"])?;
+    drop_caches()?;
+    ensure!(fs::read(ctx.dir.join("alone/0"))? == content(0, FILE), "a mounted image stays served");
+    for id in ["alone", "one", "two"] {
+        umount(&ctx.dir.join(id))?;
+    }
+    fixture.finish()
+}
+
+fn a_settled_blob_has_no_events_and_no_daemon_time(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 3)?;
+    let mount = fixture.mount_with("mnt", &["--prefetch"])?;
+    fixture.wait_for_list("complete", |images| {
+        images.iter().all(|image| image["devices"][0]["stats"]["complete"] == true)
+    })?;
+    drop_caches()?;
+    let before = (events(&fixture)?, cpu_ticks(fixture.pid())?);
+
+    for number in 0..3 {
+        ensure!(fs::read(mount.join(number.to_string()))? == content(number, FILE), "file {number}");
+    }
+
+    let after = (events(&fixture)?, cpu_ticks(fixture.pid())?);
+    ensure!(before.0 == after.0, "events went from {} to {}", before.0, after.0);
+    ensure!(after.1 - before.1 <= 2, "the daemon worked for {} ticks", after.1 - before.1);
+    fixture.finish()
+}
+
+/// Events of the daemon so far, by its control socket.
+fn events(fixture: &Fixture<'_>) -> anyhow::Result<u64> {
+    let client = rafsd::daemon::client::Client::new(&fixture.run())?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let info = runtime.block_on(client.info())?;
+    Ok(info.events_hit + info.events_missed)
+}
+
+/// Processor time of a process in clock ticks.
+fn cpu_ticks(pid: u32) -> anyhow::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<_> = stat[stat.rfind(')').context("a name")? + 2..].split(' ').collect();
+    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+}

@@ -1,0 +1,8 @@
+//! Cases that run the daemon, and the facts it rests on.
+
+pub(crate) mod events;
+pub(crate) mod faults;
+mod fixture;
+pub(crate) mod lifecycle;
+pub(crate) mod reading;
+pub(crate) mod sharing;
