@@ -50,7 +50,7 @@ async fn complete(core: Weak<Core>) {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pass {
-    /// Everything was tried; what failed will not come.
+    /// Everything was tried, or the rest will not come either.
     Done,
     /// The source went away; another pass may get further.
     Interrupted,
@@ -71,10 +71,14 @@ async fn pass(core: &Weak<Core>) -> Pass {
         let Some(batch) = batches.pop_front() else { return Pass::Done };
         match batch.await.unwrap_or(Err(FillError::Cancelled)) {
             Ok(()) => {}
-            Err(FillError::NoSpace { .. } | FillError::Cancelled) => return Pass::Done,
-            Err(error) if error.fault() == Fault::Transient => return Pass::Interrupted,
-            // One bad unit does not spoil the others.
-            Err(_) => {}
+            // There is room again when somebody makes room, not when we wait.
+            Err(FillError::NoSpace { .. }) => return Pass::Done,
+            Err(error) => match error.fault() {
+                // One bad unit does not spoil the others.
+                Fault::Corrupt => {}
+                Fault::Transient => return Pass::Interrupted,
+                Fault::Permanent | Fault::Cancelled => return Pass::Done,
+            },
         }
     }
 }

@@ -31,6 +31,16 @@ use crate::source::{BlobSource, SourceError};
 /// is present, for which it waits for the disk.
 pub struct Device {
     core: Arc<Core>,
+    /// The store stays locked while a device can write to it.
+    _lock: Option<Arc<File>>,
+}
+
+/// Where a device of a store lives.
+pub(super) struct Home {
+    /// The file of decoded bytes.
+    pub(super) data: PathBuf,
+    /// The right to write there.
+    pub(super) lock: Arc<File>,
 }
 
 /// What queued and running work holds on to.
@@ -129,9 +139,11 @@ impl Device {
         map: Arc<UnitMap>,
         source: Arc<dyn BlobSource>,
         ledger: Arc<Ledger>,
-        data: Option<PathBuf>,
+        home: Option<Home>,
         engine: Arc<Engine>,
     ) -> Arc<Self> {
+        let (data, lock) = home.map(|home| (home.data, home.lock)).unzip();
+        ledger.attach();
         let core = Arc::new(Core {
             id: engine.number_device(),
             layout: Arc::clone(&map),
@@ -150,7 +162,7 @@ impl Device {
         });
         core.learn(map);
         engine.flusher.watch(Arc::downgrade(&core));
-        Arc::new(Self { core })
+        Arc::new(Self { core, _lock: lock })
     }
 
     /// The blob this device holds.
@@ -215,7 +227,8 @@ impl Device {
     }
 
     /// Starts fetching everything that is missing, behind all readers. Goes on after transient
-    /// faults, ends at the first full disk. Does nothing if it is going on already.
+    /// faults and past corrupt units; a full disk or a permanent fault ends it, and it may be
+    /// started again. Does nothing if it is going on already.
     pub fn complete_in_background(&self) {
         self.core.background.start(&self.core);
     }
@@ -243,6 +256,7 @@ impl Drop for Device {
         self.core.background.stop();
         self.core.engine.fetcher.remove(self.core.id);
         self.core.flush_and_log();
+        self.core.ledger.detach();
     }
 }
 
@@ -407,6 +421,18 @@ impl Core {
         }
     }
 
+    /// Asks for every unit of a window alone, because the blob ends before the window does: the
+    /// one unit that an image misplaced must not take its neighbours along.
+    pub(super) fn split(self: &Arc<Self>, window: Window) {
+        let alone = |led: Led| Window {
+            core: Arc::clone(self),
+            stored: led.unit.stored,
+            units: vec![led],
+            asked: window.asked,
+        };
+        self.enqueue(window.units.into_iter().map(alone).collect());
+    }
+
     /// Asks once more for a unit whose bytes were damaged, alone: a proxy may have mixed up a
     /// long range, and its neighbours were fine.
     fn refetch(self: &Arc<Self>, led: Led) {
@@ -415,10 +441,10 @@ impl Core {
         self.enqueue(vec![Window { core: Arc::clone(self), stored, units: vec![led], asked: Instant::now() }]);
     }
 
-    pub(super) fn fetch_failed(&self, led: Led, cause: &SourceError) {
+    pub(super) fn fetch_failed(&self, led: Led, cause: &Arc<SourceError>) {
         self.counters.errors.fetch_add(1, Ordering::Relaxed);
         let (blob, unit, stored) = (self.blob().clone(), led.lead.unit(), led.unit.stored);
-        led.lead.finish(&Err(FillError::Source { blob, unit, stored, cause: cause.clone() }));
+        led.lead.finish(&Err(FillError::Source { blob, unit, stored, cause: Arc::clone(cause) }));
     }
 
     /// Holds a source to its word.

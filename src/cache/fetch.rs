@@ -266,6 +266,10 @@ async fn run(window: Window, slot: Slot) {
     let jobs = Arc::clone(&slot.fetcher.jobs);
     match outcome {
         Ok(bytes) => deliver(&jobs, window, &bytes, slot),
+        Err(SourceError::OutOfRange { .. }) if window.units.len() > 1 => {
+            drop(slot);
+            window.core.clone().split(window);
+        }
         Err(error) => fail(&jobs, window, error),
     }
 }
@@ -313,6 +317,7 @@ fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
 }
 
 fn fail(jobs: &Queue, window: Window, cause: SourceError) {
+    let cause = Arc::new(cause);
     let run = Box::new(move |_: &mut _| {
         for led in window.units {
             window.core.fetch_failed(led, &cause);

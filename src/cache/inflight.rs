@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -51,7 +52,7 @@ impl Wait {
         let (done, failed) = (waiting.done.take(), waiting.failed.take());
         drop(waiting);
         if let Some(done) = done {
-            done(failed.map_or(Ok(()), Err));
+            tell(done, failed.map_or(Ok(()), Err));
         }
     }
 
@@ -65,8 +66,16 @@ impl Drop for Wait {
     fn drop(&mut self) {
         let done = self.0.get_mut().ok().and_then(|waiting| waiting.done.take());
         if let Some(done) = done {
-            done(Err(FillError::Cancelled));
+            tell(done, Err(FillError::Cancelled));
         }
+    }
+}
+
+/// Runs a completion. One that panics must not take along the others that wait for the same unit,
+/// nor, from a destructor, the process; what it owned answers by being dropped.
+fn tell(done: Completion, outcome: Result<(), FillError>) {
+    if catch_unwind(AssertUnwindSafe(|| done(outcome))).is_err() {
+        tracing::error!("a completion panicked");
     }
 }
 
@@ -155,7 +164,6 @@ impl Lead {
 
     /// Tells everyone who waits. The unit must have been published before an `Ok`.
     pub(super) fn finish(mut self, outcome: &Result<(), FillError>) {
-        // First, so that a panicking completion does not end what may be the next leader's fetch.
         self.finished = true;
         self.table.leave(self.unit, outcome);
     }
@@ -233,6 +241,21 @@ mod tests {
         assert!(!promoted(&table.enter(1, Class::OnDemand, None)));
         assert_eq!(leader.urgency().class(), Class::OnDemand);
         leader.finish(&Ok(()));
+    }
+
+    #[test]
+    fn a_panicking_reader_takes_no_other_along() {
+        let table = Arc::new(Inflight::default());
+        let (wait, told) = watched();
+        let rude = Wait::new(Box::new(|_| panic!("expected by the test")));
+        let leader = lead(table.enter(1, Class::OnDemand, Some(&rude)));
+        assert!(!promoted(&table.enter(1, Class::OnDemand, Some(&wait))));
+        rude.settle(&Ok(()));
+        wait.settle(&Ok(()));
+
+        leader.finish(&Ok(()));
+
+        assert_eq!(told.try_recv(), Ok(Ok(())));
     }
 
     #[test]

@@ -8,10 +8,9 @@
 //! durable is withdrawn from memory as well. `landing` keeps a writer that straddles such a sync
 //! from publishing afterwards.
 
-use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Mutex, RwLock};
 
 use super::bits::{self, Identity};
 use super::presence::{Presence, bit};
@@ -45,14 +44,15 @@ struct Durable {
     words: Vec<u64>,
     /// The copy on disk; a foreign sink has none.
     copy: Option<DurableCopy>,
+    /// Devices that use the ledger. Jobs may hold it a little longer, but without one of these
+    /// the store may have another owner already, whose files are not ours to write.
+    owners: usize,
 }
 
 /// Where bits are kept across restarts.
 pub(super) struct DurableCopy {
     pub(super) file: Box<dyn Sink>,
     pub(super) identity: Identity,
-    /// The store stays locked while a ledger can write to it.
-    pub(super) _lock: Option<Arc<File>>,
 }
 
 impl Ledger {
@@ -63,7 +63,7 @@ impl Ledger {
             sink,
             landing: RwLock::new(()),
             dirty: AtomicBool::new(false),
-            durable: Mutex::new(Durable { words, copy }),
+            durable: Mutex::new(Durable { words, copy, owners: 0 }),
         }
     }
 
@@ -80,10 +80,20 @@ impl Ledger {
         fresh
     }
 
+    /// Adds a device that uses the ledger.
+    pub(super) fn attach(&self) {
+        self.durable.lock().unwrap().owners += 1;
+    }
+
+    /// Removes one. After the last, no flush does anything.
+    pub(super) fn detach(&self) {
+        self.durable.lock().unwrap().owners -= 1;
+    }
+
     /// Makes everything published before the call durable. Waits for the disk.
     pub(super) fn flush(&self) -> Result<(), FlushError> {
         let mut durable = self.durable.lock().unwrap();
-        if !self.dirty.swap(false, Ordering::AcqRel) {
+        if durable.owners == 0 || !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
         let words = self.presence.snapshot();
@@ -113,6 +123,7 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use std::collections::{BTreeSet, VecDeque};
+    use std::sync::Arc;
 
     use proptest::prelude::*;
 
@@ -267,9 +278,10 @@ mod tests {
             fail_data: false,
             fail_bits: false,
         }));
-        let copy = DurableCopy { file: Box::new(BitsFile(world.clone())), identity: identity(), _lock: None };
+        let copy = DurableCopy { file: Box::new(BitsFile(world.clone())), identity: identity() };
         let words = vec![0; super::super::presence::words_for(UNITS)];
         let ledger = Arc::new(Ledger::new(Box::new(DataFile(world.clone())), words, Some(copy)));
+        ledger.attach();
         world.lock().unwrap().ledger = Some(ledger.clone());
         (world, ledger)
     }
@@ -349,6 +361,19 @@ mod tests {
             let durable: BTreeSet<_> = (0..UNITS).filter(|&unit| bit(&words, unit)).collect();
             prop_assert_eq!(durable, wanted);
         }
+    }
+
+    #[test]
+    fn nothing_is_written_after_the_last_owner_left() {
+        let (world, ledger) = world(vec![], vec![], usize::MAX);
+        ledger.detach();
+        ledger.publish(1);
+
+        ledger.flush().unwrap();
+
+        let mut world = world.lock().unwrap();
+        assert_eq!((world.bits.len(), world.unsynced_bits.len()), (512, 0));
+        world.ledger = None;
     }
 
     #[test]

@@ -85,7 +85,7 @@ pub enum FillError {
         unit: UnitIndex,
         stored: ByteRange,
         #[source]
-        cause: SourceError,
+        cause: Arc<SourceError>,
     },
     /// The stored bytes came and are not what the image promised.
     #[error("unit {unit} of blob {blob} at stored {stored} is corrupt")]

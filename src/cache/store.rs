@@ -25,7 +25,7 @@ use std::time::UNIX_EPOCH;
 use tokio::runtime::Handle;
 
 use super::bits::{self, Identity};
-use super::device::Device;
+use super::device::{Device, Home};
 use super::engine::{Engine, StoreOptions};
 use super::is_needed;
 use super::ledger::{DurableCopy, FlushError, Ledger};
@@ -147,11 +147,11 @@ impl Store {
         let Some(merged) = settle_map(&dir, map)? else { return Ok(None) };
         let ledger = match ledger {
             Some(ledger) => ledger,
-            None => Arc::new(open_ledger(&dir, &merged, &self.lock)?),
+            None => Arc::new(open_ledger(&dir, &merged)?),
         };
         let weak = Arc::downgrade(&ledger);
-        let data = Some(dir.join("data"));
-        let device = Device::assemble(Arc::new(merged), Arc::clone(source), ledger, data, Arc::clone(&self.engine));
+        let home = Some(Home { data: dir.join("data"), lock: Arc::clone(&self.lock) });
+        let device = Device::assemble(Arc::new(merged), Arc::clone(source), ledger, home, Arc::clone(&self.engine));
         shelves.retain(|_, shelf| shelf.ledger.strong_count() > 0);
         shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak });
         Ok(Some(device))
@@ -235,7 +235,7 @@ fn settle_map(dir: &Path, map: &UnitMap) -> Result<Option<UnitMap>, StoreError> 
 }
 
 /// Opens `data` and `present`, creating or replacing what is missing or does not fit.
-fn open_ledger(dir: &Path, map: &UnitMap, lock: &Arc<File>) -> Result<Ledger, StoreError> {
+fn open_ledger(dir: &Path, map: &UnitMap) -> Result<Ledger, StoreError> {
     let data_path = dir.join("data");
     let fits = fs::symlink_metadata(&data_path).is_ok_and(|meta| meta.is_file() && meta.len() == map.decoded_len());
     if !fits {
@@ -258,7 +258,7 @@ fn open_ledger(dir: &Path, map: &UnitMap, lock: &Arc<File>) -> Result<Ledger, St
         }
     }
     let file = OpenOptions::new().write(true).open(&present_path).map_err(at(&present_path))?;
-    let copy = DurableCopy { file: Box::new(FileSink::new(file)), identity, _lock: Some(Arc::clone(lock)) };
+    let copy = DurableCopy { file: Box::new(FileSink::new(file)), identity };
     Ok(Ledger::new(Box::new(FileSink::new(data)), words, Some(copy)))
 }
 
