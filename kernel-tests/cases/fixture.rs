@@ -183,8 +183,9 @@ impl<'a> Fixture<'a> {
 
     /// Stored ranges that were fetched of any blob, with how often, sorted.
     pub(crate) fn fetched(&self) -> Vec<(ByteRange, usize)> {
-        let fetches = self.server.stats().fetches();
-        let mut ranges: Vec<_> = fetches.into_iter().filter_map(|((_, range), count)| Some((range?, count))).collect();
+        let stats = self.server.stats();
+        let mut ranges: Vec<_> =
+            stats.fetches().into_iter().filter_map(|((_, range), count)| Some((range?, count))).collect();
         ranges.sort();
         ranges
     }
