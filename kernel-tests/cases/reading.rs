@@ -183,6 +183,7 @@ fn reads_at_and_beyond_the_end_are_short(ctx: &Ctx) -> Outcome {
     ensure!(file.read_at(&mut buffer, 4096)? == 904, "across the end");
     ensure!(buffer[..904] == content(1, 5000)[4096..], "the last bytes differ");
     ensure!(buffer[904..].iter().all(|&b| b == 0xff), "bytes beyond the end were touched");
+    drop(file);
     fixture.finish()
 }
 

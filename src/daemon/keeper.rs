@@ -62,17 +62,18 @@ pub struct Keeper {
 }
 
 impl Keeper {
+    /// Fails with `AddrInUse` if a keeper is below `run` already: its daemon has vanished, and its
+    /// mounts must be ended before another daemon touches the same files.
+    pub fn ensure_none(run: &Path) -> io::Result<()> {
+        let Ok(status) = ask(run, "status") else { return Ok(()) };
+        let (mounts, pid) = (status.mounts.len(), status.pid);
+        let text = format!("a daemon that was killed left {mounts} mounts, held by process {pid}; `rafsd recover` ends them");
+        Err(io::Error::new(io::ErrorKind::AddrInUse, text))
+    }
+
     /// Starts `program` as a keeper.
-    ///
-    /// # Errors
-    /// `AddrInUse` if a keeper is there already.
     pub fn start(program: &Path, run: &Path) -> io::Result<Self> {
         let socket_path = run.join(SOCKET);
-        if let Ok(status) = ask(run, "status") {
-            let text =
-                format!("an earlier daemon left its keeper behind (process {}); `rafsd recover` ends it", status.pid);
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
-        }
         let (ours, theirs) = fdpass::pair()?;
         let mut command = Command::new(program);
         command.arg("keeper").arg("--socket").arg(&socket_path);
@@ -111,7 +112,8 @@ impl Keeper {
 pub fn ask(run: &Path, what: &str) -> io::Result<Status> {
     let mut stream = UnixStream::connect(run.join(SOCKET))?;
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-    writeln!(stream, "{what}")?;
+    // In one piece: what the keeper has not read when it hangs up would reset the connection.
+    stream.write_all(what.as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(serde_json::from_str(&answer)?)

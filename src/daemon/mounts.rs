@@ -118,13 +118,17 @@ struct State {
 struct Mounted {
     watch: WatchId,
     served: Served,
-    _hold: Hold,
+    /// Absent for the cachefiles backend, whose registration is in `served`.
+    attachment: Option<fanotify::Attachment>,
 }
 
-#[derive(Debug)]
-enum Hold {
-    Fanotify(#[expect(dead_code, reason = "held for its drop")] fanotify::Attachment),
-    Cachefiles(#[expect(dead_code, reason = "held for its drop")] Arc<Registration>),
+impl Mounted {
+    /// Lets go of everything, after the superblock has gone.
+    fn release(self) {
+        if let Some(attachment) = self.attachment {
+            attachment.release();
+        }
+    }
 }
 
 /// One served image: what is told about it.
@@ -151,6 +155,7 @@ impl Daemon {
     /// Opens the store, tries out the host, and starts the keeper.
     pub fn start(options: Options, runtime: Handle) -> Result<Arc<Self>, DaemonError> {
         let start = |what| move |cause| DaemonError::Start { what, cause };
+        Keeper::ensure_none(&options.run).map_err(start("a daemon"))?;
         let store = Store::open(&options.cache, options.store.clone(), runtime.clone())?;
         let backends = Backends::examine(&options.cache).map_err(start("the examination of this host"))?;
         let keeper = Keeper::start(&options.program, &options.run).map_err(start("the keeper"))?;
@@ -223,7 +228,7 @@ impl Daemon {
     fn mount_reserved(&self, request: &MountRequest) -> Result<Mounted, DaemonError> {
         let (kind, why) = self.backends.choose(request.backend)?;
         let prepared = Arc::new(prepare(&request.image, &self.options.cache, &self.store, &self.runtime)?);
-        let (watch, served, hold) = match kind {
+        let (watch, served, attachment) = match kind {
             BackendKind::Fanotify => self.mount_fanotify(request, prepared, why)?,
             BackendKind::Cachefiles => self.mount_cachefiles(request, prepared, why)?,
         };
@@ -231,7 +236,7 @@ impl Daemon {
         if let Err(error) = self.keeper.mounted(&request.dir) {
             tracing::error!(%error, "the keeper does not answer; a crash would show zeros to readers");
         }
-        Ok(Mounted { watch, served, _hold: hold })
+        Ok(Mounted { watch, served, attachment })
     }
 
     fn mount_fanotify(
@@ -239,7 +244,7 @@ impl Daemon {
         request: &MountRequest,
         prepared: Arc<Prepared>,
         why: String,
-    ) -> Result<(WatchId, Served, Hold), DaemonError> {
+    ) -> Result<(WatchId, Served, Option<fanotify::Attachment>), DaemonError> {
         let devices = prepared
             .maps
             .iter()
@@ -257,7 +262,7 @@ impl Daemon {
         }
         let live = devices.iter().map(|device| Arc::new(Mutex::new(Arc::downgrade(device)))).collect();
         let served = Served { backend: BackendKind::Fanotify, why, prepared, devices: live, registration: None };
-        Ok((attachment.watch, served, Hold::Fanotify(attachment)))
+        Ok((attachment.watch, served, Some(attachment)))
     }
 
     fn mount_cachefiles(
@@ -265,7 +270,7 @@ impl Daemon {
         request: &MountRequest,
         prepared: Arc<Prepared>,
         why: String,
-    ) -> Result<(WatchId, Served, Hold), DaemonError> {
+    ) -> Result<(WatchId, Served, Option<fanotify::Attachment>), DaemonError> {
         // Images of this daemon share blobs through one domain; each mount of an image needs a
         // name of its own there.
         let short = prepared.key.to_string()[..32].to_owned();
@@ -279,7 +284,7 @@ impl Daemon {
             }
         };
         let watch = cachefiles::mount(registration.name(), &request.dir, &self.watch)?;
-        Ok((watch, served, Hold::Cachefiles(registration)))
+        Ok((watch, served, None))
     }
 
     fn serve_cachefiles(
@@ -380,7 +385,7 @@ impl Daemon {
         }
         drop(state);
         // Outside the lock: the last owner of a device waits for the disk.
-        drop(gone);
+        gone.into_iter().for_each(Mounted::release);
     }
 
     /// Learns of every superblock that goes away, whoever unmounted it.

@@ -7,7 +7,8 @@
 //!   that we wait for ourselves (the store opens it; [`Fanotify::attach`] takes ready devices);
 //! * the mark comes **before** the mount, or the mount's reads are never seen;
 //! * a mark goes only when its device is settled or the **superblock** is gone, not merely
-//!   unmounted: [`Attachment`] is to be dropped when [`MountWatch`] says so;
+//!   unmounted: [`Attachment::release`] is to be called when [`MountWatch`] says so, and nothing
+//!   else takes a mark away, not even a panic;
 //! * before anybody can see the mount, a cold byte is read through it and must raise an event.
 //!
 //! Inodes are marked, never mounts or file systems, and nothing is ever written through the
@@ -28,12 +29,21 @@ use super::probe::find_cold;
 use super::{AttachError, LiveImage, MountWatch, WatchId};
 use crate::sys::mount::{DetachedMount, FsContext};
 
-/// A mounted image. Keeps its devices marked; drop it when its superblock is gone.
+/// A mounted image. Keeps its devices marked until it is released.
 #[derive(Debug)]
 pub struct Attachment {
     /// Reports the end of the superblock.
     pub watch: WatchId,
-    _marks: Vec<MarkHold>,
+    marks: Vec<MarkHold>,
+}
+
+impl Attachment {
+    /// Lets go of the devices. Only when the superblock is gone; see [`MountWatch`].
+    ///
+    /// Dropping an attachment leaves the marks: readers then wait instead of seeing holes.
+    pub fn release(self) {
+        self.marks.into_iter().for_each(MarkHold::release);
+    }
 }
 
 impl Fanotify {
@@ -48,18 +58,37 @@ impl Fanotify {
         watch: &MountWatch,
     ) -> Result<Attachment, AttachError> {
         let _alone = self.attaching.lock().unwrap();
-        let marks = image.devices.iter().map(|device| self.mark(device)).collect::<Result<Vec<_>, _>>()?;
+        let mut marks = Vec::new();
+        match self.attach_marked(image, target, watch, &mut marks) {
+            Ok(watch) => Ok(Attachment { watch, marks }),
+            Err(error) => {
+                // The mount went before anybody could see it.
+                marks.into_iter().for_each(MarkHold::release);
+                Err(error)
+            }
+        }
+    }
+
+    fn attach_marked(
+        self: &Arc<Self>,
+        image: &LiveImage,
+        target: &Path,
+        watch: &MountWatch,
+        marks: &mut Vec<MarkHold>,
+    ) -> Result<WatchId, AttachError> {
+        for device in &image.devices {
+            marks.push(self.mark(device)?);
+        }
         let mount = mount(image).map_err(AttachError::Mount)?;
         for cold in find_cold(&image.image, &image.devices).map_err(AttachError::Image)? {
-            let hold = &marks[cold.device];
-            let seen = hold.expect_own_read(|| cold.read(&mount));
+            let seen = marks[cold.device].expect_own_read(|| cold.read(&mount));
             if !seen {
                 return Err(AttachError::Bypassed { path: image.devices[cold.device].path().to_owned() });
             }
         }
-        let watch = watch.add(&mount).map_err(|cause| AttachError::Io { path: image.bootstrap.clone(), cause })?;
+        let watched = watch.add(&mount).map_err(|cause| AttachError::Io { path: image.bootstrap.clone(), cause })?;
         mount.attach(target).map_err(|cause| AttachError::Target { target: target.to_owned(), cause })?;
-        Ok(Attachment { watch, _marks: marks })
+        Ok(watched)
     }
 }
 

@@ -50,7 +50,11 @@ struct Marked {
     log: Limiter,
 }
 
-/// One mount's share in a marked device. The last share takes the mark away.
+/// One mount's share in a marked device. Releasing the last share takes the mark away.
+///
+/// Merely dropping it does not: a process that unwinds or exits while its mounts live on must
+/// leave their readers asking, not reading holes.
+#[must_use]
 pub(super) struct MarkHold {
     service: Arc<Fanotify>,
     marked: Arc<Marked>,
@@ -200,10 +204,13 @@ impl Fanotify {
         }
         let outcome = self.group.mark(marked.file.as_fd());
         marked.is_marked.store(outcome.is_ok(), Ordering::Release);
-        // Both ways out below take the lock again: the hold's drop, and a device that has just
-        // settled and calls back at once.
+        // Both ways out below take the lock again: giving the share back, and a device that has
+        // just settled and calls back at once.
         drop(changing);
-        outcome.map_err(|cause| AttachError::Mark { path, cause })?;
+        if let Err(cause) = outcome {
+            hold.release();
+            return Err(AttachError::Mark { path, cause });
+        }
         let (service, marked) = (Arc::downgrade(self), Arc::downgrade(&marked));
         device.when_settled(Box::new(move || settle(&service, &marked)));
         Ok(hold)
@@ -251,8 +258,9 @@ impl MarkHold {
     }
 }
 
-impl Drop for MarkHold {
-    fn drop(&mut self) {
+impl MarkHold {
+    /// Gives the share back. Only when nothing can read the device through the mount any more.
+    pub(super) fn release(self) {
         let _changing = self.service.changing.lock().unwrap();
         let mut users = self.marked.users.lock().unwrap();
         *users -= 1;
