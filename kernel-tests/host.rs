@@ -50,11 +50,15 @@ const FANOTIFY_SINCE: (u32, u32) = (6, 15);
 /// The one place that decides it for the tests. A version is a poor witness, and is taken only to
 /// choose between running and skipping: a case that runs on a kernel without the events fails.
 fn cannot_fanotify() -> Option<String> {
+    older_than(FANOTIFY_SINCE).map(|release| format!("Linux {release} has no complete pre-content events (6.15)"))
+}
+
+/// The release of the running kernel, if it is older than `since`.
+fn older_than(since: (u32, u32)) -> Option<String> {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    let old = version < FANOTIFY_SINCE;
-    old.then(|| format!("Linux {} has no complete pre-content events (6.15)", release.trim()))
+    (version < since).then(|| release.trim().to_owned())
 }
 
 fn cannot_cachefiles() -> Option<String> {
@@ -64,7 +68,8 @@ fn cannot_cachefiles() -> Option<String> {
 fn cannot_erofs() -> Option<String> {
     let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
     let missing = !known.split_whitespace().any(|word| word == "erofs");
-    missing.then(|| "the kernel has no EROFS (or its module is not loaded)".into())
+    let old = || older_than((6, 12)).map(|release| format!("Linux {release} mounts no EROFS image from a file (6.12)"));
+    if missing { Some("the kernel has no EROFS (or its module is not loaded)".into()) } else { old() }
 }
 
 /// The daemon's binary.

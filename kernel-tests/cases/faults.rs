@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use nix::libc::EIO;
 use rafsd::net::server::Fault;
 
-use super::fixture::{FILE, Fixture, content, drop_caches, read_byte};
+use super::fixture::{FILE, Fixture, content, drop_caches, read_byte, wait_for_exit};
 use crate::host::Need;
 use crate::{Case, Ctx, Outcome, Place};
 
@@ -103,20 +103,19 @@ fn a_killed_daemon_leaves_readers_waiting(ctx: &Ctx) -> Outcome {
     // One event that the daemon has read when it dies, one that nobody ever reads.
     let mut before = Reader::of(&mount.join("0"), &ctx.dir.join("before"))?;
     ensure!(!before.ends_within(Duration::from_millis(500))?, "the reader did not wait");
-    fixture.kill()?;
+    let keeper = fixture.kill()?;
     let mut after = Reader::of(&mount.join("1"), &ctx.dir.join("after"))?;
 
     for (name, reader) in [("before", &mut before), ("after", &mut after)] {
         ensure!(!reader.ends_within(Duration::from_secs(1))?, "the reader from {name} the kill went on");
     }
     let refused = fixture.start(&[]).err().map(|e| e.to_string()).unwrap_or_default();
-    ensure!(refused.contains("left 1 mounts"), "a second daemon: {refused}");
+    ensure!(refused.contains("left 1 mount(s)"), "a second daemon: {refused}");
     fixture.must(&["recover"])?;
     for (name, reader) in [("before", before), ("after", after)] {
         reader.ensure_failed_with_nothing().with_context(|| format!("the reader from {name} the kill"))?;
     }
-    let gone = || !fixture.run().join("keeper.sock").exists();
-    wait_until(gone, "the keeper to leave")?;
+    wait_for_exit(keeper)?;
     ensure!(crate::mounts::below(&ctx.dir)?.is_empty(), "still mounted");
     Ok(())
 }
@@ -125,19 +124,20 @@ fn a_killed_daemon_fails_closed(ctx: &Ctx) -> Outcome {
     let mut fixture = Fixture::files(ctx, 2)?;
     let mount = fixture.mount("mnt")?;
     ensure!(fs::read(mount.join("0"))? == content(0, FILE), "before");
-    fixture.kill()?;
+    let keeper = fixture.kill()?;
 
     let got = read_byte(&mount.join("1"), 0);
 
     ensure!(got.is_err(), "a cold byte after the kill: {got:?}");
     nix::mount::umount(&mount)?;
-    wait_until(|| !fixture.run().join("keeper.sock").exists(), "the keeper to leave")
+    wait_for_exit(keeper)
 }
 
 fn a_busy_mount_outlives_sigterm_without_zeros(ctx: &Ctx) -> Outcome {
     let mut fixture = Fixture::files(ctx, 1)?;
     let mount = fixture.mount("mnt")?;
     let open = fs::File::open(mount.join("0"))?;
+    let keeper = fixture.keeper()?;
     fixture.stop()?;
 
     let mut late = Reader::of(&mount.join("0"), &ctx.dir.join("late"))?;
@@ -150,7 +150,7 @@ fn a_busy_mount_outlives_sigterm_without_zeros(ctx: &Ctx) -> Outcome {
         "the open file"
     );
     drop(open);
-    wait_until(|| !fixture.run().join("keeper.sock").exists(), "the keeper to leave")
+    wait_for_exit(keeper)
 }
 
 /// A process that copies a file, so that what it saw can be looked at.
@@ -184,13 +184,4 @@ impl Reader {
         ensure!(!status.success() && seen == 0, "{status}, after {seen} bytes");
         Ok(())
     }
-}
-
-fn wait_until(done: impl Fn() -> bool, what: &str) -> Outcome {
-    let until = Instant::now() + Duration::from_secs(20);
-    while !done() {
-        ensure!(Instant::now() < until, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
 }

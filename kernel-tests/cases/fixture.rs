@@ -88,12 +88,18 @@ impl<'a> Fixture<'a> {
         Ok(())
     }
 
-    /// Kills the daemon by SIGKILL.
-    pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
+    /// Kills the daemon by SIGKILL. Gives the process id of the keeper it leaves behind.
+    pub(crate) fn kill(&mut self) -> anyhow::Result<u32> {
         let Some(mut daemon) = self.daemon.take() else { bail!("no daemon runs") };
+        let keeper = self.keeper()?;
         daemon.kill()?;
         daemon.wait()?;
-        Ok(())
+        Ok(keeper)
+    }
+
+    /// Process id of the keeper.
+    pub(crate) fn keeper(&self) -> anyhow::Result<u32> {
+        Ok(rafsd::daemon::keeper::ask(&self.run(), "status")?.pid)
     }
 
     /// Process id of the daemon.
@@ -237,6 +243,20 @@ pub(crate) fn content(seed: usize, len: usize) -> Vec<u8> {
 pub(crate) fn drop_caches() -> anyhow::Result<()> {
     nix::unistd::sync();
     Ok(fs::write("/proc/sys/vm/drop_caches", "3")?)
+}
+
+/// Waits until the process has ended, reaped or not.
+pub(crate) fn wait_for_exit(pid: u32) -> anyhow::Result<()> {
+    let until = Instant::now() + Duration::from_secs(20);
+    let ended = || match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat.contains(") Z "),
+        Err(_) => true,
+    };
+    while !ended() {
+        ensure!(Instant::now() < until, "process {pid} does not leave");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
 }
 
 /// Reads one byte; the errno if that fails.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -18,6 +19,7 @@ const fn case(name: &'static str, place: Place, run: fn(&Ctx) -> Outcome) -> Cas
 }
 
 pub(crate) const CASES: &[Case] = &[
+    case("doctor_finds_the_backend_under_test", Place::Both, doctor_finds_the_backend_under_test),
     case("umount_by_anybody_is_noticed", Place::Both, umount_by_anybody_is_noticed),
     case("a_busy_mount_is_refused_and_then_lazily_taken", Place::Both, a_busy_mount_is_refused_and_then_lazily_taken),
     case("mounting_starts_a_daemon_that_leaves_when_idle", Place::Both, mounting_starts_a_daemon_that_leaves_when_idle),
@@ -29,6 +31,21 @@ pub(crate) const CASES: &[Case] = &[
         a_settled_blob_has_no_events_and_no_daemon_time,
     ),
 ];
+
+fn doctor_finds_the_backend_under_test(ctx: &Ctx) -> Outcome {
+    let cache = ctx.dir.join("cache");
+    let output = Command::new(&ctx.rafsd).args(["doctor", "--json", "--cache"]).arg(&cache).output()?;
+
+    ensure!(output.status.success(), "{output:?}");
+    let host: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(host["choice"] == ctx.backend.name(), "{host}");
+    ensure!(!cache.exists(), "the directory that doctor made is left");
+    let elsewhere = Command::new(&ctx.rafsd).args(["doctor", "--json", "--cache", "/dev/shm/rafsd-test"]).output()?;
+    let host: serde_json::Value = serde_json::from_slice(&elsewhere.stdout)?;
+    let events = host["findings"].as_array().into_iter().flatten().find(|f| f["name"] == "pre-content-events");
+    ensure!(events.is_some_and(|finding| finding["works"] == false), "events on tmpfs: {host}");
+    Ok(())
+}
 
 fn umount_by_anybody_is_noticed(ctx: &Ctx) -> Outcome {
     let fixture = Fixture::files(ctx, 1)?;

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::ensure;
 
-use super::fixture::{FILE, Fixture, content, drop_caches, is_fanotify};
+use super::fixture::{FILE, Fixture, content, drop_caches, is_fanotify, wait_for_exit};
 use crate::host::Need;
 use crate::{Case, Ctx, Outcome, Place};
 
@@ -76,13 +76,13 @@ fn a_complete_image_needs_no_daemon(ctx: &Ctx) -> Outcome {
         stats.peek().is_some() && stats.all(|complete| complete == true)
     })?;
     fixture.server.set_fault(rafsd::net::server::Fault::StallHead);
-    fixture.kill()?;
+    let keeper = fixture.kill()?;
     drop_caches()?;
 
     for number in 0..3 {
         ensure!(fs::read(mount.join(number.to_string()))? == content(number, FILE), "file {number}");
     }
     let recovered = fixture.must(&["recover"])?;
-    ensure!(recovered.contains("1 mounts ended"), "{recovered}");
-    Ok(())
+    ensure!(recovered.contains("1 mount(s) ended"), "{recovered}");
+    wait_for_exit(keeper)
 }

@@ -46,7 +46,7 @@ pub(super) fn recover(args: RecoverArgs) -> anyhow::Result<ExitCode> {
     if !status.orphaned {
         writeln!(out, "nothing to recover: the daemon is running")?;
     } else if status.alive == 0 {
-        writeln!(out, "recovered: {} mounts ended", status.mounts.len())?;
+        writeln!(out, "recovered: {} mount(s) ended", status.mounts.len())?;
     } else {
         let alive = status.alive;
         writeln!(out, "recovered: out of the tree; {alive} still have open files, whose cold reads now fail with EIO")?;

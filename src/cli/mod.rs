@@ -14,6 +14,7 @@ mod mount;
 pub mod progress;
 mod register;
 mod serve;
+mod serve_blobs;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -32,11 +33,11 @@ use tracing_subscriber::util::SubscriberInitExt;
 #[command(name = "rafsd", version, max_term_width = 100)]
 pub struct Cli {
     /// What to log to stderr: error, warn, info, debug, trace, or rules like info,rafsd::cache=debug
-    #[arg(long, global = true, value_name = "LEVEL", env = "RAFSD_LOG")]
+    #[arg(long, global = true, value_name = "LEVEL", env = "RAFSD_LOG", help_heading = "Logging")]
     log: Option<Targets>,
 
     /// How to log
-    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, help_heading = "Logging")]
     log_format: LogFormat,
 
     #[command(subcommand)]
@@ -59,6 +60,7 @@ enum Command {
     List(mount::ListArgs),
     Serve(serve::ServeArgs),
     Stop(serve::StopArgs),
+    ServeBlobs(serve_blobs::ServeBlobsArgs),
     Register(register::RegisterArgs),
     Unregister(register::UnregisterArgs),
     Doctor(doctor::DoctorArgs),
@@ -81,6 +83,7 @@ pub fn run() -> ExitCode {
         Command::List(args) => mount::list(args),
         Command::Serve(args) => serve::run(args),
         Command::Stop(args) => serve::stop(args),
+        Command::ServeBlobs(args) => serve_blobs::run(args),
         Command::Register(args) => register::register(args),
         Command::Unregister(args) => register::unregister(args),
         Command::Doctor(args) => doctor::run(args),
@@ -91,8 +94,9 @@ pub fn run() -> ExitCode {
         Command::Man(args) => manual::man(args),
     };
     outcome.unwrap_or_else(|error| {
-        let closed = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
-        if closed.into_iter().any(|cause| cause.kind() == io::ErrorKind::BrokenPipe) {
+        // Only printing fails with a bare I/O error; every other one says what it was doing.
+        let bare = error.chain().next().and_then(|outermost| outermost.downcast_ref::<io::Error>());
+        if bare.is_some_and(|cause| cause.kind() == io::ErrorKind::BrokenPipe) {
             // Whoever read our output has seen enough.
             return ExitCode::SUCCESS;
         }

@@ -115,8 +115,20 @@ pub(super) struct StopArgs {
     place: Place,
 }
 
-/// Exit status: 0 when the daemon has taken the request.
+/// Exit status: 0 when the daemon has gone.
 pub(super) fn stop(args: StopArgs) -> anyhow::Result<ExitCode> {
-    block_on(async { args.place.client()?.stop().await.map_err(|e| args.place.explain(e)) })?;
+    let pid = block_on(async {
+        let client = args.place.client()?;
+        let info = client.info().await.map_err(|e| args.place.explain(e))?;
+        client.stop().await?;
+        Ok(info.pid)
+    })?;
+    let process = PathBuf::from(format!("/proc/{pid}/stat"));
+    let until = Instant::now() + Duration::from_secs(60);
+    // A zombie has stopped; whoever started it has not looked yet.
+    while std::fs::read_to_string(&process).is_ok_and(|stat| !stat.contains(") Z ")) {
+        anyhow::ensure!(Instant::now() < until, "the daemon (process {pid}) does not stop");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     Ok(ExitCode::SUCCESS)
 }

@@ -39,8 +39,8 @@ pub struct ImageSpec {
 
 /// `POST /v1/mounts`
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MountRequest {
-    #[serde(flatten)]
     pub image: ImageSpec,
     /// Mount point, absolute, an existing directory.
     pub dir: PathBuf,
@@ -61,8 +61,8 @@ pub struct UnmountRequest {
 
 /// `POST /v1/images`: makes an image mountable by anyone through `mount -t erofs -o fsid=`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RegisterRequest {
-    #[serde(flatten)]
     pub image: ImageSpec,
     /// `fsid=` of the mount.
     pub id: String,

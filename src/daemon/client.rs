@@ -1,5 +1,7 @@
 //! The other end of the control socket.
 
+use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use reqwest::Method;
@@ -20,8 +22,14 @@ pub struct Client {
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody answers.
-    #[error("no daemon answers at {}", socket.display())]
-    NoDaemon {
+    #[error("no daemon answers at {}; `rafsd serve` runs one", socket.display())]
+    NoDaemon { socket: PathBuf },
+    /// Somebody may answer, but not to this user.
+    #[error("{} is not for this user; run as root", socket.display())]
+    NotAllowed { socket: PathBuf },
+    /// The connection broke.
+    #[error("the daemon at {} hung up", socket.display())]
+    HungUp {
         socket: PathBuf,
         #[source]
         cause: reqwest::Error,
@@ -82,6 +90,16 @@ impl Client {
         self.call(Method::POST, "stop", &()).await
     }
 
+    fn no_answer(&self, cause: reqwest::Error) -> ClientError {
+        let socket = self.socket.clone();
+        // Looked at here because the library keeps the errno to itself.
+        match UnixStream::connect(&socket) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => ClientError::NotAllowed { socket },
+            Err(_) => ClientError::NoDaemon { socket },
+            Ok(_) => ClientError::HungUp { socket, cause },
+        }
+    }
+
     async fn call<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -91,8 +109,7 @@ impl Client {
         let garbled = |cause| ClientError::Garbled { socket: self.socket.clone(), cause };
         // The host is not looked at: the socket decides where this goes.
         let request = self.http.request(method, format!("http://rafsd/v1/{path}")).json(body);
-        let answer =
-            request.send().await.map_err(|cause| ClientError::NoDaemon { socket: self.socket.clone(), cause })?;
+        let answer = request.send().await.map_err(|cause| self.no_answer(cause))?;
         if answer.status().is_success() {
             return answer.json().await.map_err(garbled);
         }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use axum::Json;
 use axum::Router;
 use axum::extract::State;
+use axum::extract::rejection::JsonRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -20,6 +21,7 @@ use tokio::sync::Notify;
 use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest};
 use super::{Daemon, DaemonError};
 use crate::base::Chain;
+use crate::export::AttachError;
 
 /// Name of the control socket in the run directory.
 pub const SOCKET: &str = "rafsd.sock";
@@ -66,6 +68,8 @@ impl Control {
             .route("/v1/mounts", get(list).post(mount).delete(unmount))
             .route("/v1/images", post(register).delete(unregister))
             .route("/v1/stop", post(request_stop))
+            .fallback(nowhere)
+            .method_not_allowed_fallback(nowhere)
             .with_state(shared);
         let path = self.path;
         let until = async move {
@@ -110,8 +114,12 @@ fn failure(status: StatusCode, error: String) -> Response {
 fn status(error: &DaemonError) -> StatusCode {
     match error {
         DaemonError::NotMounted(_) | DaemonError::NotRegistered(_) => StatusCode::NOT_FOUND,
-        DaemonError::Mounted(_) | DaemonError::Unmount { .. } => StatusCode::CONFLICT,
+        DaemonError::Mounted(_) | DaemonError::Unmount { .. } | DaemonError::Attach(AttachError::Taken(_)) => {
+            StatusCode::CONFLICT
+        }
         DaemonError::NotADirectory(_)
+        | DaemonError::Relative(_)
+        | DaemonError::Attach(AttachError::Name { .. })
         | DaemonError::Bootstrap(_)
         | DaemonError::Tables(_)
         | DaemonError::SourceSpec(_)
@@ -125,6 +133,19 @@ fn status(error: &DaemonError) -> StatusCode {
     }
 }
 
+/// A request's body, or why there is none.
+type Body<T> = Result<Json<T>, JsonRejection>;
+
+/// Every refusal has the same form, those of the framework too.
+#[expect(clippy::result_large_err, reason = "handed on at once as the answer")]
+fn body<T>(request: Body<T>) -> Result<T, Response> {
+    request.map(|Json(request)| request).map_err(|rejection| failure(rejection.status(), rejection.body_text()))
+}
+
+async fn nowhere() -> Response {
+    failure(StatusCode::NOT_FOUND, "there is nothing here; docs/CONTROL.md lists what there is".to_owned())
+}
+
 async fn info(State(shared): State<Shared>) -> Response {
     blocking(shared, |daemon| Ok(daemon.info())).await
 }
@@ -133,19 +154,35 @@ async fn list(State(shared): State<Shared>) -> Response {
     blocking(shared, |daemon| Ok(daemon.list())).await
 }
 
-async fn mount(State(shared): State<Shared>, Json(request): Json<MountRequest>) -> Response {
+async fn mount(State(shared): State<Shared>, request: Body<MountRequest>) -> Response {
+    let request = match body(request) {
+        Ok(request) => request,
+        Err(refusal) => return refusal,
+    };
     blocking(shared, move |daemon| daemon.mount(&request)).await
 }
 
-async fn unmount(State(shared): State<Shared>, Json(request): Json<UnmountRequest>) -> Response {
+async fn unmount(State(shared): State<Shared>, request: Body<UnmountRequest>) -> Response {
+    let request = match body(request) {
+        Ok(request) => request,
+        Err(refusal) => return refusal,
+    };
     blocking(shared, move |daemon| daemon.unmount(&request.dir, request.lazy)).await
 }
 
-async fn register(State(shared): State<Shared>, Json(request): Json<RegisterRequest>) -> Response {
+async fn register(State(shared): State<Shared>, request: Body<RegisterRequest>) -> Response {
+    let request = match body(request) {
+        Ok(request) => request,
+        Err(refusal) => return refusal,
+    };
     blocking(shared, move |daemon| daemon.register(&request)).await
 }
 
-async fn unregister(State(shared): State<Shared>, Json(request): Json<UnregisterRequest>) -> Response {
+async fn unregister(State(shared): State<Shared>, request: Body<UnregisterRequest>) -> Response {
+    let request = match body(request) {
+        Ok(request) => request,
+        Err(refusal) => return refusal,
+    };
     blocking(shared, move |daemon| daemon.unregister(&request.id, request.domain.as_deref())).await
 }
 

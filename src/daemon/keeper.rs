@@ -67,7 +67,9 @@ impl Keeper {
     pub fn ensure_none(run: &Path) -> io::Result<()> {
         let Ok(status) = ask(run, "status") else { return Ok(()) };
         let (mounts, pid) = (status.mounts.len(), status.pid);
-        let text = format!("a daemon that was killed left {mounts} mounts, held by process {pid}; `rafsd recover` ends them");
+        let text = format!(
+            "a daemon that was killed left {mounts} mount(s), held by process {pid}; `rafsd recover` ends them"
+        );
         Err(io::Error::new(io::ErrorKind::AddrInUse, text))
     }
 
@@ -130,6 +132,7 @@ pub fn keep(socket: OwnedFd, control: &Path) -> io::Result<()> {
     process::ignore_stop_signals()?;
     let _ = process::leave_session();
     process::protect_from_oom();
+    process::set_name(c"rafsd-keeper");
     match std::fs::remove_file(control) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
@@ -175,10 +178,11 @@ impl Post {
             if self.socket.is_some() && self.hear()? {
                 return Ok(());
             }
+            self.serve_control();
+            // Last, because each of the above may be what ends the last superblock.
             if self.socket.is_none() && self.watch.alive() == 0 && !self.unwatched {
                 return Ok(());
             }
-            self.serve_control();
         }
     }
 

@@ -67,6 +67,8 @@ pub enum DaemonError {
     NoBackend { reasons: String },
     #[error("{} is not an absolute path to a directory", .0.display())]
     NotADirectory(PathBuf),
+    #[error("{} is not an absolute path", .0.display())]
+    Relative(PathBuf),
     #[error("an image is mounted at {} already", .0.display())]
     Mounted(PathBuf),
     #[error("no image of this daemon is mounted at {}", .0.display())]
@@ -192,12 +194,18 @@ impl Daemon {
         }
     }
 
+    /// Fails if this host cannot serve by `choice`.
+    pub fn ensure_backend(&self, choice: super::api::BackendChoice) -> Result<(), DaemonError> {
+        self.backends.choose(choice).map(|_| ())
+    }
+
     /// Mounts an image and returns when it is usable. Blocks.
     pub fn mount(&self, request: &MountRequest) -> Result<ImageReport, DaemonError> {
         let dir = request.dir.clone();
         if !dir.is_absolute() || !dir.is_dir() {
             return Err(DaemonError::NotADirectory(dir));
         }
+        ensure_absolute(&request.image)?;
         self.reserve(&dir)?;
         match self.mount_reserved(request) {
             Ok(mounted) => {
@@ -272,8 +280,9 @@ impl Daemon {
         why: String,
     ) -> Result<(WatchId, Served, Option<fanotify::Attachment>), DaemonError> {
         // Images of this daemon share blobs through one domain; each mount of an image needs a
-        // name of its own there.
-        let short = prepared.key.to_string()[..32].to_owned();
+        // name of its own there. Short, because the kernel tells mounts apart by the first 36
+        // bytes of `domain,name` only (the name of a directory in sysfs, seen on 6.12).
+        let short = prepared.key.to_string()[..20].to_owned();
         let mut number = 1u32;
         let (served, registration) = loop {
             let id = if number == 1 { short.clone() } else { format!("{short}.{number}") };
@@ -314,6 +323,7 @@ impl Daemon {
     /// Makes an image mountable by anybody under names of the caller's choice.
     pub fn register(&self, request: &RegisterRequest) -> Result<ImageReport, DaemonError> {
         let name = FsId::new(&request.id, request.domain.as_deref())?;
+        ensure_absolute(&request.image)?;
         let (_, why) = self.backends.choose(super::api::BackendChoice::Cachefiles)?;
         let prepared = Arc::new(prepare(&request.image, &self.options.cache, &self.store, &self.runtime)?);
         let (served, _) = self.serve_cachefiles(&request.image, prepared, &name, why)?;
@@ -457,6 +467,12 @@ impl ImageReport {
     pub fn is_complete(&self) -> bool {
         self.devices.iter().all(|device| device.stats.is_some_and(|stats| stats.complete))
     }
+}
+
+/// A relative path would mean something else to the daemon than to who sent it.
+fn ensure_absolute(spec: &ImageSpec) -> Result<(), DaemonError> {
+    let relative = [Some(&spec.bootstrap), spec.ca.as_ref()].into_iter().flatten().find(|path| !path.is_absolute());
+    relative.map_or(Ok(()), |path| Err(DaemonError::Relative(path.clone())))
 }
 
 /// An object of the kernel's cache, filled from `source`.

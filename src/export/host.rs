@@ -46,7 +46,17 @@ impl Host {
     /// Tries everything, with scratch files below `cache`, which is created if it is missing.
     /// Nothing stays behind.
     pub fn examine(cache: &Path) -> io::Result<Self> {
+        let missing = cache.ancestors().take_while(|dir| !dir.exists()).count();
         std::fs::create_dir_all(cache)?;
+        let host = Self::examine_existing(cache);
+        for dir in cache.ancestors().take(missing) {
+            // Somebody else may have found a use for it meanwhile.
+            let _ = std::fs::remove_dir(dir);
+        }
+        host
+    }
+
+    fn examine_existing(cache: &Path) -> io::Result<Self> {
         let cache_file_system = file_system(std::fs::File::open(cache)?)?;
         let file_backed = file_backed(cache);
         let pre_content = if file_backed.works { pre_content(cache) } else { unreachable_pre_content() };
@@ -133,6 +143,9 @@ fn on_demand_erofs() -> Finding {
     const REMEDY: &str = "use a kernel built with EROFS_FS_ONDEMAND (Linux 5.19 to 7.1), or the fanotify backend";
     let context = match FsContext::open("erofs") {
         Ok(context) => context,
+        Err(e) if e.cause.raw_os_error() == Some(libc::EPERM) => {
+            return missing(NAME, Chain(&e).to_string(), "run as root in the initial user namespace");
+        }
         Err(e) => return missing(NAME, Chain(&e).to_string(), "load the erofs module, or use a kernel with EROFS_FS"),
     };
     match context.set("fsid", "probe") {
@@ -165,7 +178,7 @@ fn file_backed(cache: &Path) -> Finding {
 
 fn unreachable_pre_content() -> Finding {
     let detail = "not tried, because it needs EROFS mounts from files".to_owned();
-    missing("pre-content-events", detail, "solve that first")
+    missing("pre-content-events", detail, "make EROFS mounts from files work first")
 }
 
 fn pre_content(cache: &Path) -> Finding {
@@ -190,6 +203,9 @@ fn fuse() -> Finding {
     const NAME: &str = "fuse";
     match std::fs::File::options().read(true).write(true).open("/dev/fuse") {
         Ok(_) => works(NAME, "/dev/fuse opens"),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            missing(NAME, format!("/dev/fuse cannot be opened ({e})"), "run as root in the initial user namespace")
+        }
         Err(e) => missing(NAME, format!("/dev/fuse cannot be opened ({e})"), "load the fuse module"),
     }
 }

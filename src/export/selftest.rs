@@ -49,6 +49,9 @@ pub(super) enum SelfTestError {
 
 /// Two files of one block each, far apart, so that no read-ahead joins them.
 const FILES: [(&[u8], u64); 2] = [(b"allowed", 0), (b"denied", 255)];
+/// [`BLOCK`] as a length in memory.
+const BLOCK_LEN: usize = 4096;
+const _: () = assert!(BLOCK_LEN as u64 == BLOCK);
 const DEVICE_BLOCKS: u32 = 256;
 const PATTERN: u8 = 0xa5;
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -72,7 +75,7 @@ pub(super) fn pre_content(dir: &Path) -> Result<(), SelfTestError> {
         file.read_exact_at(&mut byte, 0)?;
         Ok(byte[0])
     };
-    let fill = || scratch.device.write_all_at(&[PATTERN; BLOCK as usize], 0).is_ok();
+    let fill = || scratch.device.write_all_at(&[PATTERN; BLOCK_LEN], 0).is_ok();
     match answering(&group, Answer::Allow, fill, || read(FILES[0].0))? {
         Ok(PATTERN) => {}
         _ => return Err(SelfTestError::WrongBytes),
@@ -162,7 +165,7 @@ impl Drop for Scratch {
 fn bootstrap() -> Vec<u8> {
     const META: u64 = BLOCK;
     let slot = |nid: u64| usize::try_from(META + nid * INODE_SLOT).expect("within two blocks");
-    let mut bytes = vec![0; 2 * BLOCK as usize];
+    let mut bytes = vec![0; 2 * BLOCK_LEN];
     let mut sb = Superblock::new_zeroed();
     sb.magic = erofs::MAGIC.into();
     sb.blkszbits = 12;

@@ -69,7 +69,10 @@ impl FsContext {
         let mut out = Vec::new();
         let mut buffer = [0; 1024];
         while let Ok(len @ 1..) = nix::unistd::read(&self.0, &mut buffer) {
-            out.push(String::from_utf8_lossy(&buffer[..len]).trim_end().to_owned());
+            let text = String::from_utf8_lossy(&buffer[..len]);
+            let text = text.trim_end();
+            // A letter for the level, a blank, the message.
+            out.push(text.get(2..).unwrap_or(text).to_owned());
         }
         out
     }

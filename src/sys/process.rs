@@ -20,6 +20,12 @@ pub fn leave_session() -> io::Result<()> {
     Ok(())
 }
 
+/// Gives the process a name of its own in `ps` and `top`; at most 15 bytes are kept.
+pub fn set_name(name: &std::ffi::CStr) {
+    // Only a bad pointer could make this fail.
+    let _ = nix::sys::prctl::set_name(name);
+}
+
 /// Allows as many open descriptors as the hard limit does: each waiting reader costs one.
 pub fn raise_descriptor_limit() -> io::Result<u64> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;

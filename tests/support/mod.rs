@@ -15,7 +15,13 @@ pub fn unable_to_mount() -> Option<&'static str> {
         return Some("not root");
     }
     let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    if known.lines().any(|line| line.trim() == "erofs") { None } else { Some("the kernel has no erofs") }
+    if !known.lines().any(|line| line.trim() == "erofs") {
+        return Some("the kernel has no erofs");
+    }
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
+    let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < (6, 12) { Some("the kernel mounts no erofs image from a file") } else { None }
 }
 
 /// Says aloud that a test proved nothing.

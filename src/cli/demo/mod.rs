@@ -135,6 +135,9 @@ impl Stage {
     }
 
     fn perform(&self, args: &DemoArgs, runtime: &Handle) -> anyhow::Result<Show> {
+        // First, so that a host that cannot serve says so before anything is built.
+        let daemon = self.start_daemon(runtime)?;
+        daemon.ensure_backend(args.backend)?;
         let subject = subject::choose(args.source.as_deref())?;
         say(format_args!("building an image of {}", subject.dir.display()))?;
         let image = self.dir("image")?;
@@ -154,7 +157,6 @@ impl Stage {
 
         let options = ServerOptions { delay: Duration::from_millis(args.delay), ..ServerOptions::default() };
         let server = BlobServer::start(image.join("blobs"), options).context("cannot start the server")?;
-        let daemon = self.start_daemon(runtime)?;
         let (mount, clock) = (self.dir("mnt")?, Instant::now());
         let spec = ImageSpec { bootstrap: image.join("bootstrap"), blobs: server.url(), ca: None, prefetch: false };
         daemon.mount(&MountRequest { image: spec, dir: mount.clone(), backend: args.backend })?;
@@ -232,7 +234,7 @@ impl Show {
         let stored: u64 = self.build.blobs.iter().map(|blob| blob.stored_bytes).sum();
         let image = stored + self.build.bootstrap_bytes;
         let size = |bytes| ByteSize(bytes).to_string();
-        let part = |bytes: u64| if stored == 0 { 0 } else { bytes * 100 / stored };
+        let part = |bytes: u64| (bytes * 100).checked_div(stored).unwrap_or(0);
         let mut out = io::stdout().lock();
         let mut line = |name: &str, text: String| writeln!(out, "  {name:<16} {text}");
         line("served by", format!("{} ({})", self.image.backend, self.image.why))?;

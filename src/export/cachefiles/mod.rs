@@ -59,6 +59,13 @@ impl FsId {
         format!("erofs,{}", self.domain.as_deref().unwrap_or(&self.id)).into_bytes()
     }
 
+    /// What the kernel calls a mount of this image in sysfs, where two mounts must differ: it
+    /// keeps 36 bytes (`s_sysfs_name`, Linux 6.12).
+    fn sysfs_name(&self) -> String {
+        let whole = self.domain.as_ref().map_or(self.id.clone(), |domain| format!("{domain},{}", self.id));
+        whole.chars().take(36).collect()
+    }
+
     /// The options of a mount of this image, as `mount -o` takes them.
     pub fn mount_options(&self) -> String {
         match &self.domain {

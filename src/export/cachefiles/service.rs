@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
@@ -23,12 +23,23 @@ use crate::sys::cachefiles::{Device, Open, Request};
 pub struct Cachefiles {
     device: Device,
     stop: EventFd,
-    /// By volume key and cookie key, with the number of registrations that use it.
-    known: Mutex<HashMap<(Vec<u8>, Vec<u8>), (Arc<ObjectSpec>, usize)>>,
+    known: Mutex<Known>,
     /// By the kernel's number for an open object.
     open: Mutex<HashMap<u32, Arc<Object>>>,
     reads: AtomicU64,
     log: Arc<Limiter>,
+}
+
+/// Volume key and cookie key.
+type ObjectKey = (Vec<u8>, Vec<u8>);
+
+/// What the kernel may ask for.
+#[derive(Default)]
+struct Known {
+    /// With the number of registrations that use it.
+    objects: HashMap<ObjectKey, (Arc<ObjectSpec>, usize)>,
+    /// Names that mounts of registered images have in sysfs.
+    sysfs: HashSet<String>,
 }
 
 /// An image whose names the kernel may ask for. Dropping it forgets the names; objects that are
@@ -36,7 +47,7 @@ pub struct Cachefiles {
 pub struct Registration {
     service: Arc<Cachefiles>,
     name: FsId,
-    keys: Vec<(Vec<u8>, Vec<u8>)>,
+    keys: Vec<ObjectKey>,
 }
 
 impl fmt::Debug for Cachefiles {
@@ -72,7 +83,8 @@ impl Cachefiles {
     /// Makes an image known: `bootstrap` under its own name, each blob under its id.
     ///
     /// # Errors
-    /// If the image's name is taken. Blobs may be shared within a domain.
+    /// If the image's name is taken, or differs from another one only where the kernel does not
+    /// look. Blobs may be shared within a domain.
     pub fn register(
         self: &Arc<Self>,
         name: &FsId,
@@ -82,9 +94,10 @@ impl Cachefiles {
         let volume = name.volume_key();
         let mut known = self.known.lock().unwrap();
         let key = (volume.clone(), name.id.clone().into_bytes());
-        if known.contains_key(&key) {
+        if known.objects.contains_key(&key) || !known.sysfs.insert(name.sysfs_name()) {
             return Err(AttachError::Taken(name.mount_options()));
         }
+        let known = &mut known.objects;
         known.insert(key.clone(), (Arc::new(bootstrap), 1));
         let mut keys = vec![key];
         for (blob, spec) in blobs {
@@ -157,7 +170,8 @@ impl Cachefiles {
     fn opened(&self, open: Open) {
         let name =
             format!("{}/{}", String::from_utf8_lossy(&open.volume_key), String::from_utf8_lossy(&open.cookie_key));
-        let spec = self.known.lock().unwrap().get(&(open.volume_key, open.cookie_key)).map(|(spec, _)| spec.clone());
+        let spec =
+            self.known.lock().unwrap().objects.get(&(open.volume_key, open.cookie_key)).map(|(spec, _)| spec.clone());
         let answer = match &spec {
             Some(spec) => self.device.opened(open.msg_id, spec.size),
             // Dropping `open.object` afterwards closes the descriptor, as it must be.
@@ -221,6 +235,8 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         let mut known = self.service.known.lock().unwrap();
+        known.sysfs.remove(&self.name.sysfs_name());
+        let known = &mut known.objects;
         for key in &self.keys {
             if let Some((_, users)) = known.get_mut(key) {
                 *users -= 1;
