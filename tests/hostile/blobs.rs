@@ -3,12 +3,15 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rafsd::blob::Unit;
+use bytes::Bytes;
+use rafsd::base::{BlobId, ByteRange};
+use rafsd::blob::{Check, Recipe, Unit, UnitMap};
 use rafsd::net::server::{BlobServer, Fault, ServerOptions};
 use rafsd::net::{ClientOptions, RetryPolicy};
-use rafsd::source::{BlobSource, HttpSource, LocalSource};
+use rafsd::source::{BlobSource, BoxFuture, HttpSource, LocalSource, ReadCtx, SourceError};
 
 use super::mutation::{Mutation, for_each_case};
 use super::sample::{KITS, Sample, index};
@@ -178,4 +181,56 @@ fn sources_that_stall_or_are_gone_fail_by_the_deadline() {
     let clock = Instant::now();
     assert_eq!(device(&bench, &sample, &source).fill_and_judge(&sample.device).failed.len(), 1);
     assert!(clock.elapsed() < DEADLINE * 2 + Duration::from_millis(700), "{:?}", clock.elapsed());
+}
+
+/// Has nothing, and remembers the longest read it was asked for.
+#[derive(Default)]
+struct Nothing {
+    longest: AtomicU64,
+}
+
+impl BlobSource for Nothing {
+    fn len<'a>(&'a self, blob: &'a BlobId, _: ReadCtx) -> BoxFuture<'a, Result<u64, SourceError>> {
+        Box::pin(async { Err(SourceError::NotFound { blob: blob.clone(), place: self.describe() }) })
+    }
+
+    fn read<'a>(
+        &'a self,
+        blob: &'a BlobId,
+        stored: ByteRange,
+        _: ReadCtx,
+    ) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        self.longest.fetch_max(stored.len(), Ordering::Relaxed);
+        Box::pin(async { Err(SourceError::NotFound { blob: blob.clone(), place: self.describe() }) })
+    }
+
+    fn describe(&self) -> String {
+        "nowhere".into()
+    }
+}
+
+/// Units of one stored byte each would all fit in one window, and each costs hundreds of bytes of
+/// memory on its way.
+#[test]
+fn prefetch_takes_a_bounded_number_of_units_at_once_however_small_they_are() {
+    let unit = |number| Unit {
+        decoded: ByteRange::at(number * 4096, 4096).unwrap(),
+        stored: ByteRange::at(number, 1).unwrap(),
+        recipe: Recipe::Lz4Block,
+        check: Check::Blake3([7; 32]),
+    };
+    let map = UnitMap::new("a".parse().unwrap(), 10_000 * 4096, (0..10_000).map(unit).collect()).unwrap();
+    let bench = Bench::new(Duration::from_secs(10));
+    let source = Arc::<Nothing>::default();
+    let served = bench.device(map, source.clone());
+
+    served.device.complete_in_background();
+    let clock = Instant::now();
+    while served.device.stats().errors < 10_000 {
+        assert!(clock.elapsed() < Duration::from_secs(10), "{:?}", served.device);
+        std::thread::yield_now();
+    }
+
+    let longest = source.longest.load(Ordering::Relaxed);
+    assert!((1..=4096).contains(&longest), "{longest} units at once");
 }
