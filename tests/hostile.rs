@@ -9,6 +9,8 @@ mod support;
 
 #[path = "hostile/allocations.rs"]
 mod allocations;
+#[path = "hostile/archives.rs"]
+mod archives;
 #[path = "hostile/blobs.rs"]
 mod blobs;
 #[path = "hostile/bootstraps.rs"]
