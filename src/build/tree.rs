@@ -11,7 +11,7 @@ use super::chunk::Content;
 use super::error::Unfit;
 use super::layout::MAX_METADATA;
 use super::xattr;
-use crate::format::erofs::{InodeExtended, MAX_NAME};
+use crate::format::erofs::{Dirent, InodeExtended, MAX_NAME};
 
 /// A node of one [`Tree`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -135,10 +135,7 @@ impl Tree {
             return Ok(old);
         }
         // Checked as they come, so that an archive that unpacks to very many entries ends here.
-        self.metadata += least_bytes(&node);
-        if self.metadata > MAX_METADATA {
-            return Err(Unfit::TooManyEntries);
-        }
+        self.take(least_bytes(&node))?;
         let id = NodeId(u32::try_from(self.nodes.len()).map_err(|_| Unfit::TooManyEntries)?);
         self.link(dir, name, id)?;
         self.nodes.push(node);
@@ -153,13 +150,17 @@ impl Tree {
         if name.is_empty() || name == b"." || name == b".." || name.iter().any(|b| matches!(b, 0 | b'/')) {
             return Err(Unfit::Name);
         }
-        match &mut self.node_mut(dir).kind {
-            Kind::Directory(children) => {
-                children.insert(name.into(), node);
-                Ok(())
-            }
-            _ => Err(Unfit::ParentNotDirectory),
+        let Kind::Directory(children) = &mut self.node_mut(dir).kind else { return Err(Unfit::ParentNotDirectory) };
+        if children.insert(name.into(), node).is_some() {
+            return Ok(());
         }
+        self.take((size_of::<Dirent>() + name.len()) as u64)
+    }
+
+    /// Counts bytes of metadata that something new will take at least.
+    fn take(&mut self, bytes: u64) -> Result<(), Unfit> {
+        self.metadata += bytes;
+        if self.metadata > MAX_METADATA { Err(Unfit::TooManyEntries) } else { Ok(()) }
     }
 
     /// Calls `visit` with the node of every name, in the order in which the format numbers, stores and lays
@@ -226,6 +227,19 @@ mod tests {
 
         let fifo = tree.insert(NodeId::ROOT, b"d", node(Kind::Fifo)).unwrap();
         assert_eq!((tree.child(NodeId::ROOT, b"d"), tree.child(fifo, b"x")), (Some(fifo), None));
+    }
+
+    #[test]
+    fn names_take_room_even_if_their_node_is_not_new() {
+        let mut tree = Tree::new(Meta::implied_directory());
+        let fifo = tree.insert(NodeId::ROOT, b"fifo", node(Kind::Fifo)).unwrap();
+        let entry = size_of::<Dirent>() as u64 + 1;
+        tree.metadata = MAX_METADATA - 2 * entry;
+
+        assert_eq!(tree.link(NodeId::ROOT, b"a", fifo), Ok(()));
+        assert_eq!(tree.link(NodeId::ROOT, b"a", fifo), Ok(()), "a name that is there already takes nothing");
+        assert_eq!(tree.link(NodeId::ROOT, b"b", fifo), Ok(()));
+        assert_eq!(tree.link(NodeId::ROOT, b"c", fifo), Err(Unfit::TooManyEntries));
     }
 
     #[test]

@@ -51,15 +51,17 @@ impl Collector {
         if value.len() > MAX_VALUE {
             return Err(Unfit::XattrValue { name: name.escape_ascii().to_string(), len: value.len() });
         }
-        // A name given twice, as in a PAX header, means its last value.
-        self.kept.retain(|(kept, _)| **kept != *name);
         self.kept.push((name.into(), value.into()));
         Ok(())
     }
 
     /// Puts what was collected into `meta`, sorted: the order of the format is free, ours is fixed.
     pub(super) fn store(mut self, meta: &mut Meta) -> Result<(), Unfit> {
-        self.kept.sort();
+        // A name given twice, as in a PAX header, means its last value. Found out here and not in
+        // `add`, where a header full of names would make each be compared with each.
+        self.kept.reverse();
+        self.kept.sort_by(|(a, _), (b, _)| a.cmp(b));
+        self.kept.dedup_by(|(a, _), (b, _)| a == b);
         meta.xattrs = self.kept;
         let bytes = area_bytes(meta);
         // `xattr_icount` has 16 bits and counts words behind the head.

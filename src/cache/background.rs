@@ -20,6 +20,10 @@ pub(super) struct Background(Mutex<Option<JoinHandle<()>>>);
 /// Batches on their way at once: one arriving, one queued behind it.
 const BATCHES: usize = 2;
 
+/// Most units of one batch. Each costs memory beside its stored bytes, and a hostile image could
+/// claim millions of one byte each.
+const BATCH_UNITS: UnitIndex = 4096;
+
 /// Pauses between attempts while the source cannot be reached.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
@@ -93,7 +97,7 @@ fn next_batch(core: &Arc<Core>, cursor: &mut UnitIndex) -> Option<Outcome> {
     let first = (*cursor..map.count()).find(|&index| wanted(index))?;
     let mut stored = 0;
     let mut end = first;
-    while wanted(end) && stored < most {
+    while wanted(end) && stored < most && end - first < BATCH_UNITS {
         stored += map.units()[end as usize].stored.len();
         end += 1;
     }

@@ -83,7 +83,11 @@ fn map(
 fn adopt(bootstrap: &Path, dir: &Path) -> Result<(PathBuf, Digest), DaemonError> {
     let read = |cause| DaemonError::Io { path: bootstrap.to_owned(), cause };
     let write = |cause| DaemonError::Io { path: dir.to_owned(), cause };
-    let mut from = File::open(bootstrap).map_err(read)?;
+    // Opening a FIFO must not make the mount wait for a writer for ever.
+    let mut from = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(bootstrap).map_err(read)?;
+    if !from.metadata().map_err(read)?.is_file() {
+        return Err(read(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
+    }
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(write)?;
     let scratch = dir.join(format!(".new-{}-{:?}", std::process::id(), std::thread::current().id()));
     let mut to =

@@ -1,6 +1,6 @@
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -119,7 +119,8 @@ impl OpenFiles {
         if let Some(file) = files.lock().unwrap().recall(&blob) {
             return Ok(file);
         }
-        let file = Arc::new(File::open(path)?);
+        // A FIFO of that name must not make a blocking thread wait for a writer for ever.
+        let file = Arc::new(OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?);
         if !file.metadata()?.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
@@ -169,6 +170,17 @@ mod tests {
         std::fs::create_dir(dir.path().join("d")).unwrap();
         let source = LocalSource::new(dir.path()).unwrap();
         (dir, source)
+    }
+
+    #[tokio::test]
+    async fn a_fifo_in_place_of_a_blob_is_an_error_at_once() {
+        let (dir, source) = source();
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, dir.path().join("fifo"), rustix::fs::FileType::Fifo, mode, 0).unwrap();
+
+        let error = source.read(&id("fifo"), range(0, 1), soon()).await.unwrap_err();
+
+        assert!(matches!(error, SourceError::Io { .. }), "{error:?}");
     }
 
     #[tokio::test]

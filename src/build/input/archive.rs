@@ -87,6 +87,7 @@ struct Reader<'a, 'c> {
 impl Reader<'_, '_> {
     fn members(&mut self) -> Result<(), BuildError> {
         let mut extensions = Extensions::default();
+        let mut room = MAX_EXTENSION;
         let mut pending = false;
         let mut ended = false;
         let mut block = [0; BLOCK];
@@ -101,18 +102,19 @@ impl Reader<'_, '_> {
             let member = header.member().map_err(|e| self.damaged(e))?;
             match member {
                 Member::Extended => {
-                    let records = self.extension(&header)?;
+                    let records = self.extension(&header, &mut room)?;
                     extensions.apply(&records).map_err(|e| self.damaged(e))?;
                 }
                 Member::Global => {
-                    self.extension(&header)?;
+                    self.extension(&header, &mut { MAX_EXTENSION })?;
                     continue;
                 }
-                Member::LongName => extensions.path = Some(until_nul(self.extension(&header)?)),
-                Member::LongLink => extensions.link = Some(until_nul(self.extension(&header)?)),
+                Member::LongName => extensions.path = Some(until_nul(self.extension(&header, &mut room)?)),
+                Member::LongLink => extensions.link = Some(until_nul(self.extension(&header, &mut room)?)),
                 _ => {
                     self.member(member, &header, std::mem::take(&mut extensions))?;
                     pending = false;
+                    room = MAX_EXTENSION;
                     continue;
                 }
             }
@@ -139,12 +141,12 @@ impl Reader<'_, '_> {
         Ok(true)
     }
 
-    /// The content of a member that only says something about the next one.
-    fn extension(&mut self, header: &TarHeader<'_>) -> Result<Vec<u8>, BuildError> {
+    /// The content of a member that only says something about the next one. Takes its size from
+    /// `room`: there is no limit to how many of them may come in a row.
+    fn extension(&mut self, header: &TarHeader<'_>, room: &mut u64) -> Result<Vec<u8>, BuildError> {
         let size = header.size().map_err(|e| self.damaged(e))?;
-        if size > MAX_EXTENSION {
-            return Err(self.damaged(format!("an extended header of {size} bytes, 1 MiB is the limit")));
-        }
+        let too_much = format!("an extended header of {size} bytes, 1 MiB for one member is the limit");
+        *room = room.checked_sub(size).ok_or_else(|| self.damaged(too_much))?;
         let mut bytes = vec![0; usize::try_from(size).expect("at most 1 MiB")];
         self.stream.read_exact(&mut bytes).map_err(|e| self.broken(e))?;
         self.skip_padding(size)?;

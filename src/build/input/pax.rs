@@ -2,7 +2,7 @@
 
 use super::sparse::Segment;
 
-/// Largest extended header or long name that is read, in bytes. Ours and GNU tar's are far
+/// Most bytes of extended headers and long names that one member may have. Ours and GNU tar's are far
 /// below; without a limit a few bytes of archive could ask for any amount of memory.
 pub(super) const MAX_EXTENSION: u64 = 1 << 20;
 

@@ -1,0 +1,127 @@
+//! A daemon of our own, driven by the command line as people do.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, SysconfVar, sysconf};
+use rafsd::daemon::api::ImageReport;
+
+/// How long the daemon may take to start, to end, or to fetch a whole image.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A running `rafsd serve` with a fresh cache and one image mounted. Dropping it unmounts the
+/// image, ends the daemon and removes the cache.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl Daemon {
+    /// Starts a daemon below `dir`, which is made, and mounts `image` with its blobs at `url`.
+    pub(crate) fn mount(dir: &Path, image: &Path, url: &str, prefetch: bool) -> anyhow::Result<Self> {
+        for name in ["run", "cache", "mnt"] {
+            fs::create_dir_all(dir.join(name))?;
+        }
+        let log = File::create(dir.join("log"))?;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rafsd"));
+        command.arg("serve").arg("--run").arg(dir.join("run")).arg("--cache").arg(dir.join("cache"));
+        // A group of its own: what interrupts us at the terminal must not end it under our reads.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).process_group(0);
+        let child = command.spawn().context("cannot start the daemon")?;
+        let mut daemon = Self { child, dir: dir.to_owned() };
+        daemon.await_start()?;
+        let (bootstrap, mnt) = (image.join("bootstrap"), daemon.mnt());
+        let prefetch = prefetch.then_some("--prefetch");
+        let args = ["--backend", "fanotify", "--blobs", url].into_iter().chain(prefetch).map(OsStr::new);
+        daemon.ask("mount", args.chain([bootstrap.as_os_str(), mnt.as_os_str()]))?;
+        Ok(daemon)
+    }
+
+    /// Where the image is mounted.
+    pub(crate) fn mnt(&self) -> PathBuf {
+        self.dir.join("mnt")
+    }
+
+    /// Waits until the whole image is in the cache and the kernel reads it alone.
+    pub(crate) fn await_complete(&self) -> anyhow::Result<()> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let listed = self.ask("list", [OsStr::new("--json")])?;
+            let images: Vec<ImageReport> = serde_json::from_slice(&listed.stdout)?;
+            if !images.is_empty() && images.iter().all(ImageReport::is_complete) {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                bail!("the image is not complete after {PATIENCE:?}");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Processor seconds used so far by all threads, in the kernel's ticks of usually 10 ms.
+    pub(crate) fn cpu_seconds(&self) -> anyhow::Result<f64> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        // The second field is a name in parentheses, which may hold anything; proc_pid_stat(5).
+        let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let ticks = |field: usize| fields.split_whitespace().nth(field - 3).and_then(|text| text.parse::<f64>().ok());
+        let (user, system) = ticks(14).zip(ticks(15)).context("cannot understand /proc/PID/stat")?;
+        let per_second = sysconf(SysconfVar::CLK_TCK)?.context("the system does not tell its ticks")?;
+        #[expect(clippy::cast_precision_loss, reason = "a small number")]
+        Ok((user + system) / per_second as f64)
+    }
+
+    fn await_start(&mut self) -> anyhow::Result<()> {
+        let until = Instant::now() + PATIENCE;
+        while !self.dir.join("run/rafsd.sock").exists() || self.ask("list", []).is_err() {
+            if let Some(status) = self.child.try_wait()? {
+                let log = fs::read_to_string(self.dir.join("log")).unwrap_or_default();
+                bail!("the daemon did not start ({status}): {}", log.trim());
+            }
+            if Instant::now() > until {
+                bail!("the daemon does not answer");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    fn ask<'a>(&self, what: &str, args: impl IntoIterator<Item = &'a OsStr>) -> anyhow::Result<Output> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rafsd"));
+        let output = command.arg(what).arg("--run").arg(self.dir.join("run")).args(args).output()?;
+        if !output.status.success() {
+            bail!("rafsd {what}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(output)
+    }
+
+    fn end(&mut self) -> anyhow::Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.child.id())?);
+        kill(pid, Signal::SIGTERM)?;
+        let until = Instant::now() + PATIENCE;
+        while self.child.try_wait()?.is_none() {
+            if Instant::now() > until {
+                self.child.kill()?;
+                self.child.wait()?;
+                bail!("the daemon did not end when asked and was killed");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        fs::remove_dir_all(&self.dir)?;
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            eprintln!("side_by_side: {}: {error:#}", self.dir.display());
+        }
+    }
+}

@@ -1,0 +1,105 @@
+use std::fs;
+use std::time::Instant;
+
+use anyhow::Context;
+
+/// Seconds that two things took, done in turns.
+#[derive(Debug, Default)]
+pub(crate) struct Turned {
+    ours: Vec<f64>,
+    other: Vec<f64>,
+}
+
+/// A median with what lies around it.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub(crate) struct Spread {
+    pub(crate) median: f64,
+    pub(crate) low: f64,
+    pub(crate) high: f64,
+}
+
+impl Turned {
+    /// Does both `turns` times, each of them first every other time.
+    pub(crate) fn take(
+        turns: usize,
+        mut ours: impl FnMut() -> anyhow::Result<f64>,
+        mut other: impl FnMut() -> anyhow::Result<f64>,
+    ) -> anyhow::Result<Self> {
+        let mut turned = Self::default();
+        for turn in 0..turns {
+            if turn % 2 == 0 {
+                turned.ours.push(ours()?);
+                turned.other.push(other()?);
+            } else {
+                turned.other.push(other()?);
+                turned.ours.push(ours()?);
+            }
+        }
+        Ok(turned)
+    }
+
+    /// Seconds that were measured in turns elsewhere, as many of either.
+    pub(crate) fn of(ours: Vec<f64>, other: Vec<f64>) -> Self {
+        Self { ours, other }
+    }
+
+    /// How many times as fast ours was.
+    pub(crate) fn ratio(&self) -> Spread {
+        spread(self.ours.iter().zip(&self.other).map(|(ours, other)| other / ours).collect())
+    }
+
+    pub(crate) fn ours(&self) -> f64 {
+        spread(self.ours.clone()).median
+    }
+
+    pub(crate) fn other(&self) -> f64 {
+        spread(self.other.clone()).median
+    }
+
+    /// Seconds that ours took altogether.
+    pub(crate) fn ours_total(&self) -> f64 {
+        self.ours.iter().sum()
+    }
+}
+
+/// # Panics
+/// If there is no value.
+fn spread(mut values: Vec<f64>) -> Spread {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    let median = if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) };
+    Spread { median, low: values[0], high: values[values.len() - 1] }
+}
+
+/// Seconds that `work` takes.
+pub(crate) fn seconds(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64> {
+    let clock = Instant::now();
+    work()?;
+    Ok(clock.elapsed().as_secs_f64())
+}
+
+/// Makes the kernel forget all clean pages, names and inodes, after making them clean.
+pub(crate) fn drop_caches() -> anyhow::Result<()> {
+    nix::unistd::sync();
+    fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop the page cache")
+}
+
+/// Numbers that look random and are the same in every run with the same seed.
+#[derive(Debug)]
+pub(crate) struct Rng(u64);
+
+impl Rng {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// A number below `end`, which is not 0. SplitMix64; the bias of the remainder is far below
+    /// what matters here.
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % end
+    }
+}
