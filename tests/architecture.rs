@@ -20,7 +20,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("source", &["base", "sys", "net"]),
     ("cache", &["base", "sys", "codec", "blob", "source"]),
     ("build", &["base", "sys", "format", "codec", "image", "blob"]),
-    ("export", &["base", "sys", "image", "cache"]),
+    // `format` only to write the image of a few hundred bytes with which a host is tried out.
+    ("export", &["base", "sys", "format", "image", "cache"]),
     ("daemon", &["base", "sys", "net", "image", "blob", "source", "cache", "export"]),
     (
         "cli",

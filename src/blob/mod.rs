@@ -35,6 +35,14 @@ pub struct Unit {
 }
 
 impl Unit {
+    /// A unit that stores `bytes` as they are at `at`, in both spaces, and knows their digest.
+    /// `None` if it would end behind the address space.
+    pub fn plain(at: u64, bytes: &[u8]) -> Option<Self> {
+        let range = ByteRange::at(at, bytes.len() as u64)?;
+        let check = Check::Blake3(crate::codec::blake3(bytes).0);
+        Some(Self { decoded: range, stored: range, recipe: Recipe::Plain, check })
+    }
+
     /// The unit's part of the device, padding included: whole blocks.
     pub fn blocks(&self) -> ByteRange {
         self.decoded.align_out(crate::base::BLOCK).expect("a unit map refuses units near the end of the address space")

@@ -1,8 +1,8 @@
 //! From a directory or a tar archive to a RAFS v6 image: a bootstrap and at most one blob.
 //!
-//! An input ([`input`]) walks the source once. It puts entries into the [`tree`] and file content
-//! into the [`chunk`] pipeline, whose far end is the [`blobwriter`]. Then [`layout`] gives every
-//! node a place and [`emit`] writes the bootstrap. Nothing here reads the clock, asks for the
+//! An input (`input`) walks the source once. It puts entries into the `tree` and file content
+//! into the `chunk` pipeline, whose far end is the `blobwriter`. Then `layout` gives every
+//! node a place and `emit` writes the bootstrap. Nothing here reads the clock, asks for the
 //! order of a directory or depends on the number of threads: the same source gives the same
 //! bytes. Nothing here prints; who wants to watch passes a [`Progress`].
 //!

@@ -13,7 +13,7 @@ use crate::format::rafs::DigestAlgorithm;
 
 /// Build an image from a directory or a tar archive
 ///
-/// Writes OUT/bootstrap and, if any file has content, OUT/blobs/<SHA-256 of the blob>. The same
+/// Writes OUT/bootstrap and, if any file has content, OUT/blobs/ID, named by its SHA-256. The same
 /// source gives the same bytes, whatever the number of threads.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]

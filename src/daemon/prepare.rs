@@ -11,8 +11,8 @@ use sha2::Digest as _;
 
 use super::DaemonError;
 use super::api::ImageSpec;
-use crate::base::{BLOCK, BlobId, ByteRange, Class, Digest};
-use crate::blob::{BlobTables, Check, Recipe, TablesError, Unit, UnitMap};
+use crate::base::{BLOCK, BlobId, Class, Digest};
+use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
 use crate::cache::Store;
 use crate::image::{Device, Image, MAX_BOOTSTRAP};
 use crate::net::{ClientOptions, RetryPolicy};
@@ -148,10 +148,8 @@ pub(super) fn bootstrap_as_blob(prepared: &Prepared) -> Result<(UnitMap, Arc<dyn
         if buffer.is_empty() {
             break;
         }
-        let range = ByteRange::at(at, buffer.len() as u64).expect("a bootstrap has at most 2 GiB");
-        let check = Check::Blake3(crate::codec::blake3(&buffer).0);
-        units.push(Unit { decoded: range, stored: range, recipe: Recipe::Plain, check });
-        at = range.end();
+        units.push(Unit::plain(at, &buffer).expect("a bootstrap has at most 2 GiB"));
+        at += buffer.len() as u64;
     }
     let map = UnitMap::new(blob.clone(), at.next_multiple_of(BLOCK), units)
         .map_err(|cause| DaemonError::Tables(TablesError::Map { blob, cause }))?;
