@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sha2::Digest as _;
+use ring::digest;
 
 use super::DaemonError;
 use super::api::ImageSpec;
@@ -89,7 +89,7 @@ fn adopt(bootstrap: &Path, dir: &Path) -> Result<(PathBuf, Digest), DaemonError>
     let mut to =
         OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&scratch).map_err(write)?;
     let _remove = RemoveOnDrop(&scratch);
-    let mut hasher = sha2::Sha256::new();
+    let mut hasher = digest::Context::new(&digest::SHA256);
     let (mut buffer, mut total) = (vec![0; BOOTSTRAP_UNIT], 0u64);
     loop {
         let len = from.read(&mut buffer).map_err(read)?;
@@ -103,7 +103,7 @@ fn adopt(bootstrap: &Path, dir: &Path) -> Result<(PathBuf, Digest), DaemonError>
         hasher.update(&buffer[..len]);
         to.write_all(&buffer[..len]).map_err(write)?;
     }
-    let key = Digest(hasher.finalize().into());
+    let key = Digest(hasher.finish().as_ref().try_into().expect("SHA-256 has 32 bytes"));
     let path = dir.join(key.to_string());
     if !path.exists() {
         to.sync_all().map_err(write)?;
