@@ -159,3 +159,22 @@ pub(super) fn bootstrap_as_blob(prepared: &Prepared) -> Result<(UnitMap, Arc<dyn
     let source = LocalSource::new(dir).map_err(DaemonError::SourceSpec)?;
     Ok((map, Arc::new(source)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_regular_file_is_no_bootstrap_and_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let (fifo, bootstraps) = (dir.path().join("fifo"), dir.path().join("bootstraps"));
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+
+        for path in [fifo.as_path(), Path::new("/dev/zero"), dir.path()] {
+            let error = adopt(path, &bootstraps).unwrap_err();
+            assert!(matches!(&error, DaemonError::Io { path: at, .. } if at == path), "{error:?}");
+        }
+        assert!(!bootstraps.exists() || fs::read_dir(&bootstraps).unwrap().next().is_none());
+    }
+}
