@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest as _, Sha256};
+use ring::digest;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::error::{BuildError, Limit};
@@ -64,7 +64,7 @@ pub(super) struct BlobWriter {
 struct Output {
     file: BufWriter<File>,
     name: TemporaryName,
-    hash: Sha256,
+    hash: digest::Context,
 }
 
 impl std::fmt::Debug for Output {
@@ -131,7 +131,7 @@ impl BlobWriter {
         let path = output.name.path.clone();
         let synced = output.file.into_inner().map_err(io::IntoInnerError::into_error).and_then(|file| file.sync_all());
         synced.map_err(|source| BuildError::Write { path, source })?;
-        let id = hex(&output.hash.finalize()).parse().expect("64 hexadecimal digits are a blob id");
+        let id = hex(output.hash.finish().as_ref()).parse().expect("64 hexadecimal digits are a blob id");
         let (name, decoded_bytes, chunks) = (output.name, self.decoded, self.chunks);
         Ok(Some(FinishedBlob { id, name, stored_bytes, decoded_bytes, chunks, table }))
     }
@@ -139,7 +139,11 @@ impl BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> Result<(), BuildError> {
         if self.output.is_none() {
             let (file, name) = TemporaryName::create(&self.directory)?;
-            self.output = Some(Output { file: BufWriter::with_capacity(1 << 17, file), name, hash: Sha256::new() });
+            self.output = Some(Output {
+                file: BufWriter::with_capacity(1 << 17, file),
+                name,
+                hash: digest::Context::new(&digest::SHA256),
+            });
         }
         let output = self.output.as_mut().expect("opened above");
         output.hash.update(bytes);

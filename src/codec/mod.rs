@@ -5,8 +5,6 @@
 
 use std::io::Read;
 
-use sha2::Digest as _;
-
 use crate::base::Digest;
 
 /// A compressed stream that does not decode to the promised length.
@@ -64,7 +62,8 @@ pub fn blake3(bytes: &[u8]) -> Digest {
 
 /// SHA-256.
 pub fn sha256(bytes: &[u8]) -> Digest {
-    Digest(sha2::Sha256::digest(bytes).into())
+    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
+    Digest(digest.as_ref().try_into().expect("SHA-256 has 32 bytes"))
 }
 
 /// CRC-32C (Castagnoli), as RAFS and iSCSI use it (`blob.md` section 3.3).

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sha2::Digest as _;
+use ring::digest;
 
 use super::DaemonError;
 use super::api::ImageSpec;
@@ -93,7 +93,7 @@ fn adopt(bootstrap: &Path, dir: &Path) -> Result<(PathBuf, Digest), DaemonError>
     let mut to =
         OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&scratch).map_err(write)?;
     let _remove = RemoveOnDrop(&scratch);
-    let mut hasher = sha2::Sha256::new();
+    let mut hasher = digest::Context::new(&digest::SHA256);
     let (mut buffer, mut total) = (vec![0; BOOTSTRAP_UNIT], 0u64);
     loop {
         let len = from.read(&mut buffer).map_err(read)?;
@@ -107,7 +107,7 @@ fn adopt(bootstrap: &Path, dir: &Path) -> Result<(PathBuf, Digest), DaemonError>
         hasher.update(&buffer[..len]);
         to.write_all(&buffer[..len]).map_err(write)?;
     }
-    let key = Digest(hasher.finalize().into());
+    let key = Digest(hasher.finish().as_ref().try_into().expect("SHA-256 has 32 bytes"));
     let path = dir.join(key.to_string());
     if !path.exists() {
         to.sync_all().map_err(write)?;
@@ -156,4 +156,23 @@ pub(super) fn bootstrap_as_blob(prepared: &Prepared) -> Result<(UnitMap, Arc<dyn
     let dir = prepared.bootstrap.parent().expect("a file in the cache has a directory");
     let source = LocalSource::new(dir).map_err(DaemonError::SourceSpec)?;
     Ok((map, Arc::new(source)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_regular_file_is_no_bootstrap_and_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let (fifo, bootstraps) = (dir.path().join("fifo"), dir.path().join("bootstraps"));
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+
+        for path in [fifo.as_path(), Path::new("/dev/zero"), dir.path()] {
+            let error = adopt(path, &bootstraps).unwrap_err();
+            assert!(matches!(&error, DaemonError::Io { path: at, .. } if at == path), "{error:?}");
+        }
+        assert!(!bootstraps.exists() || fs::read_dir(&bootstraps).unwrap().next().is_none());
+    }
 }
