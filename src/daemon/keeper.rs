@@ -12,7 +12,8 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -22,8 +23,9 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
-use crate::export::MountWatch;
+use crate::export::{MountWatch, WatchId};
 use crate::sys::fanotify::{Answer, EVENT_BUFFER, Group};
+use crate::sys::mount::DetachedMount;
 use crate::sys::{fdpass, mount, process};
 
 /// Name of the keeper's socket in the run directory.
@@ -34,8 +36,8 @@ pub const SOCKET: &str = "keeper.sock";
 enum Word {
     /// Keep the descriptor that comes with this.
     Hold { name: String },
-    /// Something of ours is mounted here now.
-    Mounted { dir: PathBuf },
+    /// The mount that comes with this is about to become visible here.
+    Mounting { dir: PathBuf },
     /// All is unmounted: let go and exit.
     Finish,
 }
@@ -97,9 +99,9 @@ impl Keeper {
         self.tell(&Word::Hold { name: name.to_owned() }, Some(fd))
     }
 
-    /// Tells it of a mount.
-    pub fn mounted(&self, dir: &Path) -> io::Result<()> {
-        self.tell(&Word::Mounted { dir: dir.to_owned() }, None)
+    /// Tells it of a mount, before anybody can see it.
+    pub fn mounting(&self, dir: &Path, mount: &DetachedMount) -> io::Result<()> {
+        self.tell(&Word::Mounting { dir: dir.to_owned() }, Some(mount.as_fd()))
     }
 
     /// Lets it go, and waits until it has.
@@ -153,13 +155,21 @@ pub fn keep(socket: OwnedFd, control: &Path) -> io::Result<()> {
     outcome
 }
 
+/// A mount that the keeper was told of.
+struct Kept {
+    dir: PathBuf,
+    /// `st_dev`, which tells it from whatever else may be mounted there later.
+    device: u64,
+    watch: WatchId,
+}
+
 /// Everything the keeper process has.
 struct Post {
     /// `None` once the daemon has vanished.
     socket: Option<OwnedFd>,
     listener: UnixListener,
     held: BTreeMap<String, OwnedFd>,
-    mounts: Vec<PathBuf>,
+    mounts: Vec<Kept>,
     watch: MountWatch,
     denying: bool,
     /// A mount's end cannot be known, so the group must be held for ever.
@@ -170,8 +180,7 @@ impl Post {
     fn stand(&mut self) -> io::Result<()> {
         loop {
             self.wait()?;
-            // Must be read for the count of the living to be true.
-            self.watch.gone()?;
+            self.bury()?;
             if self.denying {
                 self.deny_waiting();
             }
@@ -202,7 +211,7 @@ impl Post {
 
     /// Hears what the daemon says, if anything. True when it says to finish.
     fn hear(&mut self) -> io::Result<bool> {
-        let Some(socket) = &self.socket else { return Ok(false) };
+        let Some(socket) = self.socket.as_ref().map(OwnedFd::try_clone).transpose()? else { return Ok(false) };
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
         if poll(&mut fds, PollTimeout::ZERO)? == 0 {
             return Ok(false);
@@ -216,12 +225,11 @@ impl Post {
         let mut finish = false;
         match serde_json::from_slice(&bytes) {
             Ok(Word::Hold { name }) => self.held.extend(fd.map(|fd| (name, fd))),
-            Ok(Word::Mounted { dir }) => {
-                if let Err(error) = self.watch.add_path(&dir) {
+            Ok(Word::Mounting { dir }) => {
+                if let Err(error) = self.take(&dir, fd) {
                     tracing::error!(dir = %dir.display(), %error, "cannot watch a mount; this keeper will stay for good");
                     self.unwatched = true;
                 }
-                self.mounts.push(dir);
             }
             Ok(Word::Finish) => finish = true,
             Err(error) => tracing::error!(%error, "the daemon said something unknown"),
@@ -241,6 +249,7 @@ impl Post {
         let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
         let mut question = [0; 64];
         let Ok(len) = stream.read(&mut question) else { return };
+        let mounts = self.mounts.iter().map(|kept| kept.dir.clone()).collect();
         if question[..len].trim_ascii() == b"recover" && self.socket.is_none() {
             self.start_denying();
         }
@@ -248,7 +257,7 @@ impl Post {
             pid: std::process::id(),
             orphaned: self.socket.is_none(),
             denying: self.denying,
-            mounts: self.mounts.clone(),
+            mounts,
             alive: self.watch.alive(),
         };
         // Whoever asked may have gone.
@@ -257,11 +266,11 @@ impl Post {
 
     fn start_denying(&mut self) {
         self.denying = true;
-        for dir in &self.mounts {
-            let ours = mount::mount_table()
-                .is_ok_and(|table| table.iter().any(|mounted| mounted.target == *dir && mounted.fs_type == "erofs"));
-            if ours && let Err(error) = mount::detach(dir) {
-                tracing::error!(dir = %dir.display(), %error, "cannot take a mount out of the tree");
+        for kept in &self.mounts {
+            // Asking for attributes reads nothing of the image; the topmost mount answers.
+            let ours = std::fs::symlink_metadata(&kept.dir).is_ok_and(|meta| meta.dev() == kept.device);
+            if ours && let Err(error) = mount::detach(&kept.dir) {
+                tracing::error!(dir = %kept.dir.display(), %error, "cannot take a mount out of the tree");
             }
         }
         // Events that the daemon had read are known only by the numbers their descriptors had in
@@ -274,7 +283,26 @@ impl Post {
             }
         }
         self.deny_waiting();
-        let _ = self.watch.gone();
+        if let Err(error) = self.bury() {
+            tracing::error!(%error, "cannot learn which mounts have gone");
+        }
+    }
+
+    /// Notes a mount that no path leads to yet, without keeping it alive.
+    fn take(&mut self, dir: &Path, mount: Option<OwnedFd>) -> io::Result<()> {
+        let mount = std::fs::File::from(mount.ok_or(io::ErrorKind::InvalidInput)?);
+        let device = mount.metadata()?.dev();
+        let watch = self.watch.add_path(Path::new(&format!("/proc/self/fd/{}", mount.as_raw_fd())))?;
+        self.mounts.push(Kept { dir: dir.to_owned(), device, watch });
+        Ok(())
+    }
+
+    /// Forgets mounts whose superblocks are gone.
+    fn bury(&mut self) -> io::Result<()> {
+        self.watch.gone()?;
+        let watch = &self.watch;
+        self.mounts.retain(|kept| watch.is_alive(kept.watch));
+        Ok(())
     }
 
     fn deny_waiting(&self) {

@@ -206,22 +206,17 @@ impl Daemon {
             return Err(DaemonError::NotADirectory(dir));
         }
         ensure_absolute(&request.image)?;
-        self.reserve(&dir)?;
-        match self.mount_reserved(request) {
-            Ok(mounted) => {
-                let report = mounted.served.report(Some(&dir));
-                tracing::info!(dir = %dir.display(), backend = %report.backend, image = report.image, "mounted");
-                self.state.lock().unwrap().mounts.insert(dir, Some(mounted));
-                Ok(report)
-            }
-            Err(error) => {
-                self.state.lock().unwrap().mounts.remove(&dir);
-                Err(error)
-            }
-        }
+        let _reserved = self.reserve(&dir)?;
+        let mounted = self.mount_reserved(request)?;
+        let report = mounted.served.report(Some(&dir));
+        tracing::info!(dir = %dir.display(), backend = %report.backend, image = report.image, "mounted");
+        self.state.lock().unwrap().mounts.insert(dir.clone(), Some(mounted));
+        // Somebody may have unmounted it before we could write it down.
+        self.bury();
+        Ok(report)
     }
 
-    fn reserve(&self, dir: &Path) -> Result<(), DaemonError> {
+    fn reserve<'a>(&'a self, dir: &'a Path) -> Result<Reservation<'a>, DaemonError> {
         let mut state = self.state.lock().unwrap();
         if state.stopping {
             return Err(DaemonError::Stopping);
@@ -230,7 +225,7 @@ impl Daemon {
             return Err(DaemonError::Mounted(dir.to_owned()));
         }
         state.mounts.insert(dir.to_owned(), None);
-        Ok(())
+        Ok(Reservation { daemon: self, dir })
     }
 
     fn mount_reserved(&self, request: &MountRequest) -> Result<Mounted, DaemonError> {
@@ -240,10 +235,6 @@ impl Daemon {
             BackendKind::Fanotify => self.mount_fanotify(request, prepared, why)?,
             BackendKind::Cachefiles => self.mount_cachefiles(request, prepared, why)?,
         };
-        // Told before anybody is: should we die, the keeper knows what to look after.
-        if let Err(error) = self.keeper.mounted(&request.dir) {
-            tracing::error!(%error, "the keeper does not answer; a crash would show zeros to readers");
-        }
         Ok(Mounted { watch, served, attachment })
     }
 
@@ -264,7 +255,8 @@ impl Daemon {
             devices: devices.iter().map(|device| device.clone() as Arc<dyn Backing>).collect(),
         };
         let service = self.backends.fanotify(&self.keeper)?;
-        let attachment = service.attach(&image, &request.dir, &self.watch)?;
+        let attachment =
+            service.attach(&image, &request.dir, &self.watch, &|mount| self.keeper.mounting(&request.dir, mount))?;
         if request.image.prefetch {
             devices.iter().for_each(|device| device.complete_in_background());
         }
@@ -292,7 +284,9 @@ impl Daemon {
                 other => break other?,
             }
         };
-        let watch = cachefiles::mount(registration.name(), &request.dir, &self.watch)?;
+        let watch = cachefiles::mount(registration.name(), &request.dir, &self.watch, &|mount| {
+            self.keeper.mounting(&request.dir, mount)
+        })?;
         Ok((watch, served, None))
     }
 
@@ -436,6 +430,21 @@ impl Daemon {
             self.keeper.finish();
         } else {
             tracing::warn!("incomplete images are still in use; the keeper holds their readers, see `rafsd recover`");
+        }
+    }
+}
+
+/// A mount point that a mount is being made for. Dropping it frees the place unless it was used.
+struct Reservation<'a> {
+    daemon: &'a Daemon,
+    dir: &'a Path,
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        let mut state = self.daemon.state.lock().unwrap();
+        if state.mounts.get(self.dir).is_some_and(Option::is_none) {
+            state.mounts.remove(self.dir);
         }
     }
 }

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache::{Device, Fill};
 use crate::image::Image;
-use crate::sys::mount::MountError;
+use crate::sys::mount::{DetachedMount, MountError};
 
 /// Which way cold reads take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -74,6 +74,10 @@ impl Backing for Device {
         self.on_complete(then);
     }
 }
+
+/// Told of a mount before anybody can see it, so that no mount lives that a crash would leave
+/// without a keeper. An error undoes the mount.
+pub type Announce<'a> = &'a dyn Fn(&DetachedMount) -> io::Result<()>;
 
 /// An image whose devices are ready to be served.
 pub struct LiveImage {
@@ -124,6 +128,9 @@ pub enum AttachError {
     /// The mount reads its device behind our back: holes would be read as zeros.
     #[error("reads of {} raise no events, so missing data would be read as zeros; the mount was undone", path.display())]
     Bypassed { path: PathBuf },
+    /// Nobody would look after the readers if this process died.
+    #[error("the keeper does not take the mount; restart the daemon")]
+    Unkept(#[source] io::Error),
     /// A name that the kernel would mishandle.
     #[error("{name:?} cannot name an image: {rule}")]
     Name { name: String, rule: &'static str },

@@ -18,7 +18,7 @@ use std::path::Path;
 
 use rustix::mount::MountAttrFlags;
 
-use super::{AttachError, MountWatch, WatchId};
+use super::{Announce, AttachError, MountWatch, WatchId};
 use crate::sys::cachefiles::MAX_COOKIE_KEY;
 use crate::sys::mount::FsContext;
 
@@ -76,7 +76,7 @@ impl FsId {
 }
 
 /// Mounts a registered image at `target` and watches its superblock.
-pub fn mount(name: &FsId, target: &Path, watch: &MountWatch) -> Result<WatchId, AttachError> {
+pub fn mount(name: &FsId, target: &Path, watch: &MountWatch, announce: Announce<'_>) -> Result<WatchId, AttachError> {
     let context = FsContext::open("erofs").map_err(AttachError::Mount)?;
     let configure = || {
         context.set("fsid", &name.id)?;
@@ -86,6 +86,7 @@ pub fn mount(name: &FsId, target: &Path, watch: &MountWatch) -> Result<WatchId, 
     let mount = context.mount(MountAttrFlags::empty()).map_err(AttachError::Mount)?;
     let at_target = |cause| AttachError::Target { target: target.to_owned(), cause };
     let watch = watch.add(&mount).map_err(at_target)?;
+    announce(&mount).map_err(AttachError::Unkept)?;
     mount.attach(target).map_err(at_target)?;
     Ok(watch)
 }

@@ -26,7 +26,7 @@ use rustix::mount::MountAttrFlags;
 
 use self::service::MarkHold;
 use super::probe::find_cold;
-use super::{AttachError, LiveImage, MountWatch, WatchId};
+use super::{Announce, AttachError, LiveImage, MountWatch, WatchId};
 use crate::sys::mount::{DetachedMount, FsContext};
 
 /// A mounted image. Keeps its devices marked until it is released.
@@ -56,10 +56,11 @@ impl Fanotify {
         image: &LiveImage,
         target: &Path,
         watch: &MountWatch,
+        announce: Announce<'_>,
     ) -> Result<Attachment, AttachError> {
         let _alone = self.attaching.lock().unwrap();
         let mut marks = Vec::new();
-        match self.attach_marked(image, target, watch, &mut marks) {
+        match self.attach_marked(image, target, (watch, announce), &mut marks) {
             Ok(watch) => Ok(Attachment { watch, marks }),
             Err(error) => {
                 // The mount went before anybody could see it.
@@ -73,7 +74,7 @@ impl Fanotify {
         self: &Arc<Self>,
         image: &LiveImage,
         target: &Path,
-        watch: &MountWatch,
+        (watch, announce): (&MountWatch, Announce<'_>),
         marks: &mut Vec<MarkHold>,
     ) -> Result<WatchId, AttachError> {
         for device in &image.devices {
@@ -87,6 +88,7 @@ impl Fanotify {
             }
         }
         let watched = watch.add(&mount).map_err(|cause| AttachError::Io { path: image.bootstrap.clone(), cause })?;
+        announce(&mount).map_err(AttachError::Unkept)?;
         mount.attach(target).map_err(|cause| AttachError::Target { target: target.to_owned(), cause })?;
         Ok(watched)
     }

@@ -211,9 +211,14 @@ impl Fanotify {
             hold.release();
             return Err(AttachError::Mark { path, cause });
         }
-        let (service, marked) = (Arc::downgrade(self), Arc::downgrade(&marked));
-        device.when_settled(Box::new(move || settle(&service, &marked)));
+        self.unmark_when_settled(&marked);
         Ok(hold)
+    }
+
+    /// Not to be called with `changing` held: a device that is settled calls back at once.
+    fn unmark_when_settled(self: &Arc<Self>, marked: &Arc<Marked>) {
+        let (service, weak) = (Arc::downgrade(self), Arc::downgrade(marked));
+        marked.device.when_settled(Box::new(move || settle(&service, &weak)));
     }
 
     fn unmark(&self, marked: &Marked) {
@@ -228,7 +233,13 @@ impl Fanotify {
 /// The device needs us no more: from here on the kernel reads it alone, at native speed.
 fn settle(service: &Weak<Fanotify>, marked: &Weak<Marked>) {
     let (Some(service), Some(marked)) = (service.upgrade(), marked.upgrade()) else { return };
-    let _changing = service.changing.lock().unwrap();
+    let changing = service.changing.lock().unwrap();
+    // Since this was promised, another image may have made more of the blob reachable. Its mount
+    // found the mark in place and relies on it.
+    if !marked.device.is_settled() {
+        drop(changing);
+        return service.unmark_when_settled(&marked);
+    }
     service.unmark(&marked);
     tracing::info!(path = %marked.path.display(), "complete and synced: the kernel reads it alone now");
 }
