@@ -56,7 +56,7 @@ fn read_all(image: &Image, blobs: &Path) -> BTreeMap<Vec<u8>, (Kind, u64, String
                     assert_ne!(unit.check, Check::Unknown, "every chunk of a file has a digest");
                     let from = usize::try_from(unit.stored.start()).unwrap();
                     let to = usize::try_from(unit.stored.end()).unwrap();
-                    let mut plain = Vec::new();
+                    let mut plain = vec![0; usize::try_from(unit.blocks().len()).unwrap()];
                     decode(unit, &stored[from..to], &mut plain).expect("decodes");
                     read += decoded.len();
                     content.update(&plain[..usize::try_from(decoded.len()).unwrap()])

@@ -19,6 +19,24 @@ pub(super) struct Place {
     pub(super) run: PathBuf,
 }
 
+/// A daemon that is started if it does not run.
+#[derive(Debug, clap::Args)]
+pub(super) struct DaemonArgs {
+    /// Directory of the cache, for a daemon that is started now [default: /var/lib/rafsd]
+    #[arg(long, value_name = "DIR", env = "RAFSD_CACHE")]
+    cache: Option<PathBuf>,
+
+    #[command(flatten)]
+    place: Place,
+}
+
+impl DaemonArgs {
+    /// A client of a daemon that answers.
+    pub(super) async fn connect(&self) -> anyhow::Result<Client> {
+        self.place.connect_or_start(self.cache.as_deref()).await
+    }
+}
+
 /// How long a started daemon may take to answer: trying out a host takes under a second, waiting
 /// for a predecessor to leave the cache some more.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -41,7 +59,7 @@ impl Place {
 
     /// A client of a daemon that answers, started now if there is none. A started daemon leaves
     /// when it has had nothing to serve for a while.
-    pub(super) async fn connect_or_start(&self, cache: Option<&Path>) -> anyhow::Result<Client> {
+    async fn connect_or_start(&self, cache: Option<&Path>) -> anyhow::Result<Client> {
         let client = self.client()?;
         match client.info().await {
             Ok(info) => {

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
-use super::connect::{Place, block_on};
+use super::connect::{DaemonArgs, Place, block_on};
 use super::print_json;
 use crate::base::ByteSize;
 use crate::daemon::api::{BackendChoice, ImageReport, ImageSpec, MountRequest, UnmountRequest};
@@ -56,12 +56,8 @@ pub(super) struct MountArgs {
     #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
     backend: BackendChoice,
 
-    /// Directory of the cache, for a daemon that is started now [default: /var/lib/rafsd]
-    #[arg(long, value_name = "DIR", env = "RAFSD_CACHE")]
-    cache: Option<PathBuf>,
-
     #[command(flatten)]
-    place: Place,
+    daemon: DaemonArgs,
 
     /// Print what was mounted as JSON
     #[arg(long)]
@@ -78,7 +74,7 @@ pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
     utf8(&dir)?;
     let request = MountRequest { image: args.image.spec()?, dir, backend: args.backend };
     let report = block_on(async {
-        let client = args.place.connect_or_start(args.cache.as_deref()).await?;
+        let client = args.daemon.connect().await?;
         Ok(client.mount(&request).await?)
     })?;
     if args.json {

@@ -1,8 +1,7 @@
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::connect::{Place, block_on};
+use super::connect::{DaemonArgs, Place, block_on};
 use super::mount::ImageArgs;
 use super::print_json;
 use crate::daemon::api::{RegisterRequest, UnregisterRequest};
@@ -22,12 +21,8 @@ pub(super) struct RegisterArgs {
     #[arg(long)]
     domain: Option<String>,
 
-    /// Directory of the cache, for a daemon that is started now [default: /var/lib/rafsd]
-    #[arg(long, value_name = "DIR", env = "RAFSD_CACHE")]
-    cache: Option<PathBuf>,
-
     #[command(flatten)]
-    place: Place,
+    daemon: DaemonArgs,
 
     /// Print what was registered as JSON
     #[arg(long)]
@@ -43,7 +38,7 @@ Example:
 pub(super) fn register(args: RegisterArgs) -> anyhow::Result<ExitCode> {
     let request = RegisterRequest { image: args.image.spec()?, id: args.id, domain: args.domain };
     let report = block_on(async {
-        let client = args.place.connect_or_start(args.cache.as_deref()).await?;
+        let client = args.daemon.connect().await?;
         Ok(client.register(&request).await?)
     })?;
     if args.json {
