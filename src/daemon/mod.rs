@@ -10,9 +10,11 @@
 pub mod api;
 pub mod client;
 pub mod control;
+mod error;
 pub mod keeper;
 mod mounts;
 mod prepare;
 mod serving;
 
-pub use mounts::{Daemon, DaemonError, Options};
+pub use error::DaemonError;
+pub use mounts::{Daemon, Options};

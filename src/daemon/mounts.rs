@@ -7,17 +7,17 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
-use super::api::{DeviceReport, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest};
+use super::DaemonError;
+use super::api::{BackendChoice, DeviceReport, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest};
 use super::keeper::Keeper;
 use super::prepare::{Prepared, bootstrap_as_blob, prepare};
 use super::serving::{Backends, spawn};
-use crate::base::{BlobId, Chain};
-use crate::blob::{TablesError, UnitMap};
-use crate::cache::{Device, Engine, Fill, Store, StoreError, StoreOptions};
+use crate::base::Chain;
+use crate::blob::UnitMap;
+use crate::cache::{Device, Engine, Fill, Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, ObjectSpec, Registration};
 use crate::export::{AttachError, BackendKind, Backing, LiveImage, MountWatch, WatchId, fanotify};
-use crate::image::OpenError as ImageOpenError;
-use crate::source::{BlobSource, OpenError, SourceError};
+use crate::source::BlobSource;
 use crate::sys::mount::{detach, unmount};
 
 /// Where a daemon keeps its things.
@@ -30,66 +30,6 @@ pub struct Options {
     /// This program, to start the keeper with.
     pub program: PathBuf,
     pub store: StoreOptions,
-}
-
-/// Why a request could not be carried out.
-#[derive(Debug, thiserror::Error)]
-pub enum DaemonError {
-    #[error("cannot use {}", path.display())]
-    Io {
-        path: PathBuf,
-        #[source]
-        cause: io::Error,
-    },
-    #[error("cannot start {what}")]
-    Start {
-        what: &'static str,
-        #[source]
-        cause: io::Error,
-    },
-    #[error(transparent)]
-    Bootstrap(ImageOpenError),
-    #[error(transparent)]
-    Tables(TablesError),
-    #[error("cannot fetch the tables of blob {blob}")]
-    FetchTables {
-        blob: BlobId,
-        #[source]
-        cause: SourceError,
-    },
-    #[error(transparent)]
-    SourceSpec(OpenError),
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    #[error(transparent)]
-    Attach(#[from] AttachError),
-    #[error("no backend can serve on this host: {reasons}; `rafsd doctor` tells more")]
-    NoBackend { reasons: String },
-    #[error("{} is not an absolute path to a directory", .0.display())]
-    NotADirectory(PathBuf),
-    #[error("{} is not an absolute path", .0.display())]
-    Relative(PathBuf),
-    #[error("an image is mounted at {} already", .0.display())]
-    Mounted(PathBuf),
-    #[error("no image of this daemon is mounted at {}", .0.display())]
-    NotMounted(PathBuf),
-    #[error("no image is registered as {0}")]
-    NotRegistered(String),
-    #[error("cannot unmount {}{}", dir.display(), busy(cause))]
-    Unmount {
-        dir: PathBuf,
-        #[source]
-        cause: io::Error,
-    },
-    #[error("the daemon is stopping")]
-    Stopping,
-}
-
-fn busy(cause: &io::Error) -> &'static str {
-    match cause.raw_os_error() {
-        Some(libc::EBUSY) => ": files on it are open; stop what uses them, or take it out of the tree with --lazy",
-        _ => "",
-    }
 }
 
 /// The daemon: one store, its backends, and everything mounted.
@@ -195,7 +135,7 @@ impl Daemon {
     }
 
     /// Fails if this host cannot serve by `choice`.
-    pub fn ensure_backend(&self, choice: super::api::BackendChoice) -> Result<(), DaemonError> {
+    pub fn ensure_backend(&self, choice: BackendChoice) -> Result<(), DaemonError> {
         self.backends.choose(choice).map(|_| ())
     }
 
@@ -318,7 +258,7 @@ impl Daemon {
     pub fn register(&self, request: &RegisterRequest) -> Result<ImageReport, DaemonError> {
         let name = FsId::new(&request.id, request.domain.as_deref())?;
         ensure_absolute(&request.image)?;
-        let (_, why) = self.backends.choose(super::api::BackendChoice::Cachefiles)?;
+        let (_, why) = self.backends.choose(BackendChoice::Cachefiles)?;
         let prepared = Arc::new(prepare(&request.image, &self.options.cache, &self.store, &self.runtime)?);
         let (served, _) = self.serve_cachefiles(&request.image, prepared, &name, why)?;
         let report = served.report(None);

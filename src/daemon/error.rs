@@ -1,0 +1,69 @@
+use std::io;
+use std::path::PathBuf;
+
+use crate::base::BlobId;
+use crate::blob::TablesError;
+use crate::cache::StoreError;
+use crate::export::AttachError;
+use crate::image::OpenError as ImageOpenError;
+use crate::source::{OpenError, SourceError};
+
+/// Why a request could not be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    #[error("cannot use {}", path.display())]
+    Io {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("cannot start {what}")]
+    Start {
+        what: &'static str,
+        #[source]
+        cause: io::Error,
+    },
+    #[error(transparent)]
+    Bootstrap(ImageOpenError),
+    #[error(transparent)]
+    Tables(TablesError),
+    #[error("cannot fetch the tables of blob {blob}")]
+    FetchTables {
+        blob: BlobId,
+        #[source]
+        cause: SourceError,
+    },
+    #[error(transparent)]
+    SourceSpec(OpenError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    #[error("no backend can serve on this host: {reasons}; `rafsd doctor` tells more")]
+    NoBackend { reasons: String },
+    #[error("{} is not an absolute path to a directory", .0.display())]
+    NotADirectory(PathBuf),
+    #[error("{} is not an absolute path", .0.display())]
+    Relative(PathBuf),
+    #[error("an image is mounted at {} already", .0.display())]
+    Mounted(PathBuf),
+    #[error("no image of this daemon is mounted at {}", .0.display())]
+    NotMounted(PathBuf),
+    #[error("no image is registered as {0}")]
+    NotRegistered(String),
+    #[error("cannot unmount {}{}", dir.display(), busy(cause))]
+    Unmount {
+        dir: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("the daemon is stopping")]
+    Stopping,
+}
+
+fn busy(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EBUSY) => ": files on it are open; stop what uses them, or take it out of the tree with --lazy",
+        _ => "",
+    }
+}
