@@ -148,6 +148,19 @@ impl UnitMap {
         Some(merged)
     }
 
+    /// The same units without the digests that images named for them; checks that the blob itself
+    /// carries stay.
+    #[must_use]
+    pub fn without_digests(&self) -> Self {
+        let mut bare = self.clone();
+        for unit in &mut bare.units {
+            if matches!(unit.check, Check::Blake3(_) | Check::Sha256(_)) {
+                unit.check = Check::Unknown;
+            }
+        }
+        bare
+    }
+
     /// The map as bytes that [`UnitMap::from_bytes`] understands: our own format, for our own
     /// cache directory, guarded by a checksum.
     pub fn to_bytes(&self) -> Vec<u8> {

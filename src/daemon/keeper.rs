@@ -31,6 +31,9 @@ use crate::sys::{fdpass, mount, process};
 /// Name of the keeper's socket in the run directory.
 pub const SOCKET: &str = "keeper.sock";
 
+/// The keeper's answer to a word that it has carried out; any other is an error for people.
+const DONE: &[u8] = b"done";
+
 /// What the daemon tells its keeper, over the socket they share.
 #[derive(Debug, Serialize, Deserialize)]
 enum Word {
@@ -89,9 +92,21 @@ impl Keeper {
     }
 
     fn tell(&self, word: &Word, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        fdpass::send(self.socket.as_fd(), &serde_json::to_vec(word)?, fd)?;
-        fdpass::receive(self.socket.as_fd())?.ok_or(io::ErrorKind::BrokenPipe)?;
-        Ok(())
+        let message = serde_json::to_vec(word)?;
+        if message.len() > fdpass::MAX_MESSAGE {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path is too long"));
+        }
+        // One question and its answer at a time.
+        let _alone = self.child.lock().unwrap();
+        fdpass::send(self.socket.as_fd(), &message, fd)?;
+        let (answer, _) = fdpass::receive(self.socket.as_fd())?.ok_or(io::ErrorKind::BrokenPipe)?;
+        if answer == DONE { Ok(()) } else { Err(io::Error::other(String::from_utf8_lossy(&answer).into_owned())) }
+    }
+
+    /// Whether it still runs. Without it, readers of incomplete images would see zeros as soon as
+    /// this process ends.
+    pub fn is_alive(&self) -> bool {
+        matches!(self.child.lock().unwrap().try_wait(), Ok(None))
     }
 
     /// Gives it a descriptor to hold. Returns when it has it.
@@ -140,7 +155,7 @@ pub fn keep(socket: OwnedFd, control: &Path) -> io::Result<()> {
         _ => {}
     }
     let listener = UnixListener::bind(control)?;
-    fdpass::send(socket.as_fd(), b"{}", None)?;
+    fdpass::send(socket.as_fd(), DONE, None)?;
     let mut post = Post {
         socket: Some(socket),
         listener,
@@ -148,11 +163,10 @@ pub fn keep(socket: OwnedFd, control: &Path) -> io::Result<()> {
         mounts: Vec::new(),
         watch: MountWatch::new()?,
         denying: false,
-        unwatched: false,
     };
-    let outcome = post.stand();
+    post.stand();
     let _ = std::fs::remove_file(control);
-    outcome
+    Ok(())
 }
 
 /// A mount that the keeper was told of.
@@ -172,25 +186,27 @@ struct Post {
     mounts: Vec<Kept>,
     watch: MountWatch,
     denying: bool,
-    /// A mount's end cannot be known, so the group must be held for ever.
-    unwatched: bool,
 }
 
 impl Post {
-    fn stand(&mut self) -> io::Result<()> {
+    /// Returns when nobody can be harmed by letting go: the daemon said so, or it has vanished and
+    /// the last superblock is gone. Nothing that fails is a reason to leave.
+    fn stand(&mut self) {
         loop {
-            self.wait()?;
-            self.bury()?;
+            if let Err(error) = self.wait().and_then(|()| self.bury()) {
+                tracing::error!(%error, "the keeper cannot wait for what happens; it tries again");
+                std::thread::sleep(Duration::from_secs(1));
+            }
             if self.denying {
                 self.deny_waiting();
             }
-            if self.socket.is_some() && self.hear()? {
-                return Ok(());
+            if self.hear() {
+                return;
             }
             self.serve_control();
             // Last, because each of the above may be what ends the last superblock.
-            if self.socket.is_none() && self.watch.alive() == 0 && !self.unwatched {
-                return Ok(());
+            if self.socket.is_none() && self.watch.alive() == 0 {
+                return;
             }
         }
     }
@@ -210,32 +226,39 @@ impl Post {
     }
 
     /// Hears what the daemon says, if anything. True when it says to finish.
-    fn hear(&mut self) -> io::Result<bool> {
-        let Some(socket) = self.socket.as_ref().map(OwnedFd::try_clone).transpose()? else { return Ok(false) };
+    fn hear(&mut self) -> bool {
+        let Some(socket) = self.socket.take() else { return false };
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut fds, PollTimeout::ZERO)? == 0 {
-            return Ok(false);
+        if poll(&mut fds, PollTimeout::ZERO) == Ok(0) {
+            self.socket = Some(socket);
+            return false;
         }
-        let message = fdpass::receive(socket.as_fd()).unwrap_or(None);
-        let Some((bytes, fd)) = message else {
-            tracing::error!("the daemon vanished; readers of its mounts wait, see `rafsd recover`");
-            self.socket = None;
-            return Ok(false);
-        };
-        let mut finish = false;
-        match serde_json::from_slice(&bytes) {
-            Ok(Word::Hold { name }) => self.held.extend(fd.map(|fd| (name, fd))),
-            Ok(Word::Mounting { dir }) => {
-                if let Err(error) = self.take(&dir, fd) {
-                    tracing::error!(dir = %dir.display(), %error, "cannot watch a mount; this keeper will stay for good");
-                    self.unwatched = true;
-                }
+        // Whatever breaks this talk, it means that the daemon has vanished.
+        if let Ok(Some((bytes, fd))) = fdpass::receive(socket.as_fd()) {
+            let outcome = self.carry_out(&bytes, fd);
+            let answer = outcome.as_ref().map_or_else(|error| error.to_string().into_bytes(), |_| DONE.to_vec());
+            if fdpass::send(socket.as_fd(), &answer, None).is_ok() {
+                self.socket = Some(socket);
             }
-            Ok(Word::Finish) => finish = true,
-            Err(error) => tracing::error!(%error, "the daemon said something unknown"),
+            if outcome.is_ok_and(|finish| finish) {
+                return true;
+            }
         }
-        fdpass::send(socket.as_fd(), b"{}", None)?;
-        Ok(finish)
+        if self.socket.is_none() {
+            tracing::error!("the daemon vanished; readers of its mounts wait, see `rafsd recover`");
+        }
+        false
+    }
+
+    /// True when the word is to finish.
+    fn carry_out(&mut self, bytes: &[u8], fd: Option<OwnedFd>) -> io::Result<bool> {
+        let word = serde_json::from_slice(bytes)?;
+        match word {
+            Word::Finish => return Ok(true),
+            Word::Hold { name } => self.held.extend([(name, fd.ok_or(io::ErrorKind::InvalidInput)?)]),
+            Word::Mounting { dir } => self.take(&dir, fd)?,
+        }
+        Ok(false)
     }
 
     /// Answers one question on the control socket, if somebody waits there. Questions are short
@@ -246,7 +269,9 @@ impl Post {
             return;
         }
         let Ok((mut stream, _)) = self.listener.accept() else { return };
-        let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
+        for set in [UnixStream::set_read_timeout, UnixStream::set_write_timeout] {
+            let _ = set(&stream, Some(Duration::from_secs(1)));
+        }
         let mut question = [0; 64];
         let Ok(len) = stream.read(&mut question) else { return };
         let mounts = self.mounts.iter().map(|kept| kept.dir.clone()).collect();

@@ -14,6 +14,7 @@ mod error;
 pub mod keeper;
 mod mounts;
 mod prepare;
+mod reach;
 mod serving;
 
 pub use error::DaemonError;

@@ -104,6 +104,7 @@ impl Daemon {
         // A successor must not write to files whose readers still ask our group.
         keeper.hold("store", store.lock_file()).map_err(start("the keeper"))?;
         let watch = Arc::new(MountWatch::new().map_err(start("the watch on mounts"))?);
+        sweep(&options.cache);
         let daemon = Arc::new(Self {
             options,
             runtime,
@@ -344,11 +345,9 @@ impl Daemon {
     /// What is busy and incomplete is left to the keeper: its readers wait and never see zeros.
     /// Blocks.
     pub fn stop(&self) {
-        let dirs: Vec<_> = {
-            let mut state = self.state.lock().unwrap();
-            state.stopping = true;
-            state.mounts.keys().cloned().collect()
-        };
+        self.state.lock().unwrap().stopping = true;
+        self.wait_for_reservations();
+        let dirs: Vec<_> = self.state.lock().unwrap().mounts.keys().cloned().collect();
         for dir in dirs {
             if let Err(error) = self.unmount(&dir, false) {
                 tracing::warn!(error = %Chain(&error), "stays mounted");
@@ -356,20 +355,45 @@ impl Daemon {
         }
         self.state.lock().unwrap().registered.clear();
         self.bury();
-        self.watch.stop();
-        if let Some(thread) = self.watcher.lock().unwrap().take() {
-            let _ = thread.join();
-        }
-        let busy: Vec<_> = self.list().into_iter().filter(|image| !image.is_complete()).collect();
-        let lingering = !self.state.lock().unwrap().lingering.is_empty();
+        self.outlive_the_unkept();
+        let in_use = self.is_in_use();
         self.backends.stop();
         if let Err(error) = self.store.close() {
             tracing::error!(error = %Chain(&error), "what was fetched last may have to be fetched again");
         }
-        if busy.is_empty() && !lingering {
+        if !in_use {
             self.keeper.finish();
         } else {
             tracing::warn!("incomplete images are still in use; the keeper holds their readers, see `rafsd recover`");
+        }
+        self.watch.stop();
+        if let Some(thread) = self.watcher.lock().unwrap().take() {
+            let _ = thread.join();
+        }
+    }
+
+    /// Waits, for a while, for mounts that are being made: they end on their own deadlines.
+    fn wait_for_reservations(&self) {
+        let until = Instant::now() + Duration::from_secs(60);
+        while self.state.lock().unwrap().mounts.values().any(Option::is_none) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Whether somebody may still ask for data that is missing.
+    fn is_in_use(&self) -> bool {
+        let state = self.state.lock().unwrap();
+        let mounted = state.mounts.values().flatten().any(|mounted| !mounted.served.report(None).is_complete());
+        mounted || !state.lingering.is_empty()
+    }
+
+    /// The keeper was killed: this process is then the last that holds the group, and must not
+    /// end before the last mount does.
+    fn outlive_the_unkept(&self) {
+        while self.is_in_use() && !self.keeper.is_alive() {
+            tracing::error!("the keeper has died and incomplete images are in use; waiting for them to be unmounted");
+            std::thread::sleep(Duration::from_secs(5));
+            self.bury();
         }
     }
 }
@@ -415,6 +439,25 @@ impl ImageReport {
     /// Whether the kernel can read all of it without us.
     pub fn is_complete(&self) -> bool {
         self.devices.iter().all(|device| device.stats.is_some_and(|stats| stats.complete))
+    }
+}
+
+/// Removes what a crash left half made. Only with the store's lock in hand.
+fn sweep(cache: &Path) {
+    let scratch = |dir: PathBuf, prefixes: &'static [&'static str]| {
+        std::fs::read_dir(dir).into_iter().flatten().flatten().filter(move |entry| {
+            let name = entry.file_name();
+            prefixes.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
+        })
+    };
+    for entry in
+        scratch(cache.join("bootstraps"), &[".new-"]).chain(scratch(cache.to_owned(), &[".selftest-", ".bind-"]))
+    {
+        let path = entry.path();
+        let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        if let Err(error) = removed {
+            tracing::warn!(path = %path.display(), %error, "cannot remove what a crash left");
+        }
     }
 }
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use ring::digest;
 
-use super::DaemonError;
 use super::api::ImageSpec;
+use super::{DaemonError, reach};
 use crate::base::{BLOCK, BlobId, Class, Digest};
 use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
 use crate::cache::Store;
@@ -53,6 +53,7 @@ pub(super) fn prepare(
         .iter()
         .map(|device| map(device, &image, store, source.as_ref(), runtime))
         .collect::<Result<Vec<_>, _>>()?;
+    reach::ensure_checkable(&image, &maps)?;
     Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source })
 }
 
@@ -68,7 +69,8 @@ fn map(
     let with_digests = |map: &UnitMap| tables.with_digests(map, image.chunk_records().iter());
     if let Some(saved) = store.saved_map(&device.blob)
         && saved.decoded_len() == tables.decoded_len()
-        && let Ok(map) = with_digests(&saved)
+        // Digests that other images named are their business: a false one must not enter here.
+        && let Ok(map) = with_digests(&saved.without_digests())
     {
         return Ok(map);
     }

@@ -36,8 +36,44 @@ impl Image {
                     ControlFlow::Break(()) => Ok(()),
                 }
             }
-            Layout::Chunks { indexes } => self.chunks(inode, indexes, visit),
+            Layout::Chunks { indexes, .. } => self.chunks(inode, indexes, visit),
         }
+    }
+
+    /// The blocks of devices that the kernel may read for `inode`, as it understands the inode.
+    ///
+    /// [`Image::extents`] goes by the chunk size of the image. The kernel goes by the one in the
+    /// inode: where that is larger it reads on behind the first chunk of each index
+    /// (`rafs-v6.md` section 12). In a sound image both ways lead to the same bytes.
+    ///
+    /// # Errors
+    /// As [`Image::extents`].
+    pub fn kernel_ranges(&self, inode: &Inode, visit: &mut dyn FnMut(usize, ByteRange)) -> Result<(), ImageError> {
+        let Layout::Chunks { indexes, bits } = inode.layout else {
+            return self.extents(inode, &mut |_| ControlFlow::Continue(()));
+        };
+        let chunk_size = 1u64 << bits;
+        let rows: &[ChunkIndex] = array_at(self.bytes(), indexes, inode.size.div_ceil(chunk_size), "chunk array")?;
+        for (number, row) in (0..).zip(rows) {
+            let len = chunk_size.min(inode.size - number * chunk_size);
+            if let Some((device, decoded)) = self.place(inode, row, len)? {
+                visit(device, decoded.align_out(BLOCK).expect("within a device"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Device and range behind a chunk index, or `None` for a hole.
+    fn place(&self, inode: &Inode, row: &ChunkIndex, len: u64) -> Result<Option<(usize, ByteRange)>, ImageError> {
+        let wrong = |rule| ImageError::Inode { nid: inode.nid, rule };
+        if row.blkaddr.get() == HOLE {
+            return Ok(None);
+        }
+        let device = row.blob().map(usize::from).filter(|&device| device < self.devices.len());
+        let device = device.ok_or_else(|| wrong("uses a device that does not exist"))?;
+        let decoded = ByteRange::at(u64::from(row.blkaddr.get()) * BLOCK, len);
+        let decoded = decoded.filter(|decoded| decoded.end() <= self.devices[device].len);
+        Ok(Some((device, decoded.ok_or_else(|| wrong("uses bytes behind the end of a device"))?)))
     }
 
     fn inline<'a>(
@@ -60,23 +96,15 @@ impl Image {
         indexes: u64,
         visit: &mut dyn FnMut(Extent<'a>) -> ControlFlow<()>,
     ) -> Result<(), ImageError> {
-        let wrong = |rule| ImageError::Inode { nid: inode.nid, rule };
         let chunk_size = u64::from(self.summary.chunk_size);
         let count = inode.size.div_ceil(chunk_size);
         let rows: &[ChunkIndex] = array_at(self.bytes(), indexes, count, "chunk array")?;
         for (number, row) in (0..).zip(rows) {
             let at = number * chunk_size;
             let len = chunk_size.min(inode.size - at);
-            let extent = if row.blkaddr.get() == HOLE {
-                Extent::Hole { at, len }
-            } else {
-                let device = row.blob().map(usize::from).filter(|&device| device < self.devices.len());
-                let device = device.ok_or_else(|| wrong("uses a device that does not exist"))?;
-                let decoded = ByteRange::at(u64::from(row.blkaddr.get()) * BLOCK, len).expect("32-bit block number");
-                if decoded.end() > self.devices[device].len {
-                    return Err(wrong("uses bytes behind the end of a device"));
-                }
-                Extent::Device { at, device, decoded }
+            let extent = match self.place(inode, row, len)? {
+                None => Extent::Hole { at, len },
+                Some((device, decoded)) => Extent::Device { at, device, decoded },
             };
             if visit(extent).is_break() {
                 break;

@@ -1,6 +1,8 @@
 use super::{Image, ImageError};
 use crate::base::BLOCK;
-use crate::format::erofs::{INODE_SLOT, InodeCompact, InodeExtended, XattrEntry, XattrHead, layout};
+use crate::format::erofs::{
+    CHUNK_FORMAT_BITS, CHUNK_FORMAT_INDEXES, INODE_SLOT, InodeCompact, InodeExtended, XattrEntry, XattrHead, layout,
+};
 use crate::format::record_at;
 
 /// Number of an inode: its place in the metadata area in slots of 32 bytes.
@@ -25,8 +27,9 @@ pub enum Layout {
     Plain { at: u64 },
     /// Whole blocks from byte `at`, the rest behind the inode at byte `tail`.
     Inline { at: u64, tail: u64 },
-    /// An array of chunk indexes at byte `indexes`.
-    Chunks { indexes: u64 },
+    /// An array of chunk indexes at byte `indexes`. The kernel takes one for every 2^`bits` bytes;
+    /// the array has one for every chunk of the image, which may be less.
+    Chunks { indexes: u64, bits: u32 },
     /// No data: a special file.
     None,
 }
@@ -94,7 +97,14 @@ impl Image {
             _ if !has_data => Layout::None,
             layout::FLAT_PLAIN => Layout::Plain { at: data },
             layout::FLAT_INLINE => Layout::Inline { at: data, tail: behind },
-            layout::CHUNK_BASED if kind == Kind::Regular => Layout::Chunks { indexes: behind.next_multiple_of(8) },
+            layout::CHUNK_BASED if kind == Kind::Regular => {
+                // The kernel refuses unknown bits; without the flag the array has another form.
+                if raw.u & 0xffff & !CHUNK_FORMAT_BITS != CHUNK_FORMAT_INDEXES {
+                    return Err(wrong("has a chunk format that RAFS does not use"));
+                }
+                let bits = BLOCK.trailing_zeros() + (raw.u & CHUNK_FORMAT_BITS);
+                Layout::Chunks { indexes: behind.next_multiple_of(8), bits }
+            }
             _ => return Err(wrong("has a data layout that RAFS does not use")),
         };
         Ok(Inode {

@@ -109,10 +109,16 @@ fn devices(bytes: &[u8], sb: &Superblock, ext: &ExtSuperblock) -> Result<Vec<Dev
     let table_at = if count == 0 { 0 } else { ext.blob_table_offset.get() };
     let entries: &[BlobEntry] = array_at(bytes, table_at, count as u64, "blob table")?;
     let mut seen = HashSet::new();
-    slots.iter().zip(entries).enumerate().map(|(index, (slot, entry))| device(index, slot, entry, &mut seen)).collect()
+    slots
+        .iter()
+        .zip(entries)
+        .enumerate()
+        .map(|(index, (slot, entry))| device(bytes.len() as u64, index, slot, entry, &mut seen))
+        .collect()
 }
 
 fn device(
+    bootstrap_len: u64,
     index: usize,
     slot: &DeviceSlot,
     entry: &BlobEntry,
@@ -126,6 +132,8 @@ fn device(
     let agree = slot.tag == entry.id
         && entry.index.get() as usize == index
         && len > 0
+        // Below the end of the bootstrap, the kernel would take its own metadata from the device.
+        && (slot.mapped_blkaddr.get() == 0 || u64::from(slot.mapped_blkaddr.get()) * BLOCK >= bootstrap_len)
         && len <= entry.uncompressed_size.get().checked_next_multiple_of(BLOCK).unwrap_or(0);
     if !agree {
         return Err(ImageError::Device(index));

@@ -134,7 +134,7 @@ impl Sample {
                 add("xattr", behind, 4, 3 + words - 1);
             }
             match inode.layout {
-                Layout::Chunks { indexes } => {
+                Layout::Chunks { indexes, .. } => {
                     let count = inode.size.div_ceil(image.summary().chunk_size.into());
                     add("chunk index", indexes, size_of::<ChunkIndex>(), count);
                 }

@@ -1,6 +1,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::sleep;
 use std::time::Duration;
@@ -53,7 +54,10 @@ impl Object {
             return Ok(device);
         }
         let present = data_ranges(self.file.as_fd(), self.len())?;
-        let device = (self.spec.open)(Box::new(ObjectSink(self.file.clone())), &present);
+        let device = (self.spec.open)(
+            Box::new(ObjectSink { file: self.file.clone(), is_ready: AtomicBool::new(false) }),
+            &present,
+        );
         Ok(self.device.get_or_init(|| device))
     }
 
@@ -84,7 +88,11 @@ impl Drop for ReadDuty {
 
 /// Writes into the kernel's cache object.
 #[derive(Debug)]
-struct ObjectSink(Arc<OwnedFd>);
+struct ObjectSink {
+    file: Arc<OwnedFd>,
+    /// Set by the first write that went through: the kernel has set the file up.
+    is_ready: AtomicBool,
+}
 
 /// Longest piece of one write: before Linux 6.13 a short write was reported as whole.
 const PIECE: usize = 1 << 20;
@@ -93,7 +101,7 @@ impl Sink for ObjectSink {
     fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
         let mut at = i64::try_from(at).map_err(io::Error::other)?;
         for piece in bytes.chunks(PIECE) {
-            write_piece(&self.0, piece, at)?;
+            self.write_piece(piece, at)?;
             at += i64::try_from(piece.len()).expect("at most 1 MiB");
         }
         Ok(())
@@ -105,18 +113,26 @@ impl Sink for ObjectSink {
     }
 }
 
-/// `ENOBUFS` means that the kernel is still setting the file up, or that its disk is below the
-/// stop threshold; the first passes within moments.
-fn write_piece(file: &OwnedFd, piece: &[u8], at: i64) -> io::Result<()> {
-    for attempt in 0u64.. {
-        match nix::sys::uio::pwrite(file, piece, at) {
-            Ok(len) if len == piece.len() => return Ok(()),
-            Ok(_) => return Err(io::Error::new(io::ErrorKind::WriteZero, "the kernel took only part of a write")),
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(nix::errno::Errno::ENOBUFS) if attempt < 10 => sleep(Duration::from_millis(10 << attempt.min(4))),
-            Err(nix::errno::Errno::ENOBUFS) => return Err(io::Error::from_raw_os_error(libc::ENOSPC)),
-            Err(errno) => return Err(errno.into()),
+impl ObjectSink {
+    /// `ENOBUFS` means that the kernel is still setting the file up, which passes within moments
+    /// and only happens before the first write, or that its disk is below the stop threshold.
+    fn write_piece(&self, piece: &[u8], at: i64) -> io::Result<()> {
+        let mut patience = if self.is_ready.load(Ordering::Relaxed) { 0 } else { 10 };
+        loop {
+            match nix::sys::uio::pwrite(&self.file, piece, at) {
+                Ok(len) if len == piece.len() => {
+                    self.is_ready.store(true, Ordering::Relaxed);
+                    return Ok(());
+                }
+                Ok(_) => return Err(io::Error::new(io::ErrorKind::WriteZero, "the kernel took only part of a write")),
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(nix::errno::Errno::ENOBUFS) if patience > 0 => {
+                    patience -= 1;
+                    sleep(Duration::from_millis(50));
+                }
+                Err(nix::errno::Errno::ENOBUFS) => return Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+                Err(errno) => return Err(errno.into()),
+            }
         }
     }
-    unreachable!("the range above has no end")
 }

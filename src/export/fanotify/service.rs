@@ -20,6 +20,9 @@ use crate::export::{AttachError, Backing};
 use crate::sys::fanotify::{Answer, EVENT_BUFFER, Event, Group};
 use crate::sys::files::{InodeId, inode_id};
 
+/// Longest range of one event that is served, in bytes: far above any read-ahead window.
+const MAX_RANGE: u64 = 64 << 20;
+
 /// The one pre-content group and the devices marked in it.
 pub struct Fanotify {
     group: Arc<Group>,
@@ -155,8 +158,13 @@ impl Fanotify {
     }
 
     fn serve(&self, marked: Arc<Marked>, range: ByteRange, pid: i32, permission: Permission) {
-        let len = marked.device.decoded_len();
-        let wanted = range.align_out(BLOCK).unwrap_or(range).clamp_end(len);
+        let wanted = range.align_out(BLOCK).unwrap_or(range);
+        if wanted.end() > marked.device.decoded_len() || wanted.len() > MAX_RANGE {
+            // Not EROFS: it asks for what the image has, a read-ahead window at a time. A backup
+            // of the cache must not fetch the image, nor see holes.
+            tracing::warn!(path = %marked.path.display(), pid, decoded = %wanted, "read of a cache file denied");
+            return permission.answer(Answer::Deny(libc::EIO));
+        }
         if marked.device.present(wanted) {
             self.hits.fetch_add(1, Ordering::Relaxed);
             permission.answer(Answer::Allow);

@@ -1,0 +1,53 @@
+//! Whether everything that the kernel can reach through an image can be checked.
+//!
+//! A device counts as complete when all its units with a known check are present; then the kernel
+//! reads it alone. That is right only if no file leads anywhere else. A damaged or hostile image
+//! can lead the kernel to units for which it names no digest, or between units, and there it would
+//! find holes. Such an image is refused before it is mounted.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use super::DaemonError;
+use crate::base::ByteRange;
+use crate::blob::{Check, UnitMap};
+use crate::image::{Image, ImageError, Kind};
+
+/// Fails unless every block of a device that a file leads to lies in a unit with a known check.
+/// `maps` has one map for each device of `image`.
+///
+/// Looks at metadata only, once at each inode. Each chunk of a file has an index of 8 bytes in the
+/// bootstrap, so more chunks than it has room for are a sign of indexes used twice; that bounds
+/// the work.
+pub(super) fn ensure_checkable(image: &Image, maps: &[UnitMap]) -> Result<(), DaemonError> {
+    let mut budget = image.summary().bootstrap_len / 8;
+    let mut linked = HashSet::new();
+    let mut walk = image.walk();
+    while let Some(step) = walk.next_visit() {
+        let step = step.map_err(DaemonError::Image)?;
+        let inode = step.inode;
+        if inode.kind != Kind::Regular || inode.nlink > 1 && !linked.insert(inode.nid) {
+            continue;
+        }
+        let mut uncheckable = None;
+        let mut visit = |device: usize, decoded: ByteRange| {
+            let units = maps[device].covering(decoded);
+            budget = budget.saturating_sub(units.as_ref().map_or(1, |units| u64::from(units.end - units.start)));
+            let is_known = |index| maps[device].get(index).is_some_and(|unit| unit.check != Check::Unknown);
+            if !units.is_some_and(|mut units| units.all(is_known)) {
+                uncheckable.get_or_insert((device, decoded));
+            }
+        };
+        image.kernel_ranges(&inode, &mut visit).map_err(DaemonError::Image)?;
+        if let Some((device, decoded)) = uncheckable {
+            let path = step.path.iter().map(|name| OsStr::from_bytes(name)).collect::<PathBuf>();
+            return Err(DaemonError::Uncheckable { path, blob: maps[device].blob().clone(), decoded });
+        }
+        if budget == 0 {
+            return Err(DaemonError::Image(ImageError::Tree("has more chunks than the bootstrap can hold")));
+        }
+    }
+    Ok(())
+}
