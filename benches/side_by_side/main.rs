@@ -7,6 +7,8 @@
 //!
 //! Each row names its target. A missed target is printed and does not fail the run: a loaded host
 //! can miss any of them. The exit status is 1 only if something did not work, wrong bytes included.
+//! In page-cold rows ours can be ahead: the daemon keeps the metadata of mounted images mapped, and
+//! the kernel does not drop mapped pages, so only the native mount reads its metadata anew.
 //! Needs root and a kernel that the fanotify backend can use.
 //!
 //! `cargo bench -- --quick` is a smoke run; `cargo bench -- --help` lists the flags.
