@@ -751,6 +751,36 @@ fn a_foreign_sink_is_believed_about_whole_units_only() {
     assert!(device.is_complete_durable());
 }
 
+#[test]
+fn a_device_over_a_foreign_sink_learns_from_another_image() {
+    let (bench, blob) = (Bench::new(), Blob::new(3, 5000, 0));
+    let mut lie = Blob::new(3, 5000, 0);
+    lie.units[0].check = Check::Blake3([9; 32]);
+    let (source, sink) = (Scripted::honest(&blob), Box::new(Memory::default()));
+    let device = Device::with_sink(blob.map_knowing(0..1), source.clone(), sink, &[], bench.engine(quiet()));
+    assert!(matches!(fill_blocking(&*device, blob.one(1)), Err(FillError::Corrupt { unit: 1, .. })));
+
+    assert!(!device.learn(&lie.map(), source.clone()), "it contradicts what is known");
+    assert!(matches!(fill_blocking(&*device, blob.one(1)), Err(FillError::Corrupt { unit: 1, .. })));
+    assert!(device.learn(&blob.map_knowing(1..2), source.clone()));
+    fill_blocking(&*device, blob.range(0..2)).unwrap();
+
+    assert_eq!(*device.map(), blob.map_knowing(0..2));
+    assert_eq!((present(&device, &blob), device.stats().units), (vec![0, 1], 2));
+}
+
+#[test]
+fn what_a_stored_device_learns_outlives_it() {
+    let (bench, blob) = (Bench::new(), Blob::new(2, 5000, 0));
+    let store = bench.store(quiet());
+    let device = store.device(blob.map_knowing(0..1), Scripted::honest(&blob)).unwrap();
+
+    assert!(device.learn(&blob.map_knowing(1..2), Scripted::honest(&blob)));
+
+    // Else a unit checked by one digest could be present for an image that names another.
+    assert_eq!(store.saved_map(&blob.id), Some(blob.map()));
+}
+
 // ---- the store --------------------------------------------------------------------------------------
 
 #[test]

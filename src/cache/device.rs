@@ -20,6 +20,7 @@ use super::pool::Job;
 use super::presence::{set_bit, words_for};
 use super::readahead::{Reach, Streams};
 use super::sink::{Scratch, Sink};
+use super::store::StoreError;
 use super::{Completion, Fill, FillError, is_needed};
 use crate::base::{BlobId, ByteRange, Class};
 use crate::blob::{DecodeError, Unit, UnitIndex, UnitMap, decode};
@@ -31,16 +32,20 @@ use crate::source::{BlobSource, SourceError};
 /// is present, for which it waits for the disk.
 pub struct Device {
     core: Arc<Core>,
-    /// The store stays locked while a device can write to it.
-    _lock: Option<Arc<File>>,
+    /// Where the device lives in a store; `None` over a foreign sink.
+    home: Option<Home>,
+    /// Held while the map changes: two teachers at once would lose what one of them taught.
+    learning: Mutex<()>,
 }
 
 /// Where a device of a store lives.
 pub(super) struct Home {
     /// The file of decoded bytes.
     pub(super) data: PathBuf,
-    /// The right to write there.
-    pub(super) lock: Arc<File>,
+    /// Makes what the map says durable. Presence must not outlive the checks it was won by.
+    pub(super) save: Box<dyn Fn(&UnitMap) -> Result<(), StoreError> + Send + Sync>,
+    /// The right to write there: the store stays locked while a device can write to it.
+    pub(super) _lock: Arc<File>,
 }
 
 /// What queued and running work holds on to.
@@ -59,7 +64,6 @@ pub(super) struct Core {
     pub(super) counters: Counters,
     completeness: Completeness,
     pub(super) background: Background,
-    data: Option<PathBuf>,
     closed: AtomicBool,
     /// The last flush failed; said once, not every two seconds.
     flush_failed: AtomicBool,
@@ -142,7 +146,6 @@ impl Device {
         home: Option<Home>,
         engine: Arc<Engine>,
     ) -> Arc<Self> {
-        let (data, lock) = home.map(|home| (home.data, home.lock)).unzip();
         ledger.attach();
         let core = Arc::new(Core {
             id: engine.number_device(),
@@ -156,13 +159,12 @@ impl Device {
             counters: Counters::default(),
             completeness: Completeness::default(),
             background: Background::default(),
-            data,
             closed: AtomicBool::new(false),
             flush_failed: AtomicBool::new(false),
         });
         core.learn(map);
         engine.flusher.watch(Arc::downgrade(&core));
-        Arc::new(Self { core, _lock: lock })
+        Arc::new(Self { core, home, learning: Mutex::default() })
     }
 
     /// The blob this device holds.
@@ -177,7 +179,7 @@ impl Device {
 
     /// The file that holds the decoded bytes; `None` over a foreign sink.
     pub fn data_path(&self) -> Option<&Path> {
-        self.core.data.as_deref()
+        self.home.as_ref().map(|home| home.data.as_path())
     }
 
     /// Opens the file that holds the decoded bytes, for reading.
@@ -238,9 +240,33 @@ impl Device {
         self.core.background.stop();
     }
 
-    pub(super) fn learn(&self, map: UnitMap, source: Arc<dyn BlobSource>) {
+    /// Adds what `map` knows about how to check units, and a source to fetch them from, when
+    /// another image turns out to share the blob. Waits for the disk if the device is a store's.
+    ///
+    /// Returns `false` and changes nothing if the maps disagree, or if what is new could not be
+    /// made durable, which is logged: the other image then needs a device of its own.
+    pub fn learn(&self, map: &UnitMap, source: Arc<dyn BlobSource>) -> bool {
+        self.try_learn(map, source).unwrap_or_else(|error| {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            tracing::error!(blob = %self.blob(), cause, "{error}");
+            false
+        })
+    }
+
+    /// The same for callers that can return an error.
+    pub(super) fn try_learn(&self, map: &UnitMap, source: Arc<dyn BlobSource>) -> Result<bool, StoreError> {
+        let _one_at_a_time = self.learning.lock().unwrap();
+        let known = self.map();
+        let Some(merged) = known.merge(map) else { return Ok(false) };
+        let news = merged != *known;
+        if let Some(home) = self.home.as_ref().filter(|_| news) {
+            (home.save)(&merged)?;
+        }
         *self.core.source.write().unwrap() = source;
-        self.core.learn(Arc::new(map));
+        if news {
+            self.core.learn(Arc::new(merged));
+        }
+        Ok(true)
     }
 }
 

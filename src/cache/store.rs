@@ -135,13 +135,7 @@ impl Store {
         let dir = self.devices_dir.join(name);
         let shelf = shelves.get(name);
         if let Some(device) = shelf.and_then(|shelf| shelf.device.upgrade()) {
-            let known = device.map();
-            let Some(merged) = known.merge(map) else { return Ok(None) };
-            if merged != *known {
-                save(&dir, &merged)?;
-            }
-            device.learn(merged, Arc::clone(source));
-            return Ok(Some(device));
+            return Ok(device.try_learn(map, Arc::clone(source))?.then_some(device));
         }
         let ledger = shelf.and_then(|shelf| shelf.ledger.upgrade());
         let Some(merged) = settle_map(&dir, map)? else { return Ok(None) };
@@ -150,8 +144,10 @@ impl Store {
             None => Arc::new(open_ledger(&dir, &merged)?),
         };
         let weak = Arc::downgrade(&ledger);
-        let home = Some(Home { data: dir.join("data"), lock: Arc::clone(&self.lock) });
-        let device = Device::assemble(Arc::new(merged), Arc::clone(source), ledger, home, Arc::clone(&self.engine));
+        let home =
+            Home { data: dir.join("data"), save: Box::new(move |map| save(&dir, map)), _lock: Arc::clone(&self.lock) };
+        let device =
+            Device::assemble(Arc::new(merged), Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
         shelves.retain(|_, shelf| shelf.ledger.strong_count() > 0);
         shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak });
         Ok(Some(device))
