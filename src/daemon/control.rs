@@ -114,9 +114,10 @@ fn failure(status: StatusCode, error: String) -> Response {
 fn status(error: &DaemonError) -> StatusCode {
     match error {
         DaemonError::NotMounted(_) | DaemonError::NotRegistered(_) => StatusCode::NOT_FOUND,
-        DaemonError::Mounted(_) | DaemonError::Unmount { .. } | DaemonError::Attach(AttachError::Taken(_)) => {
-            StatusCode::CONFLICT
-        }
+        DaemonError::Mounted(_)
+        | DaemonError::Unmount { .. }
+        | DaemonError::Attach(AttachError::Taken(_))
+        | DaemonError::Contradiction { .. } => StatusCode::CONFLICT,
         DaemonError::NotADirectory(_)
         | DaemonError::Relative(_)
         | DaemonError::Attach(AttachError::Name { .. })

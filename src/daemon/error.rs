@@ -53,6 +53,8 @@ pub enum DaemonError {
     Mounted(PathBuf),
     #[error("no image of this daemon is mounted at {}", .0.display())]
     NotMounted(PathBuf),
+    #[error("another image in domain {domain} promises other bytes for blob {blob}; use another domain")]
+    Contradiction { blob: BlobId, domain: String },
     #[error("no image is registered as {0}")]
     NotRegistered(String),
     #[error("cannot unmount {}{}", dir.display(), busy(cause))]

@@ -13,6 +13,7 @@ pub mod control;
 mod error;
 pub mod keeper;
 mod mounts;
+mod objects;
 mod prepare;
 mod reach;
 mod serving;

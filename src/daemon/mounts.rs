@@ -10,14 +10,14 @@ use tokio::runtime::Handle;
 use super::DaemonError;
 use super::api::{BackendChoice, DeviceReport, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest};
 use super::keeper::Keeper;
+use super::objects::{Object, Objects};
 use super::prepare::{Prepared, bootstrap_as_blob, prepare};
 use super::serving::{Backends, spawn};
-use crate::base::Chain;
+use crate::base::{BlobId, Chain};
 use crate::blob::UnitMap;
 use crate::cache::{Device, Engine, Fill, Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, ObjectSpec, Registration};
 use crate::export::{AttachError, BackendKind, Backing, LiveImage, MountWatch, WatchId, fanotify};
-use crate::source::BlobSource;
 use crate::sys::mount::{detach, unmount};
 
 /// Where a daemon keeps its things.
@@ -40,6 +40,7 @@ pub struct Daemon {
     store: Arc<Store>,
     backends: Backends,
     keeper: Keeper,
+    objects: Objects,
     watch: Arc<MountWatch>,
     watcher: Mutex<Option<JoinHandle<()>>>,
     state: Mutex<State>,
@@ -85,7 +86,23 @@ struct Served {
 
 /// The device behind a blob: there from the start with fanotify, from the first read on with
 /// cachefiles.
-type Live = Arc<Mutex<Weak<Device>>>;
+#[derive(Clone, Debug)]
+enum Live {
+    Stored(Weak<Device>),
+    Object(Arc<Object>),
+}
+
+impl Live {
+    fn device(&self) -> Option<Arc<Device>> {
+        match self {
+            Self::Stored(device) => device.upgrade(),
+            Self::Object(object) => object.device(),
+        }
+    }
+}
+
+/// The domain of this daemon's own mounts on the cachefiles path.
+const DOMAIN: &str = "rafsd";
 
 impl std::fmt::Debug for Prepared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -105,12 +122,14 @@ impl Daemon {
         keeper.hold("store", store.lock_file()).map_err(start("the keeper"))?;
         let watch = Arc::new(MountWatch::new().map_err(start("the watch on mounts"))?);
         sweep(&options.cache);
+        let objects = Objects::new(options.cache.join("cachefiles-maps"));
         let daemon = Arc::new(Self {
             options,
             runtime,
             store,
             backends,
             keeper,
+            objects,
             watch,
             watcher: Mutex::default(),
             state: Mutex::default(),
@@ -171,12 +190,17 @@ impl Daemon {
 
     fn mount_reserved(&self, request: &MountRequest) -> Result<Mounted, DaemonError> {
         let (kind, why) = self.backends.choose(request.backend)?;
-        let prepared = Arc::new(prepare(&request.image, &self.options.cache, &self.store, &self.runtime)?);
+        let prepared = Arc::new(self.prepare(&request.image)?);
         let (watch, served, attachment) = match kind {
             BackendKind::Fanotify => self.mount_fanotify(request, prepared, why)?,
             BackendKind::Cachefiles => self.mount_cachefiles(request, prepared, why)?,
         };
         Ok(Mounted { watch, served, attachment })
+    }
+
+    fn prepare(&self, spec: &ImageSpec) -> Result<Prepared, DaemonError> {
+        let saved = |blob: &BlobId| self.store.saved_map(blob).or_else(|| self.objects.saved(DOMAIN, blob));
+        prepare(spec, &self.options.cache, &saved, &self.runtime)
     }
 
     fn mount_fanotify(
@@ -201,7 +225,7 @@ impl Daemon {
         if request.image.prefetch {
             devices.iter().for_each(|device| device.complete_in_background());
         }
-        let live = devices.iter().map(|device| Arc::new(Mutex::new(Arc::downgrade(device)))).collect();
+        let live = devices.iter().map(|device| Live::Stored(Arc::downgrade(device))).collect();
         let served = Served { backend: BackendKind::Fanotify, why, prepared, devices: live, registration: None };
         Ok((attachment.watch, served, Some(attachment)))
     }
@@ -212,16 +236,19 @@ impl Daemon {
         prepared: Arc<Prepared>,
         why: String,
     ) -> Result<(WatchId, Served, Option<fanotify::Attachment>), DaemonError> {
-        // Images of this daemon share blobs through one domain; each mount of an image needs a
-        // name of its own there. Short, because the kernel tells mounts apart by the first 36
-        // bytes of `domain,name` only (the name of a directory in sysfs, seen on 6.12).
+        // Images of this daemon share blobs through one domain, unless they contradict each other;
+        // each mount of an image needs a name of its own there. Short, because the kernel tells
+        // mounts apart by the first 36 bytes of `domain,name` only (the name of a directory in
+        // sysfs, seen on 6.12).
         let short = prepared.key.to_string()[..20].to_owned();
-        let mut number = 1u32;
+        let (mut mount_number, mut domain_number) = (1u32, 1u32);
+        let numbered = |name: &str, number| if number == 1 { name.to_owned() } else { format!("{name}.{number}") };
         let (served, registration) = loop {
-            let id = if number == 1 { short.clone() } else { format!("{short}.{number}") };
-            let name = FsId::new(&id, Some("rafsd"))?;
+            let domain = numbered(DOMAIN, domain_number);
+            let name = FsId::new(&numbered(&short, mount_number), Some(&domain))?;
             match self.serve_cachefiles(&request.image, prepared.clone(), &name, why.clone()) {
-                Err(DaemonError::Attach(AttachError::Taken(_))) => number += 1,
+                Err(DaemonError::Attach(AttachError::Taken(_))) => mount_number += 1,
+                Err(DaemonError::Contradiction { .. }) => domain_number += 1,
                 other => break other?,
             }
         };
@@ -243,14 +270,16 @@ impl Daemon {
         let (boot_map, boot_source) = bootstrap_as_blob(&prepared)?;
         let size = prepared.image.summary().bootstrap_len;
         // Metadata is read page by page, each read waiting for us: fetch all of it at the first.
-        let boot = object(boot_map, boot_source, engine, size, true, &Live::default());
-        let devices: Vec<Live> = prepared.maps.iter().map(|_| Live::default()).collect();
-        let blobs = prepared.maps.iter().zip(&devices).map(|(map, live)| {
-            let spec = object(map.clone(), prepared.source.clone(), engine, map.decoded_len(), spec.prefetch, live);
-            (map.blob().to_string(), spec)
+        let boot = Arc::new(Object::new(boot_map, boot_source));
+        let boot = blob_object(boot, size, engine, true);
+        let domain = name.domain.as_deref().unwrap_or(&name.id);
+        let objects = self.objects.enter(domain, &prepared.maps, &prepared.source)?;
+        let blobs = prepared.maps.iter().zip(&objects).map(|(map, object)| {
+            (map.blob().to_string(), blob_object(object.clone(), map.decoded_len(), engine, spec.prefetch))
         });
         let registration = Arc::new(service.register(name, boot, blobs.collect())?);
         let registered = Some(registration.clone());
+        let devices = objects.into_iter().map(Live::Object).collect();
         let served = Served { backend: BackendKind::Cachefiles, why, prepared, devices, registration: registered };
         Ok((served, registration))
     }
@@ -260,7 +289,7 @@ impl Daemon {
         let name = FsId::new(&request.id, request.domain.as_deref())?;
         ensure_absolute(&request.image)?;
         let (_, why) = self.backends.choose(BackendChoice::Cachefiles)?;
-        let prepared = Arc::new(prepare(&request.image, &self.options.cache, &self.store, &self.runtime)?);
+        let prepared = Arc::new(self.prepare(&request.image)?);
         let (served, _) = self.serve_cachefiles(&request.image, prepared, &name, why)?;
         let report = served.report(None);
         let mut state = self.state.lock().unwrap();
@@ -286,10 +315,13 @@ impl Daemon {
         mounts.chain(state.registered.values().map(|served| served.report(None))).collect()
     }
 
-    /// Whether nothing is mounted, being mounted, lingering or registered.
+    /// Whether nothing is mounted, being mounted, lingering or registered, by us or by others.
     pub fn is_idle(&self) -> bool {
         let state = self.state.lock().unwrap();
-        state.mounts.is_empty() && state.lingering.is_empty() && state.registered.is_empty()
+        !self.backends.has_open_objects()
+            && state.mounts.is_empty()
+            && state.lingering.is_empty()
+            && state.registered.is_empty()
     }
 
     /// Unmounts `dir`. Returns when the file system is gone, or after a moment if somebody else
@@ -420,7 +452,7 @@ impl Served {
             blob: map.blob().to_string(),
             decoded_bytes: map.decoded_len(),
             stored_bytes: map.units().iter().map(|unit| unit.stored.end()).max().unwrap_or(0),
-            stats: live.lock().unwrap().upgrade().map(|device| device.stats()),
+            stats: live.device().map(|device| device.stats()),
         };
         ImageReport {
             dir: dir.cloned(),
@@ -467,21 +499,15 @@ fn ensure_absolute(spec: &ImageSpec) -> Result<(), DaemonError> {
     relative.map_or(Ok(()), |path| Err(DaemonError::Relative(path.clone())))
 }
 
-/// An object of the kernel's cache, filled from `source`.
-fn object(
-    map: UnitMap,
-    source: Arc<dyn BlobSource>,
-    engine: &Arc<Engine>,
-    size: u64,
-    eager: bool,
-    live: &Live,
-) -> ObjectSpec {
-    let (engine, live) = (engine.clone(), live.clone());
+/// An object of the kernel's cache of `size` bytes.
+fn blob_object(object: Arc<Object>, size: u64, engine: &Arc<Engine>, eager: bool) -> ObjectSpec {
+    let engine = engine.clone();
     ObjectSpec {
         size,
         open: Box::new(move |sink, present| {
-            let device = Device::with_sink(map.clone(), source.clone(), sink, present, engine.clone());
-            *live.lock().unwrap() = Arc::downgrade(&device);
+            let (map, source) = object.known();
+            let device = Device::with_sink(map, source, sink, present, engine.clone());
+            object.opened(&device);
             if eager {
                 device.complete_in_background();
             }

@@ -13,7 +13,6 @@ use super::api::ImageSpec;
 use super::{DaemonError, reach};
 use crate::base::{BLOCK, BlobId, Class, Digest};
 use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
-use crate::cache::Store;
 use crate::image::{Device, Image, MAX_BOOTSTRAP};
 use crate::net::{ClientOptions, RetryPolicy};
 use crate::source::{self, BlobSource, LocalSource, ReadCtx};
@@ -36,11 +35,12 @@ const TABLES_DEADLINE: Duration = Duration::from_secs(30);
 /// Pieces in which a bootstrap is served by the cachefiles backend.
 const BOOTSTRAP_UNIT: usize = 1 << 20;
 
-/// Reads everything a mount needs. Blocks; runs its fetches on `runtime`.
+/// Reads everything a mount needs. `saved` knows maps from before, which spare fetching a blob's
+/// tables. Blocks; runs its fetches on `runtime`.
 pub(super) fn prepare(
     spec: &ImageSpec,
     cache: &Path,
-    store: &Store,
+    saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Prepared, DaemonError> {
     let (bootstrap, key) = adopt(&spec.bootstrap, &cache.join("bootstraps"))?;
@@ -51,7 +51,7 @@ pub(super) fn prepare(
     let maps = image
         .devices()
         .iter()
-        .map(|device| map(device, &image, store, source.as_ref(), runtime))
+        .map(|device| map(device, &image, saved, source.as_ref(), runtime))
         .collect::<Result<Vec<_>, _>>()?;
     reach::ensure_checkable(&image, &maps)?;
     Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source })
@@ -61,13 +61,13 @@ pub(super) fn prepare(
 fn map(
     device: &Device,
     image: &Image,
-    store: &Store,
+    saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     source: &dyn BlobSource,
     runtime: &tokio::runtime::Handle,
 ) -> Result<UnitMap, DaemonError> {
     let tables = BlobTables::new(&device.entry).map_err(DaemonError::Tables)?;
     let with_digests = |map: &UnitMap| tables.with_digests(map, image.chunk_records().iter());
-    if let Some(saved) = store.saved_map(&device.blob)
+    if let Some(saved) = saved(&device.blob)
         && saved.decoded_len() == tables.decoded_len()
         // Digests that other images named are their business: a false one must not enter here.
         && let Ok(map) = with_digests(&saved.without_digests())

@@ -94,6 +94,11 @@ impl Backends {
         (hit, missed, reads)
     }
 
+    /// Whether the kernel has objects of the cachefiles backend open, whoever mounted them.
+    pub(super) fn has_open_objects(&self) -> bool {
+        self.cachefiles.lock().unwrap().as_ref().is_some_and(|(service, _)| service.is_in_use())
+    }
+
     /// Ends the services. Only when nothing is mounted through them any more.
     pub(super) fn stop(&self) {
         if let Some((service, thread)) = self.fanotify.lock().unwrap().take() {

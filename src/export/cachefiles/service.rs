@@ -145,6 +145,11 @@ impl Cachefiles {
         let _ = self.stop.write(1);
     }
 
+    /// Whether the kernel has objects open: somebody has an image mounted.
+    pub fn is_in_use(&self) -> bool {
+        !self.open.lock().unwrap().is_empty()
+    }
+
     /// READ requests since the start.
     pub fn reads(&self) -> u64 {
         self.reads.load(Ordering::Relaxed)
@@ -178,7 +183,9 @@ impl Cachefiles {
             None => self.device.refuse_open(open.msg_id, libc::ENOENT),
         };
         if let Err(error) = answer {
+            // No CLOSE will follow, and an object that stays open here would block its name.
             tracing::error!(object = name, %error, "an open could not be answered");
+            return;
         }
         match spec {
             Some(spec) => {
