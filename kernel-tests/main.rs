@@ -58,6 +58,7 @@ const TABLES: &[&[Case]] = &[
     facts::CASES,
     cases::events::CASES,
     cases::reading::CASES,
+    cases::images::CASES,
     cases::sharing::CASES,
     cases::faults::CASES,
     cases::lifecycle::CASES,

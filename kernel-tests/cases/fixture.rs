@@ -22,6 +22,7 @@ pub(crate) struct Fixture<'a> {
     pub(crate) ctx: &'a Ctx,
     pub(crate) server: BlobServer,
     daemon: Option<Child>,
+    cache: PathBuf,
 }
 
 impl<'a> Fixture<'a> {
@@ -40,7 +41,7 @@ impl<'a> Fixture<'a> {
             .output()?;
         ensure!(built.status.success(), "build: {}", String::from_utf8_lossy(&built.stderr));
         let server = BlobServer::start(out.join("blobs"), ServerOptions::default())?;
-        let mut this = Self { ctx, server, daemon: None };
+        let mut this = Self { ctx, server, daemon: None, cache: ctx.dir.join("cache") };
         this.start(&[])?;
         Ok(this)
     }
@@ -171,7 +172,12 @@ impl<'a> Fixture<'a> {
     }
 
     pub(crate) fn cache(&self) -> PathBuf {
-        self.ctx.dir.join("cache")
+        self.cache.clone()
+    }
+
+    /// Daemons started from now on have their cache there.
+    pub(crate) fn use_cache(&mut self, dir: &Path) {
+        dir.clone_into(&mut self.cache);
     }
 
     pub(crate) fn run(&self) -> PathBuf {

@@ -349,3 +349,62 @@ impl Post {
         self.held.get("group").and_then(|fd| fd.try_clone().ok()).map(Group::from)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    fn post(socket: OwnedFd, dir: &Path) -> Post {
+        Post {
+            socket: Some(socket),
+            listener: UnixListener::bind(dir.join(SOCKET)).unwrap(),
+            held: BTreeMap::new(),
+            mounts: Vec::new(),
+            watch: MountWatch::new().unwrap(),
+            denying: false,
+        }
+    }
+
+    #[test]
+    fn a_daemon_that_dies_before_the_answer_leaves_what_it_said_in_force() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = fdpass::pair().unwrap();
+        let mut post = post(theirs, dir.path());
+        let word = serde_json::to_vec(&Word::Mounting { dir: dir.path().to_owned() }).unwrap();
+        let mount = std::fs::File::open(dir.path()).unwrap();
+        fdpass::send(ours.as_fd(), &word, Some(mount.as_fd())).unwrap();
+        drop(ours);
+
+        assert!(!post.hear(), "it goes on");
+
+        assert!(post.socket.is_none(), "it knows that the daemon has vanished");
+        assert_eq!(post.watch.alive(), 1, "it watches the mount");
+    }
+
+    #[test]
+    fn an_unknown_word_is_answered_with_an_error_and_survived() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = fdpass::pair().unwrap();
+        let mut post = post(theirs, dir.path());
+        for word in [&b"{}"[..], b"nonsense", b"{\"Hold\":{\"name\":\"group\"}}"] {
+            fdpass::send(ours.as_fd(), word, None).unwrap();
+            assert!(!post.hear());
+            let (answer, _) = fdpass::receive(ours.as_fd()).unwrap().unwrap();
+            assert_ne!(answer, DONE, "{}", String::from_utf8_lossy(word));
+        }
+        fdpass::send(ours.as_fd(), b"\"Finish\"", None).unwrap();
+        assert!(post.hear());
+    }
+
+    #[test]
+    fn an_orphan_without_mounts_leaves_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = fdpass::pair().unwrap();
+        let mut post = post(theirs, dir.path());
+        drop(ours);
+        let asked = Instant::now();
+        post.stand();
+        assert!(asked.elapsed() < Duration::from_secs(5));
+    }
+}
