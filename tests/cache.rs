@@ -222,9 +222,19 @@ impl Bench {
     }
 
     fn in_memory(&self, blob: &Blob, source: &Arc<Scripted>, options: StoreOptions) -> (Arc<Device>, Memory) {
+        self.in_memory_knowing(blob, 0..blob.units.len(), source, options)
+    }
+
+    fn in_memory_knowing(
+        &self,
+        blob: &Blob,
+        known: Range<usize>,
+        source: &Arc<Scripted>,
+        options: StoreOptions,
+    ) -> (Arc<Device>, Memory) {
         let memory = Memory::default();
         let (source, sink) = (Arc::clone(source), Box::new(memory.clone()));
-        (Device::with_sink(blob.map(), source, sink, &[], self.engine(options)), memory)
+        (Device::with_sink(blob.map_knowing(known), source, sink, &[], self.engine(options)), memory)
     }
 }
 
@@ -616,6 +626,23 @@ fn a_blob_completes_in_the_background_and_says_so_once_it_is_durable() {
 }
 
 #[test]
+fn a_blob_nobody_vouches_for_is_never_complete() {
+    let (bench, blob) = (Bench::new(), Blob::new(3, 5000, 0));
+    let (device, _) = bench.in_memory_knowing(&blob, 0..0, &Scripted::honest(&blob), quiet());
+    let (tx, rx) = channel();
+    device.on_complete(Box::new(move || tx.send(()).unwrap()));
+
+    device.complete_in_background();
+    device.flush().unwrap();
+
+    assert!(!device.is_complete_durable() && rx.try_recv().is_err());
+    assert!(device.learn(&blob.map(), Scripted::honest(&blob)));
+    fill_blocking(&*device, blob.range(0..3)).unwrap();
+    device.flush().unwrap();
+    assert!(device.is_complete_durable() && rx.try_recv().is_ok());
+}
+
+#[test]
 fn one_bad_unit_does_not_end_the_background_completion() {
     let (bench, blob) = (Bench::new(), Blob::new(50, 5000, 0));
     let bit = blob.units[7].stored.start() * 8;
@@ -749,6 +776,25 @@ fn a_foreign_sink_is_believed_about_whole_units_only() {
     fill_blocking(&*device, blob.range(0..3)).unwrap();
     device.flush().unwrap();
     assert!(device.is_complete_durable());
+}
+
+#[test]
+fn ranges_in_a_foreign_sink_that_touch_count_as_one() {
+    let (bench, blob) = (Bench::new(), Blob::new(7, 10_000, 0));
+    let engine = bench.engine(quiet());
+    let present_in = |blocks: &[(u64, u64)]| {
+        let ranges: Vec<_> = blocks.iter().map(|&(s, e)| ByteRange::new(s * 4096, e * 4096).unwrap()).collect();
+        let (source, sink) = (Scripted::honest(&blob), Box::new(Memory::default()));
+        present(&Device::with_sink(blob.map(), source, sink, &ranges, engine.clone()), &blob)
+    };
+
+    // Every unit has three blocks.
+    assert_eq!(present_in(&[(0, 1), (1, 2), (2, 3)]), [0], "three that touch");
+    assert_eq!(present_in(&[(2, 6), (0, 2)]), [0, 1], "in any order");
+    assert_eq!(present_in(&[(3, 8), (4, 5), (7, 10)]), [1, 2], "overlaps");
+    assert_eq!(present_in(&[(0, 2), (3, 5), (6, 9), (10, 12)]), [2], "a block is missing of the others");
+    assert_eq!(present_in(&[(0, 0), (5, 5), (18, 99)]), [6], "empty ones, and one behind the end");
+    assert_eq!(present_in(&[]), Vec::<usize>::new());
 }
 
 #[test]

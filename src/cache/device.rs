@@ -17,7 +17,7 @@ use super::inflight::{Inflight, Lead, Role, Urgency, Wait};
 use super::ledger::{FlushError, Ledger};
 use super::plan::{PlanLimits, plan};
 use super::pool::Job;
-use super::presence::{set_bit, words_for};
+use super::presence::found;
 use super::readahead::{Reach, Streams};
 use super::sink::{Scratch, Sink};
 use super::store::StoreError;
@@ -122,7 +122,7 @@ impl Device {
     /// A device over a file that somebody else owns, with no durable copy of its presence.
     ///
     /// `present` are the decoded ranges already in the sink: a unit is present if all its blocks
-    /// lie in one of them.
+    /// lie in them. They may come in any order, touch and overlap.
     pub fn with_sink(
         map: UnitMap,
         source: Arc<dyn BlobSource>,
@@ -130,12 +130,7 @@ impl Device {
         present: &[ByteRange],
         engine: Arc<Engine>,
     ) -> Arc<Self> {
-        let mut words = vec![0; words_for(map.count())];
-        for (index, unit) in (0..).zip(map.units()) {
-            if is_needed(unit) && present.iter().any(|range| range.contains(unit.blocks())) {
-                set_bit(&mut words, index);
-            }
-        }
+        let words = found(&map, present);
         Self::assemble(Arc::new(map), source, Arc::new(Ledger::new(sink, words, None)), None, engine)
     }
 
@@ -207,7 +202,8 @@ impl Device {
         }
     }
 
-    /// Whether every unit whose check is known is present and on stable storage.
+    /// Whether every unit whose check is known is present and on stable storage. Never true while
+    /// there are units and no check of any is known.
     pub fn is_complete_durable(&self) -> bool {
         self.core.completeness.reached.load(Ordering::Acquire)
     }
@@ -528,8 +524,11 @@ impl Core {
     fn note_completeness(&self) {
         // Judged under the lock, or an old verdict could overwrite one about a newer map.
         let mut callbacks = self.completeness.callbacks.lock().unwrap();
-        let enough = self.ledger.presence.count() >= self.completeness.needed.load(Ordering::Acquire);
-        let complete = enough && self.ledger.holds_all(&self.map());
+        let map = self.map();
+        let needed = self.completeness.needed.load(Ordering::Acquire);
+        // Of a blob whose units nobody can check yet, nothing is there, whatever is missing.
+        let enough = (needed > 0 || map.count() == 0) && self.ledger.presence.count() >= needed;
+        let complete = enough && self.ledger.holds_all(&map);
         self.completeness.reached.store(complete, Ordering::Release);
         let due = if complete { std::mem::take(&mut *callbacks) } else { Vec::new() };
         drop(callbacks);
