@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class};
@@ -158,6 +158,25 @@ impl BlobSource for Scripted {
     }
 }
 
+/// Answers with zeros, and remembers how long it would have had for each answer.
+#[derive(Default)]
+struct Zeros(Mutex<Vec<Instant>>);
+
+impl BlobSource for Zeros {
+    fn len<'a>(&'a self, _: &'a BlobId, _: ReadCtx) -> BoxFuture<'a, Result<u64, SourceError>> {
+        Box::pin(async { Ok(u64::MAX) })
+    }
+
+    fn read<'a>(&'a self, _: &'a BlobId, stored: ByteRange, ctx: ReadCtx) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        self.0.lock().unwrap().push(ctx.deadline);
+        Box::pin(async move { Ok(vec![0; usize::try_from(stored.len()).unwrap()].into()) })
+    }
+
+    fn describe(&self) -> String {
+        "zeros".to_owned()
+    }
+}
+
 // ---- a sink in memory ---------------------------------------------------------------------------
 
 /// Takes only writes that a cachefiles object would take.
@@ -260,9 +279,9 @@ fn is_deadline(outcome: &Result<(), FillError>) -> bool {
 
 /// Waits for something another thread is about to do.
 fn eventually(what: &str, mut check: impl FnMut() -> bool) {
-    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(20);
     while !check() {
-        assert!(std::time::Instant::now() < deadline, "never happened: {what}");
+        assert!(Instant::now() < deadline, "never happened: {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -444,6 +463,19 @@ fn a_stalled_source_is_an_error_at_the_deadline() {
 }
 
 #[test]
+fn a_second_attempt_at_a_corrupt_unit_gets_no_time_of_its_own() {
+    let (bench, blob) = (Bench::new(), Blob::new(1, 5000, 0));
+    let source = Arc::<Zeros>::default();
+    let device = Device::with_sink(blob.map(), source.clone(), Box::new(Memory::default()), &[], bench.engine(quiet()));
+
+    let error = fill_blocking(&*device, blob.one(0)).unwrap_err();
+
+    assert!(matches!(error, FillError::Corrupt { unit: 0, .. }), "{error:?}");
+    let deadlines = source.0.lock().unwrap();
+    assert_eq!((deadlines.len(), deadlines[0]), (2, deadlines[1]));
+}
+
+#[test]
 fn a_reader_that_joins_a_stalled_prefetch_waits_no_longer_than_a_reader_may() {
     let (bench, blob) = (Bench::new(), Blob::new(1, 5000, 0));
     let source = Scripted::new(&blob, |_, _| Act::Hang);
@@ -474,6 +506,32 @@ fn ten_thousand_fills_return_at_once_and_are_all_cancelled_in_the_end() {
     }
     assert!(outcomes.recv_timeout(Duration::from_secs(20)).is_err(), "each is told once");
     assert!(source.log().len() <= 8, "only as many as may run at once were ever asked for");
+}
+
+#[test]
+fn a_huge_range_is_filled_a_step_after_the_other() {
+    // 80 MiB of one block each.
+    let (bench, blob) = (Bench::new(), Blob::new(20_480, 64, 0));
+    let open = Arc::new(AtomicBool::new(false));
+    let source = Scripted::new(&blob, {
+        let open = open.clone();
+        move |_, _| if open.load(Ordering::SeqCst) { Act::Serve } else { Act::Hang }
+    });
+    let (device, memory) = bench.in_memory(&blob, &source, StoreOptions { window: 10_000, ..quiet() });
+    let outcomes = start(&device, [blob.range(0..20_480)], Class::OnDemand);
+    eventually("something is asked for", || !source.log().is_empty());
+    assert!(outcomes.try_recv().is_err());
+    drop(device);
+    assert!(matches!(next(&outcomes), Err(FillError::Cancelled)), "what was not begun is cancelled as well");
+    assert!(outcomes.recv_timeout(Duration::from_secs(20)).is_err(), "told once");
+    assert_eq!(memory.bytes.lock().unwrap().len(), 0);
+
+    open.store(true, Ordering::SeqCst);
+    let (device, memory) = bench.in_memory(&blob, &source, quiet());
+    let outcomes = start(&device, [blob.range(0..20_480)], Class::Prefetch);
+    assert!(next(&outcomes).is_ok());
+    assert!(device.present(blob.range(0..20_480)) && *memory.bytes.lock().unwrap() == blob.plain);
+    assert_eq!(device.stats().requests, 2, "a step does not begin before the one before has ended");
 }
 
 #[test]

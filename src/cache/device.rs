@@ -48,6 +48,11 @@ pub(super) struct Home {
     pub(super) _lock: Arc<File>,
 }
 
+/// Most decoded bytes that one call of `fill` looks at before it returns; the rest is up to the
+/// pool, one step after the other. A kernel asks for a whole file when somebody maps it, and a
+/// hostile image can cut that into millions of units. Larger than what all readers' slots hold.
+const STEP: u64 = 64 << 20;
+
 /// What queued and running work holds on to.
 pub(super) struct Core {
     /// Unique within the engine.
@@ -292,10 +297,8 @@ impl Fill for Device {
     }
 
     fn fill(&self, decoded: ByteRange, class: Class, done: Completion) {
-        match self.core.layout.covering(decoded) {
-            None => done(Err(FillError::Unmapped { blob: self.blob().clone(), decoded })),
-            Some(units) => self.core.fill(units, class, done),
-        }
+        let wait = Wait::new(done);
+        self.core.fill_range(decoded, class, wait);
     }
 
     fn touched(&self, decoded: ByteRange) {
@@ -321,6 +324,26 @@ impl Core {
 
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
+    }
+
+    /// Makes `decoded` present a step after the other, then settles `wait`.
+    fn fill_range(self: &Arc<Self>, decoded: ByteRange, class: Class, wait: Arc<Wait>) {
+        let step = decoded.clamp_end(decoded.start().saturating_add(STEP));
+        let Some(units) = self.layout.covering(step) else {
+            return wait.settle(&Err(FillError::Unmapped { blob: self.blob().clone(), decoded: step }));
+        };
+        let rest = ByteRange::new(step.end(), decoded.end()).expect("a step ends in its range");
+        let core = Arc::clone(self);
+        let done = move |outcome: Result<(), FillError>| {
+            if outcome.is_err() || rest.is_empty() {
+                return wait.settle(&outcome);
+            }
+            // A job, because the caller may be the thread that must not block.
+            let engine = Arc::clone(&core.engine);
+            let run = Box::new(move |_: &mut _| core.fill_range(rest, class, wait));
+            engine.jobs().push(Job { key: None, urgency: Urgency::new(class), run });
+        };
+        self.fill(units, class, Box::new(done));
     }
 
     /// Makes `units` present, then calls `done`.
@@ -380,7 +403,7 @@ impl Core {
                 Some(Led { unit: map.units()[index as usize], lead, again: false })
             };
             let units = read.units.into_iter().filter_map(led).collect();
-            Window { core: Arc::clone(self), stored: read.stored, units, asked: Instant::now() }
+            Window { core: Arc::clone(self), stored: read.stored, units, asked: None }
         });
         self.enqueue(windows.collect());
     }
@@ -422,14 +445,15 @@ impl Core {
     }
 
     /// Decodes, checks, writes and publishes one unit, then tells everyone who waits.
-    pub(super) fn land(self: &Arc<Self>, led: Led, stored: &[u8], scratch: &mut Scratch) {
+    /// `asked` as in [`Window`].
+    pub(super) fn land(self: &Arc<Self>, led: Led, asked: Option<Instant>, stored: &[u8], scratch: &mut Scratch) {
         if self.is_closed() {
             return drop(led);
         }
         let (index, unit) = (led.lead.unit(), led.unit);
         let room = scratch.room(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"));
         let outcome = match decode(&unit, stored, room) {
-            Err(_) if !led.again => return self.refetch(led),
+            Err(_) if !led.again => return self.refetch(led, asked),
             Err(cause) => Err(self.corrupt(index, &unit, cause)),
             Ok(()) => self.ledger.land(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
         };
@@ -456,11 +480,11 @@ impl Core {
     }
 
     /// Asks once more for a unit whose bytes were damaged, alone: a proxy may have mixed up a
-    /// long range, and its neighbours were fine.
-    fn refetch(self: &Arc<Self>, led: Led) {
+    /// long range, and its neighbours were fine. Who waits does not wait any longer for that.
+    fn refetch(self: &Arc<Self>, led: Led, asked: Option<Instant>) {
         let led = Led { again: true, ..led };
         let stored = led.unit.stored;
-        self.enqueue(vec![Window { core: Arc::clone(self), stored, units: vec![led], asked: Instant::now() }]);
+        self.enqueue(vec![Window { core: Arc::clone(self), stored, units: vec![led], asked }]);
     }
 
     pub(super) fn fetch_failed(&self, led: Led, cause: &Arc<SourceError>) {

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
@@ -31,8 +31,8 @@ pub(super) struct Window {
     pub(super) stored: ByteRange,
     /// Not empty.
     pub(super) units: Vec<Led>,
-    /// When a reader began to wait, or the window was made.
-    pub(super) asked: Instant,
+    /// When a reader began to wait; `None` while nobody does.
+    pub(super) asked: Option<Instant>,
 }
 
 /// A unit on its way, and the duty to finish it.
@@ -47,6 +47,11 @@ impl Window {
     fn class(&self) -> Class {
         let classes = self.units.iter().map(|led| led.lead.urgency().class());
         classes.min().unwrap_or(Class::Prefetch)
+    }
+
+    /// Whether a reader has waited this long already.
+    fn is_late(&self, deadline: Duration) -> bool {
+        self.asked.is_some_and(|asked| asked.elapsed() >= deadline)
     }
 
     fn span(&self) -> RangeInclusive<UnitIndex> {
@@ -118,11 +123,17 @@ impl Fetcher {
     /// Queues reads by their urgency at this moment, and starts what can start.
     pub(super) fn enqueue(self: &Arc<Self>, windows: Vec<Window>) {
         let mut state = self.state.lock().unwrap();
-        for window in windows {
+        for mut window in windows {
             // Read under the lock: a promotion either came before and is seen, or finds the window.
             match window.class() {
-                Class::OnDemand => state.on_demand.push_back(window),
-                Class::Prefetch => state.prefetch.push_back(window),
+                Class::OnDemand => {
+                    window.asked.get_or_insert_with(Instant::now);
+                    state.on_demand.push_back(window);
+                }
+                Class::Prefetch => {
+                    window.asked = None;
+                    state.prefetch.push_back(window);
+                }
             }
         }
         drop(state);
@@ -135,7 +146,7 @@ impl Fetcher {
         let mut state = self.state.lock().unwrap();
         let queued = state.prefetch.iter().position(|window| window.holds(unit));
         if let Some(mut window) = queued.and_then(|at| state.prefetch.remove(at)) {
-            window.asked = Instant::now();
+            window.asked = Some(Instant::now());
             state.on_demand.push_back(window);
         }
         for running in &state.running {
@@ -202,7 +213,7 @@ impl Fetcher {
         } else {
             return None;
         };
-        if class == Class::OnDemand && state.on_demand.front()?.asked.elapsed() >= self.options.deadline {
+        if class == Class::OnDemand && state.on_demand.front()?.is_late(self.options.deadline) {
             return state.on_demand.pop_front().map(Turn::Expired);
         }
         if state.running.iter().filter(|running| running.class == class).count() >= self.options.fetches(class) {
@@ -260,8 +271,8 @@ impl Drop for Slot {
 }
 
 /// Runs one read and hands its units to the pool. Dropping the task cancels the waiters.
-async fn run(window: Window, slot: Slot) {
-    let Some(outcome) = read(&window, &slot).await else { return };
+async fn run(mut window: Window, slot: Slot) {
+    let Some(outcome) = read(&mut window, &slot).await else { return };
     slot.fetched();
     let jobs = Arc::clone(&slot.fetcher.jobs);
     match outcome {
@@ -275,11 +286,11 @@ async fn run(window: Window, slot: Slot) {
 }
 
 /// The bytes of the window, or `None` if nobody wants them any more.
-async fn read(window: &Window, slot: &Slot) -> Option<Result<Bytes, SourceError>> {
+async fn read(window: &mut Window, slot: &Slot) -> Option<Result<Bytes, SourceError>> {
     let (core, options) = (&window.core, &slot.fetcher.options);
-    let mut deadline = match slot.class {
-        Class::OnDemand => window.asked + options.deadline,
-        Class::Prefetch => Instant::now() + options.prefetch_deadline,
+    let mut deadline = match window.asked {
+        Some(asked) => asked + options.deadline,
+        None => Instant::now() + options.prefetch_deadline,
     };
     let source = core.source();
     core.counters.request();
@@ -293,7 +304,7 @@ async fn read(window: &Window, slot: &Slot) -> Option<Result<Bytes, SourceError>
                     return None;
                 }
                 // A reader has joined: from now on its patience counts.
-                deadline = deadline.min(Instant::now() + options.deadline);
+                deadline = deadline.min(*window.asked.get_or_insert_with(Instant::now) + options.deadline);
             }
         }
     }
@@ -301,7 +312,7 @@ async fn read(window: &Window, slot: &Slot) -> Option<Result<Bytes, SourceError>
 
 /// One job per unit, so that all threads share a window and each unit is answered by itself.
 fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
-    let Window { core, stored, units, .. } = window;
+    let Window { core, stored, units, asked } = window;
     let slot = Arc::new(slot);
     for led in units {
         let cut = |at: u64| usize::try_from(at - stored.start()).expect("a window fits in memory");
@@ -309,7 +320,7 @@ fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
         let (core, slot) = (Arc::clone(&core), Arc::clone(&slot));
         let (key, urgency) = ((core.id, led.lead.unit()), led.lead.urgency().clone());
         let run = Box::new(move |scratch: &mut _| {
-            core.land(led, &bytes, scratch);
+            core.land(led, asked, &bytes, scratch);
             drop((bytes, slot));
         });
         jobs.push(Job { key: Some(key), urgency, run });
