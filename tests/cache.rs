@@ -463,6 +463,27 @@ fn a_stalled_source_is_an_error_at_the_deadline() {
 }
 
 #[test]
+fn a_dead_source_does_not_hold_up_another_device() {
+    let (bench, blob) = (Bench::new(), Blob::new(40, 64, 1));
+    let engine = bench.engine(StoreOptions { fetches: 4, ..apart() });
+    let device = |source: &Arc<Scripted>| {
+        Device::with_sink(blob.map(), source.clone(), Box::new(Memory::default()), &[], engine.clone())
+    };
+    let (dead, healthy) = (Scripted::new(&blob, |_, _| Act::Hang), Scripted::honest(&blob));
+    let (stuck, working) = (device(&dead), device(&healthy));
+    let stuck_readers = start(&stuck, (0..20).map(|unit| blob.one(unit)), Class::OnDemand);
+    eventually("the dead source holds all it may", || dead.log().len() == 2);
+
+    let readers = start(&working, (0..40).map(|unit| blob.one(unit)), Class::OnDemand);
+    (0..40).for_each(|_| next(&readers).unwrap());
+    let idle = device(&healthy);
+    next(&start(&idle, [blob.one(0)], Class::Prefetch)).unwrap();
+
+    assert_eq!(dead.log().len(), 2, "the others wait for the first two");
+    assert!(stuck_readers.try_recv().is_err());
+}
+
+#[test]
 fn a_second_attempt_at_a_corrupt_unit_gets_no_time_of_its_own() {
     let (bench, blob) = (Bench::new(), Blob::new(1, 5000, 0));
     let source = Arc::<Zeros>::default();

@@ -2,7 +2,8 @@
 //!
 //! Two queues: readers before prefetch. A read starts when its class has a free slot and the
 //! budget has memory for its bytes; until then it waits here and no thread does. The slot is
-//! free again when the bytes have come, the memory when they are written.
+//! free again when the bytes have come, the memory when they are written. Among readers, devices
+//! take turns and none may hold all slots: the servers behind two images fail independently.
 //!
 //! Locking: nothing is spawned, dropped or completed under the queue lock.
 
@@ -20,6 +21,7 @@ use super::budget::Budget;
 use super::device::Core;
 use super::engine::StoreOptions;
 use super::inflight::{Lead, Urgency};
+use super::lanes::Lanes;
 use super::pool::{Job, Queue, UnitKey};
 use crate::base::{ByteRange, Class};
 use crate::blob::{Unit, UnitIndex};
@@ -73,7 +75,7 @@ pub(super) struct Fetcher {
 }
 
 struct State {
-    on_demand: VecDeque<Window>,
+    on_demand: Lanes<Window>,
     prefetch: VecDeque<Window>,
     running: Vec<Running>,
     budget: Budget,
@@ -109,7 +111,7 @@ enum Turn {
 impl Fetcher {
     pub(super) fn new(options: Arc<StoreOptions>, runtime: Handle, jobs: Arc<Queue>) -> Arc<Self> {
         let state = State {
-            on_demand: VecDeque::new(),
+            on_demand: Lanes::new(),
             prefetch: VecDeque::new(),
             running: Vec::new(),
             budget: Budget::new(options.memory, options.memory_reserve),
@@ -128,7 +130,7 @@ impl Fetcher {
             match window.class() {
                 Class::OnDemand => {
                     window.asked.get_or_insert_with(Instant::now);
-                    state.on_demand.push_back(window);
+                    state.on_demand.push(window.core.id, window);
                 }
                 Class::Prefetch => {
                     window.asked = None;
@@ -147,7 +149,7 @@ impl Fetcher {
         let queued = state.prefetch.iter().position(|window| window.holds(unit));
         if let Some(mut window) = queued.and_then(|at| state.prefetch.remove(at)) {
             window.asked = Some(Instant::now());
-            state.on_demand.push_back(window);
+            state.on_demand.push(window.core.id, window);
         }
         for running in &state.running {
             if running.device == unit.0 && running.units.contains(&unit.1) {
@@ -162,19 +164,15 @@ impl Fetcher {
     /// Drops what is queued for a device and stops what runs; the leads cancel their waiters.
     pub(super) fn remove(self: &Arc<Self>, device: u64) {
         let mut state = self.state.lock().unwrap();
-        let mut removed = Vec::new();
-        let State { on_demand, prefetch, .. } = &mut *state;
-        for queue in [on_demand, prefetch] {
-            let (gone, kept): (Vec<_>, Vec<_>) = queue.drain(..).partition(|window| window.core.id == device);
-            *queue = kept.into();
-            removed.extend(gone);
-        }
+        let readers = state.on_demand.remove(device);
+        let (prefetch, kept): (Vec<_>, Vec<_>) = state.prefetch.drain(..).partition(|window| window.core.id == device);
+        state.prefetch = kept.into();
         for running in state.running.iter().filter(|running| running.device == device) {
             running.signal.cancelled.store(true, Ordering::Release);
             running.signal.told.notify_one();
         }
         drop(state);
-        drop(removed);
+        drop((readers, prefetch));
     }
 
     /// Starts reads until slots, memory or windows run out.
@@ -206,34 +204,44 @@ impl Fetcher {
     }
 
     fn next_turn(self: &Arc<Self>, state: &mut State) -> Option<Turn> {
-        let class = if !state.on_demand.is_empty() {
-            Class::OnDemand
-        } else if !state.prefetch.is_empty() {
-            Class::Prefetch
-        } else {
-            return None;
-        };
-        if class == Class::OnDemand && state.on_demand.front()?.is_late(self.options.deadline) {
-            return state.on_demand.pop_front().map(Turn::Expired);
+        let late = state.on_demand.find(|_, window| window.is_late(self.options.deadline)).map(|(device, _)| device);
+        if let Some(device) = late {
+            return state.on_demand.take(device).map(Turn::Expired);
         }
-        if state.running.iter().filter(|running| running.class == class).count() >= self.options.fetches(class) {
-            return None;
-        }
-        let queue = match class {
-            Class::OnDemand => &mut state.on_demand,
-            Class::Prefetch => &mut state.prefetch,
-        };
-        let bytes = queue.front()?.stored.len();
+        let (class, device, bytes) = self.choose(state)?;
         if !state.budget.try_take(class, bytes) {
             return None;
         }
-        let window = queue.pop_front()?;
+        let window = match class {
+            Class::OnDemand => state.on_demand.take(device)?,
+            Class::Prefetch => state.prefetch.pop_front()?,
+        };
         let signal = Arc::<Signal>::default();
         let ticket = state.next_ticket;
         state.next_ticket += 1;
-        let (device, units) = (window.core.id, window.span());
+        let units = window.span();
         state.running.push(Running { ticket, device, units, class, signal: Arc::clone(&signal) });
         Some(Turn::Start(window, Slot { fetcher: Arc::clone(self), ticket, bytes, class, signal }))
+    }
+
+    /// Whose turn it is, if there is a slot for it, and how many bytes it wants.
+    fn choose(&self, state: &State) -> Option<(Class, u64, u64)> {
+        let held = |class| state.running.iter().filter(move |running| running.class == class);
+        let free = |class| held(class).count() < self.options.fetches(class);
+        if !state.on_demand.is_empty() {
+            if !free(Class::OnDemand) {
+                return None;
+            }
+            let most = self.options.fetches_per_device();
+            let may = |device| held(Class::OnDemand).filter(|running| running.device == device).count() < most;
+            if let Some((device, window)) = state.on_demand.find(|device, _| may(device)) {
+                return Some((Class::OnDemand, device, window.stored.len()));
+            }
+        }
+        let window = state.prefetch.front().filter(|_| free(Class::Prefetch))?;
+        let device = window.core.id;
+        // Readers who wait for one of their own device's slots still go before its prefetch.
+        (!state.on_demand.has(device)).then_some((Class::Prefetch, device, window.stored.len()))
     }
 
     /// Fails a window whose readers' time is over. On the pool, where completions may run.

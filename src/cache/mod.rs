@@ -19,6 +19,7 @@ mod engine;
 mod fetch;
 mod flush;
 mod inflight;
+mod lanes;
 mod ledger;
 mod plan;
 mod pool;
