@@ -95,9 +95,12 @@ enum Act {
     /// Never answer.
     Hang,
     Fail,
+    /// Say that there is no such blob.
+    Deny,
 }
 
 struct Scripted {
+    name: &'static str,
     stored: Vec<u8>,
     log: Mutex<Vec<ByteRange>>,
     answer: Box<Answer>,
@@ -105,7 +108,15 @@ struct Scripted {
 
 impl Scripted {
     fn new(blob: &Blob, answer: impl Fn(ByteRange, Class) -> Act + Send + Sync + 'static) -> Arc<Self> {
-        Arc::new(Self { stored: blob.stored.clone(), log: Mutex::default(), answer: Box::new(answer) })
+        Self::named("a script", blob, answer)
+    }
+
+    fn named(
+        name: &'static str,
+        blob: &Blob,
+        answer: impl Fn(ByteRange, Class) -> Act + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self { name, stored: blob.stored.clone(), log: Mutex::default(), answer: Box::new(answer) })
     }
 
     fn honest(blob: &Blob) -> Arc<Self> {
@@ -145,6 +156,7 @@ impl BlobSource for Scripted {
                 Act::Flip(_) => {}
                 Act::Gate(gate) => gate.acquire().await.unwrap().forget(),
                 Act::Hang => std::future::pending().await,
+                Act::Deny => return Err(SourceError::NotFound { blob: blob.clone(), place }),
                 Act::Fail => {
                     return Err(SourceError::Unavailable { blob: blob.clone(), place, detail: "scripted".to_owned() });
                 }
@@ -154,7 +166,7 @@ impl BlobSource for Scripted {
     }
 
     fn describe(&self) -> String {
-        "a script".to_owned()
+        self.name.to_owned()
     }
 }
 
@@ -589,6 +601,72 @@ fn a_failed_fetch_is_told_to_everybody_and_not_remembered() {
     fill_blocking(&*device, blob.range(0..2)).unwrap();
 
     assert_eq!(device.stats().errors, 4);
+}
+
+// ---- several sources --------------------------------------------------------------------------------
+
+/// A store's device whose sources answer as told, oldest first.
+fn device_of(bench: &Bench, blob: &Blob, sources: &[&Arc<Scripted>], options: StoreOptions) -> Arc<Device> {
+    let store = bench.store(options);
+    let devices: Vec<_> = sources.iter().map(|&source| store.device(blob.map(), source.clone()).unwrap()).collect();
+    devices.into_iter().next_back().unwrap()
+}
+
+#[test]
+fn a_source_without_the_blob_does_not_spoil_the_one_that_has_it() {
+    for newest_is_good in [false, true] {
+        let (bench, blob) = (Bench::new(), Blob::new(3, 5000, 1));
+        let good = Scripted::named("good", &blob, |_, _| Act::Serve);
+        let empty = Scripted::named("empty", &blob, |_, _| Act::Deny);
+        let order = if newest_is_good { [&empty, &good] } else { [&good, &empty] };
+        let device = device_of(&bench, &blob, &order, apart());
+
+        (0..3).for_each(|unit| fill_blocking(&*device, blob.one(unit)).unwrap());
+
+        assert_eq!(good.log().len(), 3);
+        assert_eq!(empty.log().len(), usize::from(!newest_is_good), "asked once and then put last");
+        assert_eq!(device.stats().errors, 0);
+    }
+}
+
+#[test]
+fn a_source_that_stalls_leaves_time_for_the_next() {
+    let (bench, blob) = (Bench::new(), Blob::new(2, 5000, 1));
+    let good = Scripted::named("good", &blob, |_, _| Act::Serve);
+    let down = Scripted::named("down", &blob, |_, _| Act::Fail);
+    let stalled = Scripted::named("stalled", &blob, |_, _| Act::Hang);
+    let options = StoreOptions { deadline: Duration::from_secs(2), ..apart() };
+    let device = device_of(&bench, &blob, &[&good, &down, &stalled], options);
+
+    fill_blocking(&*device, blob.one(0)).unwrap();
+
+    assert_eq!([good.log().len(), down.log().len(), stalled.log().len()], [1, 1, 1]);
+}
+
+#[test]
+fn when_all_sources_fail_the_failure_that_may_pass_is_told() {
+    let (bench, blob) = (Bench::new(), Blob::new(1, 5000, 0));
+    let down = Scripted::named("down", &blob, |_, _| Act::Fail);
+    let empty = Scripted::named("empty", &blob, |_, _| Act::Deny);
+    let device = device_of(&bench, &blob, &[&down, &empty], quiet());
+
+    let error = fill_blocking(&*device, blob.one(0)).unwrap_err();
+
+    let FillError::Source { unit: 0, cause, .. } = &error else { panic!("{error:?}") };
+    assert!(matches!(&**cause, SourceError::Unavailable { place, .. } if place == "down"), "{cause:?}");
+}
+
+#[test]
+fn damaged_bytes_are_asked_for_again_elsewhere() {
+    let (bench, blob) = (Bench::new(), Blob::new(1, 5000, 0));
+    let good = Scripted::named("good", &blob, |_, _| Act::Serve);
+    let bad = Scripted::named("bad", &blob, |_, _| Act::Flip(100));
+    let device = device_of(&bench, &blob, &[&good, &bad], quiet());
+
+    fill_blocking(&*device, blob.one(0)).unwrap();
+
+    assert_eq!([good.log().len(), bad.log().len()], [1, 1]);
+    assert_bytes(&device, &blob, 0..1);
 }
 
 // ---- prefetch ---------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ use super::pool::Job;
 use super::presence::found;
 use super::readahead::{Reach, Streams};
 use super::sink::{Scratch, Sink};
+use super::sources::Sources;
 use super::store::StoreError;
 use super::{Completion, Fill, FillError, is_needed};
 use crate::base::{BlobId, ByteRange, Class};
@@ -61,7 +62,7 @@ pub(super) struct Core {
     layout: Arc<UnitMap>,
     /// The same units with all checks known so far; another image may add some.
     map: RwLock<Arc<UnitMap>>,
-    source: RwLock<Arc<dyn BlobSource>>,
+    pub(super) sources: Sources,
     pub(super) ledger: Arc<Ledger>,
     inflight: Arc<Inflight>,
     streams: Mutex<Streams>,
@@ -151,7 +152,7 @@ impl Device {
             id: engine.number_device(),
             layout: Arc::clone(&map),
             map: RwLock::new(Arc::clone(&map)),
-            source: RwLock::new(source),
+            sources: Sources::new(source),
             ledger,
             inflight: Arc::default(),
             streams: Mutex::default(),
@@ -241,7 +242,7 @@ impl Device {
         self.core.background.stop();
     }
 
-    /// Adds what `map` knows about how to check units, and a source to fetch them from, when
+    /// Adds what `map` knows about how to check units, and a source to ask before the others, when
     /// another image turns out to share the blob. Waits for the disk if the device is a store's.
     ///
     /// Returns `false` and changes nothing if the maps disagree, or if what is new could not be
@@ -263,7 +264,7 @@ impl Device {
         if let Some(home) = self.home.as_ref().filter(|_| news) {
             (home.save)(&merged)?;
         }
-        *self.core.source.write().unwrap() = source;
+        self.core.sources.add(source);
         if news {
             self.core.learn(Arc::new(merged));
         }
@@ -316,10 +317,6 @@ impl Core {
 
     pub(super) fn map(&self) -> Arc<UnitMap> {
         Arc::clone(&self.map.read().unwrap())
-    }
-
-    pub(super) fn source(&self) -> Arc<dyn BlobSource> {
-        Arc::clone(&self.source.read().unwrap())
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -494,17 +491,17 @@ impl Core {
     }
 
     /// Holds a source to its word.
-    pub(super) fn whole(&self, bytes: Bytes, stored: ByteRange) -> Result<Bytes, SourceError> {
+    pub(super) fn whole(&self, bytes: Bytes, stored: ByteRange, place: String) -> Result<Bytes, SourceError> {
         self.counters.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         if bytes.len() as u64 == stored.len() {
             return Ok(bytes);
         }
         let detail = format!("{} bytes came instead of {}", bytes.len(), stored.len());
-        Err(SourceError::Unavailable { blob: self.blob().clone(), place: self.source().describe(), detail })
+        Err(SourceError::Unavailable { blob: self.blob().clone(), place, detail })
     }
 
-    pub(super) fn deadline_error(&self, range: ByteRange) -> SourceError {
-        SourceError::Deadline { blob: self.blob().clone(), place: self.source().describe(), range }
+    pub(super) fn deadline_error(&self, range: ByteRange, place: String) -> SourceError {
+        SourceError::Deadline { blob: self.blob().clone(), place, range }
     }
 
     fn corrupt(&self, index: UnitIndex, unit: &Unit, cause: DecodeError) -> FillError {

@@ -23,9 +23,9 @@ use super::engine::StoreOptions;
 use super::inflight::{Lead, Urgency};
 use super::lanes::Lanes;
 use super::pool::{Job, Queue, UnitKey};
-use crate::base::{ByteRange, Class};
+use crate::base::{ByteRange, Class, Fault};
 use crate::blob::{Unit, UnitIndex};
-use crate::source::{ReadCtx, SourceError};
+use crate::source::{BlobSource, ReadCtx, SourceError};
 
 /// One ranged read and the duty to finish the units it brings.
 pub(super) struct Window {
@@ -246,7 +246,7 @@ impl Fetcher {
 
     /// Fails a window whose readers' time is over. On the pool, where completions may run.
     fn expire(&self, window: Window) {
-        let error = window.core.deadline_error(window.stored);
+        let error = window.core.deadline_error(window.stored, window.core.sources.describe());
         fail(&self.jobs, window, error);
     }
 }
@@ -293,26 +293,85 @@ async fn run(mut window: Window, slot: Slot) {
     }
 }
 
-/// The bytes of the window, or `None` if nobody wants them any more.
+/// The bytes of the window from the first source that has them, or `None` if nobody wants them any
+/// more. The failure is the one that leaves most hope.
 async fn read(window: &mut Window, slot: &Slot) -> Option<Result<Bytes, SourceError>> {
-    let (core, options) = (&window.core, &slot.fetcher.options);
+    let core = Arc::clone(&window.core);
+    let options = &slot.fetcher.options;
     let mut deadline = match window.asked {
         Some(asked) => asked + options.deadline,
         None => Instant::now() + options.prefetch_deadline,
     };
-    let source = core.source();
+    let mut sources = core.sources.all();
+    if window.units.iter().any(|led| led.again) {
+        // Its bytes were damaged, and another one's may not be.
+        sources.rotate_left(1);
+    }
+    let mut failure: Option<SourceError> = None;
+    while !sources.is_empty() {
+        let source = sources.remove(0);
+        let error = match ask(&source, sources.is_empty(), window, slot, &mut deadline).await? {
+            Ok(bytes) => return Some(Ok(bytes)),
+            Err(error) => error,
+        };
+        match error.fault() {
+            Fault::Cancelled => return Some(Err(error)),
+            // A range outside the blob says more about the image than about the source.
+            Fault::Permanent if !matches!(error, SourceError::OutOfRange { .. }) => core.sources.demote(&source),
+            Fault::Permanent | Fault::Transient | Fault::Corrupt => {}
+        }
+        if failure.as_ref().is_none_or(|known| hope(&error, window) > hope(known, window)) {
+            failure = Some(error);
+        }
+        if Instant::now() >= deadline {
+            break;
+        }
+    }
+    failure.map(Err)
+}
+
+/// What can still be done after a failure: ask for the units one by one, or try again later.
+fn hope(error: &SourceError, window: &Window) -> u8 {
+    match error {
+        SourceError::OutOfRange { .. } if window.units.len() > 1 => 2,
+        error if error.fault() == Fault::Transient => 1,
+        _ => 0,
+    }
+}
+
+/// Asks one source, for at most half of the time left unless it is the `last`. A reader that joins
+/// meanwhile may bring `deadline` forward. `None` if nobody wants the bytes any more.
+async fn ask(
+    source: &Arc<dyn BlobSource>,
+    last: bool,
+    window: &mut Window,
+    slot: &Slot,
+    deadline: &mut Instant,
+) -> Option<Result<Bytes, SourceError>> {
+    let (core, stored) = (Arc::clone(&window.core), window.stored);
+    let share = |deadline: Instant| {
+        let now = Instant::now();
+        if last { deadline } else { now + deadline.saturating_duration_since(now) / 2 }
+    };
+    let mut until = share(*deadline);
     core.counters.request();
-    let mut read = source.read(core.blob(), window.stored, ReadCtx { class: slot.class, deadline });
+    let mut read = source.read(core.blob(), stored, ReadCtx { class: slot.class, deadline: until });
     loop {
         tokio::select! {
-            outcome = &mut read => return Some(outcome.and_then(|bytes| core.whole(bytes, window.stored))),
-            () = tokio::time::sleep_until(deadline.into()) => return Some(Err(core.deadline_error(window.stored))),
+            outcome = &mut read => {
+                return Some(outcome.and_then(|bytes| core.whole(bytes, stored, source.describe())));
+            }
+            () = tokio::time::sleep_until(until.into()) => {
+                return Some(Err(core.deadline_error(stored, source.describe())));
+            }
             () = slot.signal.told.notified() => {
                 if slot.signal.cancelled.load(Ordering::Acquire) {
                     return None;
                 }
                 // A reader has joined: from now on its patience counts.
-                deadline = deadline.min(*window.asked.get_or_insert_with(Instant::now) + options.deadline);
+                let asked = *window.asked.get_or_insert_with(Instant::now);
+                *deadline = (*deadline).min(asked + slot.fetcher.options.deadline);
+                until = until.min(share(*deadline));
             }
         }
     }

@@ -26,6 +26,7 @@ mod pool;
 mod presence;
 mod readahead;
 mod sink;
+mod sources;
 mod store;
 
 pub use device::{Device, DeviceStats};
