@@ -39,12 +39,14 @@ pub struct Device {
     learning: Mutex<()>,
 }
 
+type Save = dyn Fn(&UnitMap) -> Result<(), StoreError> + Send + Sync;
+
 /// Where a device of a store lives.
 pub(super) struct Home {
     /// The file of decoded bytes.
     pub(super) data: PathBuf,
     /// Makes what the map says durable. Presence must not outlive the checks it was won by.
-    pub(super) save: Box<dyn Fn(&UnitMap) -> Result<(), StoreError> + Send + Sync>,
+    pub(super) save: Box<Save>,
     /// The right to write there: the store stays locked while a device can write to it.
     pub(super) _lock: Arc<File>,
 }
