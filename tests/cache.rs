@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class};
@@ -95,9 +95,12 @@ enum Act {
     /// Never answer.
     Hang,
     Fail,
+    /// Say that there is no such blob.
+    Deny,
 }
 
 struct Scripted {
+    name: &'static str,
     stored: Vec<u8>,
     log: Mutex<Vec<ByteRange>>,
     answer: Box<Answer>,
@@ -105,7 +108,15 @@ struct Scripted {
 
 impl Scripted {
     fn new(blob: &Blob, answer: impl Fn(ByteRange, Class) -> Act + Send + Sync + 'static) -> Arc<Self> {
-        Arc::new(Self { stored: blob.stored.clone(), log: Mutex::default(), answer: Box::new(answer) })
+        Self::named("a script", blob, answer)
+    }
+
+    fn named(
+        name: &'static str,
+        blob: &Blob,
+        answer: impl Fn(ByteRange, Class) -> Act + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self { name, stored: blob.stored.clone(), log: Mutex::default(), answer: Box::new(answer) })
     }
 
     fn honest(blob: &Blob) -> Arc<Self> {
@@ -145,6 +156,7 @@ impl BlobSource for Scripted {
                 Act::Flip(_) => {}
                 Act::Gate(gate) => gate.acquire().await.unwrap().forget(),
                 Act::Hang => std::future::pending().await,
+                Act::Deny => return Err(SourceError::NotFound { blob: blob.clone(), place }),
                 Act::Fail => {
                     return Err(SourceError::Unavailable { blob: blob.clone(), place, detail: "scripted".to_owned() });
                 }
@@ -154,7 +166,26 @@ impl BlobSource for Scripted {
     }
 
     fn describe(&self) -> String {
-        "a script".to_owned()
+        self.name.to_owned()
+    }
+}
+
+/// Answers with zeros, and remembers how long it would have had for each answer.
+#[derive(Default)]
+struct Zeros(Mutex<Vec<Instant>>);
+
+impl BlobSource for Zeros {
+    fn len<'a>(&'a self, _: &'a BlobId, _: ReadCtx) -> BoxFuture<'a, Result<u64, SourceError>> {
+        Box::pin(async { Ok(u64::MAX) })
+    }
+
+    fn read<'a>(&'a self, _: &'a BlobId, stored: ByteRange, ctx: ReadCtx) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        self.0.lock().unwrap().push(ctx.deadline);
+        Box::pin(async move { Ok(vec![0; usize::try_from(stored.len()).unwrap()].into()) })
+    }
+
+    fn describe(&self) -> String {
+        "zeros".to_owned()
     }
 }
 
@@ -222,9 +253,19 @@ impl Bench {
     }
 
     fn in_memory(&self, blob: &Blob, source: &Arc<Scripted>, options: StoreOptions) -> (Arc<Device>, Memory) {
+        self.in_memory_knowing(blob, 0..blob.units.len(), source, options)
+    }
+
+    fn in_memory_knowing(
+        &self,
+        blob: &Blob,
+        known: Range<usize>,
+        source: &Arc<Scripted>,
+        options: StoreOptions,
+    ) -> (Arc<Device>, Memory) {
         let memory = Memory::default();
         let (source, sink) = (Arc::clone(source), Box::new(memory.clone()));
-        (Device::with_sink(blob.map(), source, sink, &[], self.engine(options)), memory)
+        (Device::with_sink(blob.map_knowing(known), source, sink, &[], self.engine(options)), memory)
     }
 }
 
@@ -250,9 +291,9 @@ fn is_deadline(outcome: &Result<(), FillError>) -> bool {
 
 /// Waits for something another thread is about to do.
 fn eventually(what: &str, mut check: impl FnMut() -> bool) {
-    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(20);
     while !check() {
-        assert!(std::time::Instant::now() < deadline, "never happened: {what}");
+        assert!(Instant::now() < deadline, "never happened: {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -434,6 +475,40 @@ fn a_stalled_source_is_an_error_at_the_deadline() {
 }
 
 #[test]
+fn a_dead_source_does_not_hold_up_another_device() {
+    let (bench, blob) = (Bench::new(), Blob::new(40, 64, 1));
+    let engine = bench.engine(StoreOptions { fetches: 4, ..apart() });
+    let device = |source: &Arc<Scripted>| {
+        Device::with_sink(blob.map(), source.clone(), Box::new(Memory::default()), &[], engine.clone())
+    };
+    let (dead, healthy) = (Scripted::new(&blob, |_, _| Act::Hang), Scripted::honest(&blob));
+    let (stuck, working) = (device(&dead), device(&healthy));
+    let stuck_readers = start(&stuck, (0..20).map(|unit| blob.one(unit)), Class::OnDemand);
+    eventually("the dead source holds all it may", || dead.log().len() == 2);
+
+    let readers = start(&working, (0..40).map(|unit| blob.one(unit)), Class::OnDemand);
+    (0..40).for_each(|_| next(&readers).unwrap());
+    let idle = device(&healthy);
+    next(&start(&idle, [blob.one(0)], Class::Prefetch)).unwrap();
+
+    assert_eq!(dead.log().len(), 2, "the others wait for the first two");
+    assert!(stuck_readers.try_recv().is_err());
+}
+
+#[test]
+fn a_second_attempt_at_a_corrupt_unit_gets_no_time_of_its_own() {
+    let (bench, blob) = (Bench::new(), Blob::new(1, 5000, 0));
+    let source = Arc::<Zeros>::default();
+    let device = Device::with_sink(blob.map(), source.clone(), Box::new(Memory::default()), &[], bench.engine(quiet()));
+
+    let error = fill_blocking(&*device, blob.one(0)).unwrap_err();
+
+    assert!(matches!(error, FillError::Corrupt { unit: 0, .. }), "{error:?}");
+    let deadlines = source.0.lock().unwrap();
+    assert_eq!((deadlines.len(), deadlines[0]), (2, deadlines[1]));
+}
+
+#[test]
 fn a_reader_that_joins_a_stalled_prefetch_waits_no_longer_than_a_reader_may() {
     let (bench, blob) = (Bench::new(), Blob::new(1, 5000, 0));
     let source = Scripted::new(&blob, |_, _| Act::Hang);
@@ -464,6 +539,32 @@ fn ten_thousand_fills_return_at_once_and_are_all_cancelled_in_the_end() {
     }
     assert!(outcomes.recv_timeout(Duration::from_secs(20)).is_err(), "each is told once");
     assert!(source.log().len() <= 8, "only as many as may run at once were ever asked for");
+}
+
+#[test]
+fn a_huge_range_is_filled_a_step_after_the_other() {
+    // 80 MiB of one block each.
+    let (bench, blob) = (Bench::new(), Blob::new(20_480, 64, 0));
+    let open = Arc::new(AtomicBool::new(false));
+    let source = Scripted::new(&blob, {
+        let open = open.clone();
+        move |_, _| if open.load(Ordering::SeqCst) { Act::Serve } else { Act::Hang }
+    });
+    let (device, memory) = bench.in_memory(&blob, &source, StoreOptions { window: 10_000, ..quiet() });
+    let outcomes = start(&device, [blob.range(0..20_480)], Class::OnDemand);
+    eventually("something is asked for", || !source.log().is_empty());
+    assert!(outcomes.try_recv().is_err());
+    drop(device);
+    assert!(matches!(next(&outcomes), Err(FillError::Cancelled)), "what was not begun is cancelled as well");
+    assert!(outcomes.recv_timeout(Duration::from_secs(20)).is_err(), "told once");
+    assert_eq!(memory.bytes.lock().unwrap().len(), 0);
+
+    open.store(true, Ordering::SeqCst);
+    let (device, memory) = bench.in_memory(&blob, &source, quiet());
+    let outcomes = start(&device, [blob.range(0..20_480)], Class::Prefetch);
+    assert!(next(&outcomes).is_ok());
+    assert!(device.present(blob.range(0..20_480)) && *memory.bytes.lock().unwrap() == blob.plain);
+    assert_eq!(device.stats().requests, 2, "a step does not begin before the one before has ended");
 }
 
 #[test]
@@ -500,6 +601,72 @@ fn a_failed_fetch_is_told_to_everybody_and_not_remembered() {
     fill_blocking(&*device, blob.range(0..2)).unwrap();
 
     assert_eq!(device.stats().errors, 4);
+}
+
+// ---- several sources --------------------------------------------------------------------------------
+
+/// A store's device whose sources answer as told, oldest first.
+fn device_of(bench: &Bench, blob: &Blob, sources: &[&Arc<Scripted>], options: StoreOptions) -> Arc<Device> {
+    let store = bench.store(options);
+    let devices: Vec<_> = sources.iter().map(|&source| store.device(blob.map(), source.clone()).unwrap()).collect();
+    devices.into_iter().next_back().unwrap()
+}
+
+#[test]
+fn a_source_without_the_blob_does_not_spoil_the_one_that_has_it() {
+    for newest_is_good in [false, true] {
+        let (bench, blob) = (Bench::new(), Blob::new(3, 5000, 1));
+        let good = Scripted::named("good", &blob, |_, _| Act::Serve);
+        let empty = Scripted::named("empty", &blob, |_, _| Act::Deny);
+        let order = if newest_is_good { [&empty, &good] } else { [&good, &empty] };
+        let device = device_of(&bench, &blob, &order, apart());
+
+        (0..3).for_each(|unit| fill_blocking(&*device, blob.one(unit)).unwrap());
+
+        assert_eq!(good.log().len(), 3);
+        assert_eq!(empty.log().len(), usize::from(!newest_is_good), "asked once and then put last");
+        assert_eq!(device.stats().errors, 0);
+    }
+}
+
+#[test]
+fn a_source_that_stalls_leaves_time_for_the_next() {
+    let (bench, blob) = (Bench::new(), Blob::new(2, 5000, 1));
+    let good = Scripted::named("good", &blob, |_, _| Act::Serve);
+    let down = Scripted::named("down", &blob, |_, _| Act::Fail);
+    let stalled = Scripted::named("stalled", &blob, |_, _| Act::Hang);
+    let options = StoreOptions { deadline: Duration::from_secs(2), ..apart() };
+    let device = device_of(&bench, &blob, &[&good, &down, &stalled], options);
+
+    fill_blocking(&*device, blob.one(0)).unwrap();
+
+    assert_eq!([good.log().len(), down.log().len(), stalled.log().len()], [1, 1, 1]);
+}
+
+#[test]
+fn when_all_sources_fail_the_failure_that_may_pass_is_told() {
+    let (bench, blob) = (Bench::new(), Blob::new(1, 5000, 0));
+    let down = Scripted::named("down", &blob, |_, _| Act::Fail);
+    let empty = Scripted::named("empty", &blob, |_, _| Act::Deny);
+    let device = device_of(&bench, &blob, &[&down, &empty], quiet());
+
+    let error = fill_blocking(&*device, blob.one(0)).unwrap_err();
+
+    let FillError::Source { unit: 0, cause, .. } = &error else { panic!("{error:?}") };
+    assert!(matches!(&**cause, SourceError::Unavailable { place, .. } if place == "down"), "{cause:?}");
+}
+
+#[test]
+fn damaged_bytes_are_asked_for_again_elsewhere() {
+    let (bench, blob) = (Bench::new(), Blob::new(1, 5000, 0));
+    let good = Scripted::named("good", &blob, |_, _| Act::Serve);
+    let bad = Scripted::named("bad", &blob, |_, _| Act::Flip(100));
+    let device = device_of(&bench, &blob, &[&good, &bad], quiet());
+
+    fill_blocking(&*device, blob.one(0)).unwrap();
+
+    assert_eq!([good.log().len(), bad.log().len()], [1, 1]);
+    assert_bytes(&device, &blob, 0..1);
 }
 
 // ---- prefetch ---------------------------------------------------------------------------------------
@@ -613,6 +780,23 @@ fn a_blob_completes_in_the_background_and_says_so_once_it_is_durable() {
         }
     }));
     assert_eq!(told.load(Ordering::SeqCst), 1, "a late listener is told at once");
+}
+
+#[test]
+fn a_blob_nobody_vouches_for_is_never_complete() {
+    let (bench, blob) = (Bench::new(), Blob::new(3, 5000, 0));
+    let (device, _) = bench.in_memory_knowing(&blob, 0..0, &Scripted::honest(&blob), quiet());
+    let (tx, rx) = channel();
+    device.on_complete(Box::new(move || tx.send(()).unwrap()));
+
+    device.complete_in_background();
+    device.flush().unwrap();
+
+    assert!(!device.is_complete_durable() && rx.try_recv().is_err());
+    assert!(device.learn(&blob.map(), Scripted::honest(&blob)));
+    fill_blocking(&*device, blob.range(0..3)).unwrap();
+    device.flush().unwrap();
+    assert!(device.is_complete_durable() && rx.try_recv().is_ok());
 }
 
 #[test]
@@ -749,6 +933,25 @@ fn a_foreign_sink_is_believed_about_whole_units_only() {
     fill_blocking(&*device, blob.range(0..3)).unwrap();
     device.flush().unwrap();
     assert!(device.is_complete_durable());
+}
+
+#[test]
+fn ranges_in_a_foreign_sink_that_touch_count_as_one() {
+    let (bench, blob) = (Bench::new(), Blob::new(7, 10_000, 0));
+    let engine = bench.engine(quiet());
+    let present_in = |blocks: &[(u64, u64)]| {
+        let ranges: Vec<_> = blocks.iter().map(|&(s, e)| ByteRange::new(s * 4096, e * 4096).unwrap()).collect();
+        let (source, sink) = (Scripted::honest(&blob), Box::new(Memory::default()));
+        present(&Device::with_sink(blob.map(), source, sink, &ranges, engine.clone()), &blob)
+    };
+
+    // Every unit has three blocks.
+    assert_eq!(present_in(&[(0, 1), (1, 2), (2, 3)]), [0], "three that touch");
+    assert_eq!(present_in(&[(2, 6), (0, 2)]), [0, 1], "in any order");
+    assert_eq!(present_in(&[(3, 8), (4, 5), (7, 10)]), [1, 2], "overlaps");
+    assert_eq!(present_in(&[(0, 2), (3, 5), (6, 9), (10, 12)]), [2], "a block is missing of the others");
+    assert_eq!(present_in(&[(0, 0), (5, 5), (18, 99)]), [6], "empty ones, and one behind the end");
+    assert_eq!(present_in(&[]), Vec::<usize>::new());
 }
 
 #[test]

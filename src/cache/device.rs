@@ -17,9 +17,10 @@ use super::inflight::{Inflight, Lead, Role, Urgency, Wait};
 use super::ledger::{FlushError, Ledger};
 use super::plan::{PlanLimits, plan};
 use super::pool::Job;
-use super::presence::{set_bit, words_for};
+use super::presence::found;
 use super::readahead::{Reach, Streams};
 use super::sink::{Scratch, Sink};
+use super::sources::Sources;
 use super::store::StoreError;
 use super::{Completion, Fill, FillError, is_needed};
 use crate::base::{BlobId, ByteRange, Class};
@@ -38,15 +39,22 @@ pub struct Device {
     learning: Mutex<()>,
 }
 
+type Save = dyn Fn(&UnitMap) -> Result<(), StoreError> + Send + Sync;
+
 /// Where a device of a store lives.
 pub(super) struct Home {
     /// The file of decoded bytes.
     pub(super) data: PathBuf,
     /// Makes what the map says durable. Presence must not outlive the checks it was won by.
-    pub(super) save: Box<dyn Fn(&UnitMap) -> Result<(), StoreError> + Send + Sync>,
+    pub(super) save: Box<Save>,
     /// The right to write there: the store stays locked while a device can write to it.
     pub(super) _lock: Arc<File>,
 }
+
+/// Most decoded bytes that one call of `fill` looks at before it returns; the rest is up to the
+/// pool, one step after the other. A kernel asks for a whole file when somebody maps it, and a
+/// hostile image can cut that into millions of units. Larger than what all readers' slots hold.
+const STEP: u64 = 64 << 20;
 
 /// What queued and running work holds on to.
 pub(super) struct Core {
@@ -56,7 +64,7 @@ pub(super) struct Core {
     layout: Arc<UnitMap>,
     /// The same units with all checks known so far; another image may add some.
     map: RwLock<Arc<UnitMap>>,
-    source: RwLock<Arc<dyn BlobSource>>,
+    pub(super) sources: Sources,
     pub(super) ledger: Arc<Ledger>,
     inflight: Arc<Inflight>,
     streams: Mutex<Streams>,
@@ -122,7 +130,7 @@ impl Device {
     /// A device over a file that somebody else owns, with no durable copy of its presence.
     ///
     /// `present` are the decoded ranges already in the sink: a unit is present if all its blocks
-    /// lie in one of them.
+    /// lie in them. They may come in any order, touch and overlap.
     pub fn with_sink(
         map: UnitMap,
         source: Arc<dyn BlobSource>,
@@ -130,12 +138,7 @@ impl Device {
         present: &[ByteRange],
         engine: Arc<Engine>,
     ) -> Arc<Self> {
-        let mut words = vec![0; words_for(map.count())];
-        for (index, unit) in (0..).zip(map.units()) {
-            if is_needed(unit) && present.iter().any(|range| range.contains(unit.blocks())) {
-                set_bit(&mut words, index);
-            }
-        }
+        let words = found(&map, present);
         Self::assemble(Arc::new(map), source, Arc::new(Ledger::new(sink, words, None)), None, engine)
     }
 
@@ -151,7 +154,7 @@ impl Device {
             id: engine.number_device(),
             layout: Arc::clone(&map),
             map: RwLock::new(Arc::clone(&map)),
-            source: RwLock::new(source),
+            sources: Sources::new(source),
             ledger,
             inflight: Arc::default(),
             streams: Mutex::default(),
@@ -207,7 +210,8 @@ impl Device {
         }
     }
 
-    /// Whether every unit whose check is known is present and on stable storage.
+    /// Whether every unit whose check is known is present and on stable storage. Never true while
+    /// there are units and no check of any is known.
     pub fn is_complete_durable(&self) -> bool {
         self.core.completeness.reached.load(Ordering::Acquire)
     }
@@ -240,7 +244,7 @@ impl Device {
         self.core.background.stop();
     }
 
-    /// Adds what `map` knows about how to check units, and a source to fetch them from, when
+    /// Adds what `map` knows about how to check units, and a source to ask before the others, when
     /// another image turns out to share the blob. Waits for the disk if the device is a store's.
     ///
     /// Returns `false` and changes nothing if the maps disagree, or if what is new could not be
@@ -262,7 +266,7 @@ impl Device {
         if let Some(home) = self.home.as_ref().filter(|_| news) {
             (home.save)(&merged)?;
         }
-        *self.core.source.write().unwrap() = source;
+        self.core.sources.add(source);
         if news {
             self.core.learn(Arc::new(merged));
         }
@@ -296,10 +300,8 @@ impl Fill for Device {
     }
 
     fn fill(&self, decoded: ByteRange, class: Class, done: Completion) {
-        match self.core.layout.covering(decoded) {
-            None => done(Err(FillError::Unmapped { blob: self.blob().clone(), decoded })),
-            Some(units) => self.core.fill(units, class, done),
-        }
+        let wait = Wait::new(done);
+        self.core.fill_range(decoded, class, wait);
     }
 
     fn touched(&self, decoded: ByteRange) {
@@ -319,12 +321,28 @@ impl Core {
         Arc::clone(&self.map.read().unwrap())
     }
 
-    pub(super) fn source(&self) -> Arc<dyn BlobSource> {
-        Arc::clone(&self.source.read().unwrap())
-    }
-
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
+    }
+
+    /// Makes `decoded` present a step after the other, then settles `wait`.
+    fn fill_range(self: &Arc<Self>, decoded: ByteRange, class: Class, wait: Arc<Wait>) {
+        let step = decoded.clamp_end(decoded.start().saturating_add(STEP));
+        let Some(units) = self.layout.covering(step) else {
+            return wait.settle(&Err(FillError::Unmapped { blob: self.blob().clone(), decoded: step }));
+        };
+        let rest = ByteRange::new(step.end(), decoded.end()).expect("a step ends in its range");
+        let core = Arc::clone(self);
+        let done = move |outcome: Result<(), FillError>| {
+            if outcome.is_err() || rest.is_empty() {
+                return wait.settle(&outcome);
+            }
+            // A job, because the caller may be the thread that must not block.
+            let engine = Arc::clone(&core.engine);
+            let run = Box::new(move |_: &mut _| core.fill_range(rest, class, wait));
+            engine.jobs().push(Job { key: None, urgency: Urgency::new(class), run });
+        };
+        self.fill(units, class, Box::new(done));
     }
 
     /// Makes `units` present, then calls `done`.
@@ -384,7 +402,7 @@ impl Core {
                 Some(Led { unit: map.units()[index as usize], lead, again: false })
             };
             let units = read.units.into_iter().filter_map(led).collect();
-            Window { core: Arc::clone(self), stored: read.stored, units, asked: Instant::now() }
+            Window { core: Arc::clone(self), stored: read.stored, units, asked: None }
         });
         self.enqueue(windows.collect());
     }
@@ -426,14 +444,15 @@ impl Core {
     }
 
     /// Decodes, checks, writes and publishes one unit, then tells everyone who waits.
-    pub(super) fn land(self: &Arc<Self>, led: Led, stored: &[u8], scratch: &mut Scratch) {
+    /// `asked` as in [`Window`].
+    pub(super) fn land(self: &Arc<Self>, led: Led, asked: Option<Instant>, stored: &[u8], scratch: &mut Scratch) {
         if self.is_closed() {
             return drop(led);
         }
         let (index, unit) = (led.lead.unit(), led.unit);
         let room = scratch.room(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"));
         let outcome = match decode(&unit, stored, room) {
-            Err(_) if !led.again => return self.refetch(led),
+            Err(_) if !led.again => return self.refetch(led, asked),
             Err(cause) => Err(self.corrupt(index, &unit, cause)),
             Ok(()) => self.ledger.land(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
         };
@@ -460,11 +479,11 @@ impl Core {
     }
 
     /// Asks once more for a unit whose bytes were damaged, alone: a proxy may have mixed up a
-    /// long range, and its neighbours were fine.
-    fn refetch(self: &Arc<Self>, led: Led) {
+    /// long range, and its neighbours were fine. Who waits does not wait any longer for that.
+    fn refetch(self: &Arc<Self>, led: Led, asked: Option<Instant>) {
         let led = Led { again: true, ..led };
         let stored = led.unit.stored;
-        self.enqueue(vec![Window { core: Arc::clone(self), stored, units: vec![led], asked: Instant::now() }]);
+        self.enqueue(vec![Window { core: Arc::clone(self), stored, units: vec![led], asked }]);
     }
 
     pub(super) fn fetch_failed(&self, led: Led, cause: &Arc<SourceError>) {
@@ -474,17 +493,17 @@ impl Core {
     }
 
     /// Holds a source to its word.
-    pub(super) fn whole(&self, bytes: Bytes, stored: ByteRange) -> Result<Bytes, SourceError> {
+    pub(super) fn whole(&self, bytes: Bytes, stored: ByteRange, place: String) -> Result<Bytes, SourceError> {
         self.counters.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         if bytes.len() as u64 == stored.len() {
             return Ok(bytes);
         }
         let detail = format!("{} bytes came instead of {}", bytes.len(), stored.len());
-        Err(SourceError::Unavailable { blob: self.blob().clone(), place: self.source().describe(), detail })
+        Err(SourceError::Unavailable { blob: self.blob().clone(), place, detail })
     }
 
-    pub(super) fn deadline_error(&self, range: ByteRange) -> SourceError {
-        SourceError::Deadline { blob: self.blob().clone(), place: self.source().describe(), range }
+    pub(super) fn deadline_error(&self, range: ByteRange, place: String) -> SourceError {
+        SourceError::Deadline { blob: self.blob().clone(), place, range }
     }
 
     fn corrupt(&self, index: UnitIndex, unit: &Unit, cause: DecodeError) -> FillError {
@@ -528,8 +547,11 @@ impl Core {
     fn note_completeness(&self) {
         // Judged under the lock, or an old verdict could overwrite one about a newer map.
         let mut callbacks = self.completeness.callbacks.lock().unwrap();
-        let enough = self.ledger.presence.count() >= self.completeness.needed.load(Ordering::Acquire);
-        let complete = enough && self.ledger.holds_all(&self.map());
+        let map = self.map();
+        let needed = self.completeness.needed.load(Ordering::Acquire);
+        // Of a blob whose units nobody can check yet, nothing is there, whatever is missing.
+        let enough = (needed > 0 || map.count() == 0) && self.ledger.presence.count() >= needed;
+        let complete = enough && self.ledger.holds_all(&map);
         self.completeness.reached.store(complete, Ordering::Release);
         let due = if complete { std::mem::take(&mut *callbacks) } else { Vec::new() };
         drop(callbacks);

@@ -29,7 +29,8 @@ pub struct StoreOptions {
     /// Stored bytes between two units that are rather read than paid for with a second request.
     /// Default 64 KiB.
     pub gap: u64,
-    /// Ranged reads for waiting readers that run at once. Default 8.
+    /// Ranged reads for waiting readers that run at once. One device may hold half of them, so
+    /// that a server that does not answer holds up nobody else's readers. Default 16.
     pub fetches: usize,
     /// Ranged reads of prefetch that run at once. Default 4.
     pub prefetch_fetches: usize,
@@ -56,7 +57,7 @@ impl Default for StoreOptions {
             window: 4 * MIB,
             prefetch_window: 2 * MIB,
             gap: 64 << 10,
-            fetches: 8,
+            fetches: 16,
             prefetch_fetches: 4,
             deadline: Duration::from_secs(30),
             prefetch_deadline: Duration::from_secs(120),
@@ -80,6 +81,11 @@ impl StoreOptions {
             Class::OnDemand => self.fetches.max(1),
             Class::Prefetch => self.prefetch_fetches.max(1),
         }
+    }
+
+    /// How many of the on-demand ones a single device may hold.
+    pub(super) fn fetches_per_device(&self) -> usize {
+        (self.fetches / 2).max(1)
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Two queues: readers before prefetch. A read starts when its class has a free slot and the
 //! budget has memory for its bytes; until then it waits here and no thread does. The slot is
-//! free again when the bytes have come, the memory when they are written.
+//! free again when the bytes have come, the memory when they are written. Among readers, devices
+//! take turns and none may hold all slots: the servers behind two images fail independently.
 //!
 //! Locking: nothing is spawned, dropped or completed under the queue lock.
 
@@ -10,7 +11,7 @@ use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
@@ -20,10 +21,11 @@ use super::budget::Budget;
 use super::device::Core;
 use super::engine::StoreOptions;
 use super::inflight::{Lead, Urgency};
+use super::lanes::Lanes;
 use super::pool::{Job, Queue, UnitKey};
-use crate::base::{ByteRange, Class};
+use crate::base::{ByteRange, Class, Fault};
 use crate::blob::{Unit, UnitIndex};
-use crate::source::{ReadCtx, SourceError};
+use crate::source::{BlobSource, ReadCtx, SourceError};
 
 /// One ranged read and the duty to finish the units it brings.
 pub(super) struct Window {
@@ -31,8 +33,8 @@ pub(super) struct Window {
     pub(super) stored: ByteRange,
     /// Not empty.
     pub(super) units: Vec<Led>,
-    /// When a reader began to wait, or the window was made.
-    pub(super) asked: Instant,
+    /// When a reader began to wait; `None` while nobody does.
+    pub(super) asked: Option<Instant>,
 }
 
 /// A unit on its way, and the duty to finish it.
@@ -47,6 +49,11 @@ impl Window {
     fn class(&self) -> Class {
         let classes = self.units.iter().map(|led| led.lead.urgency().class());
         classes.min().unwrap_or(Class::Prefetch)
+    }
+
+    /// Whether a reader has waited this long already.
+    fn is_late(&self, deadline: Duration) -> bool {
+        self.asked.is_some_and(|asked| asked.elapsed() >= deadline)
     }
 
     fn span(&self) -> RangeInclusive<UnitIndex> {
@@ -68,7 +75,7 @@ pub(super) struct Fetcher {
 }
 
 struct State {
-    on_demand: VecDeque<Window>,
+    on_demand: Lanes<Window>,
     prefetch: VecDeque<Window>,
     running: Vec<Running>,
     budget: Budget,
@@ -104,7 +111,7 @@ enum Turn {
 impl Fetcher {
     pub(super) fn new(options: Arc<StoreOptions>, runtime: Handle, jobs: Arc<Queue>) -> Arc<Self> {
         let state = State {
-            on_demand: VecDeque::new(),
+            on_demand: Lanes::new(),
             prefetch: VecDeque::new(),
             running: Vec::new(),
             budget: Budget::new(options.memory, options.memory_reserve),
@@ -118,11 +125,17 @@ impl Fetcher {
     /// Queues reads by their urgency at this moment, and starts what can start.
     pub(super) fn enqueue(self: &Arc<Self>, windows: Vec<Window>) {
         let mut state = self.state.lock().unwrap();
-        for window in windows {
+        for mut window in windows {
             // Read under the lock: a promotion either came before and is seen, or finds the window.
             match window.class() {
-                Class::OnDemand => state.on_demand.push_back(window),
-                Class::Prefetch => state.prefetch.push_back(window),
+                Class::OnDemand => {
+                    window.asked.get_or_insert_with(Instant::now);
+                    state.on_demand.push(window.core.id, window);
+                }
+                Class::Prefetch => {
+                    window.asked = None;
+                    state.prefetch.push_back(window);
+                }
             }
         }
         drop(state);
@@ -135,8 +148,8 @@ impl Fetcher {
         let mut state = self.state.lock().unwrap();
         let queued = state.prefetch.iter().position(|window| window.holds(unit));
         if let Some(mut window) = queued.and_then(|at| state.prefetch.remove(at)) {
-            window.asked = Instant::now();
-            state.on_demand.push_back(window);
+            window.asked = Some(Instant::now());
+            state.on_demand.push(window.core.id, window);
         }
         for running in &state.running {
             if running.device == unit.0 && running.units.contains(&unit.1) {
@@ -151,19 +164,15 @@ impl Fetcher {
     /// Drops what is queued for a device and stops what runs; the leads cancel their waiters.
     pub(super) fn remove(self: &Arc<Self>, device: u64) {
         let mut state = self.state.lock().unwrap();
-        let mut removed = Vec::new();
-        let State { on_demand, prefetch, .. } = &mut *state;
-        for queue in [on_demand, prefetch] {
-            let (gone, kept): (Vec<_>, Vec<_>) = queue.drain(..).partition(|window| window.core.id == device);
-            *queue = kept.into();
-            removed.extend(gone);
-        }
+        let readers = state.on_demand.remove(device);
+        let (prefetch, kept): (Vec<_>, Vec<_>) = state.prefetch.drain(..).partition(|window| window.core.id == device);
+        state.prefetch = kept.into();
         for running in state.running.iter().filter(|running| running.device == device) {
             running.signal.cancelled.store(true, Ordering::Release);
             running.signal.told.notify_one();
         }
         drop(state);
-        drop(removed);
+        drop((readers, prefetch));
     }
 
     /// Starts reads until slots, memory or windows run out.
@@ -195,39 +204,49 @@ impl Fetcher {
     }
 
     fn next_turn(self: &Arc<Self>, state: &mut State) -> Option<Turn> {
-        let class = if !state.on_demand.is_empty() {
-            Class::OnDemand
-        } else if !state.prefetch.is_empty() {
-            Class::Prefetch
-        } else {
-            return None;
-        };
-        if class == Class::OnDemand && state.on_demand.front()?.asked.elapsed() >= self.options.deadline {
-            return state.on_demand.pop_front().map(Turn::Expired);
+        let late = state.on_demand.find(|_, window| window.is_late(self.options.deadline)).map(|(device, _)| device);
+        if let Some(device) = late {
+            return state.on_demand.take(device).map(Turn::Expired);
         }
-        if state.running.iter().filter(|running| running.class == class).count() >= self.options.fetches(class) {
-            return None;
-        }
-        let queue = match class {
-            Class::OnDemand => &mut state.on_demand,
-            Class::Prefetch => &mut state.prefetch,
-        };
-        let bytes = queue.front()?.stored.len();
+        let (class, device, bytes) = self.choose(state)?;
         if !state.budget.try_take(class, bytes) {
             return None;
         }
-        let window = queue.pop_front()?;
+        let window = match class {
+            Class::OnDemand => state.on_demand.take(device)?,
+            Class::Prefetch => state.prefetch.pop_front()?,
+        };
         let signal = Arc::<Signal>::default();
         let ticket = state.next_ticket;
         state.next_ticket += 1;
-        let (device, units) = (window.core.id, window.span());
+        let units = window.span();
         state.running.push(Running { ticket, device, units, class, signal: Arc::clone(&signal) });
         Some(Turn::Start(window, Slot { fetcher: Arc::clone(self), ticket, bytes, class, signal }))
     }
 
+    /// Whose turn it is, if there is a slot for it, and how many bytes it wants.
+    fn choose(&self, state: &State) -> Option<(Class, u64, u64)> {
+        let held = |class| state.running.iter().filter(move |running| running.class == class);
+        let free = |class| held(class).count() < self.options.fetches(class);
+        if !state.on_demand.is_empty() {
+            if !free(Class::OnDemand) {
+                return None;
+            }
+            let most = self.options.fetches_per_device();
+            let may = |device| held(Class::OnDemand).filter(|running| running.device == device).count() < most;
+            if let Some((device, window)) = state.on_demand.find(|device, _| may(device)) {
+                return Some((Class::OnDemand, device, window.stored.len()));
+            }
+        }
+        let window = state.prefetch.front().filter(|_| free(Class::Prefetch))?;
+        let device = window.core.id;
+        // Readers who wait for one of their own device's slots still go before its prefetch.
+        (!state.on_demand.has(device)).then_some((Class::Prefetch, device, window.stored.len()))
+    }
+
     /// Fails a window whose readers' time is over. On the pool, where completions may run.
     fn expire(&self, window: Window) {
-        let error = window.core.deadline_error(window.stored);
+        let error = window.core.deadline_error(window.stored, window.core.sources.describe());
         fail(&self.jobs, window, error);
     }
 }
@@ -260,8 +279,8 @@ impl Drop for Slot {
 }
 
 /// Runs one read and hands its units to the pool. Dropping the task cancels the waiters.
-async fn run(window: Window, slot: Slot) {
-    let Some(outcome) = read(&window, &slot).await else { return };
+async fn run(mut window: Window, slot: Slot) {
+    let Some(outcome) = read(&mut window, &slot).await else { return };
     slot.fetched();
     let jobs = Arc::clone(&slot.fetcher.jobs);
     match outcome {
@@ -274,26 +293,85 @@ async fn run(window: Window, slot: Slot) {
     }
 }
 
-/// The bytes of the window, or `None` if nobody wants them any more.
-async fn read(window: &Window, slot: &Slot) -> Option<Result<Bytes, SourceError>> {
-    let (core, options) = (&window.core, &slot.fetcher.options);
-    let mut deadline = match slot.class {
-        Class::OnDemand => window.asked + options.deadline,
-        Class::Prefetch => Instant::now() + options.prefetch_deadline,
+/// The bytes of the window from the first source that has them, or `None` if nobody wants them any
+/// more. The failure is the one that leaves most hope.
+async fn read(window: &mut Window, slot: &Slot) -> Option<Result<Bytes, SourceError>> {
+    let core = Arc::clone(&window.core);
+    let options = &slot.fetcher.options;
+    let mut deadline = match window.asked {
+        Some(asked) => asked + options.deadline,
+        None => Instant::now() + options.prefetch_deadline,
     };
-    let source = core.source();
+    let mut sources = core.sources.all();
+    if window.units.iter().any(|led| led.again) {
+        // Its bytes were damaged, and another one's may not be.
+        sources.rotate_left(1);
+    }
+    let mut failure: Option<SourceError> = None;
+    while !sources.is_empty() {
+        let source = sources.remove(0);
+        let error = match ask(&source, sources.is_empty(), window, slot, &mut deadline).await? {
+            Ok(bytes) => return Some(Ok(bytes)),
+            Err(error) => error,
+        };
+        match error.fault() {
+            Fault::Cancelled => return Some(Err(error)),
+            // A range outside the blob says more about the image than about the source.
+            Fault::Permanent if !matches!(error, SourceError::OutOfRange { .. }) => core.sources.demote(&source),
+            Fault::Permanent | Fault::Transient | Fault::Corrupt => {}
+        }
+        if failure.as_ref().is_none_or(|known| hope(&error, window) > hope(known, window)) {
+            failure = Some(error);
+        }
+        if Instant::now() >= deadline {
+            break;
+        }
+    }
+    failure.map(Err)
+}
+
+/// What can still be done after a failure: ask for the units one by one, or try again later.
+fn hope(error: &SourceError, window: &Window) -> u8 {
+    match error {
+        SourceError::OutOfRange { .. } if window.units.len() > 1 => 2,
+        error if error.fault() == Fault::Transient => 1,
+        _ => 0,
+    }
+}
+
+/// Asks one source, for at most half of the time left unless it is the `last`. A reader that joins
+/// meanwhile may bring `deadline` forward. `None` if nobody wants the bytes any more.
+async fn ask(
+    source: &Arc<dyn BlobSource>,
+    last: bool,
+    window: &mut Window,
+    slot: &Slot,
+    deadline: &mut Instant,
+) -> Option<Result<Bytes, SourceError>> {
+    let (core, stored) = (Arc::clone(&window.core), window.stored);
+    let share = |deadline: Instant| {
+        let now = Instant::now();
+        if last { deadline } else { now + deadline.saturating_duration_since(now) / 2 }
+    };
+    let mut until = share(*deadline);
     core.counters.request();
-    let mut read = source.read(core.blob(), window.stored, ReadCtx { class: slot.class, deadline });
+    let mut read = source.read(core.blob(), stored, ReadCtx { class: slot.class, deadline: until });
     loop {
         tokio::select! {
-            outcome = &mut read => return Some(outcome.and_then(|bytes| core.whole(bytes, window.stored))),
-            () = tokio::time::sleep_until(deadline.into()) => return Some(Err(core.deadline_error(window.stored))),
+            outcome = &mut read => {
+                return Some(outcome.and_then(|bytes| core.whole(bytes, stored, source.describe())));
+            }
+            () = tokio::time::sleep_until(until.into()) => {
+                return Some(Err(core.deadline_error(stored, source.describe())));
+            }
             () = slot.signal.told.notified() => {
                 if slot.signal.cancelled.load(Ordering::Acquire) {
                     return None;
                 }
                 // A reader has joined: from now on its patience counts.
-                deadline = deadline.min(Instant::now() + options.deadline);
+                let asked = *window.asked.get_or_insert_with(Instant::now);
+                *deadline = (*deadline).min(asked + slot.fetcher.options.deadline);
+                until = until.min(share(*deadline));
             }
         }
     }
@@ -301,7 +379,7 @@ async fn read(window: &Window, slot: &Slot) -> Option<Result<Bytes, SourceError>
 
 /// One job per unit, so that all threads share a window and each unit is answered by itself.
 fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
-    let Window { core, stored, units, .. } = window;
+    let Window { core, stored, units, asked } = window;
     let slot = Arc::new(slot);
     for led in units {
         let cut = |at: u64| usize::try_from(at - stored.start()).expect("a window fits in memory");
@@ -309,7 +387,7 @@ fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
         let (core, slot) = (Arc::clone(&core), Arc::clone(&slot));
         let (key, urgency) = ((core.id, led.lead.unit()), led.lead.urgency().clone());
         let run = Box::new(move |scratch: &mut _| {
-            core.land(led, &bytes, scratch);
+            core.land(led, asked, &bytes, scratch);
             drop((bytes, slot));
         });
         jobs.push(Job { key: Some(key), urgency, run });

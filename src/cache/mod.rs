@@ -19,12 +19,14 @@ mod engine;
 mod fetch;
 mod flush;
 mod inflight;
+mod lanes;
 mod ledger;
 mod plan;
 mod pool;
 mod presence;
 mod readahead;
 mod sink;
+mod sources;
 mod store;
 
 pub use device::{Device, DeviceStats};

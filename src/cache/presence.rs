@@ -1,7 +1,9 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use crate::blob::UnitIndex;
+use super::is_needed;
+use crate::base::ByteRange;
+use crate::blob::{UnitIndex, UnitMap};
 
 /// Which units are in the device file: one bit each, readable without a lock.
 #[derive(Debug)]
@@ -31,6 +33,30 @@ pub(super) fn bit(words: &[u64], unit: UnitIndex) -> bool {
 pub(super) fn set_bit(words: &mut [u64], unit: UnitIndex) {
     let (word, mask) = place(unit);
     words[word] |= mask;
+}
+
+/// A plain copy of the bits of all checkable units that lie wholly in `ranges`. Costs a walk over
+/// both, because a file may be in a million pieces.
+pub(super) fn found(map: &UnitMap, ranges: &[ByteRange]) -> Vec<u64> {
+    let mut sorted = ranges.to_vec();
+    sorted.sort_unstable();
+    let mut merged: Vec<ByteRange> = Vec::new();
+    for range in sorted {
+        match merged.last_mut() {
+            Some(last) if range.start() <= last.end() => *last = last.hull(range),
+            _ => merged.push(range),
+        }
+    }
+    let mut words = vec![0; words_for(map.count())];
+    let mut merged = merged.into_iter().peekable();
+    // Units are in order of their blocks, so what ends before this one is of no use to the next.
+    for (index, unit) in (0..).zip(map.units()) {
+        while merged.next_if(|range| range.end() <= unit.blocks().start()).is_some() {}
+        if is_needed(unit) && merged.peek().is_some_and(|range| range.contains(unit.blocks())) {
+            set_bit(&mut words, index);
+        }
+    }
+    words
 }
 
 impl Presence {

@@ -109,7 +109,7 @@ impl Store {
 
     /// The device for `map`'s blob, shared with everyone whose map agrees.
     ///
-    /// `source` replaces the one the device had. A map that disagrees with what is known gets a
+    /// `source` is asked before those the device had, which stay for when it fails. A map that disagrees with what is known gets a
     /// directory of its own: an image with false digests must not poison another one's cache.
     /// Waits for the disk.
     pub fn device(&self, map: UnitMap, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
