@@ -30,7 +30,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 /// rafsd mounts RAFS images through the kernel's own EROFS driver and fetches file data only when
 /// something reads it.
 #[derive(Debug, Parser)]
-#[command(name = "rafsd", version, max_term_width = 100, after_help = EXAMPLE)]
+#[command(name = "rafsd", version, max_term_width = 100, after_help = EXAMPLES)]
 pub struct Cli {
     /// What to log to stderr: error, warn, info, debug, trace, or rules like info,rafsd::cache=debug
     #[arg(long, global = true, value_name = "LEVEL", env = "RAFSD_LOG", help_heading = "Logging")]
@@ -44,8 +44,8 @@ pub struct Cli {
     command: Command,
 }
 
-const EXAMPLE: &str = "\
-Example:
+const EXAMPLES: &str = "\
+Examples:
   rafsd build rootfs/ -o image/
   rafsd mount image/bootstrap /mnt --blobs image/blobs";
 
