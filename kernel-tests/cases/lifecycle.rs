@@ -1,12 +1,16 @@
 //! Mounting, listing, unmounting, and what is left afterwards.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use nix::mount::{MsFlags, mount, umount};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::fixture::{FILE, Fixture, content, drop_caches};
 use crate::host::Need;
@@ -20,6 +24,12 @@ const fn case(name: &'static str, place: Place, run: fn(&Ctx) -> Outcome) -> Cas
 
 pub(crate) const CASES: &[Case] = &[
     case("doctor_finds_the_backend_under_test", Place::Both, doctor_finds_the_backend_under_test),
+    case("a_client_that_stalls_does_not_hold_up_a_stop", Place::Both, a_client_that_stalls_does_not_hold_up_a_stop),
+    case(
+        "the_demo_runs_and_cleans_up_even_when_interrupted",
+        Place::Host,
+        the_demo_runs_and_cleans_up_even_when_interrupted,
+    ),
     case("umount_by_anybody_is_noticed", Place::Both, umount_by_anybody_is_noticed),
     case("a_busy_mount_is_refused_and_then_lazily_taken", Place::Both, a_busy_mount_is_refused_and_then_lazily_taken),
     case("mounting_starts_a_daemon_that_leaves_when_idle", Place::Both, mounting_starts_a_daemon_that_leaves_when_idle),
@@ -70,13 +80,99 @@ fn a_busy_mount_is_refused_and_then_lazily_taken(ctx: &Ctx) -> Outcome {
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     ensure!(!refused.status.success() && said.contains(text) && said.contains("--lazy"), "{said}");
 
-    fixture.must(&["umount", "--lazy", text])?;
+    let said = fixture.must(&["umount", "--lazy", text])?;
+    ensure!(said.contains("still served"), "nothing is said of the open file: {said:?}");
     ensure!(crate::mounts::below(&ctx.dir)?.is_empty(), "still in the tree");
     let mut got = Vec::new();
     std::io::Read::read_to_end(&mut open, &mut got)?;
     ensure!(got == content(0, FILE), "the open file is still served");
     drop(open);
     fixture.finish()
+}
+
+fn a_client_that_stalls_does_not_hold_up_a_stop(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    let half =
+        b"POST /v1/mounts HTTP/1.1\r\nHost: rafsd\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{";
+    for signals in [1, 2] {
+        let mut client = UnixStream::connect(fixture.run().join("rafsd.sock"))?;
+        client.write_all(half)?;
+        // An answer to a later client: the daemon has taken up the first one.
+        fixture.list()?;
+        let clock = Instant::now();
+        if signals == 2 {
+            kill(Pid::from_raw(i32::try_from(fixture.pid())?), Signal::SIGTERM)?;
+            let socket = fixture.run().join("rafsd.sock");
+            wait_until("the stop begins", || Ok(!socket.exists()))?;
+        }
+        fixture.stop()?;
+        let took = clock.elapsed();
+        let grace = rafsd::daemon::control::GRACE;
+        ensure!((took >= grace) == (signals == 1), "{signals} signal(s): stopped after {took:?}");
+        drop(client);
+        fixture.start(&[])?;
+    }
+    fixture.finish()
+}
+
+fn the_demo_runs_and_cleans_up_even_when_interrupted(ctx: &Ctx) -> Outcome {
+    let source = ctx.dir.join("source");
+    fs::create_dir_all(source.join("bin"))?;
+    // Under a name that the demo looks for, with arguments that any shell takes.
+    fs::copy(fs::canonicalize("/bin/sh")?, source.join("bin/bash"))?;
+    (0..3).try_for_each(|i| fs::write(source.join(i.to_string()), content(i, FILE)))?;
+    let demo = |delay: &str| {
+        let mut command = Command::new(&ctx.rafsd);
+        command.args(["demo", "--json", "--delay", delay, "--scratch"]).arg(&ctx.dir);
+        command.arg("--source").arg(&source).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    };
+    let ensure_clean = || -> Outcome {
+        let left = crate::mounts::below(&ctx.dir)?;
+        ensure!(left.is_empty(), "mounts are left: {left:?}");
+        let names = fs::read_dir(&ctx.dir)?.map(|entry| Ok(entry?.file_name())).collect::<std::io::Result<Vec<_>>>()?;
+        ensure!(names == ["source"], "left: {names:?}");
+        Ok(())
+    };
+
+    let output = demo("1").output()?;
+    ensure!(output.status.success(), "{output:?}");
+    let show: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let number = |value: &serde_json::Value| value.as_u64().context("a number");
+    let stored = number(&show["build"]["blobs"][0]["stored_bytes"])?;
+    let fetched = number(&show["fetched_bytes"])?;
+    ensure!(fetched > 0 && fetched < stored, "fetched {fetched} of {stored}");
+    ensure!(number(&show["pull"]["bytes"])? >= stored, "{show}");
+    ensure!(show["program"][0] == "bin/bash" && show["image"]["backend"] == ctx.backend.name(), "{show}");
+    ensure_clean()?;
+
+    // While it waits for its own cold read, and while a whole image is fetched.
+    for (signal, moment, status) in [(Signal::SIGINT, "mounted", 130), (Signal::SIGTERM, "for comparison", 143)] {
+        let mut child = demo("700").spawn()?;
+        let pid = Pid::from_raw(i32::try_from(child.id())?);
+        let mut lines = BufReader::new(child.stderr.take().context("piped")?).lines();
+        let reached = lines.by_ref().map_while(Result::ok).any(|line| line.starts_with(moment));
+        ensure!(reached, "the demo never says {moment:?}");
+        kill(pid, signal)?;
+        // A second one, in the middle of the cleaning up.
+        let noticed = lines.by_ref().map_while(Result::ok).any(|line| line.starts_with("interrupted"));
+        ensure!(noticed, "{signal} goes unnoticed");
+        kill(pid, Signal::SIGINT)?;
+        let rest: Vec<_> = lines.map_while(Result::ok).collect();
+        let ended = child.wait()?;
+        ensure!(ended.code() == Some(status), "ended with {ended}: {rest:?}");
+        ensure_clean().with_context(|| format!("after {signal} when {moment}: {rest:?}"))?;
+    }
+    Ok(())
+}
+
+fn wait_until(what: &str, holds: impl Fn() -> anyhow::Result<bool>) -> Outcome {
+    let until = Instant::now() + Duration::from_secs(60);
+    while !holds()? {
+        ensure!(Instant::now() < until, "never: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 fn mounting_starts_a_daemon_that_leaves_when_idle(ctx: &Ctx) -> Outcome {
@@ -89,11 +185,7 @@ fn mounting_starts_a_daemon_that_leaves_when_idle(ctx: &Ctx) -> Outcome {
     fixture.umount(&dir)?;
 
     let sockets = ["rafsd.sock", "keeper.sock"].map(|name| fixture.run().join(name));
-    let until = std::time::Instant::now() + Duration::from_secs(60);
-    while sockets.iter().any(|socket| socket.exists()) {
-        ensure!(std::time::Instant::now() < until, "the daemon does not leave");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    wait_until("the daemon leaves", || Ok(!sockets.iter().any(|socket| socket.exists())))?;
     // The socket goes first, the process a moment later.
     std::thread::sleep(Duration::from_secs(1));
     Ok(())

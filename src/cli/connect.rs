@@ -1,6 +1,7 @@
 //! Finding the daemon, or starting one.
 
 use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -77,48 +78,112 @@ impl Place {
             Err(ClientError::NoDaemon { .. }) => {}
             Err(other) => return Err(other.into()),
         }
-        let log = self.run.join("rafsd.log");
-        let mut child = self.start(cache, &log)?;
+        let (mut child, log) = self.start(cache)?;
         let until = Instant::now() + PATIENCE;
         while client.info().await.is_err() {
             if let Some(status) = child.try_wait()? {
-                bail!("the daemon did not start ({status}): {}", last_lines(&log));
+                bail!("the daemon did not start ({status}): {}", log.last_lines());
             }
             if Instant::now() > until {
-                bail!("the daemon does not answer; see {}", log.display());
+                bail!("the daemon does not answer; see {}", log.path.display());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Ok(client)
     }
 
-    fn start(&self, cache: Option<&Path>, log: &Path) -> anyhow::Result<Child> {
+    fn start(&self, cache: Option<&Path>) -> anyhow::Result<(Child, Log)> {
         let run = self.run.display();
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&self.run)
             .with_context(|| format!("cannot create {run}"))?;
-        let output = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+        // The daemon works in another directory.
+        let run = self.run.canonicalize().with_context(|| format!("cannot use {run}"))?;
+        let cache = cache.map(std::path::absolute).transpose().context("cannot tell the working directory")?;
+        let path = run.join("rafsd.log");
+        let (log, output) = Log::open(&path).with_context(|| format!("cannot write {}", path.display()))?;
         let program = std::env::current_exe().context("cannot find this program")?;
         let mut command = Command::new(program);
-        command.arg("serve").arg("--detached").arg("--run").arg(&self.run);
+        command.arg("serve").arg("--detached").arg("--run").arg(run);
         command.args(["--exit-when-idle", "10"]);
         if let Some(cache) = cache {
             command.arg("--cache").arg(cache);
         }
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
-        command.spawn().context("cannot start the daemon")
+        Ok((command.spawn().context("cannot start the daemon")?, log))
     }
 }
 
-fn last_lines(log: &Path) -> String {
-    let text = fs::read_to_string(log).unwrap_or_default();
-    let lines: Vec<_> = text.lines().collect();
-    lines[lines.len().saturating_sub(3)..].join("; ")
+/// Where a started daemon logs. Daemons that are started one after the other, or at once, share it.
+struct Log {
+    path: PathBuf,
+    /// Length when this daemon was started.
+    start: u64,
+}
+
+impl Log {
+    /// A longer log is put aside, where the next one to be put aside replaces it.
+    const LIMIT: u64 = 4 << 20;
+
+    fn open(path: &Path) -> io::Result<(Self, File)> {
+        if fs::metadata(path).is_ok_and(|meta| meta.len() > Self::LIMIT) {
+            fs::rename(path, path.with_extension("log.old"))?;
+        }
+        let file = File::options().create(true).append(true).open(path)?;
+        let start = file.metadata()?.len();
+        Ok((Self { path: path.to_owned(), start }, file))
+    }
+
+    /// The last lines since the start.
+    fn last_lines(&self) -> String {
+        let read = || {
+            let mut file = File::open(&self.path)?;
+            file.seek(SeekFrom::Start(self.start))?;
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes)?;
+            io::Result::Ok(bytes)
+        };
+        let text = read().map_or_else(|e| e.to_string(), |bytes| String::from_utf8_lossy(&bytes).into_owned());
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(3)..].join("; ")
+    }
 }
 
 /// A runtime for one command.
 pub(super) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_log_keeps_what_was_there_and_tells_only_of_this_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rafsd.log");
+        fs::write(&path, "an older daemon\n").unwrap();
+
+        let (log, mut file) = Log::open(&path).unwrap();
+        file.write_all(b"one\ntwo\nthree\nfour\n").unwrap();
+
+        assert_eq!(log.last_lines(), "two; three; four");
+        assert!(fs::read_to_string(&path).unwrap().starts_with("an older daemon\none\n"));
+    }
+
+    #[test]
+    fn a_log_that_grew_long_is_put_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rafsd.log");
+        File::create(&path).unwrap().set_len(Log::LIMIT + 1).unwrap();
+
+        let (_, file) = Log::open(&path).unwrap();
+
+        assert_eq!(file.metadata().unwrap().len(), 0);
+        assert_eq!(fs::metadata(dir.path().join("rafsd.log.old")).unwrap().len(), Log::LIMIT + 1);
+    }
 }

@@ -12,7 +12,7 @@ use crate::export::host::Host;
 /// Nothing is guessed from version numbers: scratch files are made in the cache directory, really
 /// mounted and really read, and removed again.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Exit status: 0 if images can be mounted here, 1 if not.")]
+#[command(after_help = EXAMPLE)]
 pub(super) struct DoctorArgs {
     /// Directory of the cache; its file system matters
     #[arg(long, value_name = "DIR", env = "RAFSD_CACHE", default_value = "/var/lib/rafsd")]
@@ -22,6 +22,12 @@ pub(super) struct DoctorArgs {
     #[arg(long)]
     json: bool,
 }
+
+const EXAMPLE: &str = "\
+Example:
+  rafsd doctor --cache /var/lib/rafsd
+
+Exit status: 0 if images can be mounted here, 1 if not.";
 
 /// Exit status: 0 if images can be mounted here, 1 if not.
 pub(super) fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {

@@ -28,6 +28,7 @@ pub(super) fn keep(args: KeeperArgs) -> anyhow::Result<ExitCode> {
 /// When a daemon dies, readers of its mounts wait instead of seeing zeros. This takes those mounts
 /// out of the tree and lets the waiting reads fail with EIO.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  rafsd recover")]
 pub(super) struct RecoverArgs {
     #[command(flatten)]
     place: Place,

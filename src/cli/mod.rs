@@ -30,7 +30,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 /// rafsd mounts RAFS images through the kernel's own EROFS driver and fetches file data only when
 /// something reads it.
 #[derive(Debug, Parser)]
-#[command(name = "rafsd", version, max_term_width = 100)]
+#[command(name = "rafsd", version, max_term_width = 100, after_help = EXAMPLES)]
 pub struct Cli {
     /// What to log to stderr: error, warn, info, debug, trace, or rules like info,rafsd::cache=debug
     #[arg(long, global = true, value_name = "LEVEL", env = "RAFSD_LOG", help_heading = "Logging")]
@@ -43,6 +43,11 @@ pub struct Cli {
     #[command(subcommand)]
     command: Command,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  rafsd build rootfs/ -o image/
+  rafsd mount image/bootstrap /mnt --blobs image/blobs";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum LogFormat {
@@ -124,4 +129,23 @@ fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     serde_json::to_writer(&mut out, value).map_err(io::Error::from)?;
     Ok(writeln!(out)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_help_of_every_command_has_an_example() {
+        let program = Cli::command();
+        program.clone().debug_assert();
+        let shown = program.get_subcommands().filter(|command| !command.is_hide_set());
+        for command in shown.chain([&program]) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let name = command.get_name();
+            assert!(help.contains("Example") && help.contains("  rafsd "), "{name}: {help:?}");
+        }
+    }
 }

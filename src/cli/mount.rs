@@ -8,6 +8,7 @@ use super::connect::{DaemonArgs, Place, block_on};
 use super::print_json;
 use crate::base::ByteSize;
 use crate::daemon::api::{BackendChoice, ImageReport, ImageSpec, MountRequest, UnmountRequest};
+use crate::daemon::keeper;
 
 /// Where an image and its blobs are.
 #[derive(Debug, clap::Args)]
@@ -17,6 +18,9 @@ pub(super) struct ImageArgs {
     bootstrap: PathBuf,
 
     /// Where the blobs are: a directory, or the http(s) URL below which each has its id as name
+    ///
+    /// Secrets in a URL, such as a password or a signature, can be seen in the process list by
+    /// every user of this host while this command runs.
     #[arg(long, value_name = "DIR|URL")]
     blobs: String,
 
@@ -87,12 +91,13 @@ pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
 
 /// Unmount an image
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  rafsd umount /mnt")]
 pub(super) struct UmountArgs {
     /// Where it is mounted
     #[arg(value_name = "DIR")]
     dir: PathBuf,
 
-    /// Take it out of the tree even while files on it are open
+    /// Take it out of the tree even while files on it are open; they stay served until closed
     #[arg(long)]
     lazy: bool,
 
@@ -104,11 +109,17 @@ pub(super) struct UmountArgs {
 pub(super) fn umount(args: UmountArgs) -> anyhow::Result<ExitCode> {
     let request = UnmountRequest { dir: absolute(&args.dir)?, lazy: args.lazy };
     block_on(async { args.place.client()?.unmount(&request).await.map_err(|e| args.place.explain(e)) })?;
+    // The keeper knows of every superblock; it may have left with the daemon since.
+    let held = keeper::ask(&args.place.run, "status").is_ok_and(|status| status.mounts.contains(&request.dir));
+    if held {
+        writeln!(io::stdout(), "{}: still served until the last file is closed", request.dir.display())?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
 /// List mounted and registered images
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  rafsd list --json")]
 pub(super) struct ListArgs {
     #[command(flatten)]
     place: Place,
@@ -123,9 +134,7 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
     use crate::daemon::client::ClientError;
     let images = block_on(async {
         match args.place.client()?.list().await {
-            Err(ClientError::NoDaemon { .. }) if crate::daemon::keeper::ask(&args.place.run, "status").is_err() => {
-                Ok(Vec::new())
-            }
+            Err(ClientError::NoDaemon { .. }) if keeper::ask(&args.place.run, "status").is_err() => Ok(Vec::new()),
             other => other.map_err(|e| args.place.explain(e)),
         }
     })?;

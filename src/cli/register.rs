@@ -52,6 +52,7 @@ pub(super) fn register(args: RegisterArgs) -> anyhow::Result<ExitCode> {
 
 /// Forget a registered image; what is mounted from it stays served
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  rafsd unregister --id app --domain team")]
 pub(super) struct UnregisterArgs {
     /// fsid it was registered under
     #[arg(long)]

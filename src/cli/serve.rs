@@ -1,6 +1,6 @@
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,7 +17,8 @@ use crate::sys::process;
 
 /// Run the daemon that serves mounted images
 ///
-/// SIGTERM and SIGINT unmount everything and exit. A mount that is in use and incomplete stays:
+/// SIGTERM and SIGINT unmount everything and exit; requests under way have five seconds to end,
+/// and none after a second signal. A mount that is in use and incomplete stays:
 /// its readers wait, held by the keeper, and never see zeros.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  rafsd serve --cache /var/lib/rafsd")]
@@ -37,7 +38,7 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "SECONDS")]
     exit_when_idle: Option<u64>,
 
-    /// Leave the terminal's session
+    /// Leave the terminal's session and the working directory
     #[arg(long, hide = true)]
     detached: bool,
 }
@@ -56,7 +57,12 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         let create = DirBuilder::new().recursive(true).mode(0o700).create(dir);
         create.with_context(|| format!("cannot create {}", dir.display()))?;
     }
-    let cache = args.cache.canonicalize().with_context(|| format!("cannot use {}", args.cache.display()))?;
+    let real = |dir: &Path| dir.canonicalize().with_context(|| format!("cannot use {}", dir.display()));
+    let (cache, run) = (real(&args.cache)?, real(&args.place.run)?);
+    if args.detached {
+        // Not to keep busy the file system that a command was started in.
+        std::env::set_current_dir("/").context("cannot leave the working directory")?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, |n| n.get().min(4)))
         .thread_name("net")
@@ -64,17 +70,17 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         .build()?;
     let store = StoreOptions { deadline: Duration::from_secs(args.deadline), ..StoreOptions::default() };
     let program = PathBuf::from("/proc/self/exe");
-    let options = Options { cache, run: args.place.run.clone(), program, store };
+    let options = Options { cache, run: run.clone(), program, store };
     let idle = args.exit_when_idle.map(Duration::from_secs);
     let stopped = runtime.block_on(async {
         // First, so that two daemons started at once do not both try out the host.
-        let control = Control::bind(&args.place.run)?;
+        let control = Control::bind(&run)?;
         let stop = Arc::new(Notify::new());
         // Before anything is mounted: from here on a signal is an orderly stop.
         watch_signals(stop.clone())?;
         let handle = tokio::runtime::Handle::current();
         let daemon = tokio::task::spawn_blocking(move || start(&options, &handle)).await??;
-        tracing::info!(run = %args.place.run.display(), choice = ?daemon.info().host.choice, "serving");
+        tracing::info!(run = %run.display(), choice = ?daemon.info().host.choice, "serving");
         control.serve(daemon.clone(), stop, idle).await?;
         anyhow::Ok(daemon)
     });
@@ -102,14 +108,18 @@ fn watch_signals(stop: Arc<Notify>) -> anyhow::Result<()> {
     let mut term = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::spawn(async move {
-        tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
-        stop.notify_one();
+        // The first asks to stop, the next one not to wait for clients.
+        loop {
+            tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
+            stop.notify_one();
+        }
     });
     Ok(())
 }
 
 /// Stop the daemon: unmount everything and exit
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  rafsd stop")]
 pub(super) struct StopArgs {
     #[command(flatten)]
     place: Place,

@@ -16,7 +16,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::Serialize;
 use tokio::net::UnixListener;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest};
 use super::{Daemon, DaemonError};
@@ -25,6 +25,9 @@ use crate::export::AttachError;
 
 /// Name of the control socket in the run directory.
 pub const SOCKET: &str = "rafsd.sock";
+
+/// How long requests under way have to end once the daemon is asked to stop.
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// The listening socket. Dropping it removes it.
 #[derive(Debug)]
@@ -60,7 +63,8 @@ impl Control {
     }
 
     /// Answers requests until `stop` is notified, or, where `idle` is given, until the daemon has
-    /// had nothing to serve for that long.
+    /// had nothing to serve for that long. Requests under way then have [`GRACE`] to end; another
+    /// notice of `stop` cuts that short.
     pub async fn serve(self, daemon: Arc<Daemon>, stop: Arc<Notify>, idle: Option<Duration>) -> io::Result<()> {
         let shared = Shared { daemon: daemon.clone(), stop: stop.clone() };
         let router = Router::new()
@@ -72,6 +76,8 @@ impl Control {
             .method_not_allowed_fallback(nowhere)
             .with_state(shared);
         let path = self.path;
+        let (tell, told) = oneshot::channel();
+        let again = stop.clone();
         let until = async move {
             match idle {
                 Some(idle) => tokio::select! { () = stop.notified() => {}, () = idle_for(daemon, idle) => {} },
@@ -79,8 +85,20 @@ impl Control {
             }
             // Gone before the daemon is: whoever comes now starts another one and waits for us.
             let _ = fs::remove_file(&path);
+            let _ = tell.send(());
         };
-        axum::serve(self.listener, router).with_graceful_shutdown(until).await
+        let cut = async move {
+            // An error means that nobody will tell: serving has ended by itself.
+            if told.await.is_err() {
+                return std::future::pending().await;
+            }
+            tokio::select! { () = tokio::time::sleep(GRACE) => {}, () = again.notified() => {} }
+            tracing::warn!("a client does not end its request; stopping all the same");
+        };
+        tokio::select! {
+            served = axum::serve(self.listener, router).with_graceful_shutdown(until) => served,
+            () = cut => Ok(()),
+        }
     }
 }
 

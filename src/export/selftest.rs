@@ -54,7 +54,10 @@ const BLOCK_LEN: usize = 4096;
 const _: () = assert!(BLOCK_LEN as u64 == BLOCK);
 const DEVICE_BLOCKS: u32 = 256;
 const PATTERN: u8 = 0xa5;
+/// How long a read may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long reads that came late are denied, after that.
+const LAST_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Mounts an image below `dir` from plain files, without events; the first half of the question.
 pub(super) fn file_backed(dir: &Path) -> Result<(), SelfTestError> {
@@ -76,46 +79,78 @@ pub(super) fn pre_content(dir: &Path) -> Result<(), SelfTestError> {
         Ok(byte[0])
     };
     let fill = || scratch.device.write_all_at(&[PATTERN; BLOCK_LEN], 0).is_ok();
-    match answering(&group, Answer::Allow, fill, || read(FILES[0].0))? {
-        Ok(PATTERN) => {}
-        _ => return Err(SelfTestError::WrongBytes),
+    let (allowed, group) = answering(group, Answer::Allow, fill, || read(FILES[0].0))?;
+    if !matches!(allowed, Ok(PATTERN)) {
+        return Err(SelfTestError::WrongBytes);
     }
-    match answering(&group, Answer::Deny(libc::EIO), || true, || read(FILES[1].0))? {
+    let (denied, _) = answering(group, Answer::Deny(libc::EIO), || true, || read(FILES[1].0))?;
+    match denied {
         Err(e) if e.raw_os_error() == Some(libc::EIO) => Ok(()),
         _ => Err(SelfTestError::DenyIgnored),
     }
 }
 
-/// Runs `read` on a thread of its own while this one answers the events that it raises.
+/// Runs `read` on a thread of its own while this one answers the events that it raises. Gives
+/// the group back.
+///
+/// This always ends: a read that comes late is denied, and one that comes later still finds no
+/// group any more, whose end lets it through.
 fn answering<T: Send>(
-    group: &Group,
+    group: Group,
     answer: Answer,
     prepare: impl Fn() -> bool,
     read: impl FnOnce() -> T + Send,
-) -> Result<T, SelfTestError> {
+) -> Result<(T, Group), SelfTestError> {
     std::thread::scope(|scope| {
         let reader = scope.spawn(read);
-        let (mut seen, mut ranges) = (0, 0);
-        let (mut buffer, until) = (vec![0; EVENT_BUFFER], Instant::now() + PATIENCE);
-        while !reader.is_finished() && Instant::now() < until {
+        let mut events = Events::default();
+        let done = || reader.is_finished();
+        let answered = events
+            .answer(&group, PATIENCE, &done, &|| if prepare() { answer } else { Answer::Deny(libc::EIO) })
+            .and_then(|()| events.answer(&group, LAST_PATIENCE, &done, &|| Answer::Deny(libc::EIO)));
+        // Closed before the reader is waited for, unless there is nothing to wait for.
+        let group = done().then_some(group);
+        let result = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        answered.map_err(SelfTestError::Group)?;
+        match (events, group) {
+            (Events { seen: 0, .. }, _) => Err(SelfTestError::Silent),
+            (Events { ranges: 0, .. }, _) => Err(SelfTestError::NoRange),
+            (Events { .. }, Some(group)) => Ok((result, group)),
+            (Events { .. }, None) => Err(SelfTestError::DenyIgnored),
+        }
+    })
+}
+
+/// Events that a reader raised.
+#[derive(Default)]
+struct Events {
+    seen: u32,
+    /// Those that said what is read.
+    ranges: u32,
+}
+
+impl Events {
+    /// Answers for so long, or until `done`.
+    fn answer(
+        &mut self,
+        group: &Group,
+        patience: Duration,
+        done: &dyn Fn() -> bool,
+        choose: &dyn Fn() -> Answer,
+    ) -> io::Result<()> {
+        let (mut buffer, until) = (vec![0; EVENT_BUFFER], Instant::now() + patience);
+        while !done() && Instant::now() < until {
             let mut fds = [PollFd::new(group.as_fd(), PollFlags::POLLIN)];
             let _ = poll(&mut fds, PollTimeout::from(20u8));
             for event in group.read(&mut buffer).unwrap_or_default() {
                 let Ok(file) = event.file else { continue };
-                seen += 1;
-                ranges += u32::from(event.range.is_some());
-                // Whatever happens the reader must not stay blocked.
-                let answer = if prepare() { answer } else { Answer::Deny(libc::EIO) };
-                group.answer(file.as_fd(), answer).map_err(SelfTestError::Group)?;
+                self.seen += 1;
+                self.ranges += u32::from(event.range.is_some());
+                group.answer(file.as_fd(), choose())?;
             }
         }
-        let result = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        match (seen, ranges) {
-            (0, _) => Err(SelfTestError::Silent),
-            (_, 0) => Err(SelfTestError::NoRange),
-            _ => Ok(result),
-        }
-    })
+        Ok(())
+    }
 }
 
 /// A bootstrap and a device file that nobody else sees.

@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::mpsc;
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use serde::Serialize;
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 
+use super::stop::Stop;
 use crate::base::Class;
 use crate::blob::BlobTables;
 use crate::build::BuildReport;
@@ -33,6 +34,7 @@ pub(super) fn everything(
     image: &Path,
     dir: &Path,
     runtime: &Handle,
+    stop: &Stop,
 ) -> anyhow::Result<Pull> {
     let options = ClientOptions::default();
     let clock = Instant::now();
@@ -43,16 +45,26 @@ pub(super) fn everything(
     for device in image.devices() {
         let tables = BlobTables::new(&device.entry)?;
         let ctx = ReadCtx { class: Class::OnDemand, deadline: Instant::now() + store_options.deadline };
-        let stored = runtime.block_on(source.read(&device.blob, tables.stored(), ctx))?;
+        let stored = runtime.block_on(async {
+            tokio::select! {
+                stored = source.read(&device.blob, tables.stored(), ctx) => stored.map_err(anyhow::Error::from),
+                () = stop.wait() => bail!("interrupted"),
+            }
+        })?;
         let map = tables.with_digests(&tables.geometry(&stored)?, image.chunk_records().iter())?;
         let device = store.device(map, source.clone())?;
-        let (tell, told) = mpsc::channel();
+        let (tell, told) = oneshot::channel();
         device.on_complete(Box::new(move || {
             // Nobody listens any more when the demo was interrupted.
             let _ = tell.send(());
         }));
         device.complete_in_background();
-        told.recv().context("the pull was cut short")?;
+        runtime.block_on(async {
+            tokio::select! {
+                told = told => told.context("the pull was cut short"),
+                () = stop.wait() => bail!("interrupted"),
+            }
+        })?;
     }
     let seconds = clock.elapsed().as_secs_f64();
     drop(store);
