@@ -58,8 +58,13 @@ impl Source {
     /// The directory or archive at `path`.
     pub fn open(path: &Path) -> Result<Self, BuildError> {
         let read = |source| BuildError::Read { path: path.to_owned(), source };
-        if fs::metadata(path).map_err(read)?.is_dir() {
+        let meta = fs::metadata(path).map_err(read)?;
+        if meta.is_dir() {
             return Ok(Self::Directory(path.to_owned()));
+        }
+        if !meta.is_file() {
+            let what = "neither a directory nor a regular file; an archive from elsewhere goes through standard input";
+            return Err(read(io::Error::new(io::ErrorKind::InvalidInput, what)));
         }
         let stream = Box::new(fs::File::open(path).map_err(read)?);
         Ok(Self::Archive { name: path.to_owned(), stream })

@@ -27,6 +27,13 @@ pub enum ClientError {
     /// Somebody may answer, but not to this user.
     #[error("{} is not for this user; run as root", socket.display())]
     NotAllowed { socket: PathBuf },
+    /// The socket cannot be used: its path is too long, or it is something else.
+    #[error("cannot talk to a daemon at {}", socket.display())]
+    Unusable {
+        socket: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
     /// The connection broke.
     #[error("the daemon at {} hung up", socket.display())]
     HungUp {
@@ -95,7 +102,10 @@ impl Client {
         // Looked at here because the library keeps the errno to itself.
         match UnixStream::connect(&socket) {
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => ClientError::NotAllowed { socket },
-            Err(_) => ClientError::NoDaemon { socket },
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                ClientError::NoDaemon { socket }
+            }
+            Err(cause) => ClientError::Unusable { socket, cause },
             Ok(_) => ClientError::HungUp { socket, cause },
         }
     }

@@ -73,7 +73,7 @@ impl Control {
             .route("/v1/images", post(register).delete(unregister))
             .route("/v1/stop", post(request_stop))
             .fallback(nowhere)
-            .method_not_allowed_fallback(nowhere)
+            .method_not_allowed_fallback(wrong_method)
             .with_state(shared);
         let path = self.path;
         let (tell, told) = oneshot::channel();
@@ -161,6 +161,10 @@ type Body<T> = Result<Json<T>, JsonRejection>;
 #[expect(clippy::result_large_err, reason = "handed on at once as the answer")]
 fn body<T>(request: Body<T>) -> Result<T, Response> {
     request.map(|Json(request)| request).map_err(|rejection| failure(rejection.status(), rejection.body_text()))
+}
+
+async fn wrong_method() -> Response {
+    failure(StatusCode::METHOD_NOT_ALLOWED, "this cannot be done here; docs/CONTROL.md lists what can".to_owned())
 }
 
 async fn nowhere() -> Response {

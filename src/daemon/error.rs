@@ -45,7 +45,7 @@ pub enum DaemonError {
     Attach(#[from] AttachError),
     #[error("no backend can serve on this host: {reasons}; `rafsd doctor` tells more")]
     NoBackend { reasons: String },
-    #[error("{} is not an absolute path to a directory", .0.display())]
+    #[error("{} is not an existing directory named by an absolute path", .0.display())]
     NotADirectory(PathBuf),
     #[error("{} is not an absolute path", .0.display())]
     Relative(PathBuf),

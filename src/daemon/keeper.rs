@@ -72,6 +72,13 @@ impl Keeper {
     pub fn ensure_none(run: &Path) -> io::Result<()> {
         let Ok(status) = ask(run, "status") else { return Ok(()) };
         let (mounts, pid) = (status.mounts.len(), status.pid);
+        if status.denying {
+            let text = format!(
+                "{} mount(s) of a daemon that was killed are out of the tree but have open files; close them first",
+                status.alive
+            );
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
+        }
         let text = format!(
             "a daemon that was killed left {mounts} mount(s), held by process {pid}; `rafsd recover` ends them"
         );
@@ -85,6 +92,8 @@ impl Keeper {
         let mut command = Command::new(program);
         command.arg("keeper").arg("--socket").arg(&socket_path);
         let child = command.stdin(Stdio::from(theirs)).stdout(Stdio::null()).spawn()?;
+        // It holds the keeper's end too; a keeper that fails to start must be heard to hang up.
+        drop(command);
         let keeper = Self { socket: ours, child: Mutex::new(child) };
         // The first answer tells that it runs.
         fdpass::receive(keeper.socket.as_fd())?.ok_or(io::ErrorKind::BrokenPipe)?;

@@ -161,10 +161,10 @@ impl Daemon {
 
     /// Mounts an image and returns when it is usable. Blocks.
     pub fn mount(&self, request: &MountRequest) -> Result<ImageReport, DaemonError> {
-        let dir = request.dir.clone();
-        if !dir.is_absolute() || !dir.is_dir() {
-            return Err(DaemonError::NotADirectory(dir));
-        }
+        // One directory, one name: two spellings must not be two mounts.
+        let dir = std::fs::canonicalize(&request.dir).ok().filter(|dir| request.dir.is_absolute() && dir.is_dir());
+        let dir = dir.ok_or_else(|| DaemonError::NotADirectory(request.dir.clone()))?;
+        let request = &MountRequest { dir: dir.clone(), ..request.clone() };
         ensure_absolute(&request.image)?;
         let _reserved = self.reserve(&dir)?;
         let mounted = self.mount_reserved(request)?;

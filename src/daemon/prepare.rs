@@ -109,14 +109,30 @@ fn adopt(bootstrap: &Path, dir: &Path) -> Result<(PathBuf, Digest), DaemonError>
         hasher.update(&buffer[..len]);
         to.write_all(&buffer[..len]).map_err(write)?;
     }
-    let key = Digest(hasher.finish().as_ref().try_into().expect("SHA-256 has 32 bytes"));
+    let key = finish(hasher);
     let path = dir.join(key.to_string());
-    if !path.exists() {
+    // A copy from before is used only if it is still what its name says.
+    let is_there = File::open(&path).and_then(sha256_of).is_ok_and(|there| there == key);
+    if !is_there {
         to.sync_all().map_err(write)?;
         fs::rename(&scratch, &path).map_err(write)?;
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(write)?;
     }
     Ok((path, key))
+}
+
+fn sha256_of(mut file: File) -> io::Result<Digest> {
+    let (mut hasher, mut buffer) = (digest::Context::new(&digest::SHA256), vec![0; BOOTSTRAP_UNIT]);
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(finish(hasher)),
+            len => hasher.update(&buffer[..len]),
+        }
+    }
+}
+
+fn finish(hasher: digest::Context) -> Digest {
+    Digest(hasher.finish().as_ref().try_into().expect("SHA-256 has 32 bytes"))
 }
 
 struct RemoveOnDrop<'a>(&'a Path);

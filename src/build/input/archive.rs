@@ -54,9 +54,15 @@ pub(in crate::build) fn archive(
 fn plain(mut stream: Box<dyn Read>) -> io::Result<Box<dyn BufRead>> {
     const BUFFER: usize = 1 << 17;
     const GZIP: [u8; 3] = [0x1f, 0x8b, 8];
+    /// First bytes of a Zstandard frame's magic number.
+    const ZSTD: [u8; 3] = [0x28, 0xb5, 0x2f];
     let mut start = Vec::new();
     stream.by_ref().take(GZIP.len() as u64).read_to_end(&mut start)?;
-    let is_gzip = start == GZIP;
+    let (is_gzip, is_zstd) = (start == GZIP, start == ZSTD);
+    if is_zstd {
+        let what = "it is compressed with zstd; decompress it on the way: zstd -dc ARCHIVE | rafsd build - ...";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    }
     let whole = BufReader::with_capacity(BUFFER, Cursor::new(start).chain(stream));
     Ok(if is_gzip { Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(whole))) } else { Box::new(whole) })
 }
