@@ -21,6 +21,7 @@ use super::presence::found;
 use super::readahead::{Reach, Streams};
 use super::sink::{Scratch, Sink};
 use super::sources::Sources;
+use super::stats::{Counters, DeviceStats};
 use super::store::StoreError;
 use super::{Completion, Fill, FillError, is_needed};
 use crate::base::{BlobId, ByteRange, Class};
@@ -85,45 +86,6 @@ struct Completeness {
     reached: AtomicBool,
     /// Whom to tell.
     callbacks: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
-}
-
-/// What a device has done so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct DeviceStats {
-    /// Units the image has, those it names no check for left out.
-    pub units: u32,
-    /// Units present.
-    pub units_present: u32,
-    /// Units decoded, checked and written since the device was opened.
-    pub units_filled: u64,
-    /// Stored bytes that sources delivered, gaps between units included.
-    pub stored_bytes_fetched: u64,
-    /// Ranged reads begun.
-    pub requests: u64,
-    /// Reads that found everything present.
-    pub hits: u64,
-    /// Reads that had to wait.
-    pub misses: u64,
-    /// Units that failed to be fetched, checked or written.
-    pub errors: u64,
-    /// Whether everything is present and durable.
-    pub complete: bool,
-}
-
-#[derive(Default)]
-pub(super) struct Counters {
-    filled: AtomicU64,
-    fetched: AtomicU64,
-    requests: AtomicU64,
-    hits: AtomicU64,
-    misses: AtomicU64,
-    errors: AtomicU64,
-}
-
-impl Counters {
-    pub(super) fn request(&self) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
-    }
 }
 
 impl Device {

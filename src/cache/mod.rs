@@ -27,12 +27,14 @@ mod presence;
 mod readahead;
 mod sink;
 mod sources;
+mod stats;
 mod store;
 
-pub use device::{Device, DeviceStats};
+pub use device::Device;
 pub use engine::{Engine, StoreOptions};
 pub use ledger::FlushError;
 pub use sink::{FileSink, MAX_PIECE, Sink};
+pub use stats::DeviceStats;
 pub use store::{Store, StoreError};
 
 use std::sync::Arc;

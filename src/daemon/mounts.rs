@@ -191,6 +191,9 @@ impl Daemon {
     fn mount_reserved(&self, request: &MountRequest) -> Result<Mounted, DaemonError> {
         let (kind, why) = self.backends.choose(request.backend)?;
         let prepared = Arc::new(self.prepare(&request.image)?);
+        if self.state.lock().unwrap().stopping {
+            return Err(DaemonError::Stopping);
+        }
         let (watch, served, attachment) = match kind {
             BackendKind::Fanotify => self.mount_fanotify(request, prepared, why)?,
             BackendKind::Cachefiles => self.mount_cachefiles(request, prepared, why)?,
@@ -416,7 +419,8 @@ impl Daemon {
     fn is_in_use(&self) -> bool {
         let state = self.state.lock().unwrap();
         let mounted = state.mounts.values().flatten().any(|mounted| !mounted.served.report(None).is_complete());
-        mounted || !state.lingering.is_empty()
+        let being_made = state.mounts.values().any(Option::is_none);
+        mounted || being_made || !state.lingering.is_empty()
     }
 
     /// The keeper was killed: this process is then the last that holds the group, and must not
