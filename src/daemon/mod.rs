@@ -16,6 +16,7 @@ mod mounts;
 mod objects;
 mod prepare;
 mod reach;
+mod served;
 mod serving;
 
 pub use error::DaemonError;

@@ -1,22 +1,22 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
 use super::DaemonError;
-use super::api::{BackendChoice, DeviceReport, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest};
+use super::api::{BackendChoice, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest};
 use super::keeper::Keeper;
 use super::objects::{Object, Objects};
 use super::prepare::{Prepared, bootstrap_as_blob, prepare};
+use super::served::{Live, Mounted, Served, blob_object};
 use super::serving::{Backends, spawn};
 use crate::base::{BlobId, Chain};
-use crate::blob::UnitMap;
-use crate::cache::{Device, Engine, Fill, Store, StoreOptions};
-use crate::export::cachefiles::{self, FsId, ObjectSpec, Registration};
+use crate::cache::{Store, StoreOptions};
+use crate::export::cachefiles::{self, FsId, Registration};
 use crate::export::{AttachError, BackendKind, Backing, LiveImage, MountWatch, WatchId, fanotify};
 use crate::sys::mount::{detach, unmount};
 
@@ -56,59 +56,8 @@ struct State {
     registered: BTreeMap<FsId, Served>,
 }
 
-/// What keeps a mounted image served.
-#[derive(Debug)]
-struct Mounted {
-    watch: WatchId,
-    served: Served,
-    /// Absent for the cachefiles backend, whose registration is in `served`.
-    attachment: Option<fanotify::Attachment>,
-}
-
-impl Mounted {
-    /// Lets go of everything, after the superblock has gone.
-    fn release(self) {
-        if let Some(attachment) = self.attachment {
-            attachment.release();
-        }
-    }
-}
-
-/// One served image: what is told about it.
-#[derive(Clone, Debug)]
-struct Served {
-    backend: BackendKind,
-    why: String,
-    prepared: Arc<Prepared>,
-    devices: Vec<Live>,
-    registration: Option<Arc<Registration>>,
-}
-
-/// The device behind a blob: there from the start with fanotify, from the first read on with
-/// cachefiles.
-#[derive(Clone, Debug)]
-enum Live {
-    Stored(Weak<Device>),
-    Object(Arc<Object>),
-}
-
-impl Live {
-    fn device(&self) -> Option<Arc<Device>> {
-        match self {
-            Self::Stored(device) => device.upgrade(),
-            Self::Object(object) => object.device(),
-        }
-    }
-}
-
 /// The domain of this daemon's own mounts on the cachefiles path.
 const DOMAIN: &str = "rafsd";
-
-impl std::fmt::Debug for Prepared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Prepared").field("key", &self.key).finish_non_exhaustive()
-    }
-}
 
 impl Daemon {
     /// Opens the store, tries out the host, and starts the keeper.
@@ -449,35 +398,6 @@ impl Drop for Reservation<'_> {
     }
 }
 
-impl Served {
-    fn report(&self, dir: Option<&PathBuf>) -> ImageReport {
-        let prepared = &self.prepared;
-        let device = |(map, live): (&UnitMap, &Live)| DeviceReport {
-            blob: map.blob().to_string(),
-            decoded_bytes: map.decoded_len(),
-            stored_bytes: map.units().iter().map(|unit| unit.stored.end()).max().unwrap_or(0),
-            stats: live.device().map(|device| device.stats()),
-        };
-        ImageReport {
-            dir: dir.cloned(),
-            backend: self.backend,
-            why: self.why.clone(),
-            image: prepared.key.to_string(),
-            bootstrap_bytes: prepared.image.summary().bootstrap_len,
-            source: prepared.source.describe(),
-            mount_options: self.registration.as_ref().map(|registration| registration.name().mount_options()),
-            devices: prepared.maps.iter().zip(&self.devices).map(device).collect(),
-        }
-    }
-}
-
-impl ImageReport {
-    /// Whether the kernel can read all of it without us.
-    pub fn is_complete(&self) -> bool {
-        self.devices.iter().all(|device| device.stats.is_some_and(|stats| stats.complete))
-    }
-}
-
 /// Removes what a crash left half made. Only with the store's lock in hand.
 fn sweep(cache: &Path) {
     let scratch = |dir: PathBuf, prefixes: &'static [&'static str]| {
@@ -501,21 +421,4 @@ fn sweep(cache: &Path) {
 fn ensure_absolute(spec: &ImageSpec) -> Result<(), DaemonError> {
     let relative = [Some(&spec.bootstrap), spec.ca.as_ref()].into_iter().flatten().find(|path| !path.is_absolute());
     relative.map_or(Ok(()), |path| Err(DaemonError::Relative(path.clone())))
-}
-
-/// An object of the kernel's cache of `size` bytes.
-fn blob_object(object: Arc<Object>, size: u64, engine: &Arc<Engine>, eager: bool) -> ObjectSpec {
-    let engine = engine.clone();
-    ObjectSpec {
-        size,
-        open: Box::new(move |sink, present| {
-            let (map, source) = object.known();
-            let device = Device::with_sink(map, source, sink, present, engine.clone());
-            object.opened(&device);
-            if eager {
-                device.complete_in_background();
-            }
-            device as Arc<dyn Fill>
-        }),
-    }
 }

@@ -29,6 +29,12 @@ pub(super) struct Prepared {
     pub(super) source: Arc<dyn BlobSource>,
 }
 
+impl std::fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
 /// How long the tables of a blob may take to arrive.
 const TABLES_DEADLINE: Duration = Duration::from_secs(30);
 
