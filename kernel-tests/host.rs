@@ -20,6 +20,8 @@ pub(crate) enum Need {
     Erofs,
     /// The case's directory lies on a file system that can hold a cache: ext4, XFS or btrfs.
     DiskStore,
+    /// Images made by other builders are at hand.
+    Interop,
     /// A program on the path. The guest gets the host's, with its libraries.
     Program(&'static str),
 }
@@ -37,9 +39,17 @@ impl Need {
                 let reason = format!("{} is not on ext4, XFS or btrfs; set RAFSD_TEST_DIR", dir.display());
                 (!on_disk(&dir)).then_some(reason)
             }
+            Self::Interop => interop().is_none().then(|| "no images of other builders; set RAFSD_INTEROP".into()),
             Self::Program(name) => find_program(name).is_none().then(|| format!("no program {name}")),
         }
     }
+}
+
+/// The folder of images made by other builders, if it is there.
+pub(crate) fn interop() -> Option<PathBuf> {
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/interop");
+    let folder = std::env::var_os("RAFSD_INTEROP").map_or(beside, PathBuf::from);
+    folder.canonicalize().ok()
 }
 
 /// Pre-content events came with Linux 6.14; their range records are complete from here on.

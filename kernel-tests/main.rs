@@ -59,6 +59,7 @@ const TABLES: &[&[Case]] = &[
     cases::events::CASES,
     cases::reading::CASES,
     cases::images::CASES,
+    cases::interop::CASES,
     cases::sharing::CASES,
     cases::faults::CASES,
     cases::lifecycle::CASES,
