@@ -289,3 +289,82 @@ impl MarkHold {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::Completion;
+
+    /// A device that is settled when the test says so.
+    struct Scripted {
+        path: PathBuf,
+        settled: AtomicBool,
+        waiting: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
+    }
+
+    impl crate::cache::Fill for Scripted {
+        fn decoded_len(&self) -> u64 {
+            BLOCK
+        }
+
+        fn present(&self, _: ByteRange) -> bool {
+            false
+        }
+
+        fn fill(&self, _: ByteRange, _: Class, done: Completion) {
+            done(Err(FillError::Cancelled));
+        }
+
+        fn touched(&self, _: ByteRange) {}
+    }
+
+    impl Backing for Scripted {
+        fn path(&self) -> &std::path::Path {
+            &self.path
+        }
+
+        fn is_settled(&self) -> bool {
+            self.settled.load(Ordering::Acquire)
+        }
+
+        fn when_settled(&self, then: Box<dyn FnOnce() + Send>) {
+            self.waiting.lock().unwrap().push(then);
+        }
+    }
+
+    impl Scripted {
+        fn tell(&self) {
+            let waiting = std::mem::take(&mut *self.waiting.lock().unwrap());
+            waiting.into_iter().for_each(|then| then());
+        }
+    }
+
+    #[test]
+    fn a_late_completion_leaves_the_mark_that_another_mount_relies_on() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = dir.path().join("data");
+        File::create(&path).unwrap().set_len(BLOCK).unwrap();
+        let Ok(group) = Group::new() else { return eprintln!("skipped: no pre-content group can be made here") };
+        let service = Fanotify::new(Arc::new(group)).unwrap();
+        let device = Arc::new(Scripted { path, settled: AtomicBool::new(false), waiting: Mutex::default() });
+        let shared: Arc<dyn Backing> = device.clone();
+        let first = match service.mark(&shared) {
+            Err(AttachError::Mark { cause, .. }) => return eprintln!("skipped: no inode can be marked here: {cause}"),
+            other => other.unwrap(),
+        };
+
+        // Complete, but before the news arrives another image makes more of the blob reachable.
+        let second = service.mark(&shared).unwrap();
+        device.tell();
+        assert!(second.marked.is_marked.load(Ordering::Acquire), "the mark is needed");
+
+        device.settled.store(true, Ordering::Release);
+        device.tell();
+        assert!(!second.marked.is_marked.load(Ordering::Acquire), "the promise was renewed, and kept");
+
+        first.release();
+        assert_eq!(service.marked.read().unwrap().len(), 1, "one mount still uses the device");
+        second.release();
+        assert!(service.marked.read().unwrap().is_empty());
+    }
+}
