@@ -13,5 +13,7 @@ pub mod export;
 pub mod format;
 pub mod image;
 pub mod net;
+pub mod reader;
 pub mod source;
 pub mod sys;
+pub mod tools;

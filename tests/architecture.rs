@@ -20,12 +20,17 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("source", &["base", "sys", "net"]),
     ("cache", &["base", "sys", "codec", "blob", "source"]),
     ("build", &["base", "sys", "format", "codec", "image", "blob"]),
+    ("reader", &["base", "sys", "format", "codec", "image", "blob", "source"]),
+    ("tools", &["base", "sys", "format", "codec", "image", "blob", "source", "reader", "build"]),
     // `format` only to write the image of a few hundred bytes with which a host is tried out.
     ("export", &["base", "sys", "format", "image", "cache"]),
-    ("daemon", &["base", "sys", "net", "image", "blob", "source", "cache", "export"]),
+    ("daemon", &["base", "sys", "net", "image", "blob", "source", "reader", "cache", "export"]),
     (
         "cli",
-        &["base", "sys", "format", "codec", "net", "image", "blob", "source", "cache", "build", "export", "daemon"],
+        &[
+            "base", "sys", "format", "codec", "net", "image", "blob", "source", "reader", "cache", "build", "tools",
+            "export", "daemon",
+        ],
     ),
 ];
 

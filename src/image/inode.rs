@@ -1,5 +1,5 @@
 use super::{Image, ImageError};
-use crate::base::BLOCK;
+use crate::base::{BLOCK, ByteRange};
 use crate::format::erofs::{
     CHUNK_FORMAT_BITS, CHUNK_FORMAT_INDEXES, INODE_SLOT, InodeCompact, InodeExtended, XattrEntry, XattrHead, layout,
 };
@@ -50,6 +50,10 @@ pub struct Inode {
     pub mtime: (i64, u32),
     /// Device number of a character or block device, as the kernel encodes it.
     pub rdev: u32,
+    /// The number that the builder gave the inode; informational (`rafs-v6.md` section 8.2).
+    pub ino: u32,
+    /// Where its extended attributes lie in the bootstrap; empty if it has none.
+    pub xattrs: ByteRange,
     pub layout: Layout,
 }
 
@@ -60,6 +64,7 @@ struct Common {
     mode: u16,
     size: u64,
     u: u32,
+    ino: u32,
     nlink: u32,
     uid: u32,
     gid: u32,
@@ -90,7 +95,8 @@ impl Image {
             0 => 0,
             n => size_of::<XattrHead>() as u64 + u64::from(n - 1) * size_of::<XattrEntry>() as u64,
         };
-        let behind = at + raw.len + xattrs;
+        let xattrs = ByteRange::at(at + raw.len, xattrs).ok_or_else(|| wrong("has an impossible number"))?;
+        let behind = xattrs.end();
         let data = u64::from(raw.u) * BLOCK;
         let has_data = matches!(kind, Kind::Regular | Kind::Directory | Kind::Symlink);
         let layout = match raw.format >> 1 {
@@ -117,6 +123,8 @@ impl Image {
             gid: raw.gid,
             mtime: raw.mtime,
             rdev: if has_data { 0 } else { raw.u },
+            ino: raw.ino,
+            xattrs,
             layout,
         })
     }
@@ -130,6 +138,7 @@ impl Image {
                 mode: compact.mode.get(),
                 size: compact.size.get().into(),
                 u: compact.u.get(),
+                ino: compact.ino.get(),
                 nlink: compact.nlink.get().into(),
                 uid: compact.uid.get().into(),
                 gid: compact.gid.get().into(),
@@ -144,6 +153,7 @@ impl Image {
             mode: long.mode.get(),
             size: long.size.get(),
             u: long.u.get(),
+            ino: long.ino.get(),
             nlink: long.nlink.get(),
             uid: long.uid.get(),
             gid: long.gid.get(),

@@ -10,7 +10,9 @@ mod extents;
 mod inode;
 mod list;
 mod superblock;
+mod symlink;
 mod walk;
+mod xattr;
 
 pub use error::ImageError;
 pub use extents::Extent;
@@ -18,6 +20,7 @@ pub use inode::{Inode, Kind, Layout, Nid};
 pub use list::DirEntry;
 pub use superblock::Summary;
 pub use walk::{Visit, Walk};
+pub use xattr::Xattr;
 
 use std::fs::File;
 use std::path::Path;

@@ -1,0 +1,4 @@
+//! What is done to finished images: check, show, unpack, export, rewrite.
+//!
+//! Each tool is a function from an image to a report; `cli` prints. Nothing here prints or decides
+//! an exit status.
