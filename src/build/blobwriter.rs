@@ -11,11 +11,12 @@ use std::path::{Path, PathBuf};
 use ring::digest;
 use zerocopy::{FromZeros, IntoBytes};
 
+use super::chunk::Chunk;
 use super::error::{BuildError, Limit};
-use crate::base::{BLOCK, BlobId, Digest, hex};
+use crate::base::{BLOCK, BlobId, hex};
 use crate::codec::Compressor;
 use crate::format::blobfile::{ChunkInfoV1, Header, MAGIC, features};
-use crate::format::rafs::Algorithm;
+use crate::format::rafs::{Algorithm, BlobEntry, DigestAlgorithm, chunk_flags};
 
 /// What every blob of ours is: block-aligned chunks, sizes meant as version 2.2 means them.
 pub(super) const FEATURES: u32 = features::ALIGNED | features::CAP_TAR_TOC;
@@ -25,30 +26,6 @@ const MAX_CHUNKS: u32 = 0xff_ffff - 1;
 /// Ends of the two address spaces, in bytes.
 const MAX_STORED: u64 = 1 << 40;
 const MAX_DECODED: u64 = (1 << 44) - BLOCK;
-
-/// A chunk of the blob.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Chunk {
-    /// Of the plain bytes.
-    pub digest: Digest,
-    /// Of the plain bytes.
-    pub crc32c: u32,
-    /// Bytes, at most the chunk size.
-    pub plain_len: u32,
-    /// Bytes in the blob file.
-    pub stored_len: u32,
-    pub stored_offset: u64,
-    /// A multiple of 4096.
-    pub decoded_offset: u64,
-}
-
-impl Chunk {
-    /// A chunk that has no place yet.
-    pub(super) fn new(digest: Digest, crc32c: u32, plain_len: usize) -> Self {
-        let plain_len = u32::try_from(plain_len).expect("a chunk has at most 16 MiB");
-        Self { digest, crc32c, plain_len, stored_len: 0, stored_offset: 0, decoded_offset: 0 }
-    }
-}
 
 /// Appends chunks to a blob.
 #[derive(Debug)]
@@ -97,7 +74,8 @@ impl BlobWriter {
         }
         self.write(stored)?;
         (self.stored, self.decoded) = (stored_end, decoded_end);
-        self.chunks.push(Chunk { stored_len, stored_offset, decoded_offset, ..chunk });
+        let flags = if stored_len < chunk.plain_len { chunk_flags::COMPRESSED } else { 0 };
+        self.chunks.push(Chunk { number: index, flags, stored_len, stored_offset, decoded_offset, ..chunk });
         Ok(index)
     }
 
@@ -194,6 +172,24 @@ pub(super) struct FinishedBlob {
 }
 
 impl FinishedBlob {
+    /// The blob's row of a blob table, but for its index.
+    pub(super) fn entry(&self, algorithm: Algorithm, digest: DigestAlgorithm, chunk_size: u32) -> BlobEntry {
+        let mut entry = BlobEntry::new_zeroed();
+        entry.id = self.id.to_padded();
+        entry.chunk_size = chunk_size.into();
+        entry.chunk_count = u32::try_from(self.chunks.len()).expect("24 bits").into();
+        entry.compression = algorithm.number().into();
+        entry.digest = digest.number().into();
+        entry.features = FEATURES.into();
+        entry.compressed_size = self.stored_bytes.into();
+        entry.uncompressed_size = self.decoded_bytes.into();
+        entry.ci_compression = self.table.algorithm.number().into();
+        entry.ci_offset = self.table.offset.into();
+        entry.ci_compressed_size = self.table.stored_len.into();
+        entry.ci_uncompressed_size = self.table.plain_len.into();
+        entry
+    }
+
     /// Gives the blob its name in the directory it was made in.
     pub(super) fn publish(&mut self) -> Result<(), BuildError> {
         self.name.rename(self.id.as_str())

@@ -2,33 +2,77 @@
 
 use std::collections::HashMap;
 
+use zerocopy::little_endian::U32;
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
-use super::blobwriter::{Chunk, FEATURES, FinishedBlob};
-use super::chunk::{Content, Settings};
+use super::chunk::{Chunk, Content};
 use super::error::{BuildError, Limit};
 use super::layout::{self, Layout, MAX_METADATA, Place};
 use super::tree::{Kind, Meta, NodeId, Tree};
 use super::xattr;
-use crate::base::{BLOCK, BlobId};
-use crate::format::erofs::{self, ChunkIndex, DeviceSlot, Dirent, InodeExtended, Superblock, XattrEntry, XattrHead};
-use crate::format::rafs::{self, BlobEntry, ChunkRecord, ExtSuperblock, chunk_flags, flags};
+use crate::base::BLOCK;
+use crate::format::blobfile::features;
+use crate::format::erofs::{
+    self, ChunkIndex, DeviceSlot, Dirent, InodeExtended, MAX_DEVICES, Superblock, XattrEntry, XattrHead,
+};
+use crate::format::rafs::{self, Algorithm, BlobEntry, ChunkRecord, DigestAlgorithm, ExtSuperblock, flags};
 
-/// The blob's number: a build makes at most one.
-const BLOB: u8 = 0;
 /// Where the reference builder starts each device in the flat address space: on 512 KiB.
 const FLAT_ALIGNMENT: u64 = 0x8_0000;
+/// End of the flat address space in bytes: block numbers have 32 bits, and all ones means a hole.
+const MAX_FLAT: u64 = (u32::MAX as u64) * BLOCK;
 
 /// Everything a bootstrap is made of.
 #[derive(Debug)]
 pub(super) struct Bootstrap<'a> {
     pub tree: &'a Tree,
     pub layout: &'a Layout,
-    pub blob: Option<&'a FinishedBlob>,
-    /// The chunk of the blob that each cut became.
+    /// Rows of the blob table; their indexes are set here.
+    pub blobs: &'a [BlobEntry],
+    /// Every chunk that a file of the tree uses, and maybe more.
+    pub chunks: &'a [Chunk],
+    /// Position in `chunks` of what each cut became.
     pub chunk_of_cut: &'a [u32],
-    pub settings: Settings,
+    /// Nodes whose files should be fetched first, in this order; a directory means all below it.
+    pub prefetch: &'a [NodeId],
+    pub facts: Facts,
 }
+
+/// What the superblock says of an image as a whole.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Facts {
+    pub compression: Algorithm,
+    pub digest: DigestAlgorithm,
+    /// Bytes; a power of two.
+    pub chunk_size: u32,
+    /// Whether owners mean anything.
+    pub explicit_ids: bool,
+}
+
+/// Where the tables lie, in bytes (`rafs-v6.md` section 1).
+struct Tables {
+    blobs: u64,
+    /// 0 if there is none.
+    prefetch: u64,
+    /// Start of the metadata area.
+    meta: u64,
+}
+
+impl Tables {
+    fn new(blobs: usize, prefetch: usize) -> Self {
+        let (blobs, prefetch) = (blobs as u64, prefetch as u64);
+        let table = (rafs::DEVICE_TABLE_OFFSET + size_of::<DeviceSlot>() as u64 * blobs).next_multiple_of(BLOCK);
+        if blobs == 0 {
+            return Self { blobs: table, prefetch: 0, meta: 0 };
+        }
+        let end = table + size_of::<BlobEntry>() as u64 * blobs;
+        let meta = (end + PREFETCH_ENTRY * prefetch).next_multiple_of(BLOCK);
+        Self { blobs: table, prefetch: if prefetch == 0 { 0 } else { end }, meta }
+    }
+}
+
+/// Bytes of an entry of the prefetch table.
+const PREFETCH_ENTRY: u64 = 4;
 
 impl Bootstrap<'_> {
     /// The whole file.
@@ -36,35 +80,50 @@ impl Bootstrap<'_> {
     /// # Errors
     /// If it would be larger than readers accept, or if what is written is not what was laid out.
     pub(super) fn bytes(&self) -> Result<Vec<u8>, BuildError> {
-        let blobs = u64::from(self.blob.is_some());
-        let blob_table = (rafs::DEVICE_TABLE_OFFSET + size_of::<DeviceSlot>() as u64 * blobs).next_multiple_of(BLOCK);
-        let meta = match self.blob {
-            Some(_) => (blob_table + size_of::<BlobEntry>() as u64).next_multiple_of(BLOCK),
-            None => 0,
-        };
+        if self.blobs.len() > MAX_DEVICES {
+            return Err(BuildError::Limit(Limit::Blobs));
+        }
+        let prefetch = self.prefetch_table();
+        let tables = Tables::new(self.blobs.len(), prefetch.len());
         let records = self.chunk_records();
-        let chunk_table = meta + self.layout.len;
+        let chunk_table = tables.meta + self.layout.len;
         let len = (chunk_table + records.as_bytes().len() as u64).next_multiple_of(BLOCK);
         if len > MAX_METADATA {
             return Err(BuildError::Limit(Limit::Metadata));
         }
-        let mut out = Pages::new(len, meta);
-        out.put(erofs::SUPERBLOCK_OFFSET, &self.superblock(meta))?;
+        // First of all: it bounds the number of blocks, which others rely on.
+        let mut flat_end = len;
+        let (mut slots, mut entries) = (Vec::new(), Vec::new());
+        for (index, blob) in (0u32..).zip(self.blobs) {
+            slots.push(device_slot(blob, &mut flat_end)?);
+            entries.push(BlobEntry { index: index.into(), ..*blob });
+        }
+        let mut out = Pages::new(len, tables.meta);
+        out.put(erofs::SUPERBLOCK_OFFSET, &self.superblock(tables.meta))?;
         let mut ext = ExtSuperblock::new_zeroed();
         ext.flags = self.flags().into();
-        ext.blob_table_offset = blob_table.into();
-        ext.blob_table_size = (u32::from(self.blob.is_some()) * 256).into();
-        ext.chunk_size = self.settings.chunk_size.into();
+        ext.blob_table_offset = tables.blobs.into();
+        ext.blob_table_size = u32::try_from(size_of_val(self.blobs)).expect("at most 254 rows").into();
+        ext.chunk_size = self.facts.chunk_size.into();
         ext.chunk_table_offset = chunk_table.into();
         ext.chunk_table_size = (records.as_bytes().len() as u64).into();
+        ext.prefetch_table_offset = tables.prefetch.into();
+        ext.prefetch_table_size =
+            u32::try_from(prefetch.as_bytes().len()).map_err(|_| BuildError::Limit(Limit::Metadata))?.into();
         out.put(rafs::EXT_SUPERBLOCK_OFFSET, &ext)?;
-        if let Some(blob) = self.blob {
-            out.put(rafs::DEVICE_TABLE_OFFSET, &device_slot(blob, len))?;
-            out.put(blob_table, &self.blob_entry(blob))?;
-        }
+        out.put(rafs::DEVICE_TABLE_OFFSET, slots.as_slice())?;
+        out.put(tables.blobs, entries.as_slice())?;
+        out.put(tables.prefetch, prefetch.as_slice())?;
         self.nodes(&mut out)?;
         out.put(chunk_table, records.as_slice())?;
         Ok(out.bytes)
+    }
+
+    /// Numbers of the prefetched inodes. Without blobs there is nothing to fetch, and no table.
+    fn prefetch_table(&self) -> Vec<U32> {
+        let nodes = if self.blobs.is_empty() { &[] } else { self.prefetch };
+        let nid = |node: &NodeId| u32::try_from(self.layout.place(*node).nid()).expect("2 GiB have fewer slots");
+        nodes.iter().map(|node| nid(node).into()).collect()
     }
 
     fn superblock(&self, meta: u64) -> Superblock {
@@ -74,43 +133,30 @@ impl Bootstrap<'_> {
         sb.blkszbits = 12;
         sb.root_nid = u16::try_from(self.layout.place(NodeId::ROOT).nid()).expect("the root is placed first").into();
         sb.inos = u64::from(self.layout.names).into();
-        sb.blocks = block_number(self.blob.map_or(0, |blob| blob.decoded_bytes)).into();
+        sb.blocks = self.blobs.iter().map(blocks).sum::<u32>().into();
         sb.meta_blkaddr = block_number(meta).into();
         sb.feature_incompat = (erofs::INCOMPAT_CHUNKED_FILE | erofs::INCOMPAT_DEVICE_TABLE).into();
-        sb.extra_devices = u16::from(self.blob.is_some()).into();
+        sb.extra_devices = u16::try_from(self.blobs.len()).expect("at most 254").into();
         sb.devt_slotoff = erofs::DEVICE_TABLE_SLOT.into();
         sb
     }
 
     fn flags(&self) -> u64 {
-        let mut bits = self.settings.compression.algorithm().flag() | self.settings.digest.flag();
-        bits |= flags::EXPLICIT_UID_GID | flags::ENCRYPTION_NONE;
+        let mut bits = self.facts.compression.flag() | self.facts.digest.flag();
+        if self.facts.explicit_ids {
+            bits |= flags::EXPLICIT_UID_GID;
+        }
         if self.layout.has_xattrs {
             bits |= flags::HAS_XATTR;
         }
+        let has = |entry: &BlobEntry, feature| entry.features.get() & feature != 0;
+        let encrypted = self.blobs.iter().any(|blob| has(blob, features::ENCRYPTED));
+        bits |= if encrypted { flags::ENCRYPTION_AES_128_XTS } else { flags::ENCRYPTION_NONE };
         // True of every blob when there is none.
-        if self.blob.is_none() {
+        if self.blobs.iter().all(|blob| has(blob, features::INLINED_CHUNK_DIGEST)) {
             bits |= flags::INLINED_CHUNK_DIGEST;
         }
         bits
-    }
-
-    fn blob_entry(&self, blob: &FinishedBlob) -> BlobEntry {
-        let mut entry = BlobEntry::new_zeroed();
-        entry.id = tag(&blob.id);
-        entry.index = u32::from(BLOB).into();
-        entry.chunk_size = self.settings.chunk_size.into();
-        entry.chunk_count = u32::try_from(blob.chunks.len()).expect("24 bits").into();
-        entry.compression = self.settings.compression.algorithm().number().into();
-        entry.digest = self.settings.digest.number().into();
-        entry.features = FEATURES.into();
-        entry.compressed_size = blob.stored_bytes.into();
-        entry.uncompressed_size = blob.decoded_bytes.into();
-        entry.ci_compression = blob.table.algorithm.number().into();
-        entry.ci_offset = blob.table.offset.into();
-        entry.ci_compressed_size = blob.table.stored_len.into();
-        entry.ci_uncompressed_size = blob.table.plain_len.into();
-        entry
     }
 
     /// Inodes with everything that belongs to them, once each, however many names they have.
@@ -162,7 +208,7 @@ impl Bootstrap<'_> {
                 inode.size = content.size.into();
                 inode.u = self.chunk_format(content).into();
                 let array = (at + place.head).next_multiple_of(8);
-                let indexes: Vec<ChunkIndex> = self.chunks(content).map(|(n, chunk)| chunk_index(n, chunk)).collect();
+                let indexes: Vec<ChunkIndex> = self.chunks(content).map(|(_, chunk)| chunk_index(chunk)).collect();
                 out.put(array, indexes.as_slice())?;
                 (libc::S_IFREG, erofs::layout::CHUNK_BASED)
             }
@@ -234,11 +280,11 @@ impl Bootstrap<'_> {
         }
     }
 
-    /// The chunks of a file with their numbers, in file order.
-    fn chunks(&self, content: &Content) -> impl Iterator<Item = (u32, &Chunk)> {
+    /// The chunks of a file with their positions in `chunks`, in file order.
+    fn chunks(&self, content: &Content) -> impl Iterator<Item = (usize, &Chunk)> {
         content.cuts().map(|cut| {
-            let number = self.chunk_of_cut[usize::try_from(cut).expect("cuts are counted in memory")];
-            (number, &self.blob.expect("a chunk lies in a blob").chunks[number as usize])
+            let at = self.chunk_of_cut[usize::try_from(cut).expect("cuts are counted in memory")] as usize;
+            (at, &self.chunks[at])
         })
     }
 
@@ -246,11 +292,11 @@ impl Bootstrap<'_> {
     /// whose chunks lie one after the other is declared as one large chunk, which lets the kernel
     /// map it in one step (`rafs-v6.md` section 12).
     fn chunk_format(&self, content: &Content) -> u32 {
-        let chunk_size = u64::from(self.settings.chunk_size);
+        let chunk_size = u64::from(self.facts.chunk_size);
         let mut expected = None;
         let contiguous = self.chunks(content).all(|(_, chunk)| {
-            let follows = expected.is_none_or(|at| at == chunk.decoded_offset);
-            expected = Some(chunk.decoded_offset + chunk_size);
+            let follows = expected.is_none_or(|at| at == (chunk.blob, chunk.decoded_offset));
+            expected = Some((chunk.blob, chunk.decoded_offset + chunk_size));
             follows
         });
         let mut bytes = chunk_size;
@@ -261,73 +307,49 @@ impl Bootstrap<'_> {
         erofs::CHUNK_FORMAT_INDEXES | exponent
     }
 
-    /// One record for each chunk that a file of the tree uses, sorted by digest.
+    /// One record for each chunk that a file of the tree uses, sorted by digest, then blob.
     fn chunk_records(&self) -> Vec<ChunkRecord> {
-        let Some(blob) = self.blob else { return Vec::new() };
-        let mut file_offsets = vec![None; blob.chunks.len()];
+        let mut file_offsets = vec![None; self.chunks.len()];
         let walked = self.tree.walk(|id| {
             if let Kind::Regular(content) = &self.tree.node(id).kind {
-                for (position, (number, _)) in self.chunks(content).enumerate() {
-                    file_offsets[number as usize] = Some(position as u64 * u64::from(self.settings.chunk_size));
+                for (position, (at, _)) in self.chunks(content).enumerate() {
+                    file_offsets[at] = Some(position as u64 * u64::from(self.facts.chunk_size));
                 }
             }
             Ok::<(), std::convert::Infallible>(())
         });
         let Ok(()) = walked;
-        let used = blob.chunks.iter().zip(file_offsets).enumerate();
-        let mut records: Vec<ChunkRecord> = used
-            .filter_map(|(number, (chunk, file_offset))| {
-                let number = u32::try_from(number).expect("24 bits");
-                file_offset.map(|file_offset| chunk_record(number, chunk, file_offset))
-            })
-            .collect();
-        // Chunks of one blob differ in digest or length, and equal digests mean equal bytes.
-        records.sort_unstable_by_key(|record| record.digest);
+        let used = self.chunks.iter().zip(file_offsets);
+        let mut records: Vec<ChunkRecord> =
+            used.filter_map(|(chunk, offset)| offset.map(|offset| chunk.record(offset))).collect();
+        records.sort_unstable_by_key(|record| (record.digest, record.blob_index.get(), record.index.get()));
         records
     }
 }
 
 const BLOCK_LEN: usize = 4096;
 
-fn chunk_index(number: u32, chunk: &Chunk) -> ChunkIndex {
-    ChunkIndex::new(BLOB, number, block_number(chunk.decoded_offset))
+fn chunk_index(chunk: &Chunk) -> ChunkIndex {
+    ChunkIndex::new(chunk.blob, chunk.number, block_number(chunk.decoded_offset))
 }
 
-fn chunk_record(number: u32, chunk: &Chunk, file_offset: u64) -> ChunkRecord {
-    let mut record = ChunkRecord::new_zeroed();
-    record.digest = chunk.digest.0;
-    record.blob_index = u32::from(BLOB).into();
-    let mut bits = 0;
-    if chunk.stored_len < chunk.plain_len {
-        bits |= chunk_flags::COMPRESSED;
-    }
-    // Readers take a flagged checksum of 0 for damage.
-    if chunk.crc32c != 0 {
-        bits |= chunk_flags::HAS_CRC32;
-    }
-    record.flags = bits.into();
-    record.compressed_size = chunk.stored_len.into();
-    record.uncompressed_size = chunk.plain_len.into();
-    record.compressed_offset = chunk.stored_offset.into();
-    record.uncompressed_offset = chunk.decoded_offset.into();
-    record.file_offset = file_offset.into();
-    record.index = number.into();
-    record.crc32 = chunk.crc32c.into();
-    record
-}
-
-fn device_slot(blob: &FinishedBlob, bootstrap_len: u64) -> DeviceSlot {
+/// Places a blob in the flat address space behind `end`, which moves to the blob's end.
+fn device_slot(blob: &BlobEntry, end: &mut u64) -> Result<DeviceSlot, BuildError> {
     let mut slot = DeviceSlot::new_zeroed();
-    slot.tag = tag(&blob.id);
-    slot.blocks = block_number(blob.decoded_bytes).into();
-    slot.mapped_blkaddr = block_number(bootstrap_len.next_multiple_of(FLAT_ALIGNMENT)).into();
-    slot
+    slot.tag = blob.id;
+    slot.blocks = blocks(blob).into();
+    let start = end.next_multiple_of(FLAT_ALIGNMENT);
+    *end = start + u64::from(blocks(blob)) * BLOCK;
+    if *end > MAX_FLAT {
+        return Err(BuildError::Limit(Limit::Decoded));
+    }
+    slot.mapped_blkaddr = block_number(start).into();
+    Ok(slot)
 }
 
-fn tag(id: &BlobId) -> [u8; 64] {
-    let mut tag = [0; 64];
-    tag[..id.as_str().len()].copy_from_slice(id.as_str().as_bytes());
-    tag
+/// Length of a blob's device in blocks.
+fn blocks(blob: &BlobEntry) -> u32 {
+    block_number(blob.uncompressed_size.get())
 }
 
 fn block_number(bytes: u64) -> u32 {

@@ -61,4 +61,6 @@ pub enum Limit {
     Decoded,
     #[error("more than 2 GiB of metadata; split the source")]
     Metadata,
+    #[error("more than 254 blobs; join layers before")]
+    Blobs,
 }

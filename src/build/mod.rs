@@ -30,7 +30,7 @@ pub use error::{BuildError, Limit, Unfit};
 use crate::format::rafs::DigestAlgorithm;
 use blobwriter::{BlobWriter, TemporaryName};
 use chunk::Settings;
-use emit::Bootstrap;
+use emit::{Bootstrap, Facts};
 use tree::{Kind, Tree};
 
 /// What an image is made from.
@@ -172,12 +172,15 @@ pub fn build(spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport, Bu
     let mut compressor = spec.compression.compressor().map_err(BuildError::Compressor)?;
     let mut blob = stored.blob.finish(spec.compression.algorithm(), &mut compressor)?;
     let layout = layout::layout(&read.tree, chunk_size)?;
+    let entry = blob.as_ref().map(|blob| blob.entry(spec.compression.algorithm(), spec.digest, chunk_size));
     let bootstrap = Bootstrap {
         tree: &read.tree,
         layout: &layout,
-        blob: blob.as_ref(),
+        blobs: entry.as_slice(),
+        chunks: blob.as_ref().map_or(&[], |blob| &blob.chunks),
         chunk_of_cut: &stored.chunk_of_cut,
-        settings,
+        prefetch: &[],
+        facts: Facts { compression: spec.compression.algorithm(), digest: spec.digest, chunk_size, explicit_ids: true },
     };
     let bytes = bootstrap.bytes()?;
 

@@ -10,9 +10,11 @@
 
 mod cut;
 mod pipeline;
+mod stored;
 
 pub(super) use cut::{Body, Content, CutError, Cutter, PlainBody};
 pub(super) use pipeline::run;
+pub(super) use stored::Chunk;
 
 use std::num::NonZeroUsize;
 

@@ -3,9 +3,9 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use super::{Cutter, Settings, Slot};
+use super::{Chunk, Cutter, Settings, Slot};
 use crate::base::Digest;
-use crate::build::blobwriter::{BlobWriter, Chunk};
+use crate::build::blobwriter::BlobWriter;
 use crate::build::{BuildError, Progress};
 use crate::codec::{self, Compressor};
 use crate::format::rafs::DigestAlgorithm;
