@@ -3,6 +3,10 @@
 //! Every decoder takes the exact length of the plain bytes and gives an error for anything else,
 //! so a hostile stream can neither overrun nor make memory grow.
 
+mod window;
+
+pub use window::{Window, gzip_window_decode};
+
 use std::io::Read;
 
 use crate::base::Digest;
