@@ -19,6 +19,7 @@ mod daemon;
 mod measure;
 mod native;
 mod reading;
+mod reference;
 mod report;
 
 use std::path::PathBuf;
@@ -61,6 +62,10 @@ struct Args {
     /// A peer to build with as well: the program mkfs.erofs
     #[arg(long, value_name = "PROGRAM")]
     mkfs_erofs: Option<PathBuf>,
+
+    /// A peer to build with as well: the format's reference builder, the program nydus-image
+    #[arg(long, value_name = "PROGRAM")]
+    nydus_image: Option<PathBuf>,
 
     /// Few files and few turns, to see that everything works
     #[arg(long)]
@@ -132,6 +137,9 @@ fn run(args: &Args, report: &mut Report) -> anyhow::Result<()> {
     report.corpus(&corpus);
     let turns = args.turns();
     let image = building::measure(&corpus, scratch.path(), turns, args.mkfs_erofs.as_deref(), &interrupted, report)?;
+    if let Some(program) = &args.nydus_image {
+        reference::measure(&corpus, scratch.path(), turns, program, &interrupted, report)?;
+    }
     let delay = Duration::from_millis(args.delay);
     reading::measure(&corpus, &image, scratch.path(), turns, delay, &interrupted, report)?;
     scratch.close().context("cannot remove the scratch directory")
