@@ -65,7 +65,12 @@ impl Image {
     }
 
     /// Device and range behind a chunk index, or `None` for a hole.
-    fn place(&self, inode: &Inode, row: &ChunkIndex, len: u64) -> Result<Option<(usize, ByteRange)>, ImageError> {
+    pub(super) fn place(
+        &self,
+        inode: &Inode,
+        row: &ChunkIndex,
+        len: u64,
+    ) -> Result<Option<(usize, ByteRange)>, ImageError> {
         let wrong = |rule| ImageError::Inode { nid: inode.nid, rule };
         if row.blkaddr.get() == HOLE {
             return Ok(None);

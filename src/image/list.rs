@@ -152,6 +152,11 @@ pub(super) struct DirBlock<'a> {
 }
 
 impl<'a> DirBlock<'a> {
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
     pub(super) fn count(&self) -> usize {
         self.entries.len()
     }

@@ -5,6 +5,7 @@
 //! is bounds-checked, so a hostile image gives an [`ImageError`], never a panic, and no allocation
 //! is sized by a number from the image.
 
+pub mod check;
 mod error;
 mod extents;
 mod inode;

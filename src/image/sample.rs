@@ -2,6 +2,7 @@
 
 use std::io::Cursor;
 use std::num::NonZeroUsize;
+use std::sync::OnceLock;
 
 use super::Image;
 // Said once more for the scanner of the layers: tests may build their input with a higher one.
@@ -12,6 +13,11 @@ use crate::format::rafs::DigestAlgorithm;
 /// Files of one and of several chunks (twice the same, and one whose chunks lie apart), a hard
 /// link, a directory of several blocks, short and long symlinks, a device, a FIFO and an xattr.
 pub(super) fn bytes() -> Vec<u8> {
+    static BUILT: OnceLock<Vec<u8>> = OnceLock::new();
+    BUILT.get_or_init(built).clone()
+}
+
+fn built() -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
     let noise: Vec<u8> = (0..5000u32).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
     add(&mut tar, "file", b"some content");

@@ -82,6 +82,11 @@ impl<'a> Walk<'a> {
         Some(step.map(|inode| Visit { path: &self.path, inode }))
     }
 
+    /// Names from the root to what [`Walk::next_visit`] gave last, be it an error.
+    pub fn path(&self) -> &[&'a [u8]] {
+        &self.path
+    }
+
     fn enter(&mut self, depth: usize, dir: &Inode) -> Result<(), ImageError> {
         if depth >= MAX_DEPTH {
             return Err(ImageError::Tree("is too deep"));
