@@ -146,6 +146,7 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::Map(MapError::Tables(_))
         | DaemonError::Image(_)
         | DaemonError::Uncheckable { .. }
+        | DaemonError::BlockSize(_)
         | DaemonError::SourceSpec(_)
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,

@@ -36,6 +36,8 @@ pub enum DaemonError {
     Image(#[source] ImageError),
     #[error("{} uses blob {blob} at decoded {decoded}, for which the image names no digest", path.display())]
     Uncheckable { path: PathBuf, blob: BlobId, decoded: ByteRange },
+    #[error("the image has blocks of {0} bytes (tarfs); only images with blocks of 4096 bytes can be mounted")]
+    BlockSize(u64),
     #[error(transparent)]
     SourceSpec(OpenError),
     #[error(transparent)]

@@ -50,6 +50,7 @@ pub(super) fn prepare(
     let (bootstrap, key) = adopt(&loaded.bytes, &cache.join("bootstraps"))?;
     drop(loaded);
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, &spec.bootstrap)))?;
+    reach::ensure_block_size(&image)?;
     let mut options = ClientOptions::default();
     options.extra_ca_pem.extend(spec.ca.clone());
     let source = source::open(&spec.blobs, &options, RetryPolicy::default()).map_err(DaemonError::SourceSpec)?;

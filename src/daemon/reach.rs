@@ -11,9 +11,17 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use super::DaemonError;
-use crate::base::ByteRange;
+use crate::base::{BLOCK, ByteRange};
 use crate::blob::{Check, UnitMap};
 use crate::image::{Image, ImageError, Kind};
+
+/// Fails unless the image counts in the blocks that maps, caches and pages have.
+pub(super) fn ensure_block_size(image: &Image) -> Result<(), DaemonError> {
+    match image.summary().block_size {
+        BLOCK => Ok(()),
+        other => Err(DaemonError::BlockSize(other)),
+    }
+}
 
 /// Fails unless every block of a device that a file leads to lies in a unit with a known check.
 /// `maps` has one map for each device of `image`.
