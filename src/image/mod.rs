@@ -6,6 +6,7 @@
 //! is sized by a number from the image.
 
 pub mod check;
+mod chunks;
 mod error;
 mod extents;
 mod inode;
