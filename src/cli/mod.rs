@@ -8,13 +8,16 @@ pub mod build;
 mod connect;
 mod demo;
 mod doctor;
+pub mod export;
 mod keeper;
 mod manual;
 mod mount;
+mod opened;
 pub mod progress;
 mod register;
 mod serve;
 mod serve_blobs;
+pub mod unpack;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -58,6 +61,8 @@ enum LogFormat {
 #[derive(Debug, Subcommand)]
 enum Command {
     Build(build::BuildArgs),
+    Unpack(unpack::UnpackArgs),
+    Export(export::ExportArgs),
     Mount(mount::MountArgs),
     #[command(visible_alias = "unmount")]
     Umount(mount::UmountArgs),
@@ -83,6 +88,8 @@ pub fn run() -> ExitCode {
     start_log(&cli);
     let outcome = match cli.command {
         Command::Build(args) => build::run(args),
+        Command::Unpack(args) => unpack::run(args),
+        Command::Export(args) => export::run(args),
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),

@@ -81,7 +81,8 @@ impl Image {
         crate::format::array_at(self.bytes(), at, count, "chunk table").expect("checked by parse()")
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// The bootstrap as it lies in its file, for whoever copies it.
+    pub fn bytes(&self) -> &[u8] {
         (*self.bytes).as_ref()
     }
 }
