@@ -144,9 +144,7 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::Load(_)
         | DaemonError::Tables(_)
         | DaemonError::Map(MapError::Tables(_))
-        | DaemonError::Image(_)
-        | DaemonError::Uncheckable { .. }
-        | DaemonError::BlockSize(_)
+        | DaemonError::Reach(_)
         | DaemonError::SourceSpec(_)
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,

@@ -1,12 +1,12 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::base::{BlobId, ByteRange};
+use crate::base::BlobId;
 use crate::blob::TablesError;
 use crate::cache::StoreError;
 use crate::export::AttachError;
-use crate::image::{ImageError, OpenError as ImageOpenError};
-use crate::reader::{LoadError, MapError};
+use crate::image::OpenError as ImageOpenError;
+use crate::reader::{LoadError, MapError, ReachError};
 use crate::source::OpenError;
 
 /// Why a request could not be carried out.
@@ -32,12 +32,8 @@ pub enum DaemonError {
     Tables(TablesError),
     #[error(transparent)]
     Map(MapError),
-    #[error("the image is damaged")]
-    Image(#[source] ImageError),
-    #[error("{} uses blob {blob} at decoded {decoded}, for which the image names no digest", path.display())]
-    Uncheckable { path: PathBuf, blob: BlobId, decoded: ByteRange },
-    #[error("the image has blocks of {0} bytes (tarfs); only images with blocks of 4096 bytes can be mounted")]
-    BlockSize(u64),
+    #[error(transparent)]
+    Reach(#[from] ReachError),
     #[error(transparent)]
     SourceSpec(OpenError),
     #[error(transparent)]

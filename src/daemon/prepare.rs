@@ -8,13 +8,13 @@ use std::sync::Arc;
 
 use ring::digest;
 
+use super::DaemonError;
 use super::api::ImageSpec;
-use super::{DaemonError, reach};
 use crate::base::{BLOCK, BlobId, Digest};
 use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
 use crate::image::{Device, Image};
 use crate::net::{ClientOptions, RetryPolicy};
-use crate::reader::{self, maps};
+use crate::reader::{self, ensure_block_size, ensure_checkable, maps};
 use crate::source::{self, BlobSource, LocalSource};
 
 /// An image that is ready to be attached to a backend.
@@ -50,7 +50,7 @@ pub(super) fn prepare(
     let (bootstrap, key) = adopt(&loaded.bytes, &cache.join("bootstraps"))?;
     drop(loaded);
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, &spec.bootstrap)))?;
-    reach::ensure_block_size(&image)?;
+    ensure_block_size(&image)?;
     let mut options = ClientOptions::default();
     options.extra_ca_pem.extend(spec.ca.clone());
     let source = source::open(&spec.blobs, &options, RetryPolicy::default()).map_err(DaemonError::SourceSpec)?;
@@ -59,7 +59,7 @@ pub(super) fn prepare(
         .iter()
         .map(|device| map(device, &image, saved, source.as_ref(), runtime))
         .collect::<Result<Vec<_>, _>>()?;
-    reach::ensure_checkable(&image, &maps)?;
+    ensure_checkable(&image, &maps)?;
     Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source })
 }
 
