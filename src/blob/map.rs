@@ -249,7 +249,7 @@ impl UnitMap {
 
 /// The rules that a unit keeps by itself.
 fn check_sizes(unit: &Unit) -> Result<(), &'static str> {
-    if unit.decoded.start() % BLOCK != 0 {
+    if !unit.decoded.start().is_multiple_of(BLOCK) {
         return Err("does not start on a block boundary");
     }
     if unit.decoded.is_empty() || unit.decoded.len() > MAX_UNIT {

