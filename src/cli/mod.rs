@@ -5,6 +5,7 @@
 //! command adds to that is in its help.
 
 pub mod build;
+mod check;
 mod connect;
 mod demo;
 mod doctor;
@@ -58,6 +59,7 @@ enum LogFormat {
 #[derive(Debug, Subcommand)]
 enum Command {
     Build(build::BuildArgs),
+    Check(check::CheckArgs),
     Mount(mount::MountArgs),
     #[command(visible_alias = "unmount")]
     Umount(mount::UmountArgs),
@@ -83,6 +85,7 @@ pub fn run() -> ExitCode {
     start_log(&cli);
     let outcome = match cli.command {
         Command::Build(args) => build::run(args),
+        Command::Check(args) => Ok(check::run(&args)),
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),

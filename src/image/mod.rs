@@ -6,10 +6,12 @@
 //! is sized by a number from the image.
 
 pub mod check;
+pub mod dump;
 mod error;
 mod extents;
 mod inode;
 mod list;
+mod records;
 #[cfg(test)]
 mod sample;
 mod superblock;
@@ -21,6 +23,7 @@ pub use error::ImageError;
 pub use extents::Extent;
 pub use inode::{Inode, Kind, Layout, Nid};
 pub use list::DirEntry;
+pub use records::RecordIndex;
 pub use superblock::Summary;
 pub use walk::{Entry, Visit, Walk};
 pub use xattr::Xattr;
