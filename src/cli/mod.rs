@@ -9,6 +9,7 @@ mod check;
 mod connect;
 mod demo;
 mod doctor;
+mod inspect;
 mod keeper;
 mod manual;
 mod mount;
@@ -16,6 +17,7 @@ pub mod progress;
 mod register;
 mod serve;
 mod serve_blobs;
+mod stat;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -60,6 +62,8 @@ enum LogFormat {
 enum Command {
     Build(build::BuildArgs),
     Check(check::CheckArgs),
+    Inspect(inspect::InspectArgs),
+    Stat(stat::StatArgs),
     Mount(mount::MountArgs),
     #[command(visible_alias = "unmount")]
     Umount(mount::UmountArgs),
@@ -86,6 +90,8 @@ pub fn run() -> ExitCode {
     let outcome = match cli.command {
         Command::Build(args) => build::run(args),
         Command::Check(args) => Ok(check::run(&args)),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Stat(args) => stat::run(&args),
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),

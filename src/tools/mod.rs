@@ -4,3 +4,5 @@
 //! an exit status.
 
 pub mod check;
+pub mod inspect;
+pub mod stat;
