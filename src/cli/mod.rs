@@ -6,10 +6,12 @@
 
 mod base;
 pub mod build;
+mod check;
 mod connect;
 mod demo;
 mod doctor;
 pub mod export;
+mod inspect;
 mod keeper;
 mod manual;
 mod merge;
@@ -20,6 +22,7 @@ mod register;
 mod serve;
 mod serve_blobs;
 pub mod unpack;
+mod stat;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -66,6 +69,9 @@ enum Command {
     Merge(merge::MergeArgs),
     Unpack(unpack::UnpackArgs),
     Export(export::ExportArgs),
+    Check(check::CheckArgs),
+    Inspect(inspect::InspectArgs),
+    Stat(stat::StatArgs),
     Mount(mount::MountArgs),
     #[command(visible_alias = "unmount")]
     Umount(mount::UmountArgs),
@@ -94,6 +100,9 @@ pub fn run() -> ExitCode {
         Command::Merge(args) => merge::run(args),
         Command::Unpack(args) => unpack::run(args),
         Command::Export(args) => export::run(args),
+        Command::Check(args) => Ok(check::run(&args)),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Stat(args) => stat::run(&args),
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),

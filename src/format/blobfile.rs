@@ -24,6 +24,23 @@ pub mod features {
     pub const HAS_TAR_HEADER: u32 = 0x1000_0000;
     pub const HAS_TOC: u32 = 0x2000_0000;
     pub const CAP_TAR_TOC: u32 = 0x4000_0000;
+    /// Bits with the names that the reference tools give them.
+    pub const NAMES: [(u32, &str); 14] = [
+        (ALIGNED, "aligned"),
+        (INLINED_FS_META, "inlined-fs-meta"),
+        (CHUNK_INFO_V2, "chunk-info-v2"),
+        (ZRAN, "zran"),
+        (SEPARATE, "separate"),
+        (INLINED_CHUNK_DIGEST, "inlined-chunk-digest"),
+        (TARFS, "tarfs"),
+        (BATCH, "batch"),
+        (ENCRYPTED, "encrypted"),
+        (IS_CHUNKDICT_GENERATED, "chunkdict-generated"),
+        (EXTERNAL, "external"),
+        (HAS_TAR_HEADER, "has-tar-header"),
+        (HAS_TOC, "has-toc"),
+        (CAP_TAR_TOC, "cap-tar-toc"),
+    ];
     /// Every bit a v6 reader accepts.
     pub const KNOWN: u32 = 0xfff | HAS_TAR_HEADER | HAS_TOC | CAP_TAR_TOC | 0x0fff_0000;
 }

@@ -165,6 +165,19 @@ impl Image {
 }
 
 impl Kind {
+    /// What people call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Regular => "file",
+            Self::Directory => "directory",
+            Self::Symlink => "symlink",
+            Self::Character => "character device",
+            Self::Block => "block device",
+            Self::Fifo => "fifo",
+            Self::Socket => "socket",
+        }
+    }
+
     fn from_mode(mode: u16) -> Option<Self> {
         Some(match u32::from(mode) & libc::S_IFMT {
             libc::S_IFREG => Self::Regular,

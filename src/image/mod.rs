@@ -7,10 +7,12 @@
 
 pub mod check;
 mod chunks;
+pub mod dump;
 mod error;
 mod extents;
 mod inode;
 mod list;
+mod records;
 #[cfg(test)]
 mod sample;
 mod superblock;
@@ -22,6 +24,7 @@ pub use error::ImageError;
 pub use extents::Extent;
 pub use inode::{Inode, Kind, Layout, Nid};
 pub use list::DirEntry;
+pub use records::RecordIndex;
 pub use superblock::Summary;
 pub use walk::{Entry, Visit, Walk};
 pub use xattr::Xattr;

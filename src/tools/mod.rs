@@ -7,3 +7,6 @@ pub mod export;
 mod output;
 mod sparse;
 pub mod unpack;
+pub mod check;
+pub mod inspect;
+pub mod stat;

@@ -1,9 +1,8 @@
 //! The chunk table, and the chunk indexes of files against it (`rafs-v6.md` sections 12 and 13).
 
-use super::super::{Image, Inode};
+use super::super::{Image, Inode, RecordIndex};
 use super::{Code, Place, Report};
 use crate::base::ByteRange;
-use crate::format::array_at;
 use crate::format::blobfile::features;
 use crate::format::erofs::ChunkIndex;
 use crate::format::rafs::{ChunkRecord, chunk_flags, flags};
@@ -13,8 +12,7 @@ const KNOWN_FLAGS: u32 = chunk_flags::COMPRESSED | chunk_flags::ENCRYPTED | chun
 
 /// The chunk table by place, and which of its records a file uses.
 pub(super) struct Records {
-    /// Key and position in the table, sorted by key.
-    keys: Vec<(Key, u32)>,
+    index: RecordIndex,
     /// By position in the table.
     used: Vec<bool>,
     /// By blob: whether a file uses it.
@@ -23,15 +21,11 @@ pub(super) struct Records {
     complete: bool,
 }
 
-/// What a chunk is found by: blob, ordinal in the blob, and block in the device.
-type Key = (u32, u32, u64);
-
 impl Records {
     /// Checks every record alone and their order.
     pub(super) fn check(image: &Image, report: &mut Report) -> Self {
         let rows = image.chunk_records();
         let complete = image.summary().flags & flags::TARFS_MODE == 0;
-        let mut keys = Vec::with_capacity(rows.len());
         let mut last: Option<&ChunkRecord> = None;
         for (number, row) in (0u32..).zip(rows) {
             let place = Place::Row("chunk record", number.into());
@@ -44,20 +38,14 @@ impl Records {
                 "is not behind the record before it".into()
             });
             last = Some(row);
-            let block = row.uncompressed_offset.get() / image.summary().block_size;
-            keys.push(((row.blob_index.get(), row.index.get(), block), number));
         }
-        keys.sort_unstable();
-        for pair in keys.windows(2) {
-            let ((one, first), (other, second)) = (pair[0], pair[1]);
-            report.expect(
-                (one.0, one.1) != (other.0, other.1),
-                Code::ChunkTwice,
-                Place::Row("chunk record", second.into()),
-                || format!("describes chunk {} of blob {}, as record {first} does", other.1, other.0),
-            );
+        let index = RecordIndex::new(image);
+        for (first, second, blob, chunk) in index.twins() {
+            report.add(Code::ChunkTwice, Place::Row("chunk record", second.into()), || {
+                format!("describes chunk {chunk} of blob {blob}, as record {first} does")
+            });
         }
-        Self { keys, used: vec![false; rows.len()], used_blobs: vec![false; image.devices().len()], complete }
+        Self { index, used: vec![false; rows.len()], used_blobs: vec![false; image.devices().len()], complete }
     }
 
     /// Checks the chunk indexes of a regular file.
@@ -65,18 +53,16 @@ impl Records {
         &mut self,
         image: &Image,
         inode: &Inode,
-        at: (u64, u32),
+        bits: u32,
         place: &Place<'_>,
         report: &mut Report,
     ) {
-        let (indexes, bits) = at;
-        let chunk_size = u64::from(image.summary().chunk_size);
-        let count = inode.size.div_ceil(chunk_size);
-        let rows: &[ChunkIndex] = match array_at(image.bytes(), indexes, count, "chunk array") {
+        let rows = match image.chunk_indexes(inode) {
             Ok(rows) => rows,
             Err(cause) => return report.add(Code::Truncated, place, || cause.to_string()),
         };
-        report.chunks += count;
+        let chunk_size = u64::from(image.summary().chunk_size);
+        report.chunks += rows.len() as u64;
         for (number, row) in (0u64..).zip(rows) {
             let len = chunk_size.min(inode.size - number * chunk_size);
             self.check_index(image, inode, row, len, (number, place), report);
@@ -109,15 +95,13 @@ impl Records {
         if !self.complete {
             return;
         }
-        let key = (entry.index.get(), index, u64::from(row.blkaddr.get()));
-        let Ok(found) = self.keys.binary_search_by_key(&key, |(key, _)| *key) else {
+        let Some(record) = self.index.find(row) else {
             let own_digests = entry.features.get() & features::INLINED_CHUNK_DIGEST != 0;
             let code = if own_digests { Code::ChunkUnlisted } else { Code::ChunkMissing };
             return report.add(code, place, || {
                 format!("chunk {number}: no record of chunk {index} of blob {device} at block {}", row.blkaddr)
             });
         };
-        let record = self.keys[found].1 as usize;
         self.used[record] = true;
         let size = image.chunk_records()[record].uncompressed_size.get();
         report.expect(u64::from(size) == len, Code::ChunkLength, place, || {

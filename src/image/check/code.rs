@@ -148,6 +148,16 @@ codes! {
     Prefetch = "prefetch", Error;
     /// Entries of the prefetch table behind its end mark.
     PrefetchEnd = "prefetch-end", Remark;
+
+    // Found by who opens the blobs, which `image` never does.
+    /// A blob is not there, or too short.
+    BlobMissing = "blob-missing", Error;
+    /// The tables of a blob are not those that the image describes.
+    BlobDiffers = "blob-differs", Error;
+    /// A blob is of a kind whose data cannot be looked at.
+    BlobUnchecked = "blob-unchecked", Remark;
+    /// A chunk does not decode to what the image promises.
+    ChunkDamaged = "chunk-damaged", Error;
 }
 
 impl std::fmt::Display for Code {

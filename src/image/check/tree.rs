@@ -108,8 +108,8 @@ impl Search<'_, '_> {
         match (inode.kind, inode.layout) {
             (Kind::Directory, _) => self.directory(inode, parent.unwrap_or(inode.nid), &place),
             (Kind::Symlink, _) => self.symlink(inode, &place),
-            (Kind::Regular, Layout::Chunks { indexes, bits }) => {
-                self.records.check_file(self.image, inode, (indexes, bits), &place, self.report);
+            (Kind::Regular, Layout::Chunks { bits, .. }) => {
+                self.records.check_file(self.image, inode, bits, &place, self.report);
             }
             (Kind::Regular, _) => self.report.add(Code::FlatFile, &place, || "its data is in the bootstrap".into()),
             (Kind::Character | Kind::Block | Kind::Fifo | Kind::Socket, _) => {
