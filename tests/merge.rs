@@ -94,20 +94,27 @@ impl Workshop {
 
     /// Writes `layers` in both forms, merges each, and compares with what overlayfs shows.
     fn compare(&mut self, name: &str, layers: &[layers::Layer]) {
+        let has_sockets = layers.iter().flatten().any(|(_, what)| *what == What::Socket);
+        let memory = self.path("trees");
+        fs::create_dir_all(&memory).unwrap();
+        let memory = Mounted::memory(&memory).unwrap();
         let mut trees = Vec::new();
         let mut built = [Vec::new(), Vec::new()];
         for (number, layer) in layers.iter().enumerate() {
             let seed = number as u64;
-            let tree = self.path(&format!("{name}-{number}"));
+            let tree = memory.path().join(format!("{name}-{number}"));
             fs::create_dir(&tree).unwrap();
             layers::write(&tree, layer, Form::Overlayfs, seed).unwrap();
             built[0].push(self.layer(&tree, &format!("{name}-{number}.boot")));
             trees.push(tree);
-
-            let container = self.path(&format!("{name}-{number}.oci"));
+            if has_sockets {
+                // Archives have none, so these layers would be others.
+                continue;
+            }
+            let container = memory.path().join(format!("{name}-{number}.oci"));
             fs::create_dir(&container).unwrap();
             layers::write(&container, layer, Form::Oci, seed).unwrap();
-            let archive = self.path(&format!("{name}-{number}.tar"));
+            let archive = memory.path().join(format!("{name}-{number}.tar"));
             layers::pack(&container, &archive);
             built[1].push(self.layer(&archive, &format!("{name}-{number}.oci-boot")));
         }
@@ -115,10 +122,8 @@ impl Workshop {
         fs::create_dir_all(&at).unwrap();
         let want = listing::of_overlay(Mounted::overlay(&trees, &at).unwrap().path()).unwrap();
         let out = self.path(&format!("{name}.merged"));
-        let has_sockets = layers.iter().flatten().any(|(_, what)| *what == What::Socket);
         for (form, bootstraps) in [Whiteouts::Overlayfs, Whiteouts::Oci].into_iter().zip(&built) {
-            if form == Whiteouts::Oci && has_sockets {
-                // Archives have no sockets, so these layers are others.
+            if bootstraps.is_empty() {
                 continue;
             }
             let spec = MergeSpec { whiteouts: form, ..merge_spec(bootstraps, &out) };

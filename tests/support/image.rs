@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -19,29 +20,35 @@ pub struct Mounted {
 impl Mounted {
     /// Mounts `bootstrap` with complete device files, in the order of the device table.
     pub fn new(bootstrap: &Path, devices: &[PathBuf], at: &Path) -> io::Result<Self> {
-        Self::configured("erofs", ("source", bootstrap), devices.iter().map(|path| ("device", path.as_path())), at)
+        let devices = devices.iter().map(|path| ("device", path.as_path()));
+        Self::configured("erofs", std::iter::once(("source", bootstrap)).chain(devices), at)
     }
 
     /// Mounts the directories as overlayfs shows them, the lowest first; at least two.
     pub fn overlay(layers: &[PathBuf], at: &Path) -> io::Result<Self> {
         let topmost_first = layers.iter().rev().map(|path| ("lowerdir+", path.as_path()));
-        Self::configured("overlay", ("source", Path::new("overlay")), topmost_first, at)
+        Self::configured("overlay", topmost_first, at)
+    }
+
+    /// A file system in memory that can be written to, for trees of very many files.
+    pub fn memory(at: &Path) -> io::Result<Self> {
+        let context = mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        Self::attach(&context, MountAttrFlags::empty(), at)
     }
 
     /// Option by option: `mount(2)` has one page for all of them, about thirty devices.
-    fn configured<'p>(
-        name: &str,
-        source: (&'p str, &'p Path),
-        options: impl Iterator<Item = (&'p str, &'p Path)>,
-        at: &Path,
-    ) -> io::Result<Self> {
+    fn configured<'p>(name: &str, options: impl Iterator<Item = (&'p str, &'p Path)>, at: &Path) -> io::Result<Self> {
         let context = mount::fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC)?;
-        for (key, path) in std::iter::once(source).chain(options) {
+        for (key, path) in options {
             mount::fsconfig_set_string(&context, key, path)?;
         }
         mount::fsconfig_set_flag(&context, "ro")?;
-        mount::fsconfig_create(&context)?;
-        let mounted = mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY)?;
+        Self::attach(&context, MountAttrFlags::MOUNT_ATTR_RDONLY, at)
+    }
+
+    fn attach(context: &OwnedFd, attributes: MountAttrFlags, at: &Path) -> io::Result<Self> {
+        mount::fsconfig_create(context)?;
+        let mounted = mount::fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
         mount::move_mount(&mounted, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
         Ok(Self { at: at.to_owned() })
     }
