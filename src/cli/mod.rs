@@ -21,8 +21,8 @@ pub mod progress;
 mod register;
 mod serve;
 mod serve_blobs;
-pub mod unpack;
 mod stat;
+pub mod unpack;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;

@@ -3,10 +3,10 @@
 //! Each tool is a function from an image to a report; `cli` prints. Nothing here prints or decides
 //! an exit status.
 
+pub mod check;
 pub mod export;
+pub mod inspect;
 mod output;
 mod sparse;
-pub mod unpack;
-pub mod check;
-pub mod inspect;
 pub mod stat;
+pub mod unpack;
