@@ -4,6 +4,7 @@
 //! nothing behind under a name somebody could trust. It is created with the first chunk: a tree
 //! without data has no blob.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -219,7 +220,7 @@ impl TemporaryName {
     }
 
     /// Moves the file to `name` in the same directory, over whatever has that name.
-    pub(super) fn rename(&mut self, name: &str) -> Result<(), BuildError> {
+    pub(super) fn rename(&mut self, name: impl AsRef<OsStr>) -> Result<(), BuildError> {
         let path = self.path.with_file_name(name);
         let directory = path.parent().expect("a name in a directory");
         let moved = fs::rename(&self.path, &path).and_then(|()| File::open(directory)?.sync_all());

@@ -1,5 +1,6 @@
 //! A bootstrap as bytes, from a tree that has a layout (`rafs-v6.md` sections 1 to 13).
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 
 use zerocopy::little_endian::U32;
@@ -47,6 +48,8 @@ pub(super) struct Facts {
     pub chunk_size: u32,
     /// Whether owners mean anything.
     pub explicit_ids: bool,
+    /// Whether to say that there are xattrs even if no inode has one.
+    pub claim_xattrs: bool,
 }
 
 /// Where the tables lie, in bytes (`rafs-v6.md` section 1).
@@ -146,7 +149,7 @@ impl Bootstrap<'_> {
         if self.facts.explicit_ids {
             bits |= flags::EXPLICIT_UID_GID;
         }
-        if self.layout.has_xattrs {
+        if self.layout.has_xattrs || self.facts.claim_xattrs {
             bits |= flags::HAS_XATTR;
         }
         let has = |entry: &BlobEntry, feature| entry.features.get() & feature != 0;
@@ -309,28 +312,34 @@ impl Bootstrap<'_> {
 
     /// One record for each chunk that a file of the tree uses, sorted by digest, then blob.
     fn chunk_records(&self) -> Vec<ChunkRecord> {
-        let mut file_offsets = vec![None; self.chunks.len()];
+        // When a chunk was met last, and where in that file.
+        let mut met = vec![None; self.chunks.len()];
+        let mut clock = 0u64;
         let walked = self.tree.walk(|id| {
             if let Kind::Regular(content) = &self.tree.node(id).kind {
                 for (position, (at, _)) in self.chunks(content).enumerate() {
-                    file_offsets[at] = Some(position as u64 * u64::from(self.facts.chunk_size));
+                    clock += 1;
+                    met[at] = Some((clock, position as u64 * u64::from(self.facts.chunk_size)));
                 }
             }
             Ok::<(), std::convert::Infallible>(())
         });
         let Ok(()) = walked;
-        let used = self.chunks.iter().zip(file_offsets);
-        let mut records: Vec<ChunkRecord> =
-            used.filter_map(|(chunk, offset)| offset.map(|offset| chunk.record(offset))).collect();
-        records.sort_unstable_by_key(|record| (record.digest, record.blob_index.get(), record.index.get()));
-        records
+        let used = self.chunks.iter().zip(met).filter_map(|(chunk, met)| met.map(|met| (chunk, met)));
+        let mut used: Vec<_> = used.collect();
+        let identity = |chunk: &Chunk| (chunk.digest, chunk.blob, chunk.number);
+        // Layers that share a blob bring its chunks several times.
+        used.sort_unstable_by_key(|(chunk, (clock, _))| (identity(chunk), Reverse(*clock)));
+        used.dedup_by(|(a, _), (b, _)| identity(a) == identity(b));
+        used.into_iter().map(|(chunk, (_, offset))| chunk.record(offset)).collect()
     }
 }
 
 const BLOCK_LEN: usize = 4096;
 
 fn chunk_index(chunk: &Chunk) -> ChunkIndex {
-    ChunkIndex::new(chunk.blob, chunk.number, block_number(chunk.decoded_offset))
+    let blob = u8::try_from(chunk.blob).expect("chunks lie in the rows of the blob table");
+    ChunkIndex::new(blob, chunk.number, block_number(chunk.decoded_offset))
 }
 
 /// Places a blob in the flat address space behind `end`, which moves to the blob's end.

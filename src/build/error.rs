@@ -1,6 +1,10 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::load::LoadError;
+use super::stockblobs::Contradiction;
+use crate::base::BlobId;
+
 /// Why no image was made.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
@@ -20,6 +24,23 @@ pub enum BuildError {
     ChunkSize(u64),
     #[error("cannot set up the compressor")]
     Compressor(#[source] io::Error),
+    /// An image that was to become part of this one. Boxed to keep results small.
+    #[error("cannot use the image {}", image.display())]
+    Image {
+        image: PathBuf,
+        #[source]
+        cause: Box<LoadError>,
+    },
+    #[error("the blob that was written contradicts what an image says of it")]
+    NewBlob(#[source] Contradiction),
+    #[error("there is nothing to merge")]
+    NoLayers,
+    #[error("none of the layers uses blob {0}, about which there are facts")]
+    UnknownBlob(BlobId),
+    #[error("blob {0} is encrypted, and its meta fields hold the key")]
+    MetaOfEncrypted(BlobId),
+    #[error("no chunk of the dictionary {} has a {digest} digest, as this image will; use --digest", dictionary.display())]
+    UselessDictionary { dictionary: PathBuf, digest: &'static str },
     #[error("too big for one image: {0}")]
     Limit(Limit),
     /// The two passes over the metadata disagree: a fault of the builder, never of the input.
@@ -46,6 +67,8 @@ pub enum Unfit {
     XattrValue { name: String, len: usize },
     #[error("its xattrs take {0} bytes, 262144 is the limit")]
     XattrArea(usize),
+    #[error("its xattr {0} refers to another place of the overlayfs that it comes from; copy the tree as mounted")]
+    OverlayXattr(String),
     #[error("its content takes more chunks than an image can index; use a larger --chunk-size")]
     TooManyChunks,
 }

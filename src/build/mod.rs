@@ -8,12 +8,17 @@
 //!
 //! Memory grows with the number of entries and chunks, not with the size of files.
 
+mod base;
 mod blobwriter;
 mod chunk;
 mod emit;
 mod error;
 mod input;
 mod layout;
+mod load;
+mod merge;
+mod overlay;
+mod stockblobs;
 mod tree;
 mod xattr;
 
@@ -24,10 +29,16 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+pub use base::Base;
 pub use chunk::{Compression, InvalidCompression};
 pub use error::{BuildError, Limit, Unfit};
+pub use load::{Layer, LoadError};
+pub use merge::{BlobFacts, MergeReport, MergeSpec, merge};
+pub use overlay::Whiteouts;
+pub use stockblobs::Contradiction;
 
 use crate::format::rafs::DigestAlgorithm;
+use base::{Based, Joined};
 use blobwriter::{BlobWriter, TemporaryName};
 use chunk::Settings;
 use emit::{Bootstrap, Facts};
@@ -55,6 +66,13 @@ impl std::fmt::Debug for Source {
 }
 
 impl Source {
+    /// What to call it in messages.
+    fn name(&self) -> &Path {
+        match self {
+            Self::Directory(path) | Self::Archive { name: path, .. } => path,
+        }
+    }
+
     /// The directory or archive at `path`.
     pub fn open(path: &Path) -> Result<Self, BuildError> {
         let read = |source| BuildError::Read { path: path.to_owned(), source };
@@ -83,6 +101,7 @@ pub struct BuildSpec {
     pub chunk_size: u64,
     /// Threads that compress. One more reads and one writes. The image does not depend on it.
     pub threads: NonZeroUsize,
+    pub base: Base,
 }
 
 impl BuildSpec {
@@ -114,8 +133,10 @@ pub struct BuildReport {
     pub bootstrap: String,
     /// Length of the bootstrap.
     pub bootstrap_bytes: u64,
-    /// At most one; none if no file has content.
+    /// At most one; none if no file has content that is not stored already.
     pub blobs: Vec<BlobReport>,
+    /// Ids of blobs of the parent and of the dictionary that the image names.
+    pub base_blobs: Vec<String>,
     pub directories: u64,
     /// Regular files by content: a file with several names counts once.
     pub files: u64,
@@ -159,35 +180,48 @@ pub fn build(spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport, Bu
         .filter(|size| size.is_power_of_two() && (1 << 12..=1 << 24).contains(size))
         .ok_or(BuildError::ChunkSize(spec.chunk_size))?;
     let settings = Settings { compression: spec.compression, digest: spec.digest, chunk_size, workers: spec.threads };
+    let source_name = spec.source.name().to_owned();
     let blobs = spec.out_dir.join("blobs");
     fs::create_dir_all(&blobs).map_err(|source| BuildError::Write { path: blobs.clone(), source })?;
     refuse_output_in_source(&spec)?;
 
+    let based = Based::on(&spec.base, chunk_size, spec.digest)?;
     let blob = BlobWriter::new(blobs.clone());
-    let (read, stored) = chunk::run(settings, blob, progress, |cutter| match spec.source {
+    let known = based.stock.known(spec.digest);
+    let (read, stored) = chunk::run(settings, &known, blob, progress, |cutter| match spec.source {
         Source::Directory(path) => input::directory(&path, cutter, progress),
         Source::Archive { name, stream } => input::archive(&name, stream, cutter, progress),
     })?;
-
-    let mut compressor = spec.compression.compressor().map_err(BuildError::Compressor)?;
-    let mut blob = stored.blob.finish(spec.compression.algorithm(), &mut compressor)?;
-    let layout = layout::layout(&read.tree, chunk_size)?;
-    let entry = blob.as_ref().map(|blob| blob.entry(spec.compression.algorithm(), spec.digest, chunk_size));
-    let bootstrap = Bootstrap {
-        tree: &read.tree,
-        layout: &layout,
-        blobs: entry.as_slice(),
-        chunks: blob.as_ref().map_or(&[], |blob| &blob.chunks),
-        chunk_of_cut: &stored.chunk_of_cut,
-        prefetch: &[],
-        facts: Facts { compression: spec.compression.algorithm(), digest: spec.digest, chunk_size, explicit_ids: true },
-    };
-    let bytes = bootstrap.bytes()?;
-
+    drop(known);
     let mut report = count(&read.tree);
     report.deduplicated_bytes = stored.deduplicated_bytes;
     report.hole_bytes = read.hole_bytes;
     report.skipped_xattrs = read.skipped_xattrs;
+
+    let mut compressor = spec.compression.compressor().map_err(BuildError::Compressor)?;
+    let mut blob = stored.blob.finish(spec.compression.algorithm(), &mut compressor)?;
+    let entry = blob.as_ref().map(|blob| blob.entry(spec.compression.algorithm(), spec.digest, chunk_size));
+    let new = entry.as_ref().zip(blob.as_ref().map(|blob| blob.chunks.as_slice()));
+    let Joined { tree, chunks, rows, prefetch } =
+        based.join(read.tree, spec.base.whiteouts, new, &stored.chunk_of_cut, source_name)?;
+    let layout = layout::layout(&tree, chunk_size)?;
+    let bootstrap = Bootstrap {
+        tree: &tree,
+        layout: &layout,
+        blobs: &rows,
+        chunks: &chunks,
+        chunk_of_cut: &stored.chunk_of_cut,
+        prefetch: &prefetch,
+        facts: Facts {
+            compression: spec.compression.algorithm(),
+            digest: spec.digest,
+            chunk_size,
+            explicit_ids: true,
+            claim_xattrs: false,
+        },
+    };
+    let bytes = bootstrap.bytes()?;
+
     report.bootstrap = spec.out_dir.join("bootstrap").display().to_string();
     report.bootstrap_bytes = bytes.len() as u64;
     report.blobs.extend(blob.as_ref().map(|blob| BlobReport {
@@ -197,6 +231,8 @@ pub fn build(spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport, Bu
         decoded_bytes: blob.decoded_bytes,
         chunks: blob.chunks.len() as u64,
     }));
+    let before = rows.iter().filter(|row| entry.is_none_or(|entry| entry.id != row.id));
+    report.base_blobs = before.map(stockblobs::id_text).collect();
     publish(&spec.out_dir, blob.as_mut(), &bytes)?;
     Ok(report)
 }

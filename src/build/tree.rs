@@ -134,12 +134,63 @@ impl Tree {
             self.node_mut(old).meta = node.meta;
             return Ok(old);
         }
+        let id = self.add(node)?;
+        self.link(dir, name, id)?;
+        Ok(id)
+    }
+
+    /// A new node without a name.
+    pub(super) fn add(&mut self, node: Node) -> Result<NodeId, Unfit> {
         // Checked as they come, so that an archive that unpacks to very many entries ends here.
         self.take(least_bytes(&node))?;
         let id = NodeId(u32::try_from(self.nodes.len()).map_err(|_| Unfit::TooManyEntries)?);
-        self.link(dir, name, id)?;
         self.nodes.push(node);
         Ok(id)
+    }
+
+    /// Takes all nodes of another tree in, and returns what its root is called here. It has no
+    /// name yet.
+    pub(super) fn adopt(&mut self, other: Self) -> Result<NodeId, Unfit> {
+        self.take(other.metadata)?;
+        let offset = u32::try_from(self.nodes.len()).map_err(|_| Unfit::TooManyEntries)?;
+        let fits = u32::try_from(other.nodes.len()).is_ok_and(|len| offset.checked_add(len).is_some());
+        if !fits {
+            return Err(Unfit::TooManyEntries);
+        }
+        self.nodes.extend(other.nodes.into_iter().map(|mut node| {
+            if let Kind::Directory(children) = &mut node.kind {
+                children.values_mut().for_each(|child| child.0 += offset);
+            }
+            node
+        }));
+        Ok(NodeId(offset))
+    }
+
+    /// The nodes from `first` on, in the order in which they were made.
+    pub(super) fn nodes_from(&self, first: NodeId) -> impl Iterator<Item = (NodeId, &Node)> {
+        (first.0..).map(NodeId).zip(&self.nodes[first.index()..])
+    }
+
+    /// A path of `node` below the directory `root`, in time that grows with the whole tree.
+    pub(super) fn path_of(&self, root: NodeId, node: NodeId) -> Option<Vec<u8>> {
+        let mut todo = vec![(root, Vec::new())];
+        while let Some((dir, path)) = todo.pop() {
+            if dir == node {
+                return Some(path);
+            }
+            for (name, child) in self.children(dir) {
+                if child == node || self.node(child).kind.is_directory() {
+                    let slash: &[u8] = if path.is_empty() { b"" } else { b"/" };
+                    todo.push((child, [&path, slash, name].concat()));
+                }
+            }
+        }
+        None
+    }
+
+    /// The node at this path.
+    pub(super) fn find<'n>(&self, path: impl IntoIterator<Item = &'n [u8]>) -> Option<NodeId> {
+        path.into_iter().try_fold(NodeId::ROOT, |dir, name| self.child(dir, name))
     }
 
     /// Gives an existing node, or the one about to be made, a name in `dir`.

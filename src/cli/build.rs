@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::ValueEnum;
 
+use super::base::BaseArgs;
 use super::progress::Bar;
 use crate::base::ByteSize;
 use crate::build::{self, BuildReport, BuildSpec, Compression, Source};
@@ -41,6 +42,9 @@ pub struct BuildArgs {
     /// Threads that compress; all cores if not given
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+
+    #[command(flatten)]
+    base: BaseArgs,
 
     /// Print what was made as JSON
     #[arg(long)]
@@ -78,6 +82,7 @@ pub fn run(args: BuildArgs) -> anyhow::Result<ExitCode> {
         Source::open(&args.source)?
     };
     let spec = BuildSpec {
+        base: args.base.open()?,
         source,
         out_dir: args.out,
         compression: args.compress,
@@ -101,6 +106,9 @@ fn summary(report: &BuildReport) -> String {
     let mut out = format!("bootstrap  {} ({})\n", report.bootstrap, size(report.bootstrap_bytes));
     for blob in &report.blobs {
         out += &format!("blob       {} ({}, {} chunks)\n", blob.path, size(blob.stored_bytes), blob.chunks);
+    }
+    for id in &report.base_blobs {
+        out += &format!("with blob  {id}\n");
     }
     out += &format!(
         "contents   {} files, {} directories, {} symlinks, {} special files, {} hard links\n",

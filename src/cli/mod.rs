@@ -4,12 +4,14 @@
 //! to stderr. Exit status is 0 for success, 1 for failure, 2 for a wrong command line; what a
 //! command adds to that is in its help.
 
+mod base;
 pub mod build;
 mod connect;
 mod demo;
 mod doctor;
 mod keeper;
 mod manual;
+mod merge;
 mod mount;
 pub mod progress;
 mod register;
@@ -58,6 +60,7 @@ enum LogFormat {
 #[derive(Debug, Subcommand)]
 enum Command {
     Build(build::BuildArgs),
+    Merge(merge::MergeArgs),
     Mount(mount::MountArgs),
     #[command(visible_alias = "unmount")]
     Umount(mount::UmountArgs),
@@ -83,6 +86,7 @@ pub fn run() -> ExitCode {
     start_log(&cli);
     let outcome = match cli.command {
         Command::Build(args) => build::run(args),
+        Command::Merge(args) => merge::run(args),
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),

@@ -98,7 +98,7 @@ mod tests {
 
     use super::*;
     use crate::base::Class;
-    use crate::build::{BuildSpec, Compression, Source, build};
+    use crate::build::{Base, BuildSpec, Compression, Source, build};
     use crate::cache::{Completion, Fill};
     use crate::format::erofs::{Dirent, InodeExtended};
     use crate::format::rafs::DigestAlgorithm;
@@ -163,6 +163,7 @@ mod tests {
             digest: DigestAlgorithm::Blake3,
             chunk_size: 4096,
             threads: NonZeroUsize::MIN,
+            base: Base::default(),
         };
         std::fs::read(build(spec, &()).unwrap().bootstrap).unwrap()
     }

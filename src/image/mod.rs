@@ -5,6 +5,7 @@
 //! is bounds-checked, so a hostile image gives an [`ImageError`], never a panic, and no allocation
 //! is sized by a number from the image.
 
+mod chunks;
 mod error;
 mod extents;
 mod inode;
@@ -25,6 +26,8 @@ pub use xattr::Xattr;
 use std::fs::File;
 use std::path::Path;
 
+use zerocopy::little_endian::U32;
+
 use crate::base::BlobId;
 use crate::format::rafs::{BlobEntry, ChunkRecord};
 use crate::sys::mmap::ReadMap;
@@ -38,6 +41,7 @@ pub struct Image {
     summary: Summary,
     devices: Vec<Device>,
     chunk_table: (u64, u64),
+    prefetch_table: (u64, u64),
 }
 
 /// One device of an image: a blob in its decoded form.
@@ -62,7 +66,13 @@ impl Image {
     /// Checks the superblocks and tables in `bytes`. Inodes are checked when they are asked for.
     pub fn parse(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Self, ImageError> {
         let head = superblock::parse(bytes.as_ref())?;
-        Ok(Self { bytes: Box::new(bytes), summary: head.summary, devices: head.devices, chunk_table: head.chunk_table })
+        Ok(Self {
+            bytes: Box::new(bytes),
+            summary: head.summary,
+            devices: head.devices,
+            chunk_table: head.chunk_table,
+            prefetch_table: head.prefetch_table,
+        })
     }
 
     /// Facts about the image as a whole.
@@ -79,6 +89,17 @@ impl Image {
     pub fn chunk_records(&self) -> &[ChunkRecord] {
         let (at, count) = self.chunk_table;
         crate::format::array_at(self.bytes(), at, count, "chunk table").expect("checked by parse()")
+    }
+
+    /// Inodes to fetch before anybody asks, the most urgent first; a directory stands for
+    /// everything in it (`rafs-v6.md` section 6). Only as sound as the image: a number may be that
+    /// of no inode, which [`Image::inode`] tells.
+    pub fn prefetch(&self) -> impl Iterator<Item = Nid> + '_ {
+        let (at, count) = self.prefetch_table;
+        let table: &[U32] =
+            crate::format::array_at(self.bytes(), at, count, "prefetch table").expect("checked by parse()");
+        // A zero ends the list, whatever follows.
+        table.iter().map(|nid| Nid::from(nid.get())).take_while(|&nid| nid != 0)
     }
 
     fn bytes(&self) -> &[u8] {

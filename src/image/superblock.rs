@@ -5,6 +5,7 @@ use crate::base::{BLOCK, BlobId};
 use crate::format::erofs::{self, DeviceSlot, MAX_DEVICES, SUPERBLOCK_OFFSET, Superblock};
 use crate::format::rafs::{self, BlobEntry, ChunkRecord, ExtSuperblock, flags};
 use crate::format::{array_at, record_at};
+use zerocopy::little_endian::U32;
 
 /// Facts about an image as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +29,8 @@ pub(super) struct Head {
     pub(super) devices: Vec<Device>,
     /// First byte and number of records.
     pub(super) chunk_table: (u64, u64),
+    /// First byte and number of entries.
+    pub(super) prefetch_table: (u64, u64),
 }
 
 /// Checks everything that a mount relies on before the kernel sees the image.
@@ -69,6 +72,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Head, ImageError> {
     }
     let chunk_table = (ext.chunk_table_offset.get(), chunk_len / record);
     array_at::<ChunkRecord>(bytes, chunk_table.0, chunk_table.1, "chunk table")?;
+    let prefetch_table = prefetch_table(bytes, ext)?;
     let summary = Summary {
         bootstrap_len: len,
         paths: sb.inos.get(),
@@ -77,7 +81,19 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Head, ImageError> {
         chunk_size: ext.chunk_size.get(),
         flags: ext.flags.get(),
     };
-    Ok(Head { summary, devices, chunk_table })
+    Ok(Head { summary, devices, chunk_table, prefetch_table })
+}
+
+/// Old writers left a size without a place behind when there was nothing to prefetch.
+fn prefetch_table(bytes: &[u8], ext: &ExtSuperblock) -> Result<(u64, u64), ImageError> {
+    let (at, len) = (ext.prefetch_table_offset.get(), u64::from(ext.prefetch_table_size.get()));
+    let entry = size_of::<U32>() as u64;
+    if !len.is_multiple_of(entry) {
+        return Err(ImageError::Field { field: "prefetch table size", value: len });
+    }
+    let table = if at == 0 { (0, 0) } else { (at, len / entry) };
+    array_at::<U32>(bytes, table.0, table.1, "prefetch table")?;
+    Ok(table)
 }
 
 fn check_extended(ext: &ExtSuperblock) -> Result<(), ImageError> {

@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
-use rafsd::build::{BuildError, BuildReport, BuildSpec, Compression, Source, build};
+use rafsd::build::{Base, BuildError, BuildReport, BuildSpec, Compression, Source, build};
 use rafsd::format::rafs::DigestAlgorithm;
 
 use super::allocations::peak_of;
@@ -18,6 +18,7 @@ fn build_from(stream: impl Read + 'static) -> Result<BuildReport, BuildError> {
         digest: DigestAlgorithm::Blake3,
         chunk_size: 4096,
         threads: NonZeroUsize::MIN,
+        base: Base::default(),
     };
     build(spec, &())
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use rafsd::base::{BLOCK, BlobId};
 use rafsd::blob::{BlobTables, UnitMap, decode};
-use rafsd::build::{BuildSpec, Compression, Source, build};
+use rafsd::build::{Base, BuildSpec, Compression, Source, build};
 use rafsd::format::erofs::{ChunkIndex, DeviceSlot, Dirent, InodeExtended, SUPERBLOCK_OFFSET, Superblock};
 use rafsd::format::rafs::{
     BlobEntry, ChunkRecord, DEVICE_TABLE_OFFSET, DigestAlgorithm, EXT_SUPERBLOCK_OFFSET, ExtSuperblock,
@@ -82,6 +82,7 @@ impl Sample {
             digest: kit.digest,
             chunk_size: kit.chunk_size,
             threads: NonZeroUsize::MIN,
+            base: Base::default(),
         };
         let report = build(spec, &()).unwrap();
         let bootstrap = fs::read(&report.bootstrap).unwrap();

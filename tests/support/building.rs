@@ -18,6 +18,7 @@ pub fn spec(source: Source, out: &Path) -> BuildSpec {
         digest: DigestAlgorithm::Blake3,
         chunk_size: BuildSpec::DEFAULT_CHUNK_SIZE,
         threads: NonZeroUsize::new(2).unwrap(),
+        base: build::Base::default(),
     }
 }
 

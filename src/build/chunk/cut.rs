@@ -54,6 +54,23 @@ impl Content {
         Self { size, runs: Vec::new() }
     }
 
+    /// Content of `size` bytes whose chunks are these cuts, in order.
+    pub(in crate::build) fn from_cuts(size: u64, cuts: impl Iterator<Item = u64>) -> Self {
+        let mut content = Self { size, runs: Vec::new() };
+        for cut in cuts {
+            match content.runs.last_mut() {
+                Some(Run::Distinct { first, count }) if *first + *count == cut => *count += 1,
+                Some(Run::Same { cut: same, count }) if *same == cut => *count += 1,
+                Some(Run::Distinct { first, count: 1 }) if *first == cut => {
+                    content.runs.pop();
+                    content.runs.push(Run::Same { cut, count: 2 });
+                }
+                _ => content.runs.push(Run::Distinct { first: cut, count: 1 }),
+            }
+        }
+        content
+    }
+
     /// The number of the cut behind each chunk of the file.
     pub(in crate::build) fn cuts(&self) -> impl Iterator<Item = u64> {
         self.runs.iter().flat_map(|run| {
@@ -175,5 +192,21 @@ mod tests {
         }
         assert_eq!(content.cuts().collect::<Vec<_>>(), [0, 1, 2, 2, 3, 5, 2]);
         assert_eq!(content.runs.len(), 5);
+    }
+
+    #[test]
+    fn content_of_known_cuts_keeps_their_order_and_compresses_runs() {
+        for (cuts, runs) in [
+            (vec![], 0),
+            (vec![7], 1),
+            (vec![7, 8, 9], 1),
+            (vec![4, 4, 4, 4], 1),
+            (vec![1, 2, 2, 2, 3, 4, 0], 4),
+            (vec![5, 5, 6, 6], 2),
+        ] {
+            let content = Content::from_cuts(cuts.len() as u64, cuts.iter().copied());
+            assert_eq!(content.cuts().collect::<Vec<_>>(), cuts);
+            assert_eq!(content.runs.len(), runs, "{cuts:?}");
+        }
     }
 }

@@ -13,7 +13,7 @@ mod pipeline;
 mod stored;
 
 pub(super) use cut::{Body, Content, CutError, Cutter, PlainBody};
-pub(super) use pipeline::run;
+pub(super) use pipeline::{Known, run};
 pub(super) use stored::Chunk;
 
 use std::num::NonZeroUsize;

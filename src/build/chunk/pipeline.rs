@@ -6,7 +6,7 @@ use std::thread;
 use super::{Chunk, Cutter, Settings, Slot};
 use crate::base::Digest;
 use crate::build::blobwriter::BlobWriter;
-use crate::build::{BuildError, Progress};
+use crate::build::{BuildError, Limit, Progress};
 use crate::codec::{self, Compressor};
 use crate::format::rafs::DigestAlgorithm;
 
@@ -65,6 +65,27 @@ pub(in crate::build) struct Stored {
     pub deduplicated_bytes: u64,
 }
 
+/// Chunks that exist already, in blobs that the image may use.
+#[derive(Debug, Default)]
+pub(in crate::build) struct Known {
+    /// How many there are. They count as the first cuts, each having become itself.
+    pub count: u32,
+    /// Digest, length in bytes and number of those that new cuts may turn out to be. The first of
+    /// equals is taken.
+    pub by_content: Vec<(Digest, u32, u32)>,
+}
+
+impl Known {
+    fn seen(&self) -> Seen {
+        let mut seen = HashMap::with_capacity(self.by_content.len());
+        for &(digest, len, chunk) in &self.by_content {
+            let len = usize::try_from(len).expect("at most 16 MiB");
+            seen.entry((digest, len)).or_insert(Some(chunk));
+        }
+        Seen(Mutex::new(seen))
+    }
+}
+
 /// Runs `feed` on this thread, with workers and a writer behind it, until everything it cut has
 /// been stored in `blob`.
 ///
@@ -72,6 +93,7 @@ pub(in crate::build) struct Stored {
 /// The error of the writer if it has one, since that is why the feed stopped; else the feed's.
 pub(in crate::build) fn run<T>(
     settings: Settings,
+    known: &Known,
     blob: BlobWriter,
     progress: &dyn Progress,
     feed: impl FnOnce(&mut Cutter<'_>) -> Result<T, BuildError>,
@@ -83,7 +105,7 @@ pub(in crate::build) fn run<T>(
     let compressors = (0..=workers)
         .map(|_| settings.compression.compressor().map_err(BuildError::Compressor))
         .collect::<Result<Vec<_>, _>>()?;
-    let seen = Seen::default();
+    let seen = known.seen();
     let (free_slots, free) = mpsc::channel();
     for _ in 0..slots {
         free_slots.send(Slot::default()).expect("the receiver is in this function");
@@ -94,7 +116,13 @@ pub(in crate::build) fn run<T>(
 
     thread::scope(|scope| {
         let mut compressors = compressors.into_iter();
-        let writer = compressors.next().map(|compressor| Writer { blob, compressor, free_slots, seen: &seen });
+        let writer = compressors.next().map(|compressor| Writer {
+            blob,
+            compressor,
+            free_slots,
+            seen: &seen,
+            known: known.count,
+        });
         let writer = writer.expect("one compressor more than workers");
         let writer = scope.spawn(move || writer.drain(&done));
         for compressor in compressors {
@@ -108,7 +136,7 @@ pub(in crate::build) fn run<T>(
             free,
             jobs,
             progress,
-            next_cut: 0,
+            next_cut: known.count.into(),
             zeros: HashMap::new(),
             indexed: 0,
             hole_bytes: 0,
@@ -188,14 +216,16 @@ struct Writer<'a> {
     compressor: Compressor,
     free_slots: Sender<Slot>,
     seen: &'a Seen,
+    /// Chunks that are not in the blob, numbered before those that are.
+    known: u32,
 }
 
 impl Writer<'_> {
     fn drain(mut self, done: &Receiver<Report>) -> Result<Stored, BuildError> {
-        let (mut chunk_of_cut, mut deduplicated_bytes) = (Vec::new(), 0);
+        let (mut chunk_of_cut, mut deduplicated_bytes) = (Vec::from_iter(0..self.known), 0);
         // Early results wait here; never more than there are slots.
         let mut early = BTreeMap::new();
-        let mut next = 0;
+        let mut next = u64::from(self.known);
         while let Ok(Report::Done(result)) = done.recv() {
             early.insert(result.cut, result);
             while let Some(result) = early.remove(&next) {
@@ -225,7 +255,8 @@ impl Writer<'_> {
         let bytes = if matches!(outcome, Outcome::Packed) { slot.packed.as_slice() } else { slot.plain() };
         let chunk = Chunk::new(key.0, crc32c, slot.plain().len());
         let index = self.blob.append(chunk, bytes)?;
-        self.seen.store(key, index);
-        Ok((index, slot))
+        let chunk = self.known.checked_add(index).ok_or(BuildError::Limit(Limit::Chunks))?;
+        self.seen.store(key, chunk);
+        Ok((chunk, slot))
     }
 }

@@ -11,8 +11,8 @@ pub(in crate::build) struct Chunk {
     pub crc32c: u32,
     /// Bytes, at most the chunk size.
     pub plain_len: u32,
-    /// Row of the blob table.
-    pub blob: u8,
+    /// Row of the blob table: below 254 once the rows that no file uses are gone.
+    pub blob: u16,
     /// Ordinal in the blob, below 2^24.
     pub number: u32,
     /// [`chunk_flags`] without `HAS_CRC32`.
@@ -38,6 +38,22 @@ impl Chunk {
             stored_len: 0,
             stored_offset: 0,
             decoded_offset: 0,
+        }
+    }
+
+    /// What a row of a chunk table says, as a chunk of blob number `blob`.
+    pub(in crate::build) fn of_record(record: &ChunkRecord, blob: u16) -> Self {
+        let flags = record.flags.get();
+        Self {
+            digest: Digest(record.digest),
+            crc32c: if flags & chunk_flags::HAS_CRC32 == 0 { 0 } else { record.crc32.get() },
+            plain_len: record.uncompressed_size.get(),
+            blob,
+            number: record.index.get(),
+            flags: flags & !chunk_flags::HAS_CRC32,
+            stored_len: record.compressed_size.get(),
+            stored_offset: record.compressed_offset.get(),
+            decoded_offset: record.uncompressed_offset.get(),
         }
     }
 

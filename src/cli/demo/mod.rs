@@ -21,7 +21,7 @@ use self::stop::{Signals, Until};
 use super::print_json;
 use super::progress::Bar;
 use crate::base::ByteSize;
-use crate::build::{self, BuildReport, BuildSpec, Compression, Source};
+use crate::build::{self, Base, BuildReport, BuildSpec, Compression, Source};
 use crate::daemon::api::{BackendChoice, ImageReport, ImageSpec, MountRequest};
 use crate::format::rafs::DigestAlgorithm;
 
@@ -123,6 +123,7 @@ fn perform(stage: &Stage, args: &DemoArgs, runtime: &Handle) -> anyhow::Result<S
             digest: DigestAlgorithm::Blake3,
             chunk_size: BuildSpec::DEFAULT_CHUNK_SIZE,
             threads: std::thread::available_parallelism()?,
+            base: Base::default(),
         },
         &Until { stop: &stage.stop, bar: Bar::on_terminal("building") },
     )?;

@@ -1,0 +1,216 @@
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use anyhow::Context;
+
+use super::base::{WhiteoutArg, layer};
+use super::progress::Bar;
+use crate::base::{BlobId, ByteSize, Digest};
+use crate::build::{self, BlobFacts, Layer, MergeReport, MergeSpec};
+
+/// Merge the bootstraps of layers into one image
+///
+/// Writes one bootstrap and moves no data: the blobs of the layers serve the image as they are.
+/// Blobs that no file needs any more are not named in it. Whiteouts act as in overlayfs and
+/// vanish, those of the lowest layer too. The same layers give the same bytes.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct MergeArgs {
+    /// Bootstraps, the lowest layer first. ID=PATH gives the layer's own blob another id; write
+    /// ./PATH for a path that has a '=' in it
+    #[arg(value_name = "[ID=]BOOTSTRAP", required = true)]
+    layers: Vec<LayerArg>,
+
+    /// Bootstrap to write
+    #[arg(short, long, value_name = "FILE")]
+    out: PathBuf,
+
+    /// Bootstrap of an image below all layers
+    #[arg(long, value_name = "BOOTSTRAP")]
+    parent: Option<PathBuf>,
+
+    /// Bootstrap of the dictionary that the layers were built with: ID= is not about its blobs
+    #[arg(long, value_name = "BOOTSTRAP")]
+    chunk_dict: Option<PathBuf>,
+
+    /// How layers remove what is below them
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = WhiteoutArg::Oci)]
+    whiteouts: WhiteoutArg,
+
+    /// Paths to prefetch, one per line, from a file or - for standard input; else the lists of the
+    /// layers are kept as far as their paths are
+    #[arg(long, value_name = "FILE")]
+    prefetch_files: Option<PathBuf>,
+
+    /// Facts about a blob that its layer does not know:
+    /// ID[,size=N][,toc-size=N][,toc-digest=HEX][,meta-size=N][,meta-digest=HEX]
+    #[arg(long = "blob", value_name = "FACTS")]
+    blobs: Vec<FactsArg>,
+
+    /// Print what was made as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Exit status: 0 when the bootstrap is complete and on disk, 1 when it was not made, 2 for a wrong
+command line.
+
+Examples:
+  rafsd merge layers/base layers/app -o image/bootstrap
+  rafsd merge \"$BASE_ID=base.boot\" \"$APP_ID=app.boot\" -o image/bootstrap --json";
+
+/// A layer on the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct LayerArg {
+    id: Option<BlobId>,
+    path: PathBuf,
+}
+
+impl From<std::ffi::OsString> for LayerArg {
+    fn from(text: std::ffi::OsString) -> Self {
+        let bytes = text.as_bytes();
+        let pair = bytes.iter().position(|byte| *byte == b'=').and_then(|at| {
+            // An id has no slash in it, so neither has a path that is mistaken for one.
+            let id = str::from_utf8(&bytes[..at]).ok()?.parse().ok()?;
+            Some(Self { id: Some(id), path: std::ffi::OsStr::from_bytes(&bytes[at + 1..]).into() })
+        });
+        pair.unwrap_or_else(|| Self { id: None, path: text.into() })
+    }
+}
+
+impl LayerArg {
+    fn open(self) -> anyhow::Result<Layer> {
+        Ok(Layer { id: self.id, ..layer(&self.path)? })
+    }
+}
+
+/// Facts about a blob on the command line.
+#[derive(Clone, Debug)]
+struct FactsArg(BlobFacts);
+
+impl FromStr for FactsArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let id = parts.next().unwrap_or_default();
+        let mut facts = BlobFacts::about(id.parse().map_err(|e: crate::base::InvalidBlobId| e.to_string())?);
+        for part in parts {
+            let (key, value) = part.split_once('=').ok_or_else(|| format!("{part:?} is not KEY=VALUE"))?;
+            let number = || value.parse::<u64>().map_err(|_| format!("{key} {value:?} is not a number of bytes"));
+            let digest =
+                || Digest::from_hex(value).ok_or_else(|| format!("{key} {value:?} is not 64 hexadecimal digits"));
+            match key {
+                "size" => facts.size = Some(number()?),
+                "toc-size" => {
+                    let size = u32::try_from(number()?).map_err(|_| format!("{key} {value} is above {}", u32::MAX))?;
+                    facts.toc_size = Some(size);
+                }
+                "toc-digest" => facts.toc_digest = Some(digest()?),
+                "meta-size" => facts.meta_size = Some(number()?),
+                "meta-digest" => facts.meta_digest = Some(digest()?),
+                _ => return Err(format!("{key:?} is none of size, toc-size, toc-digest, meta-size, meta-digest")),
+            }
+        }
+        Ok(Self(facts))
+    }
+}
+
+/// Exit status: 0 when the bootstrap is complete and on disk.
+///
+/// # Errors
+/// Whatever stopped the merge; no bootstrap was made then.
+pub(super) fn run(args: MergeArgs) -> anyhow::Result<ExitCode> {
+    let spec = MergeSpec {
+        layers: args.layers.into_iter().map(LayerArg::open).collect::<anyhow::Result<_>>()?,
+        parent: args.parent.as_deref().map(layer).transpose()?,
+        dictionary: args.chunk_dict.as_deref().map(layer).transpose()?,
+        whiteouts: args.whiteouts.into(),
+        prefetch: args.prefetch_files.as_deref().map(prefetch_list).transpose()?,
+        facts: args.blobs.into_iter().map(|FactsArg(facts)| facts).collect(),
+        out: args.out,
+    };
+    let bar = Bar::on_terminal("merging");
+    let report = build::merge(spec, &bar).context("no image was made")?;
+    drop(bar);
+    let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { summary(&report) };
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e).context("cannot write to standard output"),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Longest list of paths, in bytes.
+const MAX_LIST: u64 = 64 << 20;
+
+/// The absolute paths in a list; other lines are ignored, as are blanks around them.
+fn prefetch_list(file: &Path) -> anyhow::Result<Vec<Vec<u8>>> {
+    let failed = || format!("cannot read the list {}", file.display());
+    let stream: Box<dyn Read> = if file == Path::new("-") {
+        Box::new(io::stdin())
+    } else {
+        Box::new(std::fs::File::open(file).with_context(failed)?)
+    };
+    let mut paths = Vec::new();
+    for line in BufReader::new(stream.take(MAX_LIST)).split(b'\n') {
+        let line = line.with_context(failed)?;
+        let path = line.trim_ascii();
+        if path.starts_with(b"/") {
+            paths.push(path.to_vec());
+        }
+    }
+    Ok(paths)
+}
+
+/// The report for a person.
+fn summary(report: &MergeReport) -> String {
+    let mut out = format!("bootstrap  {} ({})\n", report.bootstrap, ByteSize(report.bootstrap_bytes));
+    for id in &report.blobs {
+        out += &format!("blob       {id}\n");
+    }
+    for id in &report.dropped_blobs {
+        out += &format!("not used   {id}\n");
+    }
+    out += &format!(
+        "contents   {} files, {} directories, {} symlinks, {} special files, {} hard links\n",
+        report.files, report.directories, report.symlinks, report.specials, report.hard_links
+    );
+    out + &format!("data       {}, {} paths to prefetch\n", ByteSize(report.file_bytes), report.prefetched_paths)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_are_paths_or_pairs() {
+        for (text, id, path) in [
+            ("layers/a", None, "layers/a"),
+            ("abc=layers/a", Some("abc"), "layers/a"),
+            ("abc=x=y", Some("abc"), "x=y"),
+            ("./abc=x", None, "./abc=x"),
+            ("dir/abc=x", None, "dir/abc=x"),
+            ("=x", None, "=x"),
+        ] {
+            let want = LayerArg { id: id.map(|id| id.parse().unwrap()), path: path.into() };
+            assert_eq!(LayerArg::from(std::ffi::OsString::from(text)), want);
+        }
+    }
+
+    #[test]
+    fn facts_are_read_as_documented() {
+        let hex = "ab".repeat(32);
+        let FactsArg(facts) = format!("id,size=7,toc-size=8,toc-digest={hex}").parse().unwrap();
+        assert_eq!((facts.blob.as_str(), facts.size, facts.toc_size, facts.meta_size), ("id", Some(7), Some(8), None));
+        assert_eq!(facts.toc_digest, Some(Digest([0xab; 32])));
+        for bad in
+            ["", "a/b", "id,size", "id,size=x", "id,size=-1", "id,toc-size=4294967296", "id,toc-digest=ab", "id,x=1"]
+        {
+            assert!(bad.parse::<FactsArg>().is_err(), "{bad}");
+        }
+    }
+}
