@@ -26,6 +26,20 @@ impl Image {
         inode: &Inode,
         visit: &mut dyn FnMut(Extent<'a>) -> ControlFlow<()>,
     ) -> Result<(), ImageError> {
+        self.extents_from(inode, 0, visit)
+    }
+
+    /// As [`Image::extents`], without the chunks that end at or before byte `from`: for whoever
+    /// goes on where a visit broke off. Pieces kept in the bootstrap are visited whatever `from` is.
+    ///
+    /// # Errors
+    /// As [`Image::extents`].
+    pub fn extents_from<'a>(
+        &'a self,
+        inode: &Inode,
+        from: u64,
+        visit: &mut dyn FnMut(Extent<'a>) -> ControlFlow<()>,
+    ) -> Result<(), ImageError> {
         match inode.layout {
             Layout::None => Ok(()),
             Layout::Plain { at } => self.inline(0, at, inode.size, visit).map(|_| ()),
@@ -36,7 +50,7 @@ impl Image {
                     ControlFlow::Break(()) => Ok(()),
                 }
             }
-            Layout::Chunks { indexes, .. } => self.chunks(inode, indexes, visit),
+            Layout::Chunks { indexes, .. } => self.chunks(inode, indexes, from, visit),
         }
     }
 
@@ -94,12 +108,15 @@ impl Image {
         &'a self,
         inode: &Inode,
         indexes: u64,
+        from: u64,
         visit: &mut dyn FnMut(Extent<'a>) -> ControlFlow<()>,
     ) -> Result<(), ImageError> {
         let chunk_size = u64::from(self.summary.chunk_size);
         let count = inode.size.div_ceil(chunk_size);
         let rows: &[ChunkIndex] = array_at(self.bytes(), indexes, count, "chunk array")?;
-        for (number, row) in (0..).zip(rows) {
+        let first = from / chunk_size;
+        let skipped = usize::try_from(first.min(count)).expect("the rows are in memory");
+        for (number, row) in (first..).zip(&rows[skipped..]) {
             let at = number * chunk_size;
             let len = chunk_size.min(inode.size - at);
             let extent = match self.place(inode, row, len)? {

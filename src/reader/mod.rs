@@ -2,3 +2,10 @@
 //! its files, checked unit by unit.
 //!
 //! This is how tools read. Nothing is cached and nothing is mounted; serving goes through `cache`.
+
+mod files;
+mod lot;
+mod units;
+
+pub use files::{FileReader, Files, OpenError, Piece};
+pub use units::{ReadError, UnitReader, UnitRef};
