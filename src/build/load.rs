@@ -40,6 +40,10 @@ pub enum LoadError {
     NoBlob { path: String, chunk: usize },
     #[error("directory of /{path}: its names are not in order")]
     Order { path: String },
+    #[error("two of its devices are the same blob")]
+    RepeatedBlob,
+    #[error("blob {blob} has {problem}")]
+    Blob { blob: String, problem: &'static str },
     #[error("the root is not a directory")]
     Root,
     #[error("/{path}: {problem}")]

@@ -66,6 +66,8 @@ pub struct UnitReader<'a> {
     /// The unit decoded last, whole blocks.
     held: Option<UnitRef>,
     plain: Vec<u8>,
+    /// What it was decoded from.
+    stored: bytes::Bytes,
 }
 
 impl std::fmt::Debug for UnitReader<'_> {
@@ -86,7 +88,7 @@ impl<'a> UnitReader<'a> {
         let fetcher = Fetcher { source, runtime, slots: Arc::new(Semaphore::new(SLOTS)) };
         let mut coming = coming.peekable();
         let next = Lot::start(&mut coming, maps, &fetcher);
-        Self { maps, fetcher, coming, current: Lot::default(), next, held: None, plain: Vec::new() }
+        Self { maps, fetcher, coming, current: Lot::default(), next, held: None, plain: Vec::new(), stored: bytes::Bytes::new() }
     }
 
     /// The bytes of `unit` as they belong in its device: whole blocks, zeros behind the end.
@@ -104,6 +106,12 @@ impl<'a> UnitReader<'a> {
         Ok(&self.plain)
     }
 
+    /// The same as [`UnitReader::unit`], and the stored bytes that it was made from.
+    pub fn unit_and_stored(&mut self, unit: UnitRef) -> Result<(&[u8], &[u8]), ReadError> {
+        self.unit(unit)?;
+        Ok((&self.plain, &self.stored))
+    }
+
     /// The map that [`UnitRef::device`] stands for.
     pub fn map(&self, device: usize) -> &'a UnitMap {
         &self.maps[device]
@@ -113,6 +121,7 @@ impl<'a> UnitReader<'a> {
         let map = &self.maps[at.device];
         let unit = map.get(at.index);
         let unit = *unit.ok_or(ReadError::NoUnit { blob: map.blob().clone(), decoded: ByteRange::default() })?;
+        self.stored = bytes::Bytes::new();
         if !self.current.has(at) && self.next.has(at) {
             // First the old lot goes, then the new one is started: never three at once.
             self.current = std::mem::take(&mut self.next);
@@ -137,10 +146,9 @@ impl<'a> UnitReader<'a> {
         let stored = ahead.unwrap_or_else(|| self.fetcher.fetch(blob, unit.stored));
         let stored = stored.map_err(|cause| ReadError::Fetch { blob: blob.clone(), chunk: at.index, cause })?;
         self.plain.resize(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"), 0);
-        decode(unit, &stored, &mut self.plain).map_err(|cause| ReadError::Damaged {
-            blob: blob.clone(),
-            chunk: at.index,
-            cause,
-        })
+        let decoded = decode(unit, &stored, &mut self.plain);
+        decoded.map_err(|cause| ReadError::Damaged { blob: blob.clone(), chunk: at.index, cause })?;
+        self.stored = stored;
+        Ok(())
     }
 }

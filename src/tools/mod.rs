@@ -2,3 +2,6 @@
 //!
 //! Each tool is a function from an image to a report; `cli` prints. Nothing here prints or decides
 //! an exit status.
+
+pub mod hotlist;
+mod rewrite;
