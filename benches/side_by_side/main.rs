@@ -1,9 +1,9 @@
 //! rafsd beside what it competes with, as ratios measured in one run.
 //!
 //! `cargo bench` builds an image of a sample of this host's files, beside `zstd -3` on the same
-//! bytes, and reads it through the daemon, beside a mount of the same image that the kernel serves
-//! alone. What is compared is done in turns, so that a busy host slows both; a row shows the median
-//! of the ratios of the turns and, behind it, the smallest and the largest.
+//! bytes, merges layers, and reads the image through the daemon, beside a mount of the same image
+//! that the kernel serves alone. What is compared is done in turns, so that a busy host slows both;
+//! a row shows the median of the ratios of the turns and, behind it, the smallest and the largest.
 //!
 //! Each row names its target. A missed target is printed and does not fail the run: a loaded host
 //! can miss any of them. The exit status is 1 only if something did not work, wrong bytes included.
@@ -17,6 +17,7 @@ mod building;
 mod corpus;
 mod daemon;
 mod measure;
+mod merging;
 mod native;
 mod reading;
 mod reference;
@@ -63,7 +64,7 @@ struct Args {
     #[arg(long, value_name = "PROGRAM")]
     mkfs_erofs: Option<PathBuf>,
 
-    /// A peer to build with as well: the format's reference builder, the program nydus-image
+    /// A peer to build and to merge layers with as well: the format's reference builder, nydus-image
     #[arg(long, value_name = "PROGRAM")]
     nydus_image: Option<PathBuf>,
 
@@ -140,6 +141,7 @@ fn run(args: &Args, report: &mut Report) -> anyhow::Result<()> {
     if let Some(program) = &args.nydus_image {
         reference::measure(&corpus, scratch.path(), turns, program, &interrupted, report)?;
     }
+    merging::measure(scratch.path(), turns, args.nydus_image.as_deref(), &interrupted, report)?;
     let delay = Duration::from_millis(args.delay);
     reading::measure(&corpus, &image, scratch.path(), turns, delay, &interrupted, report)?;
     scratch.close().context("cannot remove the scratch directory")

@@ -1,6 +1,5 @@
 //! A bootstrap as bytes, from a tree that has a layout (`rafs-v6.md` sections 1 to 13).
 
-use std::cmp::Reverse;
 use std::collections::HashMap;
 
 use zerocopy::little_endian::U32;
@@ -325,13 +324,17 @@ impl Bootstrap<'_> {
             Ok::<(), std::convert::Infallible>(())
         });
         let Ok(()) = walked;
-        let used = self.chunks.iter().zip(met).filter_map(|(chunk, met)| met.map(|met| (chunk, met)));
-        let mut used: Vec<_> = used.collect();
-        let identity = |chunk: &Chunk| (chunk.digest, chunk.blob, chunk.number);
-        // Layers that share a blob bring its chunks several times.
-        used.sort_unstable_by_key(|(chunk, (clock, _))| (identity(chunk), Reverse(*clock)));
-        used.dedup_by(|(a, _), (b, _)| identity(a) == identity(b));
-        used.into_iter().map(|(chunk, (_, offset))| chunk.record(offset)).collect()
+        // The first bytes of a digest settle nearly every comparison, and are at hand.
+        let start = |chunk: &Chunk| u64::from_be_bytes(*chunk.digest.0.first_chunk().expect("32 bytes"));
+        let identity = |at: usize| (&self.chunks[at].digest.0, self.chunks[at].blob, self.chunks[at].number);
+        let used = self.chunks.iter().zip(met).enumerate();
+        let mut used: Vec<_> = used.filter_map(|(at, (chunk, met))| met.map(|met| (start(chunk), at, met))).collect();
+        used.sort_unstable_by(|(start_a, a, met_a), (start_b, b, met_b)| {
+            start_a.cmp(start_b).then_with(|| identity(*a).cmp(&identity(*b))).then(met_b.cmp(met_a))
+        });
+        // Layers that share a blob bring its chunks several times; the one met last stays.
+        used.dedup_by(|(_, a, _), (_, b, _)| identity(*a) == identity(*b));
+        used.into_iter().map(|(_, at, (_, offset))| self.chunks[at].record(offset)).collect()
     }
 }
 

@@ -44,6 +44,10 @@ pub enum LoadError {
     RepeatedBlob,
     #[error("blob {blob} has {problem}")]
     Blob { blob: String, problem: &'static str },
+    #[error("inodes of the tree overlap: together they take more than the {len} bytes of the bootstrap")]
+    Overlap { len: u64 },
+    #[error("blob {blob} has {bytes} decoded bytes, not 4096 to {MAX_DECODED}")]
+    Decoded { blob: BlobId, bytes: u64 },
     #[error("the root is not a directory")]
     Root,
     #[error("/{path}: {problem}")]
@@ -53,6 +57,9 @@ pub enum LoadError {
     #[error("an id can be given to a layer with one blob of its own, this one has {blobs}")]
     Blobs { blobs: usize },
 }
+
+/// End of a device, in bytes (`rafs-v6.md` section 5).
+const MAX_DECODED: u64 = (1 << 44) - BLOCK;
 
 /// An image with what it may be called in messages.
 #[derive(Debug)]
@@ -122,7 +129,8 @@ impl Stock {
         is_own: impl Fn(&BlobId) -> bool,
     ) -> Result<Added, LoadError> {
         let chunks = self.add_chunks(image, own_id, is_own)?;
-        Loader { image, stock: self, chunks }.tree()
+        let room = image.summary().bootstrap_len;
+        Loader { image, stock: self, chunks, room }.tree()
     }
 
     /// Adds only the chunks and blobs of an image.
@@ -144,6 +152,10 @@ impl Stock {
         let mut rows = Vec::with_capacity(image.devices().len());
         for device in image.devices() {
             let mut entry = device.entry;
+            let bytes = entry.uncompressed_size.get();
+            if !(BLOCK..=MAX_DECODED).contains(&bytes) {
+                return Err(LoadError::Decoded { blob: device.blob.clone(), bytes });
+            }
             if let Some(id) = own_id.filter(|_| is_own(&device.blob)) {
                 entry.id = id.to_padded();
             }
@@ -205,7 +217,7 @@ impl Positions {
         let records = image.chunk_records();
         let mut order = Vec::with_capacity(records.len());
         for (row, record) in records.iter().enumerate() {
-            order.push((key(row, record, rows.len(), image.summary().chunk_size)?, row));
+            order.push((key(row, record, image)?, row));
         }
         order.sort_unstable();
         let first = u32::try_from(chunks.len()).map_err(|_| LoadError::TooManyChunks)?;
@@ -225,22 +237,21 @@ impl Positions {
 }
 
 /// The key of a record, with everything checked that a chunk index of ours will say again.
-fn key(row: usize, record: &ChunkRecord, blobs: usize, chunk_size: u32) -> Result<Key, LoadError> {
+fn key(row: usize, record: &ChunkRecord, image: &Image) -> Result<Key, LoadError> {
     let limited = |field, value: u64, limit: u64| {
         if value > limit { Err(LoadError::Record { row, field, value, limit }) } else { Ok(()) }
     };
     let (blob, index) = (record.blob_index.get(), record.index.get());
-    if blobs == 0 {
-        return Err(LoadError::Record { row, field: "blob", value: blob.into(), limit: 0 });
-    }
-    limited("blob", blob.into(), blobs as u64 - 1)?;
+    let device = usize::try_from(blob).ok().and_then(|blob| image.devices().get(blob));
+    let missing = LoadError::Record { row, field: "blob", value: blob.into(), limit: image.devices().len() as u64 };
+    let decoded_len = device.ok_or(missing)?.entry.uncompressed_size.get() / BLOCK * BLOCK;
     limited("number", index.into(), 0xff_ffff)?;
-    limited("length", record.uncompressed_size.get().into(), chunk_size.into())?;
+    limited("length", record.uncompressed_size.get().into(), image.summary().chunk_size.into())?;
     let at = record.uncompressed_offset.get();
     limited("bytes behind a block boundary", at % BLOCK, 0)?;
-    let block = u32::try_from(at / BLOCK).ok().filter(|block| *block != u32::MAX);
-    limited("device offset", at, u64::from(u32::MAX - 1) * BLOCK)?;
-    Ok((u8::try_from(blob).expect("at most 254 blobs"), index, block.expect("limited above")))
+    limited("end", at.saturating_add(record.uncompressed_size.get().into()), decoded_len)?;
+    let block = u32::try_from(at / BLOCK).expect("devices are smaller");
+    Ok((u8::try_from(blob).expect("at most 254 blobs"), index, block))
 }
 
 /// Reads the tree of one image into a stock.
@@ -248,13 +259,15 @@ struct Loader<'a> {
     image: &'a Image,
     stock: &'a mut Stock,
     chunks: Positions,
+    /// Bytes that inodes may still take with what belongs to them.
+    room: u64,
 }
 
 /// Most entries of a prefetch table that are followed: they are hints, and each is remembered.
 const MAX_HINTS: usize = 1 << 16;
 
 impl<'a> Loader<'a> {
-    fn tree(self) -> Result<Added, LoadError> {
+    fn tree(mut self) -> Result<Added, LoadError> {
         let image = self.image;
         // Which node each inode became, plus one: an eighth of the bootstrap's length, which is
         // cheaper than a map, and left untouched by the kernel where there are no inodes.
@@ -309,7 +322,8 @@ impl<'a> Loader<'a> {
         Ok(Added { root: root.ok_or(LoadError::Root)?, prefetch: hints.paths() })
     }
 
-    fn node(&self, inode: &Inode, path: &[&[u8]]) -> Result<Node, LoadError> {
+    fn node(&mut self, inode: &Inode, path: &[&[u8]]) -> Result<Node, LoadError> {
+        self.account(inode)?;
         let kind = match inode.kind {
             image::Kind::Directory => Kind::empty_directory(),
             image::Kind::Regular => Kind::Regular(self.content(inode, path)?),
@@ -337,6 +351,20 @@ impl<'a> Loader<'a> {
             added.and_then(|()| xattrs.store(&mut meta)).map_err(unfit)?;
         }
         Ok(Node { meta, kind })
+    }
+
+    /// Counts what an inode takes. In a sound image no byte belongs to two inodes; where they share
+    /// them, a small file could become very much memory.
+    fn account(&mut self, inode: &Inode) -> Result<(), LoadError> {
+        let data = match inode.kind {
+            image::Kind::Regular => size_of_val(self.image.chunk_array(inode)?) as u64,
+            image::Kind::Symlink => inode.size,
+            _ => 0,
+        };
+        let taken = inode.xattrs.len().saturating_add(data);
+        let len = self.image.summary().bootstrap_len;
+        self.room = self.room.checked_sub(taken).ok_or(LoadError::Overlap { len })?;
+        Ok(())
     }
 
     fn content(&self, inode: &Inode, path: &[&[u8]]) -> Result<Content, LoadError> {

@@ -145,3 +145,97 @@ pub(super) fn put_over(tree: &mut Tree, lower: NodeId, upper: NodeId, whiteouts:
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::tree::Node;
+
+    fn tree() -> Tree {
+        Tree::new(Meta::implied_directory())
+    }
+
+    fn put(tree: &mut Tree, dir: NodeId, name: &[u8], kind: Kind) -> NodeId {
+        tree.insert(dir, name, Node { meta: Meta::implied_directory(), kind }).unwrap()
+    }
+
+    fn root(tree: &mut Tree) -> NodeId {
+        tree.add(Node { meta: Meta::implied_directory(), kind: Kind::empty_directory() }).unwrap()
+    }
+
+    fn names(tree: &Tree, dir: NodeId) -> Vec<&[u8]> {
+        tree.children(dir).map(|(name, _)| name).collect()
+    }
+
+    #[test]
+    fn depth_is_limited_by_memory_alone() {
+        let mut tree = tree();
+        let upper_root = root(&mut tree);
+        let (mut lower, mut upper) = (NodeId::ROOT, upper_root);
+        for _ in 0..100_000 {
+            put(&mut tree, lower, b"gone", Kind::Fifo);
+            put(&mut tree, upper, b".wh.gone", Kind::Fifo);
+            lower = put(&mut tree, lower, b"d", Kind::empty_directory());
+            upper = put(&mut tree, upper, b"d", Kind::empty_directory());
+        }
+        put(&mut tree, lower, b"low", Kind::Fifo);
+        put(&mut tree, upper, b"high", Kind::Fifo);
+
+        put_over(&mut tree, NodeId::ROOT, upper_root, Whiteouts::Oci);
+
+        let mut dir = NodeId::ROOT;
+        for _ in 0..100_000 {
+            assert_eq!(names(&tree, dir), [b"d"]);
+            dir = tree.child(dir, b"d").unwrap();
+        }
+        assert_eq!(names(&tree, dir), [b"high".as_slice(), b"low"]);
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_are_removed_like_others() {
+        let mut tree = tree();
+        let upper = root(&mut tree);
+        put(&mut tree, NodeId::ROOT, b"\xff", Kind::Fifo);
+        put(&mut tree, NodeId::ROOT, b"x", Kind::Fifo);
+        put(&mut tree, upper, b".wh.\xff", Kind::Fifo);
+
+        put_over(&mut tree, NodeId::ROOT, upper, Whiteouts::Oci);
+
+        assert_eq!(names(&tree, NodeId::ROOT), [b"x"]);
+    }
+
+    #[test]
+    fn a_mark_loses_its_xattr_and_other_xattrs_stay() {
+        for opaque in OPAQUE_XATTRS {
+            let mut tree = tree();
+            let upper = root(&mut tree);
+            let below = put(&mut tree, NodeId::ROOT, b"d", Kind::empty_directory());
+            put(&mut tree, below, b"hidden", Kind::Fifo);
+            let dir = put(&mut tree, upper, b"d", Kind::empty_directory());
+            let other: (Box<[u8]>, Box<[u8]>) = (b"user.a".as_slice().into(), b"1".as_slice().into());
+            tree.node_mut(dir).meta.xattrs = vec![(opaque.into(), b"y".as_slice().into()), other.clone()];
+
+            put_over(&mut tree, NodeId::ROOT, upper, Whiteouts::Overlayfs);
+
+            let dir = tree.child(NodeId::ROOT, b"d").unwrap();
+            assert!(names(&tree, dir).is_empty());
+            assert_eq!(tree.node(dir).meta.xattrs, [other]);
+        }
+    }
+
+    #[test]
+    fn directories_and_files_that_refer_to_other_layers_are_found() {
+        let mut tree = tree();
+        let upper = root(&mut tree);
+        let dir = put(&mut tree, upper, b"d", Kind::empty_directory());
+        assert_eq!(Whiteouts::Overlayfs.unresolvable(&tree, upper), None);
+
+        let redirect: Box<[u8]> = b"trusted.overlay.redirect".as_slice().into();
+        tree.node_mut(dir).meta.xattrs = vec![(redirect, b"/old".as_slice().into())];
+
+        let found = Whiteouts::Overlayfs.unresolvable(&tree, upper);
+        assert_eq!(found, Some((dir, Unfit::OverlayXattr("trusted.overlay.redirect".into()))));
+        assert_eq!(tree.path_of(upper, dir), Some(b"d".to_vec()));
+        assert_eq!(Whiteouts::Oci.unresolvable(&tree, upper), None);
+    }
+}

@@ -2,12 +2,16 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, umount2};
+use rustix::fs::CWD;
+use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
 
-/// An image mounted read-only by the EROFS driver; unmounted when dropped.
+/// A file system mounted read-only by the kernel, mostly an image by its EROFS driver; unmounted
+/// when dropped.
 #[derive(Debug)]
 pub struct Mounted {
     at: PathBuf,
@@ -15,9 +19,37 @@ pub struct Mounted {
 
 impl Mounted {
     /// Mounts `bootstrap` with complete device files, in the order of the device table.
-    pub fn new(bootstrap: &Path, devices: &[PathBuf], at: &Path) -> nix::Result<Self> {
-        let options: Vec<String> = devices.iter().map(|path| format!("device={}", path.display())).collect();
-        mount(Some(bootstrap), at, Some("erofs"), MsFlags::MS_RDONLY, Some(options.join(",").as_str()))?;
+    pub fn new(bootstrap: &Path, devices: &[PathBuf], at: &Path) -> io::Result<Self> {
+        let devices = devices.iter().map(|path| ("device", path.as_path()));
+        Self::configured("erofs", std::iter::once(("source", bootstrap)).chain(devices), at)
+    }
+
+    /// Mounts the directories as overlayfs shows them, the lowest first; at least two.
+    pub fn overlay(layers: &[PathBuf], at: &Path) -> io::Result<Self> {
+        let topmost_first = layers.iter().rev().map(|path| ("lowerdir+", path.as_path()));
+        Self::configured("overlay", topmost_first, at)
+    }
+
+    /// A file system in memory that can be written to, for trees of very many files.
+    pub fn memory(at: &Path) -> io::Result<Self> {
+        let context = mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        Self::attach(&context, MountAttrFlags::empty(), at)
+    }
+
+    /// Option by option: `mount(2)` has one page for all of them, about thirty devices.
+    fn configured<'p>(name: &str, options: impl Iterator<Item = (&'p str, &'p Path)>, at: &Path) -> io::Result<Self> {
+        let context = mount::fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC)?;
+        for (key, path) in options {
+            mount::fsconfig_set_string(&context, key, path)?;
+        }
+        mount::fsconfig_set_flag(&context, "ro")?;
+        Self::attach(&context, MountAttrFlags::MOUNT_ATTR_RDONLY, at)
+    }
+
+    fn attach(context: &OwnedFd, attributes: MountAttrFlags, at: &Path) -> io::Result<Self> {
+        mount::fsconfig_create(context)?;
+        let mounted = mount::fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+        mount::move_mount(&mounted, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
         Ok(Self { at: at.to_owned() })
     }
 

@@ -42,6 +42,39 @@ pub fn of(root: &Path) -> io::Result<Vec<Line>> {
     Ok(lines)
 }
 
+/// The listing of an overlayfs mount, made comparable with a copy of what it shows.
+///
+/// The layers are one file system, so that a file has the same inode number wherever it is seen.
+pub fn of_overlay(root: &Path) -> io::Result<Vec<Line>> {
+    let mut names = std::collections::HashMap::new();
+    let mut inodes = Vec::new();
+    let mut lines = Vec::new();
+    let mut todo = vec![PathBuf::new()];
+    while let Some(below) = todo.pop() {
+        let path = if below.as_os_str().is_empty() { root.to_owned() } else { root.join(&below) };
+        let meta = match fs::symlink_metadata(&path) {
+            // In a directory that only one layer has, overlayfs lists whiteouts and then finds
+            // nothing of their names.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            other => other?,
+        };
+        if meta.is_dir() {
+            for entry in fs::read_dir(&path)? {
+                todo.push(below.join(entry?.file_name()));
+            }
+        }
+        *names.entry(meta.ino()).or_insert(0) += 1;
+        inodes.push((meta.ino(), format!(" links={}", meta.nlink())));
+        lines.push(Line { facts: facts(&path, &meta)?, path: below.into_os_string().into_vec() });
+    }
+    // Overlayfs tells the links that the file has in its layer, hidden ones included.
+    for (line, (inode, links)) in lines.iter_mut().zip(inodes) {
+        line.facts = line.facts.replacen(&links, &format!(" links={}", names[&inode]), 1);
+    }
+    lines.sort();
+    Ok(lines)
+}
+
 /// Panics with the differing lines unless both listings are the same.
 #[track_caller]
 pub fn assert_same(want: &[Line], got: &[Line]) {
