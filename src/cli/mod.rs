@@ -6,17 +6,23 @@
 
 mod base;
 pub mod build;
+mod chunkdict;
+mod compact;
 mod connect;
 mod demo;
 mod doctor;
+pub mod export;
 mod keeper;
 mod manual;
 mod merge;
 mod mount;
+mod opened;
+mod optimize;
 pub mod progress;
 mod register;
 mod serve;
 mod serve_blobs;
+pub mod unpack;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -61,6 +67,11 @@ enum LogFormat {
 enum Command {
     Build(build::BuildArgs),
     Merge(merge::MergeArgs),
+    Unpack(unpack::UnpackArgs),
+    Export(export::ExportArgs),
+    Optimize(optimize::OptimizeArgs),
+    Compact(compact::CompactArgs),
+    Chunkdict(chunkdict::ChunkdictArgs),
     Mount(mount::MountArgs),
     #[command(visible_alias = "unmount")]
     Umount(mount::UmountArgs),
@@ -87,6 +98,11 @@ pub fn run() -> ExitCode {
     let outcome = match cli.command {
         Command::Build(args) => build::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Unpack(args) => unpack::run(args),
+        Command::Export(args) => export::run(args),
+        Command::Optimize(args) => optimize::run(args),
+        Command::Compact(args) => compact::run(args),
+        Command::Chunkdict(args) => chunkdict::run(args),
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),

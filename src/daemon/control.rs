@@ -141,8 +141,7 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::Attach(AttachError::Name { .. })
         | DaemonError::Bootstrap(_)
         | DaemonError::Tables(_)
-        | DaemonError::Image(_)
-        | DaemonError::Uncheckable { .. }
+        | DaemonError::Reach(_)
         | DaemonError::SourceSpec(_)
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,

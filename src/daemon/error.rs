@@ -1,11 +1,12 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::base::{BlobId, ByteRange};
+use crate::base::BlobId;
 use crate::blob::TablesError;
 use crate::cache::StoreError;
 use crate::export::AttachError;
-use crate::image::{ImageError, OpenError as ImageOpenError};
+use crate::image::OpenError as ImageOpenError;
+use crate::reader::ReachError;
 use crate::source::{OpenError, SourceError};
 
 /// Why a request could not be carried out.
@@ -27,10 +28,8 @@ pub enum DaemonError {
     Bootstrap(ImageOpenError),
     #[error(transparent)]
     Tables(TablesError),
-    #[error("the image is damaged")]
-    Image(#[source] ImageError),
-    #[error("{} uses blob {blob} at decoded {decoded}, for which the image names no digest", path.display())]
-    Uncheckable { path: PathBuf, blob: BlobId, decoded: ByteRange },
+    #[error(transparent)]
+    Reach(#[from] ReachError),
     #[error("cannot fetch the tables of blob {blob}")]
     FetchTables {
         blob: BlobId,

@@ -15,7 +15,6 @@ pub mod keeper;
 mod mounts;
 mod objects;
 mod prepare;
-mod reach;
 mod served;
 mod serving;
 

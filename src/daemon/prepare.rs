@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use ring::digest;
 
+use super::DaemonError;
 use super::api::ImageSpec;
-use super::{DaemonError, reach};
 use crate::base::{BLOCK, BlobId, Class, Digest};
 use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
 use crate::image::{Device, Image, MAX_BOOTSTRAP};
 use crate::net::{ClientOptions, RetryPolicy};
+use crate::reader::ensure_checkable;
 use crate::source::{self, BlobSource, LocalSource, ReadCtx};
 
 /// An image that is ready to be attached to a backend.
@@ -59,7 +60,7 @@ pub(super) fn prepare(
         .iter()
         .map(|device| map(device, &image, saved, source.as_ref(), runtime))
         .collect::<Result<Vec<_>, _>>()?;
-    reach::ensure_checkable(&image, &maps)?;
+    ensure_checkable(&image, &maps)?;
     Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source })
 }
 

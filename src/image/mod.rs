@@ -102,7 +102,8 @@ impl Image {
         table.iter().map(|nid| Nid::from(nid.get())).take_while(|&nid| nid != 0)
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// The bootstrap as it lies in its file, for whoever copies it.
+    pub fn bytes(&self) -> &[u8] {
         (*self.bytes).as_ref()
     }
 }

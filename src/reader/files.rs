@@ -317,7 +317,7 @@ mod tests {
         build(spec, &()).unwrap();
         let local = LocalSource::new(dir.path().join("blobs")).unwrap();
         let source = Arc::new(Counting(local, AtomicUsize::new(0)));
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let files = Files::open(&dir.path().join("bootstrap"), source.clone(), runtime.handle().clone()).unwrap();
         Fixture { dir, runtime, files, source }
     }

@@ -5,7 +5,9 @@
 
 mod files;
 mod lot;
+mod reach;
 mod units;
 
 pub use files::{FileReader, Files, OpenError, Piece};
+pub use reach::{ReachError, ensure_checkable};
 pub use units::{ReadError, UnitReader, UnitRef};

@@ -3,5 +3,9 @@
 //! Each tool is a function from an image to a report; `cli` prints. Nothing here prints or decides
 //! an exit status.
 
+pub mod export;
 pub mod hotlist;
+mod output;
 mod rewrite;
+mod sparse;
+pub mod unpack;

@@ -71,7 +71,7 @@ impl Extensions {
             b"SCHILY.acl.default" => self.text_acls.push(b"system.posix_acl_default"),
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                    self.xattrs.push((name.to_vec(), value.to_vec()));
+                    self.xattrs.push((decoded(name), value.to_vec()));
                 } else if let Some(field) = key.strip_prefix(b"GNU.sparse.") {
                     self.sparse.record(field, value)?;
                 }
@@ -121,6 +121,23 @@ fn record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let equals = body.iter().position(|b| *b == b'=')?;
     let key = &body[..equals];
     (!key.is_empty()).then_some((key, &body[equals + 1..], rest))
+}
+
+/// An xattr's name out of a key, which ends at the first `=`: GNU tar writes `%3D` for that, and
+/// `%25` for the percent sign. Whoever does not, means what is there.
+fn decoded(name: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(name.len());
+    let mut rest = name;
+    while let Some((&first, behind)) = rest.split_first() {
+        let (byte, behind) = match behind.split_at_checked(2) {
+            Some((b"3D", behind)) if first == b'%' => (b'=', behind),
+            Some((b"25", behind)) if first == b'%' => (b'%', behind),
+            _ => (first, behind),
+        };
+        out.push(byte);
+        rest = behind;
+    }
+    out
 }
 
 /// A plain decimal number.
@@ -185,6 +202,13 @@ mod tests {
         extensions.apply(b"30 SCHILY.xattr.user.a=x\n=\0y\n\n12 path=a/b\n").unwrap();
         assert_eq!(extensions.xattrs, [(b"user.a".to_vec(), b"x\n=\0y\n".to_vec())]);
         assert_eq!(extensions.path.as_deref(), Some(b"a/b".as_slice()));
+    }
+
+    #[test]
+    fn names_of_xattrs_are_read_as_gnu_tar_writes_them() {
+        for (key, name) in [("a%3Db%25", "a=b%"), ("%253D", "%3D"), ("50%", "50%"), ("%2", "%2"), ("%3d", "%3d")] {
+            assert_eq!(decoded(key.as_bytes()), name.as_bytes());
+        }
     }
 
     #[test]

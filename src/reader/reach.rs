@@ -3,17 +3,27 @@
 //! A device counts as complete when all its units with a known check are present; then the kernel
 //! reads it alone. That is right only if no file leads anywhere else. A damaged or hostile image
 //! can lead the kernel to units for which it names no digest, or between units, and there it would
-//! find holes. Such an image is refused before it is mounted.
+//! find holes. Such an image is refused before it is mounted or exported.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use super::DaemonError;
-use crate::base::ByteRange;
+use crate::base::{BlobId, ByteRange};
 use crate::blob::{Check, UnitMap};
 use crate::image::{Image, ImageError, Kind};
+
+/// Why an image is not safe in the hands of the kernel.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ReachError {
+    /// The metadata makes no sense.
+    #[error("the image is damaged")]
+    Image(#[source] ImageError),
+    /// A file leads to bytes that nobody can check.
+    #[error("{} uses blob {blob} at decoded {decoded}, for which the image names no digest", path.display())]
+    Uncheckable { path: PathBuf, blob: BlobId, decoded: ByteRange },
+}
 
 /// Fails unless every block of a device that a file leads to lies in a unit with a known check.
 /// `maps` has one map for each device of `image`.
@@ -21,12 +31,12 @@ use crate::image::{Image, ImageError, Kind};
 /// Looks at metadata only, once at each inode. Each chunk of a file has an index of 8 bytes in the
 /// bootstrap, so more chunks than it has room for are a sign of indexes used twice; that bounds
 /// the work.
-pub(super) fn ensure_checkable(image: &Image, maps: &[UnitMap]) -> Result<(), DaemonError> {
+pub fn ensure_checkable(image: &Image, maps: &[UnitMap]) -> Result<(), ReachError> {
     let mut budget = image.summary().bootstrap_len / 8;
     let mut linked = HashSet::new();
     let mut walk = image.walk();
     while let Some(step) = walk.next_visit() {
-        let step = step.map_err(DaemonError::Image)?;
+        let step = step.map_err(ReachError::Image)?;
         let inode = step.inode;
         if inode.kind != Kind::Regular || inode.nlink > 1 && !linked.insert(inode.nid) {
             continue;
@@ -40,13 +50,13 @@ pub(super) fn ensure_checkable(image: &Image, maps: &[UnitMap]) -> Result<(), Da
                 uncheckable.get_or_insert((device, decoded));
             }
         };
-        image.kernel_ranges(&inode, &mut visit).map_err(DaemonError::Image)?;
+        image.kernel_ranges(&inode, &mut visit).map_err(ReachError::Image)?;
         if let Some((device, decoded)) = uncheckable {
             let path = step.path.iter().map(|name| OsStr::from_bytes(name)).collect::<PathBuf>();
-            return Err(DaemonError::Uncheckable { path, blob: maps[device].blob().clone(), decoded });
+            return Err(ReachError::Uncheckable { path, blob: maps[device].blob().clone(), decoded });
         }
         if budget == 0 {
-            return Err(DaemonError::Image(ImageError::Tree("has more chunks than the bootstrap can hold")));
+            return Err(ReachError::Image(ImageError::Tree("has more chunks than the bootstrap can hold")));
         }
     }
     Ok(())
