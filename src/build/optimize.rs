@@ -77,7 +77,8 @@ pub struct Remark {
 pub fn optimize(spec: &OptimizeSpec<'_>, progress: &dyn Progress) -> Result<OptimizeReport, BuildError> {
     let mut rewrite = Rewrite::of(spec.existing)?;
     let mut remarks = Vec::new();
-    let chosen = choose(&rewrite.stock.tree, spec.hot, rewrite.stock.agreed().map_or(1, |a| a.chunk_size), &mut remarks);
+    let chosen =
+        choose(&rewrite.stock.tree, spec.hot, rewrite.stock.agreed().map_or(1, |a| a.chunk_size), &mut remarks);
     if chosen.is_empty() {
         return Err(BuildError::NothingHot);
     }

@@ -260,7 +260,8 @@ impl<'a> Rewrite<'a> {
     fn place(&self, chunk: &Chunk) -> Result<ChunkPlace, BuildError> {
         let decoded = ByteRange::at(chunk.decoded_offset, chunk.plain_len.into()).filter(|range| !range.is_empty());
         let blob = || stockblobs::id_text(&self.stock.blobs.rows()[usize::from(chunk.blob)]);
-        let decoded = decoded.ok_or_else(|| self.failed(LoadError::Blob { blob: blob(), problem: "an empty chunk" }))?;
+        let decoded =
+            decoded.ok_or_else(|| self.failed(LoadError::Blob { blob: blob(), problem: "an empty chunk" }))?;
         Ok(ChunkPlace { device: chunk.blob.into(), decoded })
     }
 
@@ -269,7 +270,8 @@ impl<'a> Rewrite<'a> {
         let entry = &self.stock.blobs.rows()[usize::from(chunk.blob)];
         let algorithm = DigestAlgorithm::from_number(entry.digest.get());
         let got = algorithm.map(|algorithm| digest_of(algorithm, plain));
-        if plain.len() as u64 != u64::from(chunk.plain_len) || (chunk.digest != NO_DIGEST && got != Some(chunk.digest)) {
+        if plain.len() as u64 != u64::from(chunk.plain_len) || (chunk.digest != NO_DIGEST && got != Some(chunk.digest))
+        {
             return Err(BuildError::OtherBytes { blob: stockblobs::id_text(entry), chunk: chunk.number });
         }
         Ok(got.filter(|_| algorithm == Some(wanted)).unwrap_or_else(|| digest_of(wanted, plain)))

@@ -88,7 +88,16 @@ impl<'a> UnitReader<'a> {
         let fetcher = Fetcher { source, runtime, slots: Arc::new(Semaphore::new(SLOTS)) };
         let mut coming = coming.peekable();
         let next = Lot::start(&mut coming, maps, &fetcher);
-        Self { maps, fetcher, coming, current: Lot::default(), next, held: None, plain: Vec::new(), stored: bytes::Bytes::new() }
+        Self {
+            maps,
+            fetcher,
+            coming,
+            current: Lot::default(),
+            next,
+            held: None,
+            plain: Vec::new(),
+            stored: bytes::Bytes::new(),
+        }
     }
 
     /// The bytes of `unit` as they belong in its device: whole blocks, zeros behind the end.

@@ -81,8 +81,7 @@ fn lines(list: &[u8]) -> Result<Vec<HotPath>, HotListError> {
         match text.trim_ascii() {
             [] => {}
             json @ [b'{', ..] => {
-                let entry: Entry =
-                    serde_json::from_slice(json).map_err(|cause| HotListError::Json { line, cause })?;
+                let entry: Entry = serde_json::from_slice(json).map_err(|cause| HotListError::Json { line, cause })?;
                 hot.push(entry.hot(&mut budget)?);
             }
             text @ [b'/', ..] => {
@@ -176,7 +175,8 @@ mod tests {
 
     #[test]
     fn a_document_may_span_lines() {
-        let list = "{\"version\": \"v1\",\n \"files\": [\n{\"path\": \"/a\"},\n{\"path\": \"/b\", \"ranges\": [[0, 1]]}]}\n";
+        let list =
+            "{\"version\": \"v1\",\n \"files\": [\n{\"path\": \"/a\"},\n{\"path\": \"/b\", \"ranges\": [[0, 1]]}]}\n";
         assert_eq!(parse(list.as_bytes()).unwrap(), [hot(b"/a", &[]), hot(b"/b", &[(0, 1)])]);
     }
 
@@ -188,7 +188,10 @@ mod tests {
             (r#"{"version":"v1","files":[]}"#, "the list is empty"),
             (r#"{"version":"v2","files":[]}"#, "version is \"v2\", \"v1\" is what is understood"),
             ("/a\nb\n", "line 2 is not an absolute path: \"b\""),
-            ("/a:1+99999999999999999999", "line 1: \"1+99999999999999999999\" is not OFFSET+LENGTH, with both below 2^64"),
+            (
+                "/a:1+99999999999999999999",
+                "line 1: \"1+99999999999999999999\" is not OFFSET+LENGTH, with both below 2^64",
+            ),
             ("/a\n{\"path\":", "line 2 is not one JSON object with path or path_hex, and ranges"),
             (r#"{"path":"a"}"#, "the path \"a\" is not absolute"),
             (r#"{"path_hex":"2f6"}"#, "\"2f6\" is not an even number of hexadecimal digits"),

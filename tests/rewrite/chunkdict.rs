@@ -57,7 +57,12 @@ fn the_dictionary_is_an_image_whose_files_are_chunks() {
         assert_eq!(rafsd::codec::blake3(&bytes).to_string(), digest);
     }
     let rows = |path: &Path| -> Vec<_> {
-        Image::open(path).unwrap().devices().iter().map(|device| (device.blob.clone(), device.entry.ci_offset)).collect()
+        Image::open(path)
+            .unwrap()
+            .devices()
+            .iter()
+            .map(|device| (device.blob.clone(), device.entry.ci_offset))
+            .collect()
     };
     let originals = [rows(&a), rows(&b)].concat();
     assert!(rows(&path).iter().all(|row| originals.contains(row)), "rows are those of the images");

@@ -22,7 +22,9 @@ fn optimize_reads_lists_from_standard_input_in_both_forms() {
     let fixture = Fixture::new();
     fixture.image("source", &[("a", &text(1, 200_000)), ("b", &text(2, 1000))]);
     let dir = fixture.dir.path();
-    let optimize = |input: &str, out| rafsd(dir, &["optimize", "source.image/bootstrap", "--paths", "-", "-o", out, "--json"], input);
+    let optimize = |input: &str, out| {
+        rafsd(dir, &["optimize", "source.image/bootstrap", "--paths", "-", "-o", out, "--json"], input)
+    };
 
     let lines = json(&optimize("/b\n/a:0+1\n", "lines"));
     let document = json(&optimize(

@@ -18,7 +18,7 @@ fn dead_chunks_are_gone_and_the_tree_is_the_same() {
     let fixture = Fixture::new();
     let lower =
         fixture.image("lower", &[("stays", &text(1, 100_000)), ("goes", &text(2, 900_000)), ("dir/x", &text(3, 300))]);
-    let upper = fixture.image("upper", &[(".wh.goes", b""), ("new", &text(4, 500_000))]);
+    let upper = fixture.image("upper", &[(".wh.goes", b""), ("upper", &text(4, 500_000))]);
     let image = fixture.merge(&[&lower, &upper], "merged");
     let (before, kernel_before) = (shown(&fixture.open(&image)), fixture.kernel_shows(&image));
 
@@ -65,7 +65,15 @@ fn small_blobs_of_one_form_are_merged_up_to_the_target() {
         let noise = crate::support::tree::Random::new(number).noise(100_000);
         let source = fixture.source(&name, &[(&format!("file{number}"), noise.as_slice())]);
         let lz4 = number == 2;
-        layers.push(fixture.build(&source, |spec| if lz4 { spec.compression = Compression::Lz4 }).0);
+        layers.push(
+            fixture
+                .build(&source, |spec| {
+                    if lz4 {
+                        spec.compression = Compression::Lz4
+                    }
+                })
+                .0,
+        );
     }
     let layers: Vec<_> = layers.iter().map(std::path::PathBuf::as_path).collect();
     let image = fixture.merge(&layers, "merged");

@@ -140,8 +140,8 @@ fn chunks_of_another_form_are_encoded_anew() {
         (text(1, 200_000), text(2, 100_000), text(3, 50_000), tree::Random::new(4).noise(70_000));
     let first = fixture.image("first", &[("zstd", &zstd), ("noise", &noise)]);
     let second = fixture.source("second", &[("lz4", &lz4)]);
-    let (second, _) = fixture
-        .build(&second, |spec| (spec.compression, spec.digest) = (Compression::Lz4, DigestAlgorithm::Sha256));
+    let (second, _) =
+        fixture.build(&second, |spec| (spec.compression, spec.digest) = (Compression::Lz4, DigestAlgorithm::Sha256));
     let (third, _) =
         fixture.build(&fixture.source("third", &[("plain", &plain)]), |spec| spec.compression = Compression::None);
     let image = fixture.merge(&[&first, &second, &third], "merged");
