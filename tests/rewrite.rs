@@ -13,5 +13,7 @@ mod compact;
 mod failures;
 #[path = "rewrite/fixture.rs"]
 mod fixture;
+#[path = "rewrite/foreign.rs"]
+mod foreign;
 #[path = "rewrite/optimize.rs"]
 mod optimize;

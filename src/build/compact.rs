@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::error::BuildError;
 use super::load::Layer;
 use super::rewrite::{Existing, Form, Rewrite, Usage, make_blobs_dir};
-use super::{BlobReport, Progress, stockblobs};
+use super::{BlobReport, Progress, merge, stockblobs};
 use crate::format::rafs::BlobEntry;
 
 /// How to compact an image.
@@ -145,7 +145,7 @@ impl CompactSpec<'_> {
     /// What should become of a blob, whatever the others are like.
     fn fate(&self, rewrite: &Rewrite<'_>, row: u16, usage: &Usage) -> Fate {
         let entry = &rewrite.stock.blobs.rows()[usize::from(row)];
-        let in_dictionary = |layer: &Layer| layer.blob_ids().any(|id| id.to_padded() == entry.id);
+        let in_dictionary = |layer: &Layer| merge::blob_ids(layer).any(|id| id.to_padded() == entry.id);
         let used = u128::from(usage.decoded_bytes) * 100;
         if usage.chunks == 0 {
             Fate::Dropped

@@ -158,7 +158,7 @@ pub fn merge(spec: MergeSpec, progress: &dyn Progress) -> Result<MergeReport, Bu
     })
 }
 
-fn blob_ids(layer: &Layer) -> impl Iterator<Item = &BlobId> {
+pub(super) fn blob_ids(layer: &Layer) -> impl Iterator<Item = &BlobId> {
     layer.image.devices().iter().map(|device| &device.blob)
 }
 

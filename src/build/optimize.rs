@@ -125,7 +125,8 @@ pub fn optimize(spec: &OptimizeSpec<'_>, progress: &dyn Progress) -> Result<Opti
 
 /// Chunks that the list leads to, in its order, each once.
 fn choose(tree: &Tree, hot: &[HotPath], chunk_size: u32, remarks: &mut Vec<Remark>) -> Vec<u32> {
-    let mut chosen = Chosen { chunk_size: chunk_size.into(), met: HashSet::new(), chunks: Vec::new() };
+    let mut chosen =
+        Chosen { chunk_size: chunk_size.into(), met: HashSet::new(), whole: HashSet::new(), chunks: Vec::new() };
     for HotPath { path, ranges } in hot {
         let mut remark = |problem| remarks.push(Remark { path: path.escape_ascii().to_string(), problem });
         let Some(node) = tree.find(merge::split(path)) else {
@@ -155,6 +156,8 @@ fn choose(tree: &Tree, hot: &[HotPath], chunk_size: u32, remarks: &mut Vec<Remar
 struct Chosen {
     chunk_size: u64,
     met: HashSet<u32>,
+    /// Nodes that were taken with all they hold: a list may name them very often.
+    whole: HashSet<NodeId>,
     chunks: Vec<u32>,
 }
 
@@ -163,6 +166,9 @@ impl Chosen {
     fn below(&mut self, tree: &Tree, top: NodeId) {
         let mut todo = vec![top];
         while let Some(dir) = todo.pop() {
+            if !self.whole.insert(dir) {
+                continue;
+            }
             let first = todo.len();
             for (_, node) in tree.children(dir) {
                 match tree.node(node).kind {
@@ -174,18 +180,41 @@ impl Chosen {
         }
     }
 
-    /// The chunks of a file that have bytes in one of `ranges`; all if there are none.
+    /// The chunks of a file that have bytes in one of `ranges`, in the order of the file; all if
+    /// there are none.
     fn file(&mut self, tree: &Tree, node: NodeId, ranges: &[(u64, u64)]) {
         let Kind::Regular(content) = &tree.node(node).kind else { return };
+        if self.whole.contains(&node) {
+            return;
+        }
+        let mut spans = if ranges.is_empty() { vec![(0, content.size)] } else { spans(ranges) }.into_iter().peekable();
         for (number, cut) in (0u64..).zip(content.cuts()) {
             let (start, end) = (number * self.chunk_size, (number + 1) * self.chunk_size);
-            let is_hot = |&(offset, len): &(u64, u64)| len > 0 && offset < end && offset.saturating_add(len) > start;
+            while spans.next_if(|span| span.1 <= start).is_some() {}
             let cut = u32::try_from(cut).expect("cuts of a loaded image are positions of chunks");
-            if (ranges.is_empty() || ranges.iter().any(is_hot)) && self.met.insert(cut) {
+            if spans.peek().is_some_and(|span| span.0 < end) && self.met.insert(cut) {
                 self.chunks.push(cut);
             }
         }
+        if ranges.is_empty() {
+            self.whole.insert(node);
+        }
     }
+}
+
+/// Start and end of what ranges of offset and length cover, in order, no two touching.
+fn spans(ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    let spans = ranges.iter().map(|&(offset, len)| (offset, offset.saturating_add(len)));
+    let mut sorted: Vec<_> = spans.filter(|(start, end)| start < end).collect();
+    sorted.sort_unstable();
+    sorted.dedup_by(|next, before| {
+        let joins = next.0 <= before.1;
+        if joins {
+            before.1 = before.1.max(next.1);
+        }
+        joins
+    });
+    sorted
 }
 
 /// The form that most bytes of these chunks have already.

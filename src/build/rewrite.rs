@@ -16,7 +16,7 @@ use super::blobwriter::{BlobWriter, FinishedBlob, TemporaryName};
 use super::chunk::{Chunk, Compression};
 use super::emit::{Bootstrap, Facts};
 use super::error::BuildError;
-use super::load::{Layer, LoadError, Stock};
+use super::load::{LoadError, Stock};
 use super::overlay::{self, Whiteouts};
 use super::tree::{Kind, NodeId};
 use super::{BlobReport, Progress, layout, merge, recheck, stockblobs};
@@ -397,11 +397,4 @@ fn publish(out_dir: &Path, blobs: &mut [FinishedBlob], bootstrap: &[u8]) -> Resu
         blob.publish()?;
     }
     name.rename("bootstrap")
-}
-
-impl Layer {
-    /// Ids of the blobs of an image.
-    pub(super) fn blob_ids(&self) -> impl Iterator<Item = &crate::base::BlobId> {
-        self.image.devices().iter().map(|device| &device.blob)
-    }
 }

@@ -33,6 +33,8 @@ pub enum HotListError {
         #[source]
         cause: serde_json::Error,
     },
+    #[error("the list is one JSON document, but not of version and files with path or path_hex, and ranges")]
+    Document(#[source] serde_json::Error),
     #[error("{0:?} is not an even number of hexadecimal digits")]
     Hex(String),
     #[error("the path {0:?} is not absolute")]
@@ -43,6 +45,13 @@ pub enum HotListError {
     TooMany,
     #[error("the list is empty")]
     Empty,
+}
+
+/// Tells a document from everything else.
+#[derive(Deserialize)]
+struct HasFiles {
+    #[serde(rename = "files")]
+    _files: serde::de::IgnoredAny,
 }
 
 #[derive(Deserialize)]
@@ -60,9 +69,10 @@ struct Entry {
 
 /// Reads a list of any form. At least one path is in it.
 pub fn parse(list: &[u8]) -> Result<Vec<HotPath>, HotListError> {
-    let hot = match serde_json::from_slice::<Document>(list) {
-        Ok(document) => self::document(document)?,
-        Err(_) => lines(list)?,
+    let hot = if serde_json::from_slice::<HasFiles>(list).is_ok() {
+        document(serde_json::from_slice(list).map_err(HotListError::Document)?)?
+    } else {
+        lines(list)?
     };
     if hot.is_empty() { Err(HotListError::Empty) } else { Ok(hot) }
 }
@@ -187,6 +197,10 @@ mod tests {
             (" \n\n", "the list is empty"),
             (r#"{"version":"v1","files":[]}"#, "the list is empty"),
             (r#"{"version":"v2","files":[]}"#, "version is \"v2\", \"v1\" is what is understood"),
+            (
+                r#"{"version":"v1","files":[{"path":1}]}"#,
+                "the list is one JSON document, but not of version and files with path or path_hex, and ranges",
+            ),
             ("/a\nb\n", "line 2 is not an absolute path: \"b\""),
             (
                 "/a:1+99999999999999999999",
