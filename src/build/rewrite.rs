@@ -179,7 +179,7 @@ impl<'a> Rewrite<'a> {
     }
 
     /// Copies `wanted`, positions of chunks of the image, into one new blob in this order, and
-    /// leads every file that uses them there. Chunks with the same bytes become one.
+    /// leads every file that uses them there. Chunks of the same digest become one.
     pub(super) fn copy(
         &mut self,
         wanted: &[u32],
