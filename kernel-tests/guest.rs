@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use tempfile::TempDir;
 
+use crate::cases::interop;
 use crate::host::{self, Need};
 use crate::initrd::Archive;
 use crate::report::{Tally, Verdict};
@@ -93,9 +94,31 @@ fn prepare(cases: &[&Case]) -> anyhow::Result<TempDir> {
     let disk = dir.path().join("disk");
     File::create(&disk)?.set_len(DISK_BYTES).context("make the disk")?;
     let mkfs = host::find_program("mkfs.ext4").context("no mkfs.ext4")?;
-    let made = Command::new(mkfs).args(["-q", "-F", "-b", "4096"]).arg(&disk).stdin(Stdio::null()).status()?;
+    let root = dir.path().join("root");
+    fill_disk(cases, &root).context("fill the disk")?;
+    let mut mkfs = Command::new(mkfs);
+    mkfs.args(["-q", "-F", "-b", "4096", "-d"]).arg(&root).arg(&disk);
+    let made = mkfs.stdin(Stdio::null()).status()?;
     anyhow::ensure!(made.success(), "mkfs.ext4: {made}");
     Ok(dir)
+}
+
+/// Makes the directory that the guest's disk starts with: the images made by other builders, if a
+/// case wants them and they are at hand.
+fn fill_disk(cases: &[&Case], root: &Path) -> anyhow::Result<()> {
+    let to = root.join(host::GUEST_INTEROP);
+    std::fs::create_dir(root)?;
+    let is_wanted = cases.iter().any(|case| case.needs.contains(&Need::Interop));
+    let Some(from) = host::interop(false).filter(|_| is_wanted) else { return Ok(()) };
+    std::fs::create_dir(&to)?;
+    let names = interop::IMAGES.iter().chain(&interop::LISTINGS);
+    let copied = Command::new("cp")
+        .args(["-R", "--no-preserve=mode"])
+        .args(names.map(|name| from.join(name)))
+        .arg(&to)
+        .status()?;
+    anyhow::ensure!(copied.success(), "cp: {copied}");
+    Ok(())
 }
 
 fn write_initrd(cases: &[&Case], dir: &Path) -> anyhow::Result<()> {

@@ -6,6 +6,8 @@ use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, sta
 
 /// Where the guest's disk is mounted.
 pub(crate) const GUEST_STORE: &str = "/var/lib/rafsd-test";
+/// Where images made by other builders lie on the guest's disk.
+pub(crate) const GUEST_INTEROP: &str = "interop";
 /// Where the guest finds the daemon.
 pub(crate) const GUEST_RAFSD: &str = "/bin/rafsd";
 
@@ -39,14 +41,19 @@ impl Need {
                 let reason = format!("{} is not on ext4, XFS or btrfs; set RAFSD_TEST_DIR", dir.display());
                 (!on_disk(&dir)).then_some(reason)
             }
-            Self::Interop => interop().is_none().then(|| "no images of other builders; set RAFSD_INTEROP".into()),
+            Self::Interop => {
+                interop(in_guest).is_none().then(|| "no images of other builders; set RAFSD_INTEROP".into())
+            }
             Self::Program(name) => find_program(name).is_none().then(|| format!("no program {name}")),
         }
     }
 }
 
-/// The folder of images made by other builders, if it is there.
-pub(crate) fn interop() -> Option<PathBuf> {
+/// The folder of images made by other builders, if it is there. The guest has it on its disk.
+pub(crate) fn interop(in_guest: bool) -> Option<PathBuf> {
+    if in_guest {
+        return Path::new(GUEST_STORE).join(GUEST_INTEROP).canonicalize().ok();
+    }
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/interop");
     let folder = std::env::var_os("RAFSD_INTEROP").map_or(beside, PathBuf::from);
     folder.canonicalize().ok()

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class};
-use rafsd::blob::{Check, DecodeError, Recipe, Unit, UnitIndex, UnitMap};
+use rafsd::blob::{Check, DecodeError, Part, Recipe, Unit, UnitIndex, UnitMap};
 use rafsd::cache::{Device, Engine, Fill, FillError, Sink, Store, StoreError, StoreOptions, fill_blocking};
 use rafsd::codec::{Compressor, blake3};
 use rafsd::source::{BlobSource, BoxFuture, ReadCtx, SourceError};
@@ -43,6 +43,8 @@ impl Blob {
                 stored: ByteRange::at(stored.len() as u64, packed.len() as u64).unwrap(),
                 recipe: Recipe::Zstd,
                 check: Check::Blake3(blake3(&bytes).0),
+                part: None,
+                encrypted: false,
             });
             stored.extend_from_slice(packed);
             stored.resize(stored.len() + gap, 0xee);
@@ -1066,4 +1068,143 @@ fn unit_numbers_fit_what_a_map_can_hold() {
 
     assert_eq!(device.stats().units_present, UnitIndex::try_from(blob.units.len()).unwrap());
     assert!(device.is_complete_durable());
+}
+
+// ---- batches --------------------------------------------------------------------------------------
+
+impl Blob {
+    /// One batch of `count` members of `size` plain bytes, and a unit of its own behind it.
+    fn batch(count: usize, size: usize) -> Self {
+        let mut blob = Self::new(count, size, 0);
+        let whole: Vec<u8> = blob.units.iter().flat_map(|unit| blob.plain_of(unit).to_vec()).collect();
+        let mut zstd = Compressor::zstd(1).unwrap();
+        blob.stored = zstd.compress(&whole).expect("compressible").to_vec();
+        let range = ByteRange::at(0, blob.stored.len() as u64).unwrap();
+        for (number, unit) in blob.units.iter_mut().enumerate() {
+            let at = u32::try_from(number * size).unwrap();
+            unit.stored = range;
+            unit.part = Some(Part { at, whole: u32::try_from(whole.len()).unwrap() });
+        }
+        let tail = Unit::plain(blob.plain.len() as u64, &[9; 100]).unwrap();
+        blob.units.push(Unit { stored: ByteRange::at(range.end(), 100).unwrap(), ..tail });
+        blob.stored.extend_from_slice(&[9; 100]);
+        blob.plain.extend_from_slice(&[9; 100]);
+        blob.plain.resize(blob.plain.len().next_multiple_of(4096), 0);
+        blob
+    }
+
+    fn plain_of(&self, unit: &Unit) -> &[u8] {
+        &self.plain[usize::try_from(unit.decoded.start()).unwrap()..usize::try_from(unit.decoded.end()).unwrap()]
+    }
+}
+
+#[test]
+fn readers_of_different_members_of_a_cold_batch_cost_one_request() {
+    let (bench, blob) = (Bench::new(), Blob::batch(40, 500));
+    let gate = Arc::new(Semaphore::new(0));
+    let source = Scripted::new(&blob, {
+        let gate = gate.clone();
+        move |_, _| Act::Gate(gate.clone())
+    });
+    let device = bench.store(quiet()).device(blob.map(), source.clone()).unwrap();
+
+    let readers: Vec<_> = (0..40)
+        .map(|member| {
+            let (device, range) = (device.clone(), blob.one(member));
+            std::thread::spawn(move || fill_blocking(&*device, range))
+        })
+        .collect();
+    eventually("the request", || source.log().len() == 1);
+    gate.add_permits(100);
+    readers.into_iter().for_each(|reader| reader.join().unwrap().unwrap());
+
+    assert_eq!(source.log(), [blob.units[0].stored]);
+    assert_eq!(present(&device, &blob), (0..40).collect::<Vec<_>>());
+    assert_bytes(&device, &blob, 0..40);
+}
+
+#[test]
+fn one_cold_read_brings_the_whole_batch_in_one_job() {
+    let (bench, blob) = (Bench::new(), Blob::batch(40, 500));
+    let source = Scripted::honest(&blob);
+    let device = bench.store(quiet()).device(blob.map(), source.clone()).unwrap();
+
+    fill_blocking(&*device, blob.one(17)).unwrap();
+
+    eventually("the siblings", || present(&device, &blob).len() == 40);
+    for member in 0..40 {
+        fill_blocking(&*device, blob.one(member)).unwrap();
+    }
+    assert_eq!(source.log().len(), 1);
+    assert_eq!(device.stats().units_filled, 40);
+    assert_bytes(&device, &blob, 0..40);
+}
+
+#[test]
+fn members_that_nobody_can_check_are_not_brought_along() {
+    let (bench, blob) = (Bench::new(), Blob::batch(10, 500));
+    let source = Scripted::honest(&blob);
+    let device = bench.store(quiet()).device(blob.map_knowing(3..6), source.clone()).unwrap();
+
+    fill_blocking(&*device, blob.one(4)).unwrap();
+
+    eventually("the siblings", || present(&device, &blob) == [3, 4, 5]);
+    assert!(matches!(fill_blocking(&*device, blob.one(0)), Err(FillError::Corrupt { unit: 0, .. })));
+    assert_eq!(source.log().len(), 1);
+}
+
+#[test]
+fn a_damaged_batch_is_fetched_once_more_for_all_its_members() {
+    let (bench, blob) = (Bench::new(), Blob::batch(40, 500));
+    let asked = AtomicUsize::new(0);
+    let source = Scripted::new(&blob, move |_, _| match asked.fetch_add(1, Ordering::SeqCst) {
+        0 => Act::Flip(100),
+        _ => Act::Serve,
+    });
+    let device = bench.store(quiet()).device(blob.map(), source.clone()).unwrap();
+
+    fill_blocking(&*device, blob.range(0..40)).unwrap();
+
+    assert_eq!(source.log(), [blob.units[0].stored; 2]);
+    assert_bytes(&device, &blob, 0..40);
+}
+
+#[test]
+fn a_member_with_a_false_digest_takes_no_sibling_along() {
+    let (bench, mut blob) = (Bench::new(), Blob::batch(10, 500));
+    blob.units[4].check = Check::Blake3([1; 32]);
+    let source = Scripted::honest(&blob);
+    let device = bench.store(quiet()).device(blob.map(), source.clone()).unwrap();
+
+    let outcome = fill_blocking(&*device, blob.range(0..10));
+
+    assert!(matches!(outcome, Err(FillError::Corrupt { unit: 4, .. })), "{outcome:?}");
+    assert_eq!(present(&device, &blob), [0, 1, 2, 3, 5, 6, 7, 8, 9]);
+    assert_eq!(source.log().len(), 2, "one more try for the one that failed");
+}
+
+#[test]
+fn a_batch_that_the_image_misplaced_fails_and_is_not_asked_for_for_ever() {
+    let (bench, mut blob) = (Bench::new(), Blob::batch(10, 500));
+    let beyond = ByteRange::at(blob.stored.len() as u64, blob.units[0].stored.len()).unwrap();
+    blob.units[..10].iter_mut().for_each(|unit| unit.stored = beyond);
+    let source = Scripted::honest(&blob);
+    let device = bench.store(quiet()).device(blob.map(), source.clone()).unwrap();
+
+    let outcome = fill_blocking(&*device, blob.range(0..11));
+
+    assert!(matches!(outcome, Err(FillError::Source { .. })), "{outcome:?}");
+    assert_eq!(present(&device, &blob), [10], "what is in its place is served");
+}
+
+#[test]
+fn completing_a_blob_asks_once_for_each_batch() {
+    let (bench, blob) = (Bench::new(), Blob::batch(40, 500));
+    let source = Scripted::honest(&blob);
+    let device = bench.store(quiet()).device(blob.map(), source.clone()).unwrap();
+
+    device.complete_in_background();
+
+    eventually("everything", || present(&device, &blob).len() == 41);
+    assert_eq!(source.log().len(), 1, "the unit behind the batch joins its read");
 }

@@ -1,16 +1,23 @@
 //! How the decoded space of a blob is cut into units, and how one unit is made and checked.
 //!
-//! A *unit* is the smallest piece that can be fetched and verified alone: a RAFS chunk. A
+//! A *unit* is the smallest piece that can be verified alone: a RAFS chunk. Several small ones may
+//! share a stored range, which is then fetched and decompressed as one. A
 //! [`UnitMap`] is the complete list for one blob. [`decode()`] turns stored bytes into checked
 //! decoded bytes and is the only way bytes get into a cache. Nothing here does I/O.
 
+mod batch;
 mod decode;
+mod entry;
 mod map;
-mod native;
+mod tables;
+pub mod toc;
+pub mod zran;
 
-pub use decode::{DecodeError, decode};
+pub use crate::codec::xts::{BlobKey, EqualHalves};
+pub use decode::{DecodeError, Decoder, decode};
+pub use entry::BlobKind;
 pub use map::{UnitMap, UnitMapError};
-pub use native::{BlobTables, TablesError};
+pub use tables::{BlobTables, TablesError};
 
 use crate::base::ByteRange;
 
@@ -32,6 +39,19 @@ pub struct Unit {
     pub recipe: Recipe,
     /// How to know that the result is right.
     pub check: Check,
+    /// The unit's share of what its stored bytes hold; `None` if that is all of it.
+    pub part: Option<Part>,
+    /// Whether the stored bytes are encrypted, with the key of the [`UnitMap`].
+    pub encrypted: bool,
+}
+
+/// A share of a stored range that holds several units: a member of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Part {
+    /// Where the unit starts in the plain bytes of its stored range.
+    pub at: u32,
+    /// How many plain bytes the stored range has, all its units together: at most [`MAX_UNIT`].
+    pub whole: u32,
 }
 
 impl Unit {
@@ -40,7 +60,17 @@ impl Unit {
     pub fn plain(at: u64, bytes: &[u8]) -> Option<Self> {
         let range = ByteRange::at(at, bytes.len() as u64)?;
         let check = Check::Blake3(crate::codec::blake3(bytes).0);
-        Some(Self { decoded: range, stored: range, recipe: Recipe::Plain, check })
+        Some(Self { decoded: range, stored: range, recipe: Recipe::Plain, check, part: None, encrypted: false })
+    }
+
+    /// How many plain bytes the stored range holds.
+    pub fn whole_len(&self) -> u64 {
+        self.part.map_or(self.decoded.len(), |part| part.whole.into())
+    }
+
+    /// Whether both are parts of one stored range, so that one fetch and one decompression serve both.
+    pub fn shares_with(&self, other: &Self) -> bool {
+        self.part.is_some() && other.part.is_some() && self.stored == other.stored
     }
 
     /// The unit's part of the device, padding included: whole blocks.
@@ -63,6 +93,9 @@ pub enum Recipe {
     Zstd,
     /// One gzip member.
     Gzip,
+    /// The middle of a gzip file, entered through a [`zran::Context`]. This version reads and checks
+    /// the tables of such blobs and does not decode them.
+    GzipWindow,
 }
 
 /// How to know that a decoded unit is right.

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use super::blobwriter::FinishedBlob;
 use crate::base::{BlobId, ByteRange};
-use crate::blob::{BlobTables, DecodeError, TablesError, decode};
+use crate::blob::{BlobTables, DecodeError, Decoder, TablesError};
 use crate::image::{Image, ImageError};
 
 /// What is wrong with an image that was just written.
@@ -49,13 +49,13 @@ fn chunks(image: &Image, blob: &FinishedBlob) -> Result<(), RecheckError> {
         file.read_exact_at(into, range.start()).map_err(failed)
     };
     let tables = BlobTables::new(&device.entry)?;
-    let (mut stored, mut plain) = (Vec::new(), Vec::new());
+    let (mut stored, mut plain, mut decoder) = (Vec::new(), Vec::new(), Decoder::new());
     read(tables.stored(), &mut stored)?;
     let map = tables.with_digests(&tables.geometry(&stored)?, image.chunk_records().iter())?;
     for (chunk, unit) in map.units().iter().enumerate() {
         read(unit.stored, &mut stored)?;
         plain.resize(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"), 0);
-        let decoded = decode(unit, &stored, &mut plain);
+        let decoded = decoder.decode(map.key(), unit, &stored, &mut plain);
         decoded.map_err(|cause| RecheckError::Chunk { blob: blob.id.clone(), chunk, cause })?;
     }
     Ok(())

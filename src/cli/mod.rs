@@ -6,12 +6,14 @@
 
 mod base;
 pub mod build;
+mod check;
 mod chunkdict;
 mod compact;
 mod connect;
 mod demo;
 mod doctor;
 pub mod export;
+mod inspect;
 mod keeper;
 mod manual;
 mod merge;
@@ -22,6 +24,7 @@ pub mod progress;
 mod register;
 mod serve;
 mod serve_blobs;
+mod stat;
 pub mod unpack;
 
 use std::io::{self, IsTerminal, Write};
@@ -72,6 +75,9 @@ enum Command {
     Optimize(optimize::OptimizeArgs),
     Compact(compact::CompactArgs),
     Chunkdict(chunkdict::ChunkdictArgs),
+    Check(check::CheckArgs),
+    Inspect(inspect::InspectArgs),
+    Stat(stat::StatArgs),
     Mount(mount::MountArgs),
     #[command(visible_alias = "unmount")]
     Umount(mount::UmountArgs),
@@ -103,6 +109,9 @@ pub fn run() -> ExitCode {
         Command::Optimize(args) => optimize::run(args),
         Command::Compact(args) => compact::run(args),
         Command::Chunkdict(args) => chunkdict::run(args),
+        Command::Check(args) => Ok(check::run(&args)),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Stat(args) => stat::run(&args),
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),

@@ -22,6 +22,7 @@ use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, Unregis
 use super::{Daemon, DaemonError};
 use crate::base::Chain;
 use crate::export::AttachError;
+use crate::reader::MapError;
 
 /// Name of the control socket in the run directory.
 pub const SOCKET: &str = "rafsd.sock";
@@ -140,14 +141,16 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::Relative(_)
         | DaemonError::Attach(AttachError::Name { .. })
         | DaemonError::Bootstrap(_)
+        | DaemonError::Load(_)
         | DaemonError::Tables(_)
+        | DaemonError::Map(MapError::Tables(_))
         | DaemonError::Reach(_)
         | DaemonError::SourceSpec(_)
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
         DaemonError::Io { .. }
         | DaemonError::Start { .. }
-        | DaemonError::FetchTables { .. }
+        | DaemonError::Map(MapError::Fetch { .. })
         | DaemonError::Store(_)
         | DaemonError::Attach(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }

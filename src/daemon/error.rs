@@ -6,8 +6,8 @@ use crate::blob::TablesError;
 use crate::cache::StoreError;
 use crate::export::AttachError;
 use crate::image::OpenError as ImageOpenError;
-use crate::reader::ReachError;
-use crate::source::{OpenError, SourceError};
+use crate::reader::{LoadError, MapError, ReachError};
+use crate::source::OpenError;
 
 /// Why a request could not be carried out.
 #[derive(Debug, thiserror::Error)]
@@ -27,15 +27,13 @@ pub enum DaemonError {
     #[error(transparent)]
     Bootstrap(ImageOpenError),
     #[error(transparent)]
+    Load(LoadError),
+    #[error(transparent)]
     Tables(TablesError),
     #[error(transparent)]
+    Map(MapError),
+    #[error(transparent)]
     Reach(#[from] ReachError),
-    #[error("cannot fetch the tables of blob {blob}")]
-    FetchTables {
-        blob: BlobId,
-        #[source]
-        cause: SourceError,
-    },
     #[error(transparent)]
     SourceSpec(OpenError),
     #[error(transparent)]

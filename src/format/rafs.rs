@@ -148,6 +148,16 @@ impl Algorithm {
         })
     }
 
+    /// What the reference tools call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Lz4Block => "lz4_block",
+            Self::Gzip => "gzip",
+            Self::Zstd => "zstd",
+        }
+    }
+
     /// The number of this algorithm.
     pub fn number(self) -> u32 {
         match self {
@@ -184,6 +194,14 @@ impl DigestAlgorithm {
             1 => Self::Sha256,
             _ => return None,
         })
+    }
+
+    /// What the reference tools call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Blake3 => "blake3",
+            Self::Sha256 => "sha256",
+        }
     }
 
     /// The number of this algorithm.

@@ -17,6 +17,9 @@ pub enum ImageError {
     /// A superblock field has an impossible value.
     #[error("{field} has the impossible value {value:#x}")]
     Field { field: &'static str, value: u64 },
+    /// Two tables lie in the same bytes.
+    #[error("the {first} and the {second} overlap")]
+    Overlap { first: &'static str, second: &'static str },
     /// A blob has no usable name.
     #[error("blob {index} has no usable id")]
     BlobId {

@@ -1,7 +1,7 @@
 use std::ops::ControlFlow;
 
 use super::{Image, ImageError, Inode, Layout};
-use crate::base::{BLOCK, ByteRange};
+use crate::base::ByteRange;
 use crate::format::array_at;
 use crate::format::erofs::{ChunkIndex, HOLE};
 
@@ -44,7 +44,8 @@ impl Image {
             Layout::None => Ok(()),
             Layout::Plain { at } => self.inline(0, at, inode.size, visit).map(|_| ()),
             Layout::Inline { at, tail } => {
-                let whole = inode.size / BLOCK * BLOCK;
+                let block = self.summary.block_size;
+                let whole = inode.size / block * block;
                 match self.inline(0, at, whole, visit)? {
                     ControlFlow::Continue(()) => self.inline(whole, tail, inode.size - whole, visit).map(|_| ()),
                     ControlFlow::Break(()) => Ok(()),
@@ -71,21 +72,26 @@ impl Image {
         for (number, row) in (0..).zip(rows) {
             let len = chunk_size.min(inode.size - number * chunk_size);
             if let Some((device, decoded)) = self.place(inode, row, len)? {
-                visit(device, decoded.align_out(BLOCK).expect("within a device"));
+                visit(device, decoded.align_out(self.summary.block_size).expect("within a device"));
             }
         }
         Ok(())
     }
 
     /// Device and range behind a chunk index, or `None` for a hole.
-    fn place(&self, inode: &Inode, row: &ChunkIndex, len: u64) -> Result<Option<(usize, ByteRange)>, ImageError> {
+    pub(super) fn place(
+        &self,
+        inode: &Inode,
+        row: &ChunkIndex,
+        len: u64,
+    ) -> Result<Option<(usize, ByteRange)>, ImageError> {
         let wrong = |rule| ImageError::Inode { nid: inode.nid, rule };
         if row.blkaddr.get() == HOLE {
             return Ok(None);
         }
         let device = row.blob().map(usize::from).filter(|&device| device < self.devices.len());
         let device = device.ok_or_else(|| wrong("uses a device that does not exist"))?;
-        let decoded = ByteRange::at(u64::from(row.blkaddr.get()) * BLOCK, len);
+        let decoded = ByteRange::at(u64::from(row.blkaddr.get()) * self.summary.block_size, len);
         let decoded = decoded.filter(|decoded| decoded.end() <= self.devices[device].len);
         Ok(Some((device, decoded.ok_or_else(|| wrong("uses bytes behind the end of a device"))?)))
     }

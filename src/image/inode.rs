@@ -1,5 +1,5 @@
 use super::{Image, ImageError};
-use crate::base::{BLOCK, ByteRange};
+use crate::base::ByteRange;
 use crate::format::erofs::{
     CHUNK_FORMAT_BITS, CHUNK_FORMAT_INDEXES, INODE_SLOT, InodeCompact, InodeExtended, XattrEntry, XattrHead, layout,
 };
@@ -97,7 +97,8 @@ impl Image {
         };
         let xattrs = ByteRange::at(at + raw.len, xattrs).ok_or_else(|| wrong("has an impossible number"))?;
         let behind = xattrs.end();
-        let data = u64::from(raw.u) * BLOCK;
+        let block = self.summary.block_size;
+        let data = u64::from(raw.u) * block;
         let has_data = matches!(kind, Kind::Regular | Kind::Directory | Kind::Symlink);
         let layout = match raw.format >> 1 {
             _ if !has_data => Layout::None,
@@ -108,7 +109,7 @@ impl Image {
                 if raw.u & 0xffff & !CHUNK_FORMAT_BITS != CHUNK_FORMAT_INDEXES {
                     return Err(wrong("has a chunk format that RAFS does not use"));
                 }
-                let bits = BLOCK.trailing_zeros() + (raw.u & CHUNK_FORMAT_BITS);
+                let bits = block.trailing_zeros() + (raw.u & CHUNK_FORMAT_BITS);
                 Layout::Chunks { indexes: behind.next_multiple_of(8), bits }
             }
             _ => return Err(wrong("has a data layout that RAFS does not use")),
@@ -164,6 +165,19 @@ impl Image {
 }
 
 impl Kind {
+    /// What people call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Regular => "file",
+            Self::Directory => "directory",
+            Self::Symlink => "symlink",
+            Self::Character => "character device",
+            Self::Block => "block device",
+            Self::Fifo => "fifo",
+            Self::Socket => "socket",
+        }
+    }
+
     fn from_mode(mode: u16) -> Option<Self> {
         Some(match u32::from(mode) & libc::S_IFMT {
             libc::S_IFREG => Self::Regular,

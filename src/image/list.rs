@@ -1,7 +1,6 @@
 use std::ops::ControlFlow;
 
 use super::{Image, ImageError, Inode, Kind, Layout, Nid};
-use crate::base::BLOCK;
 use crate::format::erofs::{Dirent, MAX_NAME};
 use crate::format::{array_at, record_at};
 
@@ -30,6 +29,54 @@ impl Image {
         dir: &Inode,
         visit: &mut dyn FnMut(DirEntry<'a>) -> ControlFlow<()>,
     ) -> Result<(), ImageError> {
+        let blocks = DirBlocks::new(self, dir)?;
+        for number in 0..blocks.count() {
+            let block = blocks.get(number)?;
+            for index in 0..block.count() {
+                if visit(block.entry(index)?).is_break() {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The inode at `path`, which is taken from the root and may begin with a slash or not. Empty
+    /// names and `.` are passed over, `..` leads nowhere, and links are not followed.
+    ///
+    /// Searches as the kernel does, by halving: first for the block, then in the block
+    /// (`rafs-v6.md` section 9). In a directory whose names are out of order, names that
+    /// [`Image::list`] shows may therefore not be found, here as in a mount.
+    ///
+    /// # Errors
+    /// If a directory or an inode on the way makes no sense.
+    pub fn lookup(&self, path: &[u8]) -> Result<Option<Inode>, ImageError> {
+        let mut inode = self.inode(self.summary.root)?;
+        for name in path.split(|&byte| byte == b'/').filter(|name| !matches!(*name, b"" | b".")) {
+            if inode.kind != Kind::Directory || name == b".." {
+                return Ok(None);
+            }
+            match DirBlocks::new(self, &inode)?.find(name)? {
+                Some(entry) => inode = self.inode(entry.nid)?,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(inode))
+    }
+}
+
+/// The data of a directory, block by block.
+pub(super) struct DirBlocks<'a> {
+    image: &'a Image,
+    nid: Nid,
+    size: u64,
+    start: u64,
+    /// Where a last block of less than full length lies, if not behind the others.
+    tail: Option<u64>,
+}
+
+impl<'a> DirBlocks<'a> {
+    pub(super) fn new(image: &'a Image, dir: &Inode) -> Result<Self, ImageError> {
         let wrong = |rule| ImageError::Directory { nid: dir.nid, rule };
         if dir.kind != Kind::Directory {
             return Err(wrong("is not a directory"));
@@ -39,49 +86,129 @@ impl Image {
             Layout::Inline { at, tail } => (at, Some(tail)),
             Layout::Chunks { .. } | Layout::None => return Err(wrong("has no data")),
         };
-        let mut done = 0;
-        while done < dir.size {
-            let len = BLOCK.min(dir.size - done);
-            let at = match tail {
-                Some(tail) if len < BLOCK => tail,
-                _ => start.checked_add(done).ok_or_else(|| wrong("has data at an impossible place"))?,
-            };
-            let block = array_at::<u8>(self.bytes(), at, len, "directory block")?;
-            if list_block(block, visit).map_err(wrong)?.is_break() {
-                return Ok(());
-            }
-            done += len;
+        Ok(Self { image, nid: dir.nid, size: dir.size, start, tail })
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.size.div_ceil(self.image.summary.block_size)
+    }
+
+    /// Block `number`, which must be below [`DirBlocks::count`].
+    pub(super) fn get(&self, number: u64) -> Result<DirBlock<'a>, ImageError> {
+        let wrong = |rule| ImageError::Directory { nid: self.nid, rule };
+        let block_size = self.image.summary.block_size;
+        let done = number * block_size;
+        let len = block_size.min(self.size - done);
+        let at = match self.tail {
+            Some(tail) if len < block_size => tail,
+            _ => self.start.checked_add(done).ok_or_else(|| wrong("has data at an impossible place"))?,
+        };
+        let bytes = array_at::<u8>(self.image.bytes(), at, len, "directory block")?;
+        let first: &Dirent = record_at(bytes, 0, "entry").map_err(|_| wrong("has a block without entries"))?;
+        let names_at = first.nameoff.get();
+        if names_at == 0 || usize::from(names_at) % size_of::<Dirent>() != 0 {
+            return Err(wrong("has a block with an impossible number of entries"));
         }
-        Ok(())
+        let count = u64::from(names_at) / size_of::<Dirent>() as u64;
+        let entries = array_at(bytes, 0, count, "entries").map_err(|_| wrong("has a block with too many entries"))?;
+        Ok(DirBlock { nid: self.nid, bytes, entries })
+    }
+
+    fn find(&self, name: &[u8]) -> Result<Option<DirEntry<'a>>, ImageError> {
+        // The last block whose first name is not behind `name`, then the same among its entries.
+        let before = last_at_most(self.count(), name, |number| self.get(number)?.entry(0))?;
+        let Some(number) = before else { return Ok(None) };
+        let block = self.get(number)?;
+        let index = |number: u64| usize::try_from(number).expect("a block is small");
+        let found = last_at_most(block.count() as u64, name, |number| block.entry(index(number)))?;
+        let entry = found.map(|number| block.entry(index(number))).transpose()?;
+        Ok(entry.filter(|entry| entry.name == name))
     }
 }
 
-fn list_block<'a>(
-    block: &'a [u8],
-    visit: &mut dyn FnMut(DirEntry<'a>) -> ControlFlow<()>,
-) -> Result<ControlFlow<()>, &'static str> {
-    let first: &Dirent = record_at(block, 0, "entry").map_err(|_| "has a block without entries")?;
-    let names_at = first.nameoff.get();
-    if names_at == 0 || usize::from(names_at) % size_of::<Dirent>() != 0 {
-        return Err("has a block with an impossible number of entries");
+/// The last of `count` sorted entries whose name is `name` or before it.
+fn last_at_most<'a>(
+    count: u64,
+    name: &[u8],
+    entry: impl Fn(u64) -> Result<DirEntry<'a>, ImageError>,
+) -> Result<Option<u64>, ImageError> {
+    let (mut low, mut high) = (0, count);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if entry(middle)?.name <= name {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
     }
-    let count = u64::from(names_at) / size_of::<Dirent>() as u64;
-    let entries: &[Dirent] = array_at(block, 0, count, "entries").map_err(|_| "has a block with too many entries")?;
-    for (index, entry) in entries.iter().enumerate() {
+    Ok(low.checked_sub(1))
+}
+
+/// One block of a directory: at least one entry.
+pub(super) struct DirBlock<'a> {
+    nid: Nid,
+    bytes: &'a [u8],
+    entries: &'a [Dirent],
+}
+
+impl<'a> DirBlock<'a> {
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Entry `index`, which must be below [`DirBlock::count`].
+    pub(super) fn entry(&self, index: usize) -> Result<DirEntry<'a>, ImageError> {
+        let wrong = |rule| ImageError::Directory { nid: self.nid, rule };
+        let entry = &self.entries[index];
+        let next = self.entries.get(index + 1);
         let from = usize::from(entry.nameoff.get());
-        let to = entries.get(index + 1).map_or(block.len(), |next| usize::from(next.nameoff.get()));
-        let mut name = block.get(from..to).ok_or("has a name outside its block")?;
-        if index + 1 == entries.len() {
+        let to = next.map_or(self.bytes.len(), |next| usize::from(next.nameoff.get()));
+        let mut name = self.bytes.get(from..to).ok_or_else(|| wrong("has a name outside its block"))?;
+        if next.is_none() {
             // The last name of a block is padded with zeros.
             name = &name[..name.iter().position(|&b| b == 0).unwrap_or(name.len())];
         }
         if name.is_empty() || name.len() > MAX_NAME || name.iter().any(|b| matches!(b, 0 | b'/')) {
-            return Err("has an impossible name");
+            return Err(wrong("has an impossible name"));
         }
-        let entry = DirEntry { name, nid: entry.nid.get(), file_type: entry.file_type };
-        if visit(entry).is_break() {
-            return Ok(ControlFlow::Break(()));
-        }
+        Ok(DirEntry { name, nid: entry.nid.get(), file_type: entry.file_type })
     }
-    Ok(ControlFlow::Continue(()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sample;
+
+    #[test]
+    fn every_listed_path_is_found_and_nothing_else() {
+        let image = sample::image();
+        let mut paths = 0;
+        for entry in image.walk() {
+            let entry = entry.unwrap();
+            assert_eq!(image.lookup(&entry.path).unwrap(), Some(entry.inode), "{}", entry.path.escape_ascii());
+            let mut longer = entry.path.clone();
+            longer.push(b'!');
+            assert_eq!(image.lookup(&longer).unwrap(), None, "{}", longer.escape_ascii());
+            paths += 1;
+        }
+        assert_eq!(paths, image.summary().paths);
+    }
+
+    #[test]
+    fn paths_are_taken_from_the_root_and_never_lead_up() {
+        let image = sample::image();
+        let root = image.inode(image.summary().root).unwrap();
+        let find = |path: &str| image.lookup(path.as_bytes()).unwrap();
+
+        assert_eq!(find("/"), Some(root));
+        assert_eq!(find("//dir/.//"), find("dir"));
+        assert!(find("dir").is_some());
+        assert_eq!(find("dir/.."), None);
+        assert_eq!(find("file/below"), None, "a file has nothing below it");
+    }
 }

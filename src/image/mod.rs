@@ -5,11 +5,16 @@
 //! is bounds-checked, so a hostile image gives an [`ImageError`], never a panic, and no allocation
 //! is sized by a number from the image.
 
+pub mod check;
 mod chunks;
+pub mod dump;
 mod error;
 mod extents;
 mod inode;
 mod list;
+mod records;
+#[cfg(test)]
+mod sample;
 mod superblock;
 mod symlink;
 mod walk;
@@ -19,8 +24,9 @@ pub use error::ImageError;
 pub use extents::Extent;
 pub use inode::{Inode, Kind, Layout, Nid};
 pub use list::DirEntry;
+pub use records::RecordIndex;
 pub use superblock::Summary;
-pub use walk::{Visit, Walk};
+pub use walk::{Entry, Visit, Walk};
 pub use xattr::Xattr;
 
 use std::fs::File;

@@ -1,7 +1,7 @@
 use std::collections::HashSet;
 
 use super::{Device, ImageError, MAX_BOOTSTRAP};
-use crate::base::{BLOCK, BlobId};
+use crate::base::{BlobId, ByteRange};
 use crate::format::erofs::{self, DeviceSlot, MAX_DEVICES, SUPERBLOCK_OFFSET, Superblock};
 use crate::format::rafs::{self, BlobEntry, ChunkRecord, ExtSuperblock, flags};
 use crate::format::{array_at, record_at};
@@ -12,12 +12,17 @@ use zerocopy::little_endian::U32;
 pub struct Summary {
     /// Length of the bootstrap in bytes.
     pub bootstrap_len: u64,
+    /// Bytes of one block, in which the bootstrap counts its addresses and those in devices: 4096,
+    /// or 512 in a tarfs image.
+    pub block_size: u64,
     /// Number of paths, the root included.
     pub paths: u64,
     /// Inode number of the root.
     pub root: u64,
     /// First byte of the metadata area.
     pub meta_start: u64,
+    /// First byte of the xattrs that inodes share, if there are any. RAFS writes none.
+    pub shared_xattrs: Option<u64>,
     /// Chunk size of files in bytes: a power of two from 4 KiB to 16 MiB.
     pub chunk_size: u32,
     /// [`flags`] of the extended superblock.
@@ -47,41 +52,53 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Head, ImageError> {
     if len > MAX_BOOTSTRAP || !len.is_multiple_of(512) {
         return field("bootstrap length", len);
     }
-    match sb.blkszbits {
-        12 => {}
-        9 => return Err(ImageError::Unsupported("a bootstrap with 512-byte blocks (tarfs)")),
-        bits => return field("block size bits", bits.into()),
+    if !matches!(sb.blkszbits, 9 | 12) {
+        return field("block size bits", sb.blkszbits.into());
     }
+    let block_size = 1 << sb.blkszbits;
     if sb.feature_incompat.get() != erofs::INCOMPAT_CHUNKED_FILE | erofs::INCOMPAT_DEVICE_TABLE {
         return field("incompatible features", sb.feature_incompat.get().into());
     }
     if sb.devt_slotoff.get() != erofs::DEVICE_TABLE_SLOT {
         return field("device table offset", sb.devt_slotoff.get().into());
     }
-    let meta_start = u64::from(sb.meta_blkaddr.get()) * BLOCK;
+    let meta_start = u64::from(sb.meta_blkaddr.get()) * block_size;
     if meta_start > len {
         return field("metadata address", meta_start);
     }
     let ext: &ExtSuperblock = record_at(bytes, rafs::EXT_SUPERBLOCK_OFFSET, "extended superblock")?;
     check_extended(ext)?;
     let devices = devices(bytes, sb, ext)?;
-    let chunk_len = ext.chunk_table_size.get();
-    let record = size_of::<ChunkRecord>() as u64;
-    if !chunk_len.is_multiple_of(record) {
-        return field("chunk table size", chunk_len);
-    }
-    let chunk_table = (ext.chunk_table_offset.get(), chunk_len / record);
-    array_at::<ChunkRecord>(bytes, chunk_table.0, chunk_table.1, "chunk table")?;
+    let chunk_table = chunk_table(bytes, ext)?;
     let prefetch_table = prefetch_table(bytes, ext)?;
+    check_apart(ext, prefetch_table.1 > 0)?;
+    let shared_xattrs = match sb.xattr_blkaddr.get() {
+        0 => None,
+        block if u64::from(block) * block_size < len => Some(u64::from(block) * block_size),
+        block => return field("address of the shared xattrs", block.into()),
+    };
     let summary = Summary {
         bootstrap_len: len,
+        block_size,
         paths: sb.inos.get(),
         root: sb.root_nid.get().into(),
         meta_start,
+        shared_xattrs,
         chunk_size: ext.chunk_size.get(),
         flags: ext.flags.get(),
     };
     Ok(Head { summary, devices, chunk_table, prefetch_table })
+}
+
+fn chunk_table(bytes: &[u8], ext: &ExtSuperblock) -> Result<(u64, u64), ImageError> {
+    let len = ext.chunk_table_size.get();
+    let record = size_of::<ChunkRecord>() as u64;
+    if !len.is_multiple_of(record) {
+        return Err(ImageError::Field { field: "chunk table size", value: len });
+    }
+    let table = (ext.chunk_table_offset.get(), len / record);
+    array_at::<ChunkRecord>(bytes, table.0, table.1, "chunk table")?;
+    Ok(table)
 }
 
 /// Old writers left a size without a place behind when there was nothing to prefetch.
@@ -96,6 +113,27 @@ fn prefetch_table(bytes: &[u8], ext: &ExtSuperblock) -> Result<(u64, u64), Image
     Ok(table)
 }
 
+/// Fails if two of the tables share a byte (`rafs-v6.md` section 3). All lie in the bootstrap.
+fn check_apart(ext: &ExtSuperblock, has_prefetch: bool) -> Result<(), ImageError> {
+    let prefetch_len = if has_prefetch { ext.prefetch_table_size.get() } else { 0 };
+    let tables = [
+        ("blob table", ext.blob_table_offset.get(), ext.blob_table_size.get().into()),
+        ("chunk table", ext.chunk_table_offset.get(), ext.chunk_table_size.get()),
+        ("prefetch table", ext.prefetch_table_offset.get(), prefetch_len.into()),
+    ];
+    let ranges = tables.map(|(name, at, len)| (name, ByteRange::at(at, len).filter(|range| !range.is_empty())));
+    for (index, (first, one)) in ranges.iter().enumerate() {
+        for (second, other) in &ranges[index + 1..] {
+            if let (Some(one), Some(other)) = (one, other)
+                && one.overlaps(*other)
+            {
+                return Err(ImageError::Overlap { first, second });
+            }
+        }
+    }
+    Ok(())
+}
+
 fn check_extended(ext: &ExtSuperblock) -> Result<(), ImageError> {
     let set = ext.flags.get();
     let one_of = |bits: u64| (set & bits).count_ones() == 1;
@@ -104,9 +142,6 @@ fn check_extended(ext: &ExtSuperblock) -> Result<(), ImageError> {
     let sound = set & !flags::KNOWN == 0 && one_of(compression) && one_of(flags::HASH_BLAKE3 | flags::HASH_SHA256);
     if !sound {
         return Err(ImageError::Field { field: "RAFS flags", value: set });
-    }
-    if set & flags::TARFS_MODE != 0 {
-        return Err(ImageError::Unsupported("a tarfs image"));
     }
     let chunk_size = ext.chunk_size.get();
     if !chunk_size.is_power_of_two() || !(0x1000..=0x100_0000).contains(&chunk_size) {
@@ -129,12 +164,13 @@ fn devices(bytes: &[u8], sb: &Superblock, ext: &ExtSuperblock) -> Result<Vec<Dev
         .iter()
         .zip(entries)
         .enumerate()
-        .map(|(index, (slot, entry))| device(bytes.len() as u64, index, slot, entry, &mut seen))
+        .map(|(index, (slot, entry))| device(bytes.len() as u64, 1 << sb.blkszbits, index, slot, entry, &mut seen))
         .collect()
 }
 
 fn device(
     bootstrap_len: u64,
+    block_size: u64,
     index: usize,
     slot: &DeviceSlot,
     entry: &BlobEntry,
@@ -144,13 +180,13 @@ fn device(
         return Err(ImageError::Unsupported("a bootstrap that does not name its blob (taken out of a blob file)"));
     }
     let blob = BlobId::from_padded(&entry.id).map_err(|cause| ImageError::BlobId { index, cause })?;
-    let len = u64::from(slot.blocks.get()) * BLOCK;
+    let len = u64::from(slot.blocks.get()) * block_size;
     let agree = slot.tag == entry.id
         && entry.index.get() as usize == index
         && len > 0
         // Below the end of the bootstrap, the kernel would take its own metadata from the device.
-        && (slot.mapped_blkaddr.get() == 0 || u64::from(slot.mapped_blkaddr.get()) * BLOCK >= bootstrap_len)
-        && len <= entry.uncompressed_size.get().checked_next_multiple_of(BLOCK).unwrap_or(0);
+        && (slot.mapped_blkaddr.get() == 0 || u64::from(slot.mapped_blkaddr.get()) * block_size >= bootstrap_len)
+        && len <= entry.uncompressed_size.get().checked_next_multiple_of(block_size).unwrap_or(0);
     if !agree {
         return Err(ImageError::Device(index));
     }

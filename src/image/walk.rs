@@ -33,6 +33,24 @@ pub struct Visit<'w, 'a> {
     pub inode: Inode,
 }
 
+/// One path of an image with its inode: what a [`Walk`] gives as an iterator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Names from the root with slashes between them; empty for the root itself.
+    pub path: Vec<u8>,
+    pub inode: Inode,
+}
+
+impl Iterator for Walk<'_> {
+    type Item = Result<Entry, ImageError>;
+
+    /// [`Walk::next_visit`] with a path that is copied: easier to hold, slower in large images.
+    fn next(&mut self) -> Option<Self::Item> {
+        let step = self.next_visit()?;
+        Some(step.map(|visit| Entry { path: visit.path.join(&b'/'), inode: visit.inode }))
+    }
+}
+
 impl Image {
     /// A walk from the root.
     pub fn walk(&self) -> Walk<'_> {
@@ -62,6 +80,11 @@ impl<'a> Walk<'a> {
             Ok(inode)
         });
         Some(step.map(|inode| Visit { path: &self.path, inode }))
+    }
+
+    /// Names from the root to what [`Walk::next_visit`] gave last, be it an error.
+    pub fn path(&self) -> &[&'a [u8]] {
+        &self.path
     }
 
     fn enter(&mut self, depth: usize, dir: &Inode) -> Result<(), ImageError> {

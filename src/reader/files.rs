@@ -3,20 +3,17 @@
 use std::collections::HashSet;
 use std::io;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
 use super::units::{ReadError, UnitReader, UnitRef};
-use crate::base::{BlobId, ByteRange, Class};
-use crate::blob::{BlobTables, TablesError, UnitIndex, UnitMap};
-use crate::image::{self, Device, Extent, Image, Inode, Kind, Walk};
-use crate::source::{BlobSource, ReadCtx, SourceError};
-
-/// How long the tables of a blob may take to arrive.
-const TABLES_DEADLINE: Duration = Duration::from_secs(60);
+use super::{LoadError, Loaded, MapError};
+use crate::base::ByteRange;
+use crate::blob::{UnitIndex, UnitMap};
+use crate::image::{Extent, Image, ImageError, Inode, Kind, Walk};
+use crate::source::BlobSource;
 
 /// An image together with its blobs.
 pub struct Files {
@@ -37,17 +34,17 @@ impl std::fmt::Debug for Files {
 pub enum OpenError {
     /// The bootstrap is not usable.
     #[error(transparent)]
-    Image(#[from] image::OpenError),
-    /// The tables of a blob could not be fetched.
-    #[error("cannot read the tables of blob {blob}")]
-    Fetch {
-        blob: BlobId,
+    Load(#[from] LoadError),
+    /// The bootstrap makes no sense.
+    #[error("{} is not a usable RAFS v6 bootstrap", path.display())]
+    Image {
+        path: PathBuf,
         #[source]
-        cause: SourceError,
+        cause: ImageError,
     },
-    /// The tables of a blob are damaged, or of a kind that cannot be read.
+    /// The tables of a blob cannot be had, are damaged, or are of a kind that cannot be read.
     #[error(transparent)]
-    Tables(#[from] TablesError),
+    Map(#[from] MapError),
 }
 
 /// A part of a file, given out in order.
@@ -60,11 +57,12 @@ pub enum Piece<'a> {
 }
 
 impl Files {
-    /// Opens the bootstrap at `bootstrap` and fetches the tables of its blobs from `source`.
+    /// Opens the bootstrap at `bootstrap`, or in the blob that lies there, and fetches the tables of its blobs from `source`.
     /// Blocks; runs all its reads on `runtime` and must not be called from a thread of it.
     pub fn open(bootstrap: &Path, source: Arc<dyn BlobSource>, runtime: Handle) -> Result<Self, OpenError> {
-        let image = Image::open(bootstrap)?;
-        let maps = image.devices().iter().map(|device| map(device, &image, source.as_ref(), &runtime));
+        let Loaded { bytes, .. } = super::bootstrap::load(bootstrap)?;
+        let image = Image::parse(bytes).map_err(|cause| OpenError::Image { path: bootstrap.to_owned(), cause })?;
+        let maps = image.devices().iter().map(|device| super::maps::map(device, &image, source.as_ref(), &runtime));
         let maps = maps.collect::<Result<Vec<_>, _>>()?;
         Ok(Self { image, maps, source, runtime })
     }
@@ -229,7 +227,7 @@ impl Iterator for ComingUnits<'_> {
 /// Every regular file of a walk, a file with several names once.
 struct RegularFiles<'a> {
     walk: Walk<'a>,
-    linked: HashSet<image::Nid>,
+    linked: HashSet<crate::image::Nid>,
 }
 
 impl Iterator for RegularFiles<'_> {
@@ -243,16 +241,6 @@ impl Iterator for RegularFiles<'_> {
             }
         }
     }
-}
-
-/// The unit map of one device, from the blob's own tables and the digests of the image.
-fn map(device: &Device, image: &Image, source: &dyn BlobSource, runtime: &Handle) -> Result<UnitMap, OpenError> {
-    let tables = BlobTables::new(&device.entry)?;
-    let ctx = ReadCtx { class: Class::OnDemand, deadline: Instant::now() + TABLES_DEADLINE };
-    let fetched = runtime.block_on(source.read(&device.blob, tables.stored(), ctx));
-    let stored = fetched.map_err(|cause| OpenError::Fetch { blob: device.blob.clone(), cause })?;
-    let geometry = tables.geometry(&stored)?;
-    Ok(tables.with_digests(&geometry, image.chunk_records().iter())?)
 }
 
 #[cfg(test)]
@@ -313,6 +301,7 @@ mod tests {
             digest: DigestAlgorithm::Blake3,
             chunk_size: 4096,
             threads: NonZeroUsize::MIN,
+            base: crate::build::Base::default(),
         };
         build(spec, &()).unwrap();
         let local = LocalSource::new(dir.path().join("blobs")).unwrap();

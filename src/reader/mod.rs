@@ -3,11 +3,15 @@
 //!
 //! This is how tools read. Nothing is cached and nothing is mounted; serving goes through `cache`.
 
+pub mod bootstrap;
 mod files;
 mod lot;
+pub mod maps;
 mod reach;
 mod units;
 
+pub use bootstrap::{LoadError, Loaded};
 pub use files::{FileReader, Files, OpenError, Piece};
-pub use reach::{ReachError, ensure_checkable};
+pub use maps::MapError;
+pub use reach::{ReachError, ensure_block_size, ensure_checkable};
 pub use units::{ReadError, UnitReader, UnitRef};

@@ -10,7 +10,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use crate::base::{BlobId, ByteRange};
+use crate::base::{BLOCK, BlobId, ByteRange};
 use crate::blob::{Check, UnitMap};
 use crate::image::{Image, ImageError, Kind};
 
@@ -23,6 +23,17 @@ pub enum ReachError {
     /// A file leads to bytes that nobody can check.
     #[error("{} uses blob {blob} at decoded {decoded}, for which the image names no digest", path.display())]
     Uncheckable { path: PathBuf, blob: BlobId, decoded: ByteRange },
+    /// A tarfs image.
+    #[error("the image has blocks of {0} bytes (tarfs); only images with blocks of 4096 bytes can be mounted")]
+    BlockSize(u64),
+}
+
+/// Fails unless the image counts in the blocks that maps, caches and pages have.
+pub fn ensure_block_size(image: &Image) -> Result<(), ReachError> {
+    match image.summary().block_size {
+        BLOCK => Ok(()),
+        other => Err(ReachError::BlockSize(other)),
+    }
 }
 
 /// Fails unless every block of a device that a file leads to lies in a unit with a known check.

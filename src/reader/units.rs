@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 
 use super::lot::{Fetcher, Lot};
 use crate::base::{BlobId, ByteRange};
-use crate::blob::{DecodeError, Unit, UnitIndex, UnitMap, decode};
+use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};
 use crate::image::ImageError;
 use crate::source::{BlobSource, SourceError};
 
@@ -68,6 +68,8 @@ pub struct UnitReader<'a> {
     plain: Vec<u8>,
     /// What it was decoded from.
     stored: bytes::Bytes,
+    /// Remembers what it decoded last, of this device only: another one may have units at the same place.
+    decoder: (usize, Decoder),
 }
 
 impl std::fmt::Debug for UnitReader<'_> {
@@ -97,6 +99,7 @@ impl<'a> UnitReader<'a> {
             held: None,
             plain: Vec::new(),
             stored: bytes::Bytes::new(),
+            decoder: Default::default(),
         }
     }
 
@@ -139,7 +142,11 @@ impl<'a> UnitReader<'a> {
         let ahead = self.current.stored(at, unit.stored, &self.fetcher.runtime);
         let was_ahead = ahead.is_some();
         match self.decode(at, &unit, ahead) {
-            Err(ReadError::Damaged { .. }) if was_ahead => self.decode(at, &unit, None),
+            Err(ReadError::Damaged { .. }) if was_ahead => {
+                // It remembers failures as well.
+                self.decoder = Default::default();
+                self.decode(at, &unit, None)
+            }
             other => other,
         }
     }
@@ -151,11 +158,15 @@ impl<'a> UnitReader<'a> {
         unit: &Unit,
         ahead: Option<Result<bytes::Bytes, SourceError>>,
     ) -> Result<(), ReadError> {
-        let blob = self.maps[at.device].blob();
+        let map = &self.maps[at.device];
+        let blob = map.blob();
         let stored = ahead.unwrap_or_else(|| self.fetcher.fetch(blob, unit.stored));
         let stored = stored.map_err(|cause| ReadError::Fetch { blob: blob.clone(), chunk: at.index, cause })?;
         self.plain.resize(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"), 0);
-        let decoded = decode(unit, &stored, &mut self.plain);
+        if self.decoder.0 != at.device {
+            self.decoder = (at.device, Decoder::new());
+        }
+        let decoded = self.decoder.1.decode(map.key(), unit, &stored, &mut self.plain);
         decoded.map_err(|cause| ReadError::Damaged { blob: blob.clone(), chunk: at.index, cause })?;
         self.stored = stored;
         Ok(())

@@ -60,11 +60,14 @@ struct Document {
     files: Vec<Entry>,
 }
 
+/// Offsets and lengths.
+type Ranges = Vec<(u64, u64)>;
+
 #[derive(Deserialize)]
 struct Entry {
     path: Option<String>,
     path_hex: Option<String>,
-    ranges: Option<Vec<(u64, u64)>>,
+    ranges: Option<Ranges>,
 }
 
 /// Reads a list of any form. At least one path is in it.
@@ -124,7 +127,7 @@ fn counted(hot: HotPath, budget: &mut usize) -> Result<HotPath, HotListError> {
 }
 
 /// A path and the ranges behind it, if what stands behind the last colon looks like ranges.
-fn split(text: &[u8], line: usize) -> Result<(&[u8], Vec<(u64, u64)>), HotListError> {
+fn split(text: &[u8], line: usize) -> Result<(&[u8], Ranges), HotListError> {
     let whole = Ok((text, Vec::new()));
     let Some(colon) = text.iter().rposition(|byte| *byte == b':') else { return whole };
     let (path, behind) = (&text[..colon], &text[colon + 1..]);

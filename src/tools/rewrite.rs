@@ -18,7 +18,8 @@ impl ChunkSource for Files {
             let unit = self.maps()[at.device].get(at.index).expect("found in the map");
             let (blocks, stored) = reader.unit_and_stored(at).map_err(failed)?;
             let plain = &blocks[..usize::try_from(place.decoded.len()).expect("a chunk has at most 16 MiB")];
-            let stored = Some((algorithm(unit.recipe), stored));
+            let alone = unit.part.is_none() && !unit.encrypted;
+            let stored = algorithm(unit.recipe).filter(|_| alone).map(|algorithm| (algorithm, stored));
             visit(ChunkBytes { plain, stored })?;
         }
         Ok(())
@@ -35,11 +36,13 @@ fn unit(files: &Files, place: &ChunkPlace) -> Result<UnitRef, ReadError> {
     found.map(|_| UnitRef { device: place.device, index }).ok_or_else(missing)
 }
 
-fn algorithm(recipe: Recipe) -> Algorithm {
+/// What the format calls the way in which a unit is stored, if it stands for itself.
+fn algorithm(recipe: Recipe) -> Option<Algorithm> {
     match recipe {
-        Recipe::Plain => Algorithm::None,
-        Recipe::Lz4Block => Algorithm::Lz4Block,
-        Recipe::Zstd => Algorithm::Zstd,
-        Recipe::Gzip => Algorithm::Gzip,
+        Recipe::Plain => Some(Algorithm::None),
+        Recipe::Lz4Block => Some(Algorithm::Lz4Block),
+        Recipe::Zstd => Some(Algorithm::Zstd),
+        Recipe::Gzip => Some(Algorithm::Gzip),
+        Recipe::GzipWindow => None,
     }
 }

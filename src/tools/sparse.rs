@@ -6,6 +6,11 @@ use std::os::unix::fs::FileExt;
 
 use crate::base::BLOCK;
 
+/// A block as a length in memory.
+const PIECE: usize = 4096;
+
+const _: () = assert!(PIECE as u64 == BLOCK);
+
 /// A file being written from front to back.
 #[derive(Debug)]
 pub(super) struct SparseWriter<'a> {
@@ -54,7 +59,7 @@ fn run(bytes: &[u8], at: u64) -> usize {
     let to_boundary = usize::try_from(BLOCK - at % BLOCK).expect("at most a block");
     let mut end = to_boundary.min(bytes.len());
     let first_is_hole = is_hole(&bytes[..end], at);
-    for block in bytes[end..].chunks(BLOCK as usize) {
+    for block in bytes[end..].chunks(PIECE) {
         if is_hole(block, 0) != first_is_hole {
             break;
         }

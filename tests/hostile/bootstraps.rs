@@ -21,7 +21,8 @@ const MEMORY: usize = 4 << 20;
 /// Does everything that reading an image can do, and tells whether all of it worked.
 fn look_at_everything(bootstrap: Vec<u8>, stored: &[u8]) -> bool {
     let Ok(image) = Image::parse(bootstrap) else { return false };
-    let mut sound = true;
+    let report = rafsd::image::check::check(&image);
+    let mut sound = report.is_sound();
     let mut walk = image.walk();
     while let Some(visit) = walk.next_visit() {
         sound &= visit.and_then(|visit| look_at_inode(&image, &visit.inode)).is_ok();

@@ -14,6 +14,11 @@ use crate::sys::files::data_ranges;
 
 /// Digests in one block.
 const FAN_OUT: u64 = BLOCK / 32;
+/// A block as a length in memory.
+const PIECE: usize = 4096;
+
+const _: () = assert!(PIECE as u64 == BLOCK);
+
 /// Bytes read at once.
 const READ: u64 = 1 << 20;
 
@@ -46,7 +51,7 @@ pub(super) fn write_tree(data: &File, data_blocks: u64, tree: &File, at: u64) ->
         write_level(below.0, below.1, tree, place)?;
         below = (tree, place);
     }
-    let mut top = vec![0; usize::try_from(BLOCK).expect("a block")];
+    let mut top = [0; PIECE];
     below.0.read_exact_at(&mut top, below.1.start())?;
     Ok(sha256(&top))
 }
@@ -58,27 +63,27 @@ fn write_level(from: &File, blocks: ByteRange, tree: &File, place: ByteRange) ->
     let mut out = tree;
     out.seek(SeekFrom::Start(place.start()))?;
     let mut out = BufWriter::with_capacity(1 << 16, out);
-    let zero = sha256(&[0; BLOCK as usize]).0;
+    let zero = sha256(&[0; PIECE]).0;
     let mut buffer = vec![0; usize::try_from(READ).expect("a small number")];
     let mut at = blocks.start();
     // Holes are not read: a disk may be many times longer than what is in it.
     for data in parts {
         let data = data.align_out(BLOCK).expect("the length of a file").clamp_end(blocks.end());
         let start = data.start().max(at);
-        for _ in (at.min(start)..start).step_by(BLOCK as usize) {
+        for _ in (at.min(start)..start).step_by(PIECE) {
             out.write_all(&zero)?;
         }
         at = start;
         while at < data.end() {
             let len = usize::try_from(READ.min(data.end() - at)).expect("a small number");
             from.read_exact_at(&mut buffer[..len], at)?;
-            for block in buffer[..len].chunks(BLOCK as usize) {
+            for block in buffer[..len].chunks(PIECE) {
                 out.write_all(&sha256(block).0)?;
             }
             at += len as u64;
         }
     }
-    for _ in (at..blocks.end()).step_by(BLOCK as usize) {
+    for _ in (at..blocks.end()).step_by(PIECE) {
         out.write_all(&zero)?;
     }
     let written = blocks.len() / BLOCK * 32;

@@ -139,7 +139,7 @@ impl Writer<'_> {
         });
         match copied.and_then(|()| Ok(zeros(out, inode.size.next_multiple_of(RECORD as u64) - inode.size)?)) {
             Ok(()) => Ok(()),
-            Err(Failure::Read(cause)) => Err(UnpackError::Content { path: path_of(&[path]), cause }),
+            Err(Failure::Read(cause)) => Err(UnpackError::Content { path: path_of(&[path]), cause: Box::new(cause) }),
             Err(Failure::Write(error)) => Err(UnpackError::Stream(error)),
         }
     }

@@ -170,7 +170,7 @@ impl Writer<'_> {
                 let applied = self.apply(inode, Made::Open(file.as_fd()));
                 applied.map_err(|refused| self.refused(names, inode, refused))
             }
-            Err(Failure::Read(cause)) => Err(UnpackError::Content { path: path_of(names), cause }),
+            Err(Failure::Read(cause)) => Err(UnpackError::Content { path: path_of(names), cause: Box::new(cause) }),
             Err(Failure::Write(source)) => Err(UnpackError::Write { path: target.join(path_of(names)), source }),
         }
     }

@@ -79,7 +79,7 @@ pub enum UnpackError {
     Content {
         path: PathBuf,
         #[source]
-        cause: ReadError,
+        cause: Box<ReadError>,
     },
     /// Something could not be written.
     #[error("cannot write {}", path.display())]

@@ -1,0 +1,155 @@
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::ValueEnum;
+
+use super::print_json;
+use super::progress::Bar;
+use crate::base::ByteSize;
+use crate::image::check as metadata;
+use crate::image::{Image, ImageError, OpenError};
+use crate::net::{ClientOptions, RetryPolicy};
+use crate::source;
+use crate::tools::check::{self, Report};
+
+/// Tell whether an image is sound, without mounting it
+///
+/// Looks at all tables, inodes and directories of the bootstrap; with --depth also at the blobs.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct CheckArgs {
+    /// Bootstrap to look at
+    #[arg(value_name = "IMAGE")]
+    image: PathBuf,
+
+    /// Where the blobs are: a directory, or the URL of one
+    #[arg(long, value_name = "SOURCE")]
+    blobs: Option<String>,
+
+    /// How far to look: at the bootstrap, at the tables of the blobs, or at every chunk
+    #[arg(long, value_enum, default_value_t = Depth::Meta)]
+    depth: Depth,
+
+    /// Print the findings as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  rafsd check image/bootstrap
+  rafsd check image/bootstrap --blobs image/blobs --depth data
+
+Exit status: 0 if the image is sound, 1 if it is damaged, 2 if that could not be found out: a wrong
+command line, no image, a source that fails, or a blob of a kind that cannot be looked at.
+Remarks are no damage.";
+
+/// Could not look.
+const UNKNOWN: u8 = 2;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Depth {
+    Meta,
+    Blob,
+    Data,
+}
+
+impl From<Depth> for check::Depth {
+    fn from(depth: Depth) -> Self {
+        match depth {
+            Depth::Meta => Self::Meta,
+            Depth::Blob => Self::Blob,
+            Depth::Data => Self::Data,
+        }
+    }
+}
+
+/// Exit status: as the help says. Failures are told here, since elsewhere they give 1.
+pub(super) fn run(args: &CheckArgs) -> ExitCode {
+    match look(args).and_then(|report| print(args, &report).map(|()| report)) {
+        Ok(report) if !report.found.is_sound() => ExitCode::FAILURE,
+        Ok(report) if report.is_partial() => ExitCode::from(UNKNOWN),
+        Ok(_) => ExitCode::SUCCESS,
+        Err(error) => {
+            // A closed stderr leaves nobody to tell.
+            let _ = writeln!(io::stderr(), "rafsd: {error:#}");
+            ExitCode::from(UNKNOWN)
+        }
+    }
+}
+
+fn look(args: &CheckArgs) -> anyhow::Result<Report> {
+    let image = match Image::open(&args.image) {
+        Ok(image) => image,
+        // What has the marks of an image and is none has been damaged; anything else is no image.
+        Err(OpenError::Image { cause, .. }) if !matches!(cause, ImageError::NotRafs(_)) => {
+            return Ok(Report::of_metadata(metadata::Report::unusable(&cause)));
+        }
+        Err(cause) => return Err(cause.into()),
+    };
+    let runtime = tokio::runtime::Runtime::new().context("cannot start threads for reading")?;
+    let options = ClientOptions::default();
+    let open = |spec: &String| source::open(spec, &options, RetryPolicy::default());
+    let source = args.blobs.as_ref().map(open).transpose()?;
+    let bar = Bar::on_terminal("checking");
+    Ok(check::check(&image, args.depth.into(), source.as_deref(), runtime.handle(), &bar)?)
+}
+
+fn print(args: &CheckArgs, report: &Report) -> anyhow::Result<()> {
+    let printed = if args.json { print_json(report) } else { describe(args, report).map_err(Into::into) };
+    match printed {
+        // Whoever read our output has seen enough; the exit status still tells.
+        Err(error) if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
+            Ok(())
+        }
+        other => other.context("cannot write to standard output"),
+    }
+}
+
+fn describe(args: &CheckArgs, report: &Report) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    let found = &report.found;
+    for finding in &found.findings {
+        writeln!(out, "{finding}")?;
+    }
+    let kept = found.findings.len() as u64;
+    if found.errors + found.remarks > kept {
+        writeln!(out, "... and {} more", found.errors + found.remarks - kept)?;
+    }
+    for blob in &report.blobs {
+        let size = |bytes| ByteSize(bytes).to_string();
+        match &blob.unchecked {
+            Some(kind) => writeln!(out, "blob {}: not looked at, it is {kind}", blob.id)?,
+            None if report.depth == check::Depth::Data => writeln!(
+                out,
+                "blob {}: {} of {} chunks are what they should be ({} stored, {} plain); of {} nothing is promised",
+                blob.id,
+                blob.verified,
+                blob.chunks,
+                size(blob.stored_bytes),
+                size(blob.decoded_bytes),
+                blob.unpromised
+            )?,
+            None => writeln!(out, "blob {}: {} chunks", blob.id, blob.chunks)?,
+        }
+    }
+    let verdict = if !found.is_sound() {
+        "damaged"
+    } else if report.is_partial() {
+        "sound as far as could be seen"
+    } else {
+        "sound"
+    };
+    writeln!(
+        out,
+        "{}: {verdict}; {} paths, {} inodes, {} chunks, {} errors, {} remarks",
+        args.image.display(),
+        found.paths,
+        found.inodes,
+        found.chunks,
+        found.errors,
+        found.remarks
+    )
+}

@@ -1,0 +1,255 @@
+//! Whether an image is whole: its metadata, and if asked for, the tables and data of its blobs.
+//!
+//! Data is read in the order in which it is stored, in pieces of bounded size, and dropped as soon
+//! as it has been checked: memory does not grow with the blobs.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::runtime::Handle;
+
+use crate::base::{BlobId, ByteRange, Chain, Class};
+use crate::blob::{BlobTables, Check, TablesError, Unit, UnitMap, decode};
+use crate::build::Progress;
+use crate::image::check::{self, Code};
+use crate::image::{Device, Image};
+use crate::source::{BlobSource, ReadCtx, SourceError};
+
+/// How long one read may take.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// Bytes read at once, unless a single chunk is longer.
+const PIECE: u64 = 4 << 20;
+
+/// How far to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Depth {
+    /// At the bootstrap alone.
+    Meta,
+    /// At the tables of each blob as well.
+    Blob,
+    /// At every chunk as well: all data is read and decoded.
+    Data,
+}
+
+/// What a check found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    pub depth: Depth,
+    #[serde(flatten)]
+    pub found: check::Report,
+    /// Blobs that were looked at; none at [`Depth::Meta`].
+    pub blobs: Vec<BlobReport>,
+}
+
+impl Report {
+    /// The report on a bootstrap alone.
+    pub fn of_metadata(found: check::Report) -> Self {
+        Self { depth: Depth::Meta, found, blobs: Vec::new() }
+    }
+
+    /// Whether some blob could not be looked at.
+    pub fn is_partial(&self) -> bool {
+        self.blobs.iter().any(|blob| blob.unchecked.is_some())
+    }
+}
+
+/// What was seen of one blob.
+#[derive(Clone, Debug, Serialize)]
+pub struct BlobReport {
+    pub id: String,
+    /// Chunks in the blob's own table.
+    pub chunks: u64,
+    /// Chunks that were decoded to what the image promises.
+    pub verified: u64,
+    /// Chunks for which nobody promises anything, because no file of this image uses them.
+    pub unpromised: u64,
+    /// Stored bytes that were read and decoded.
+    pub stored_bytes: u64,
+    /// Decoded bytes that were checked.
+    pub decoded_bytes: u64,
+    /// Why the blob was not looked at, if it was not.
+    pub unchecked: Option<String>,
+}
+
+/// Why a check could not be finished. What is wrong with the image is in the [`Report`] instead.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CheckError {
+    /// Blobs are to be looked at, and nobody said where they are.
+    #[error("the depth {0:?} needs the blobs, and no source of them was given")]
+    NoSource(Depth),
+    /// The source failed in a way that says nothing about the blob.
+    #[error("cannot read blob {blob}")]
+    Source {
+        blob: BlobId,
+        #[source]
+        cause: SourceError,
+    },
+}
+
+/// Checks `image` down to `depth`. Blocks; runs its fetches on `runtime`.
+pub fn check(
+    image: &Image,
+    depth: Depth,
+    source: Option<&dyn BlobSource>,
+    runtime: &Handle,
+    progress: &dyn Progress,
+) -> Result<Report, CheckError> {
+    let mut report = Report { depth, ..Report::of_metadata(check::check(image)) };
+    if depth == Depth::Meta {
+        return Ok(report);
+    }
+    let fetch = Fetch { source: source.ok_or(CheckError::NoSource(depth))?, runtime };
+    let mut maps = Vec::new();
+    for device in image.devices() {
+        maps.push(tables(image, device, &fetch, &mut report)?);
+    }
+    if depth == Depth::Blob {
+        return Ok(report);
+    }
+    let bytes = maps.iter().flatten().flat_map(UnitMap::units).filter(is_promised).map(|unit| unit.stored.len());
+    progress.total(0, bytes.sum());
+    for (number, map) in maps.iter().enumerate() {
+        if let Some(map) = map {
+            data(map, number, &fetch, &mut report, progress)?;
+        }
+    }
+    Ok(report)
+}
+
+fn is_promised(unit: &&Unit) -> bool {
+    unit.check != Check::Unknown
+}
+
+/// Reads of one source, waited for.
+struct Fetch<'a> {
+    source: &'a dyn BlobSource,
+    runtime: &'a Handle,
+}
+
+impl Fetch<'_> {
+    /// The bytes, or `None` if the blob does not have them.
+    fn read(&self, blob: &BlobId, range: ByteRange) -> Result<Option<Bytes>, CheckError> {
+        let ctx = ReadCtx { class: Class::Prefetch, deadline: Instant::now() + DEADLINE };
+        match self.runtime.block_on(self.source.read(blob, range, ctx)) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(SourceError::NotFound { .. } | SourceError::OutOfRange { .. }) => Ok(None),
+            Err(cause) => Err(CheckError::Source { blob: blob.clone(), cause }),
+        }
+    }
+}
+
+/// The map of one blob if its tables are sound; adds its report.
+fn tables(
+    image: &Image,
+    device: &Device,
+    fetch: &Fetch<'_>,
+    report: &mut Report,
+) -> Result<Option<UnitMap>, CheckError> {
+    let id = &device.blob;
+    let mut blob = BlobReport {
+        id: id.to_string(),
+        chunks: 0,
+        verified: 0,
+        unpromised: 0,
+        stored_bytes: 0,
+        decoded_bytes: 0,
+        unchecked: None,
+    };
+    let place = format!("blob {id}");
+    let outcome = match BlobTables::new(&device.entry) {
+        Err(cause) => Err(cause),
+        Ok(tables) => match fetch.read(id, tables.stored())? {
+            Some(stored) => {
+                let map = tables.geometry(&stored);
+                map.and_then(|map| tables.with_digests(&map, image.chunk_records().iter()))
+            }
+            None => {
+                report.found.add(Code::BlobMissing, place, || format!("has no bytes {}", tables.stored()));
+                report.blobs.push(blob);
+                return Ok(None);
+            }
+        },
+    };
+    let map = match outcome {
+        Ok(map) => {
+            blob.chunks = map.units().len() as u64;
+            blob.unpromised = map.units().iter().filter(|unit| !is_promised(unit)).count() as u64;
+            Some(map)
+        }
+        Err(TablesError::Unsupported { kind, .. }) => {
+            report.found.add(Code::BlobUnchecked, place, || format!("is {kind}"));
+            blob.unchecked = Some(kind.into());
+            None
+        }
+        Err(cause) => {
+            report.found.add(Code::BlobDiffers, place, || Chain(&cause).to_string());
+            None
+        }
+    };
+    report.blobs.push(blob);
+    Ok(map)
+}
+
+/// Decodes every chunk of blob `number` that the image promises something about.
+fn data(
+    map: &UnitMap,
+    number: usize,
+    fetch: &Fetch<'_>,
+    report: &mut Report,
+    progress: &dyn Progress,
+) -> Result<(), CheckError> {
+    let mut units: Vec<(usize, &Unit)> = map.units().iter().enumerate().filter(|(_, unit)| is_promised(unit)).collect();
+    units.sort_by_key(|(_, unit)| unit.stored.start());
+    let mut plain = Vec::new();
+    let mut rest = units.as_slice();
+    while let Some((_, first)) = rest.first() {
+        let (count, range) = piece(rest, first.stored);
+        let (now, later) = rest.split_at(count);
+        rest = later;
+        let stored = fetch.read(map.blob(), range)?;
+        for (chunk, unit) in now {
+            let place = || format!("blob {} chunk {chunk}", map.blob());
+            let from = unit.stored.start() - range.start();
+            let slice = |stored: &Bytes| {
+                let at = |offset: u64| usize::try_from(offset).expect("a piece is small");
+                stored.slice(at(from)..at(from + unit.stored.len()))
+            };
+            match stored.as_ref().map(slice) {
+                None => {
+                    report.found.add(Code::BlobMissing, place(), || format!("the blob has no bytes {}", unit.stored));
+                }
+                Some(stored) => {
+                    plain.resize(usize::try_from(unit.blocks().len()).expect("a unit is small"), 0);
+                    match decode(unit, &stored, &mut plain) {
+                        Ok(()) => {
+                            let blob = &mut report.blobs[number];
+                            blob.verified += 1;
+                            blob.stored_bytes += unit.stored.len();
+                            blob.decoded_bytes += unit.decoded.len();
+                        }
+                        Err(cause) => report.found.add(Code::ChunkDamaged, place(), || Chain(&cause).to_string()),
+                    }
+                }
+            }
+        }
+        progress.advance(count as u64, now.iter().map(|(_, unit)| unit.stored.len()).sum());
+    }
+    Ok(())
+}
+
+/// How many of `units`, sorted by where they are stored, are read at once, and the bytes to read.
+fn piece(units: &[(usize, &Unit)], first: ByteRange) -> (usize, ByteRange) {
+    let mut range = first;
+    let mut count = 1;
+    for (_, unit) in &units[1..] {
+        let longer = range.hull(unit.stored);
+        if longer.len() > PIECE.max(first.len()) {
+            break;
+        }
+        range = longer;
+        count += 1;
+    }
+    (count, range)
+}
