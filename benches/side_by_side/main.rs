@@ -64,7 +64,7 @@ struct Args {
     #[arg(long, value_name = "PROGRAM")]
     mkfs_erofs: Option<PathBuf>,
 
-    /// A peer to build and merge with as well: the format's reference builder, the program nydus-image
+    /// A peer to build and to merge layers with as well: the format's reference builder, nydus-image
     #[arg(long, value_name = "PROGRAM")]
     nydus_image: Option<PathBuf>,
 

@@ -191,6 +191,11 @@ impl FinishedBlob {
         entry
     }
 
+    /// Where the file lies until it is published.
+    pub(super) fn temporary_path(&self) -> &Path {
+        &self.name.path
+    }
+
     /// Gives the blob its name in the directory it was made in.
     pub(super) fn publish(&mut self) -> Result<(), BuildError> {
         self.name.rename(self.id.as_str())

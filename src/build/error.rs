@@ -2,6 +2,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::load::LoadError;
+use super::recheck::RecheckError;
 use super::stockblobs::Contradiction;
 use crate::base::BlobId;
 
@@ -41,6 +42,19 @@ pub enum BuildError {
     MetaOfEncrypted(BlobId),
     #[error("no chunk of the dictionary {} has a {digest} digest, as this image will; use --digest", dictionary.display())]
     UselessDictionary { dictionary: PathBuf, digest: &'static str },
+    /// The bytes of a chunk could not be had; says which one and why.
+    #[error(transparent)]
+    Chunk(Box<dyn std::error::Error + Send + Sync>),
+    #[error("chunk {chunk} of blob {blob} does not have the bytes that the image promises")]
+    OtherBytes { blob: String, chunk: u32 },
+    #[error("blob {0} is encrypted, its chunks would be stored plain in the new blob; allow that with --decrypt")]
+    WouldDecrypt(String),
+    #[error("no path of the list leads to data in the image, so there is nothing to put into a hot blob")]
+    NothingHot,
+    #[error("no chunk is in {images} of the images; use a smaller --min-images, or build them with the same options")]
+    NothingShared { images: usize },
+    #[error("what was written cannot be read back")]
+    Recheck(#[source] RecheckError),
     #[error("too big for one image: {0}")]
     Limit(Limit),
     /// The two passes over the metadata disagree: a fault of the builder, never of the input.

@@ -40,6 +40,10 @@ pub enum LoadError {
     NoBlob { path: String, chunk: usize },
     #[error("directory of /{path}: its names are not in order")]
     Order { path: String },
+    #[error("two of its devices are the same blob")]
+    RepeatedBlob,
+    #[error("blob {blob} has {problem}")]
+    Blob { blob: String, problem: &'static str },
     #[error("inodes of the tree overlap: together they take more than the {len} bytes of the bootstrap")]
     Overlap { len: u64 },
     #[error("blob {blob} has {bytes} decoded bytes, not 4096 to {MAX_DECODED}")]

@@ -158,7 +158,7 @@ pub fn merge(spec: MergeSpec, progress: &dyn Progress) -> Result<MergeReport, Bu
     })
 }
 
-fn blob_ids(layer: &Layer) -> impl Iterator<Item = &BlobId> {
+pub(super) fn blob_ids(layer: &Layer) -> impl Iterator<Item = &BlobId> {
     layer.image.devices().iter().map(|device| &device.blob)
 }
 
@@ -189,12 +189,12 @@ fn supply(rows: &mut [BlobEntry], facts: &[BlobFacts]) -> Result<(), BuildError>
     Ok(())
 }
 
-fn compression(bits: u64) -> Algorithm {
+pub(super) fn compression(bits: u64) -> Algorithm {
     let all = [Algorithm::None, Algorithm::Lz4Block, Algorithm::Gzip, Algorithm::Zstd];
     all.into_iter().find(|algorithm| bits & algorithm.flag() != 0).unwrap_or(Algorithm::None)
 }
 
-fn digest(bits: u64) -> DigestAlgorithm {
+pub(super) fn digest(bits: u64) -> DigestAlgorithm {
     if bits & flags::HASH_SHA256 != 0 { DigestAlgorithm::Sha256 } else { DigestAlgorithm::Blake3 }
 }
 
@@ -223,7 +223,7 @@ impl Wishes {
 }
 
 /// The components of a path.
-fn split(path: &[u8]) -> Vec<&[u8]> {
+pub(super) fn split(path: &[u8]) -> Vec<&[u8]> {
     path.split(|byte| *byte == b'/').filter(|name| !name.is_empty()).collect()
 }
 
@@ -246,7 +246,7 @@ pub(super) fn prefetch_nodes<'p>(tree: &Tree, paths: impl Iterator<Item = Vec<&'
 }
 
 /// Writes a file that has its name only when it is complete and synced.
-fn write(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
+pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
     let failed = |source| BuildError::Write { path: path.to_owned(), source };
     let missing = || failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not the name of a file"));
     let file_name: &OsStr = path.file_name().ok_or_else(missing)?;

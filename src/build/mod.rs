@@ -11,13 +11,18 @@
 mod base;
 mod blobwriter;
 mod chunk;
+mod chunkdict;
+mod compact;
 mod emit;
 mod error;
 mod input;
 mod layout;
 mod load;
 mod merge;
+mod optimize;
 mod overlay;
+mod recheck;
+mod rewrite;
 mod stockblobs;
 mod tree;
 mod xattr;
@@ -31,10 +36,15 @@ use serde::Serialize;
 
 pub use base::Base;
 pub use chunk::{Compression, InvalidCompression};
+pub use chunkdict::{DictionaryReport, DictionarySpec, dictionary};
+pub use compact::{CompactReport, CompactSpec, CompactedBlob, Fate, compact};
 pub use error::{BuildError, Limit, Unfit};
 pub use load::{Layer, LoadError};
 pub use merge::{BlobFacts, MergeReport, MergeSpec, merge};
+pub use optimize::{HotPath, OptimizeReport, OptimizeSpec, Remark, StillNeeded, optimize};
 pub use overlay::Whiteouts;
+pub use recheck::RecheckError;
+pub use rewrite::{ChunkBytes, ChunkPlace, ChunkSource, Existing};
 pub use stockblobs::Contradiction;
 
 use crate::format::rafs::DigestAlgorithm;

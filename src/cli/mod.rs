@@ -7,6 +7,8 @@
 mod base;
 pub mod build;
 mod check;
+mod chunkdict;
+mod compact;
 mod connect;
 mod demo;
 mod doctor;
@@ -17,6 +19,7 @@ mod manual;
 mod merge;
 mod mount;
 mod opened;
+mod optimize;
 pub mod progress;
 mod register;
 mod serve;
@@ -69,6 +72,9 @@ enum Command {
     Merge(merge::MergeArgs),
     Unpack(unpack::UnpackArgs),
     Export(export::ExportArgs),
+    Optimize(optimize::OptimizeArgs),
+    Compact(compact::CompactArgs),
+    Chunkdict(chunkdict::ChunkdictArgs),
     Check(check::CheckArgs),
     Inspect(inspect::InspectArgs),
     Stat(stat::StatArgs),
@@ -100,6 +106,9 @@ pub fn run() -> ExitCode {
         Command::Merge(args) => merge::run(args),
         Command::Unpack(args) => unpack::run(args),
         Command::Export(args) => export::run(args),
+        Command::Optimize(args) => optimize::run(args),
+        Command::Compact(args) => compact::run(args),
+        Command::Chunkdict(args) => chunkdict::run(args),
         Command::Check(args) => Ok(check::run(&args)),
         Command::Inspect(args) => inspect::run(args),
         Command::Stat(args) => stat::run(&args),

@@ -293,6 +293,7 @@ mod tests {
             digest: DigestAlgorithm::Blake3,
             chunk_size: 4096,
             threads: NonZeroUsize::MIN,
+            base: crate::build::Base::default(),
         };
         build(spec, &()).unwrap();
         let local = LocalSource::new(dir.path().join("blobs")).unwrap();

@@ -66,6 +66,8 @@ pub struct UnitReader<'a> {
     /// The unit decoded last, whole blocks.
     held: Option<UnitRef>,
     plain: Vec<u8>,
+    /// What it was decoded from.
+    stored: bytes::Bytes,
     /// Remembers what it decoded last, of this device only: another one may have units at the same place.
     decoder: (usize, Decoder),
 }
@@ -96,6 +98,7 @@ impl<'a> UnitReader<'a> {
             next,
             held: None,
             plain: Vec::new(),
+            stored: bytes::Bytes::new(),
             decoder: Default::default(),
         }
     }
@@ -115,6 +118,12 @@ impl<'a> UnitReader<'a> {
         Ok(&self.plain)
     }
 
+    /// The same as [`UnitReader::unit`], and the stored bytes that it was made from.
+    pub fn unit_and_stored(&mut self, unit: UnitRef) -> Result<(&[u8], &[u8]), ReadError> {
+        self.unit(unit)?;
+        Ok((&self.plain, &self.stored))
+    }
+
     /// The map that [`UnitRef::device`] stands for.
     pub fn map(&self, device: usize) -> &'a UnitMap {
         &self.maps[device]
@@ -124,6 +133,7 @@ impl<'a> UnitReader<'a> {
         let map = &self.maps[at.device];
         let unit = map.get(at.index);
         let unit = *unit.ok_or(ReadError::NoUnit { blob: map.blob().clone(), decoded: ByteRange::default() })?;
+        self.stored = bytes::Bytes::new();
         if !self.current.has(at) && self.next.has(at) {
             // First the old lot goes, then the new one is started: never three at once.
             self.current = std::mem::take(&mut self.next);
@@ -157,6 +167,8 @@ impl<'a> UnitReader<'a> {
             self.decoder = (at.device, Decoder::new());
         }
         let decoded = self.decoder.1.decode(map.key(), unit, &stored, &mut self.plain);
-        decoded.map_err(|cause| ReadError::Damaged { blob: blob.clone(), chunk: at.index, cause })
+        decoded.map_err(|cause| ReadError::Damaged { blob: blob.clone(), chunk: at.index, cause })?;
+        self.stored = stored;
+        Ok(())
     }
 }

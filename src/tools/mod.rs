@@ -5,8 +5,10 @@
 
 pub mod check;
 pub mod export;
+pub mod hotlist;
 pub mod inspect;
 mod output;
+mod rewrite;
 mod sparse;
 pub mod stat;
 pub mod unpack;

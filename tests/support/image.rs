@@ -36,6 +36,13 @@ impl Mounted {
         Self::attach(&context, MountAttrFlags::empty(), at)
     }
 
+    /// The same with room for one megabyte.
+    pub fn small(at: &Path) -> io::Result<Self> {
+        let context = mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        mount::fsconfig_set_string(&context, "size", "1m")?;
+        Self::attach(&context, MountAttrFlags::empty(), at)
+    }
+
     /// Option by option: `mount(2)` has one page for all of them, about thirty devices.
     fn configured<'p>(name: &str, options: impl Iterator<Item = (&'p str, &'p Path)>, at: &Path) -> io::Result<Self> {
         let context = mount::fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC)?;
