@@ -125,6 +125,28 @@ impl ChunkInfoV2 {
     /// Flag: the entry carries a CRC-32C.
     pub const HAS_CRC32: u8 = 0x10;
 
+    /// Packs an entry. `uncompressed_offset` is a multiple of 4096 below 2^44,
+    /// `uncompressed_size` is 1 to 2^24 bytes, `compressed_offset` is below 2^40,
+    /// `compressed_size` is below 2^24; what `data` means depends on `flags`.
+    pub fn new(
+        flags: u8,
+        (uncompressed_offset, uncompressed_size): (u64, u32),
+        (compressed_offset, compressed_size): (u64, u32),
+        data: u64,
+    ) -> Self {
+        let size = u64::from(uncompressed_size - 1) & 0xff_ffff;
+        Self {
+            uncomp: (u64::from(flags) << 56 | size << 32 | (uncompressed_offset >> 12 & 0xffff_ffff)).into(),
+            comp: (u64::from(compressed_size) << 40 | (compressed_offset & 0xff_ffff_ffff)).into(),
+            data: data.into(),
+        }
+    }
+
+    /// `data` of a member of batch `context`, whose plain bytes start `at` bytes into the batch.
+    pub fn member(context: u32, at: u32) -> u64 {
+        u64::from(context) << 32 | u64::from(at)
+    }
+
     /// Where the plain bytes belong in the device.
     pub fn uncompressed_offset(&self) -> u64 {
         (self.uncomp.get() & 0xffff_ffff) << 12
@@ -158,6 +180,20 @@ impl ChunkInfoV2 {
     }
 }
 
+/// A row of the table behind the entries of a blob with batches: one stored piece that holds
+/// several chunks, one behind the other (`blob.md` section 11.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct BatchContext {
+    /// Length of the piece as stored.
+    pub compressed_size: U32,
+    /// Length of its plain bytes. If the two lengths are equal it is not compressed.
+    pub uncompressed_size: U32,
+    pub reserved: [u8; 32],
+}
+
+const _: () = assert!(size_of::<BatchContext>() == 40);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -180,5 +216,28 @@ mod tests {
                 assert_eq!((entry.uncompressed_size(), entry.compressed_size()), (size, size));
             }
         }
+    }
+
+    #[test]
+    fn every_field_of_a_long_entry_survives_at_its_limits() {
+        for size in [1, 0x10_0000, 0x100_0000] {
+            for (decoded, stored, len) in [(0, 0, 0), (0xfff_ffff_f000, 0xff_ffff_ffff, 0xff_ffff), (4096, 1, 18)] {
+                let entry = ChunkInfoV2::new(0x1f, (decoded, size), (stored, len), u64::MAX);
+                assert_eq!((entry.uncompressed_offset(), entry.uncompressed_size()), (decoded, size));
+                assert_eq!((entry.compressed_offset(), entry.compressed_size()), (stored, len));
+                assert_eq!((entry.flags(), entry.data.get()), (0x1f, u64::MAX));
+            }
+        }
+    }
+
+    #[test]
+    fn long_entry_bytes_are_those_of_a_reference_image() {
+        // A compressed chunk with its checksum, and the second member of a batch.
+        let entry = ChunkInfoV2::new(0x11, (0x10_0000, 0x3_d621), (0x41, 26), 0x5f8a_f121);
+        assert_eq!((entry.uncomp.get(), entry.comp.get()), (0x1103_d620_0000_0100, 0x1a00_0000_0041));
+        assert_eq!(entry.data.get(), 0x5f8a_f121);
+        let entry = ChunkInfoV2::new(0x5, (0x42_1000, 5), (0x9_e452, 0), ChunkInfoV2::member(0, 5));
+        assert_eq!((entry.uncomp.get(), entry.comp.get()), (0x0500_0004_0000_0421, 0x9_e452));
+        assert_eq!(entry.data.get(), 5);
     }
 }
