@@ -43,6 +43,8 @@ impl Blob {
                 stored: ByteRange::at(stored.len() as u64, packed.len() as u64).unwrap(),
                 recipe: Recipe::Zstd,
                 check: Check::Blake3(blake3(&bytes).0),
+                part: None,
+                encrypted: false,
             });
             stored.extend_from_slice(packed);
             stored.resize(stored.len() + gap, 0xee);

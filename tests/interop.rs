@@ -57,7 +57,7 @@ fn read_all(image: &Image, blobs: &Path) -> BTreeMap<Vec<u8>, (Kind, u64, String
                     let from = usize::try_from(unit.stored.start()).unwrap();
                     let to = usize::try_from(unit.stored.end()).unwrap();
                     let mut plain = vec![0; usize::try_from(unit.blocks().len()).unwrap()];
-                    decode(unit, &stored[from..to], &mut plain).expect("decodes");
+                    decode(unit, map.key(), &stored[from..to], &mut plain).expect("decodes");
                     read += decoded.len();
                     content.update(&plain[..usize::try_from(decoded.len()).unwrap()])
                 }

@@ -1,20 +1,24 @@
+use std::collections::HashMap;
 use std::ops::Range;
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Check, MAX_UNIT, Recipe, Unit, UnitIndex};
+use super::{BlobKey, Check, MAX_UNIT, Part, Recipe, Unit, UnitIndex};
 use crate::base::{BLOCK, BlobId, ByteRange, Digest};
+use crate::codec::xts::{IV_LEN, KEY_LEN};
 
 /// Every unit of one blob, ordered by decoded offset.
 ///
 /// Holds by construction: units start on block boundaries, do not overlap, are between 1 byte and
-/// [`MAX_UNIT`] long on both sides, and end within the device.
+/// [`MAX_UNIT`] long on both sides, and end within the device. Units that are parts of one stored
+/// range agree about what it is, and no unit is encrypted unless there is a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnitMap {
     blob: BlobId,
     decoded_len: u64,
     units: Vec<Unit>,
+    key: Option<BlobKey>,
 }
 
 /// Why a list of units is not a map of a blob.
@@ -41,35 +45,47 @@ impl UnitMap {
     /// Checks `units` and makes a map of them. `decoded_len` is the length of the device in bytes;
     /// it is rounded up to whole blocks.
     pub fn new(blob: BlobId, decoded_len: u64, units: Vec<Unit>) -> Result<Self, UnitMapError> {
+        Self::with_key(blob, decoded_len, units, None)
+    }
+
+    /// The same for a blob whose units may be encrypted.
+    pub fn with_key(
+        blob: BlobId,
+        decoded_len: u64,
+        units: Vec<Unit>,
+        key: Option<BlobKey>,
+    ) -> Result<Self, UnitMapError> {
         if units.len() > MAX_UNITS {
             return Err(UnitMapError::TooMany(units.len()));
         }
         let decoded_len = decoded_len.min(MAX_DECODED).next_multiple_of(BLOCK);
-        let mut free_from = 0;
+        let (mut free_from, mut shared) = (0, HashMap::new());
         for (index, unit) in units.iter().enumerate() {
-            let rule = |rule| Err(UnitMapError::Unit { unit: index, rule });
-            if unit.decoded.start() % BLOCK != 0 {
-                return rule("does not start on a block boundary");
-            }
-            if unit.decoded.is_empty() || unit.decoded.len() > MAX_UNIT {
-                return rule("has a decoded size outside 1 byte to 16 MiB");
-            }
-            // Incompressible data may grow a little under a codec that is told not to give up.
-            if unit.stored.is_empty() || unit.stored.len() > MAX_UNIT + MAX_UNIT / 16 {
-                return rule("has a stored size outside 1 byte to 17 MiB");
-            }
-            if unit.recipe == Recipe::Plain && unit.stored.len() != unit.decoded.len() {
-                return rule("is stored plain but with another size");
-            }
+            let rule = |rule| UnitMapError::Unit { unit: index, rule };
+            check_sizes(unit).map_err(rule)?;
             if unit.decoded.start() < free_from {
-                return rule("overlaps the one before it");
+                return Err(rule("overlaps the one before it"));
             }
             if unit.decoded.end() > decoded_len {
-                return rule("ends behind the end of the device");
+                return Err(rule("ends behind the end of the device"));
+            }
+            if unit.encrypted && key.is_none() {
+                return Err(rule("is encrypted, and the blob has no key"));
+            }
+            if let Some(part) = unit.part {
+                let whole = (part.whole, unit.recipe, unit.encrypted);
+                if *shared.entry(unit.stored).or_insert(whole) != whole {
+                    return Err(rule("disagrees with another part of its stored range"));
+                }
             }
             free_from = unit.blocks().end();
         }
-        Ok(Self { blob, decoded_len, units })
+        Ok(Self { blob, decoded_len, units, key })
+    }
+
+    /// The key of the blob, if it is encrypted.
+    pub fn key(&self) -> Option<&BlobKey> {
+        self.key.as_ref()
     }
 
     /// The blob this is a map of.
@@ -128,14 +144,13 @@ impl UnitMap {
     /// blob each know a part. Returns `None` if the two maps disagree about anything both know:
     /// then they must not share a cache.
     pub fn merge(&self, other: &Self) -> Option<Self> {
-        if self.blob != other.blob || self.decoded_len != other.decoded_len || self.units.len() != other.units.len() {
+        let same_blob = self.blob == other.blob && self.decoded_len == other.decoded_len && self.key == other.key;
+        if !same_blob || self.units.len() != other.units.len() {
             return None;
         }
         let mut merged = self.clone();
         for (mine, theirs) in merged.units.iter_mut().zip(&other.units) {
-            let same_place =
-                mine.decoded == theirs.decoded && mine.stored == theirs.stored && mine.recipe == theirs.recipe;
-            if !same_place {
+            if (Unit { check: theirs.check, ..*mine }) != *theirs {
                 return None;
             }
             match (mine.check, theirs.check) {
@@ -161,6 +176,14 @@ impl UnitMap {
         bare
     }
 
+    /// The same units without any checks: where they lie, and nothing else.
+    #[must_use]
+    pub fn without_checks(&self) -> Self {
+        let mut bare = self.clone();
+        bare.units.iter_mut().for_each(|unit| unit.check = Check::Unknown);
+        bare
+    }
+
     /// The map as bytes that [`UnitMap::from_bytes`] understands: our own format, for our own
     /// cache directory, guarded by a checksum.
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -171,7 +194,9 @@ impl UnitMap {
             id,
             decoded_len: self.decoded_len.into(),
             count: self.count().into(),
-            reserved: 0.into(),
+            has_key: u32::from(self.key.is_some()).into(),
+            key: self.key.as_ref().map_or([0; KEY_LEN], |key| *key.key()),
+            iv: self.key.as_ref().map_or([0; IV_LEN], |key| *key.iv()),
         };
         let mut out = head.as_bytes().to_vec();
         for unit in &self.units {
@@ -206,7 +231,12 @@ impl UnitMap {
             .iter()
             .map(|saved| Unit::try_from(saved).map_err(UnitMapError::Saved))
             .collect::<Result<Vec<_>, _>>()?;
-        Self::new(blob, head.decoded_len.get(), units)
+        let key = match head.has_key.get() {
+            0 => None,
+            1 => Some(BlobKey::new(head.key, head.iv).map_err(|_| UnitMapError::Saved("impossible key"))?),
+            _ => return Err(UnitMapError::Saved("unknown cipher")),
+        };
+        Self::with_key(blob, head.decoded_len.get(), units, key)
     }
 
     /// A digest over everything [`UnitMap::to_bytes`] keeps: two maps are equal exactly when
@@ -217,7 +247,31 @@ impl UnitMap {
     }
 }
 
-const SAVED_MAGIC: [u8; 8] = *b"rafsdum1";
+/// The rules that a unit keeps by itself.
+fn check_sizes(unit: &Unit) -> Result<(), &'static str> {
+    if unit.decoded.start() % BLOCK != 0 {
+        return Err("does not start on a block boundary");
+    }
+    if unit.decoded.is_empty() || unit.decoded.len() > MAX_UNIT {
+        return Err("has a decoded size outside 1 byte to 16 MiB");
+    }
+    // Incompressible data may grow a little under a codec that is told not to give up.
+    if unit.stored.is_empty() || unit.stored.len() > MAX_UNIT + MAX_UNIT / 16 {
+        return Err("has a stored size outside 1 byte to 17 MiB");
+    }
+    if let Some(part) = unit.part
+        && (u64::from(part.whole) > MAX_UNIT || u64::from(part.at) + unit.decoded.len() > part.whole.into())
+    {
+        return Err("is a part outside of its whole, or of one larger than 16 MiB");
+    }
+    let plain_len = if unit.encrypted { BlobKey::encrypted_len(unit.whole_len()) } else { unit.whole_len() };
+    if unit.recipe == Recipe::Plain && unit.stored.len() != plain_len {
+        return Err("is stored plain but with another size");
+    }
+    Ok(())
+}
+
+const SAVED_MAGIC: [u8; 8] = *b"rafsdum2";
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -226,7 +280,10 @@ struct SavedHead {
     id: [u8; 64],
     decoded_len: U64,
     count: U32,
-    reserved: U32,
+    /// 0 or 1.
+    has_key: U32,
+    key: [u8; KEY_LEN],
+    iv: [u8; IV_LEN],
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -238,7 +295,12 @@ struct SavedUnit {
     stored_start: U64,
     recipe: u8,
     check: u8,
-    reserved: [u8; 6],
+    /// 0 or 1.
+    encrypted: u8,
+    reserved: [u8; 5],
+    part_at: U32,
+    /// 0 for a unit that is no part.
+    part_whole: U32,
     value: [u8; 32],
 }
 
@@ -268,7 +330,10 @@ impl From<&Unit> for SavedUnit {
             stored_start: unit.stored.start().into(),
             recipe,
             check,
-            reserved: [0; 6],
+            encrypted: unit.encrypted.into(),
+            reserved: [0; 5],
+            part_at: unit.part.map_or(0, |part| part.at).into(),
+            part_whole: unit.part.map_or(0, |part| part.whole).into(),
             value,
         }
     }
@@ -297,6 +362,15 @@ impl TryFrom<&SavedUnit> for Unit {
                 3 => Check::Crc32c(crc()),
                 _ => return Err("unknown check"),
             },
+            part: match saved.part_whole.get() {
+                0 => None,
+                whole => Some(Part { at: saved.part_at.get(), whole }),
+            },
+            encrypted: match saved.encrypted {
+                0 => false,
+                1 => true,
+                _ => return Err("unknown encryption"),
+            },
         })
     }
 }
@@ -311,7 +385,22 @@ mod tests {
             stored: ByteRange::at(start / 2, len).unwrap(),
             recipe: Recipe::Plain,
             check: Check::Crc32c(u32::try_from(len).unwrap()),
+            part: None,
+            encrypted: false,
         }
+    }
+
+    /// A member of a batch of 100 plain bytes, compressed to 50.
+    fn member(start: u64, at: u32, len: u64) -> Unit {
+        let part = Some(Part { at, whole: 100 });
+        let stored = ByteRange::at(1000, 50).unwrap();
+        Unit { stored, recipe: Recipe::Zstd, part, ..unit(start, len) }
+    }
+
+    fn key(byte: u8) -> BlobKey {
+        let mut bytes = [byte; KEY_LEN];
+        bytes[0] ^= 1;
+        BlobKey::new(bytes, [byte; IV_LEN]).unwrap()
     }
 
     fn map(units: &[Unit]) -> Result<UnitMap, UnitMapError> {
@@ -328,6 +417,28 @@ mod tests {
         assert!(refused(&[unit(4096, 1), unit(0, 1)]), "unordered");
         assert!(refused(&[unit(1 << 20, 1)]), "behind the end");
         assert!(map(&[unit(0, 4097), unit(8192, 1)]).is_ok());
+
+        assert!(refused(&[member(0, 91, 10)]), "outside of its whole");
+        assert!(refused(&[member(0, u32::MAX, 10)]), "far outside of its whole");
+        assert!(
+            refused(&[Unit { part: Some(Part { at: 0, whole: (16 << 20) + 1 }), ..member(0, 0, 10) }]),
+            "huge whole"
+        );
+        assert!(refused(&[Unit { recipe: Recipe::Plain, ..member(0, 0, 10) }]), "plain whole of another size");
+        let other_whole = Unit { part: Some(Part { at: 0, whole: 99 }), ..member(4096, 0, 10) };
+        assert!(refused(&[member(0, 0, 10), other_whole]), "parts of two wholes in one place");
+        assert!(refused(&[member(0, 0, 10), Unit { recipe: Recipe::Gzip, ..member(4096, 0, 10) }]), "two recipes");
+        assert!(refused(&[Unit { encrypted: true, ..unit(0, 20) }]), "no key");
+        assert!(map(&[member(0, 0, 10), member(4096, 90, 10), unit(8192, 1)]).is_ok());
+    }
+
+    #[test]
+    fn a_short_encrypted_unit_has_the_size_of_its_padding() {
+        let keyed = |units| UnitMap::with_key("blob".parse().unwrap(), 1 << 20, units, Some(key(1)));
+        let stored = |len| Unit { stored: ByteRange::at(0, len).unwrap(), encrypted: true, ..unit(0, 6) };
+        assert!(keyed(vec![stored(18)]).is_ok());
+        assert!(keyed(vec![stored(6)]).is_err());
+        assert!(keyed(vec![Unit { encrypted: true, ..unit(0, 16) }]).is_ok());
     }
 
     #[test]
@@ -346,7 +457,8 @@ mod tests {
 
     #[test]
     fn saved_maps_come_back_whole_or_not_at_all() {
-        let map = map(&[unit(0, 4097), unit(8192, 4096)]).unwrap();
+        let units = vec![unit(0, 4097), Unit { encrypted: true, ..unit(8192, 4096) }, member(12288, 4, 96)];
+        let map = UnitMap::with_key("blob".parse().unwrap(), 1 << 20, units, Some(key(3))).unwrap();
         let bytes = map.to_bytes();
 
         assert_eq!(UnitMap::from_bytes(&bytes), Ok(map));
@@ -369,6 +481,10 @@ mod tests {
         assert_eq!(part.merge(&full), Some(full.clone()));
         assert_eq!(full.merge(&part), Some(full.clone()));
         assert_eq!(full.merge(&lying), None);
+        assert_eq!(full.merge(&UnitMap { key: Some(key(1)), ..full.clone() }), None);
+        let mut parted = full.clone();
+        parted.units[0].part = Some(Part { at: 0, whole: 10 });
+        assert_eq!(full.merge(&parted), None);
         assert_ne!(full.fingerprint(), part.fingerprint());
     }
 }

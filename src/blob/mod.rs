@@ -1,6 +1,7 @@
 //! How the decoded space of a blob is cut into units, and how one unit is made and checked.
 //!
-//! A *unit* is the smallest piece that can be fetched and verified alone: a RAFS chunk. A
+//! A *unit* is the smallest piece that can be verified alone: a RAFS chunk. Several small ones may
+//! share a stored range, which is then fetched and decompressed as one. A
 //! [`UnitMap`] is the complete list for one blob. [`decode()`] turns stored bytes into checked
 //! decoded bytes and is the only way bytes get into a cache. Nothing here does I/O.
 
@@ -8,7 +9,8 @@ mod decode;
 mod map;
 mod native;
 
-pub use decode::{DecodeError, decode};
+pub use crate::codec::xts::{BlobKey, EqualHalves};
+pub use decode::{DecodeError, Decoder, decode};
 pub use map::{UnitMap, UnitMapError};
 pub use native::{BlobTables, TablesError};
 
@@ -32,6 +34,19 @@ pub struct Unit {
     pub recipe: Recipe,
     /// How to know that the result is right.
     pub check: Check,
+    /// The unit's share of what its stored bytes hold; `None` if that is all of it.
+    pub part: Option<Part>,
+    /// Whether the stored bytes are encrypted, with the key of the [`UnitMap`].
+    pub encrypted: bool,
+}
+
+/// A share of a stored range that holds several units: a member of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Part {
+    /// Where the unit starts in the plain bytes of its stored range.
+    pub at: u32,
+    /// How many plain bytes the stored range has, all its units together: at most [`MAX_UNIT`].
+    pub whole: u32,
 }
 
 impl Unit {
@@ -40,7 +55,17 @@ impl Unit {
     pub fn plain(at: u64, bytes: &[u8]) -> Option<Self> {
         let range = ByteRange::at(at, bytes.len() as u64)?;
         let check = Check::Blake3(crate::codec::blake3(bytes).0);
-        Some(Self { decoded: range, stored: range, recipe: Recipe::Plain, check })
+        Some(Self { decoded: range, stored: range, recipe: Recipe::Plain, check, part: None, encrypted: false })
+    }
+
+    /// How many plain bytes the stored range holds.
+    pub fn whole_len(&self) -> u64 {
+        self.part.map_or(self.decoded.len(), |part| part.whole.into())
+    }
+
+    /// Whether both are parts of one stored range, so that one fetch and one decompression serve both.
+    pub fn shares_with(&self, other: &Self) -> bool {
+        self.part.is_some() && other.part.is_some() && self.stored == other.stored
     }
 
     /// The unit's part of the device, padding included: whole blocks.

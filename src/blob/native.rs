@@ -275,7 +275,7 @@ impl BlobTables {
         if stored.end() > self.data_end {
             return Err(self.damaged("a chunk lies outside the blob's data"));
         }
-        Ok(Unit { decoded: range(decoded_at, decoded_size)?, stored, recipe, check })
+        Ok(Unit { decoded: range(decoded_at, decoded_size)?, stored, recipe, check, part: None, encrypted: false })
     }
 
     fn damaged(&self, what: &'static str) -> TablesError {

@@ -413,7 +413,7 @@ impl Core {
         }
         let (index, unit) = (led.lead.unit(), led.unit);
         let room = scratch.room(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"));
-        let outcome = match decode(&unit, stored, room) {
+        let outcome = match decode(&unit, self.layout.key(), stored, room) {
             Err(_) if !led.again => return self.refetch(led, asked),
             Err(cause) => Err(self.corrupt(index, &unit, cause)),
             Ok(()) => self.ledger.land(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),

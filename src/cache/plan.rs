@@ -57,6 +57,8 @@ mod tests {
             stored: ByteRange::at(stored_start, stored_len).unwrap(),
             recipe: Recipe::Zstd,
             check: Check::Crc32c(0),
+            part: None,
+            encrypted: false,
         }
     }
 

@@ -118,7 +118,14 @@ mod tests {
     /// `count` units of 1 MiB.
     fn map(count: u64) -> UnitMap {
         let range = |at: u64| ByteRange::at(at << 20, 1 << 20).unwrap();
-        let unit = |at| Unit { decoded: range(at), stored: range(at), recipe: Recipe::Plain, check: Check::Crc32c(0) };
+        let unit = |at| Unit {
+            decoded: range(at),
+            stored: range(at),
+            recipe: Recipe::Plain,
+            check: Check::Crc32c(0),
+            part: None,
+            encrypted: false,
+        };
         UnitMap::new("b".parse().unwrap(), count << 20, (0..count).map(unit).collect()).unwrap()
     }
 

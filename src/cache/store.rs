@@ -32,7 +32,7 @@ use super::ledger::{DurableCopy, FlushError, Ledger};
 use super::presence::{bit, set_bit, words_for};
 use super::sink::FileSink;
 use crate::base::{BlobId, Digest};
-use crate::blob::{Check, UnitMap};
+use crate::blob::UnitMap;
 use crate::source::BlobSource;
 
 /// Why a store or a device in it could not be opened.
@@ -267,10 +267,7 @@ fn identify(data: &File, map: &UnitMap) -> io::Result<Identity> {
 
 /// Fingerprint of where units lie, without how they are checked.
 fn layout(map: &UnitMap) -> Digest {
-    let mut units = map.units().to_vec();
-    units.iter_mut().for_each(|unit| unit.check = Check::Unknown);
-    let bare = UnitMap::new(map.blob().clone(), map.decoded_len(), units);
-    bare.expect("the rules of a map do not speak of checks").fingerprint()
+    map.without_checks().fingerprint()
 }
 
 /// Makes a file appear under `name` complete and durable, or not at all.

@@ -1,7 +1,9 @@
-//! Pure transforms of bytes: compression, digests, checksums.
+//! Pure transforms of bytes: compression, encryption, digests, checksums.
 //!
 //! Every decoder takes the exact length of the plain bytes and gives an error for anything else,
 //! so a hostile stream can neither overrun nor make memory grow.
+
+pub mod xts;
 
 use std::io::Read;
 

@@ -218,6 +218,8 @@ fn prefetch_takes_a_bounded_number_of_units_at_once_however_small_they_are() {
         stored: ByteRange::at(number, 1).unwrap(),
         recipe: Recipe::Lz4Block,
         check: Check::Blake3([7; 32]),
+        part: None,
+        encrypted: false,
     };
     let map = UnitMap::new("a".parse().unwrap(), 10_000 * 4096, (0..10_000).map(unit).collect()).unwrap();
     let bench = Bench::new(Duration::from_secs(10));

@@ -92,7 +92,7 @@ impl Sample {
         for unit in map.units() {
             let from = index(unit.stored.start())..index(unit.stored.end());
             let to = index(unit.blocks().start())..index(unit.blocks().end());
-            decode(unit, &stored[from], &mut device[to]).unwrap();
+            decode(unit, map.key(), &stored[from], &mut device[to]).unwrap();
         }
         Self { dir, bootstrap, stored, blob: map.blob().clone(), device, map }
     }
