@@ -3,7 +3,7 @@
 use std::mem::offset_of;
 
 use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// [`Header::magic`] and [`Header::magic2`].
 pub const MAGIC: u32 = 0xb10b_b10b;
@@ -125,26 +125,48 @@ impl ChunkInfoV2 {
     /// Flag: the entry carries a CRC-32C.
     pub const HAS_CRC32: u8 = 0x10;
 
-    /// Packs an entry. `uncompressed_offset` is a multiple of 4096 below 2^44,
-    /// `uncompressed_size` is 1 to 2^24 bytes, `compressed_offset` is below 2^40,
-    /// `compressed_size` is below 2^24; what `data` means depends on `flags`.
-    pub fn new(
-        flags: u8,
+    /// The entry of a member of a batch: `part_at` bytes into the plain bytes of context `context`,
+    /// whose stored bytes start at `compressed_offset`. Limits as in [`ChunkInfoV1::new`].
+    pub fn member(
         (uncompressed_offset, uncompressed_size): (u64, u32),
-        (compressed_offset, compressed_size): (u64, u32),
+        compressed_offset: u64,
+        (context, part_at): (u32, u32),
+        encrypted: bool,
+    ) -> Self {
+        let flags = Self::BATCH | Self::COMPRESSED | if encrypted { Self::ENCRYPTED } else { 0 };
+        let data = u64::from(context) << 32 | u64::from(part_at);
+        Self::packed((uncompressed_offset, uncompressed_size), (compressed_offset, 0), flags, data)
+    }
+
+    /// The entry of a chunk with stored bytes of its own. `flags` are [`ChunkInfoV2::COMPRESSED`]
+    /// and [`ChunkInfoV2::ENCRYPTED`]. Sizes are at most 2^24 decoded and 2^24 - 1 stored.
+    ///
+    /// A CRC of 0 is left out: readers refuse it (`blob.md` section 3.3).
+    pub fn alone(decoded: (u64, u32), stored: (u64, u32), flags: u8, crc32c: Option<u32>) -> Self {
+        let crc = crc32c.unwrap_or(0);
+        let has_crc = if crc == 0 { 0 } else { Self::HAS_CRC32 };
+        Self::packed(decoded, stored, flags | has_crc, crc.into())
+    }
+
+    fn packed(
+        (decoded_at, decoded_size): (u64, u32),
+        (stored_at, stored_size): (u64, u32),
+        flags: u8,
         data: u64,
     ) -> Self {
-        let size = u64::from(uncompressed_size - 1) & 0xff_ffff;
+        let size = u64::from(decoded_size - 1) & 0xff_ffff;
         Self {
-            uncomp: (u64::from(flags) << 56 | size << 32 | (uncompressed_offset >> 12 & 0xffff_ffff)).into(),
-            comp: (u64::from(compressed_size) << 40 | (compressed_offset & 0xff_ffff_ffff)).into(),
+            uncomp: (u64::from(flags) << 56 | size << 32 | (decoded_at >> 12 & 0xffff_ffff)).into(),
+            comp: (u64::from(stored_size) << 40 | (stored_at & 0xff_ffff_ffff)).into(),
             data: data.into(),
         }
     }
 
-    /// `data` of a member of batch `context`, whose plain bytes start `at` bytes into the batch.
-    pub fn member(context: u32, at: u32) -> u64 {
-        u64::from(context) << 32 | u64::from(at)
+    /// Context and offset of the chunk in the plain bytes of that context, for [`Self::BATCH`] and
+    /// [`Self::ZRAN`].
+    pub fn place(&self) -> (u32, u32) {
+        let word = |value: u64| u32::try_from(value & 0xffff_ffff).expect("32 bits");
+        (word(self.data.get() >> 32), word(self.data.get()))
     }
 
     /// Where the plain bytes belong in the device.
@@ -180,23 +202,172 @@ impl ChunkInfoV2 {
     }
 }
 
-/// A row of the table behind the entries of a blob with batches: one stored piece that holds
-/// several chunks, one behind the other (`blob.md` section 11.3).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+/// What the members of one batch share (`blob.md` section 11.3).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct BatchContext {
-    /// Length of the piece as stored.
+    /// Stored bytes of the batch.
     pub compressed_size: U32,
-    /// Length of its plain bytes. If the two lengths are equal it is not compressed.
+    /// Its plain bytes, all members together.
     pub uncompressed_size: U32,
     pub reserved: [u8; 32],
 }
 
 const _: () = assert!(size_of::<BatchContext>() == 40);
 
+/// A place where a gzip stream can be entered (`blob.md` section 11.1).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct ZranContext {
+    /// Of the compressed bytes in the gzip file.
+    pub in_offset: U64,
+    /// Of the plain bytes in what the whole file decompresses to.
+    pub out_offset: U64,
+    /// Of the dictionary in the area behind all contexts.
+    pub dict_offset: U64,
+    pub in_len: U32,
+    pub out_len: U32,
+
+    pub dict_size: U32,
+    /// The byte before `in_offset` if bits of it belong to the context.
+    pub ctx_byte: u8,
+    /// How many high bits of that byte do, 0 to 7.
+    pub ctx_bits: u8,
+    pub reserved: [u8; 2],
+}
+
+const _: () = assert!(size_of::<ZranContext>() == 40);
+const _: () = assert!(offset_of!(ZranContext, ctx_byte) == 0x24);
+
+/// One row of the table of contents at the end of a blob (`blob.md` section 6).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct TocEntry {
+    /// The low four bits are [`TocEntry::PLAIN`], [`TocEntry::ZSTD`] or LZ4 (4).
+    pub flags: U32,
+    pub reserved: U32,
+    /// Padded with NUL; may fill all of it.
+    pub name: [u8; 16],
+
+    /// SHA-256 of the plain content.
+    pub digest: [u8; 32],
+    pub compressed_offset: U64,
+    pub compressed_size: U64,
+    pub uncompressed_size: U64,
+    /// Not always zero: old writers leaked into the last four bytes.
+    pub reserved2: [u8; 48],
+}
+
+const _: () = assert!(size_of::<TocEntry>() == 128);
+const _: () = assert!(offset_of!(TocEntry, uncompressed_size) == 0x48);
+
+impl TocEntry {
+    /// Flag: stored as is.
+    pub const PLAIN: u32 = 1;
+    /// Flag: one zstd frame.
+    pub const ZSTD: u32 = 2;
+}
+
+/// The tar header that follows each part of a blob (`blob.md` section 7).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct PartHeader {
+    /// Padded with NUL.
+    pub name: [u8; 100],
+    unused: [u8; 24],
+    size: [u8; 12],
+    mtime: [u8; 12],
+    checksum: [u8; 8],
+    pub kind: u8,
+    unused2: [u8; 100],
+    pub magic: [u8; 8],
+    unused3: [u8; 247],
+}
+
+const _: () = assert!(size_of::<PartHeader>() == 512);
+const _: () = assert!(offset_of!(PartHeader, magic) == 257);
+
+impl PartHeader {
+    /// [`PartHeader::kind`] of a regular file.
+    pub const REGULAR: u8 = b'0';
+    /// [`PartHeader::magic`] of the GNU form.
+    pub const GNU: [u8; 8] = *b"ustar  \0";
+
+    /// The header of a part of `size` bytes; `name` has at most 100 bytes.
+    pub fn new(name: &str, size: u64) -> Self {
+        let mut header = Self::new_zeroed();
+        header.name[..name.len()].copy_from_slice(name.as_bytes());
+        if size < 1 << 33 {
+            header.size[..11].copy_from_slice(format!("{size:011o}").as_bytes());
+        } else {
+            header.size[0] = 0x80;
+            header.size[4..].copy_from_slice(&size.to_be_bytes());
+        }
+        header.mtime[..11].copy_from_slice(b"00000000000");
+        header.kind = Self::REGULAR;
+        header.magic = Self::GNU;
+        let sum = format!("{:07o}", header.sum());
+        header.checksum[..7].copy_from_slice(sum.as_bytes());
+        header
+    }
+
+    /// Length of the part before the header, or `None` if the field makes no sense.
+    pub fn size(&self) -> Option<u64> {
+        if self.size[0] & 0x80 == 0 {
+            return octal(&self.size);
+        }
+        let (high, low) = self.size.split_at(4);
+        let is_small = high[0] == 0x80 && high[1..] == [0; 3];
+        is_small.then(|| u64::from_be_bytes(low.try_into().expect("8 bytes")))
+    }
+
+    /// Whether the checksum is right.
+    pub fn is_sound(&self) -> bool {
+        octal(&self.checksum) == Some(self.sum().into())
+    }
+
+    /// The sum of all bytes, those of the checksum counted as spaces.
+    fn sum(&self) -> u32 {
+        let spaces = Self { checksum: [b' '; 8], ..*self };
+        spaces.as_bytes().iter().map(|&byte| u32::from(byte)).sum()
+    }
+}
+
+/// Digits up to the first NUL or space.
+fn octal(field: &[u8]) -> Option<u64> {
+    let len = field.iter().position(|byte| matches!(byte, 0 | b' ')).unwrap_or(field.len());
+    let digits = field[..len].iter().map(|&digit| char::from(digit).to_digit(8).map(u64::from));
+    // At most 12 digits of 3 bits, so nothing overflows.
+    (len > 0).then(|| digits.into_iter().try_fold(0, |value, digit| Some(value << 3 | digit?))).flatten()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn part_headers_are_those_of_a_reference_image() {
+        // `blob.md` section 14: 0x1e7a bytes of data.
+        let header = PartHeader::new("image.blob", 0x1e7a);
+        assert_eq!(&header.size, b"00000017172\0");
+        assert_eq!(&header.checksum, b"0005641\0");
+        assert!(header.is_sound());
+        for size in [0, 1, (1 << 33) - 1, 1 << 33, u64::MAX] {
+            assert_eq!(PartHeader::new("image.boot", size).size(), Some(size));
+        }
+    }
+
+    #[test]
+    fn long_entries_keep_every_field() {
+        let entry = ChunkInfoV2::member((0xfff_ffff_f000, 0x100_0000), 0xff_ffff_ffff, (7, 9), true);
+        assert_eq!((entry.uncompressed_offset(), entry.uncompressed_size()), (0xfff_ffff_f000, 0x100_0000));
+        assert_eq!((entry.compressed_offset(), entry.compressed_size()), (0xff_ffff_ffff, 0));
+        assert_eq!((entry.place(), entry.flags(), entry.crc32c()), ((7, 9), 0x0d, None));
+        let entry = ChunkInfoV2::alone((4096, 1), (5, 0xff_ffff), ChunkInfoV2::ENCRYPTED, Some(3));
+        assert_eq!((entry.uncompressed_offset(), entry.compressed_size()), (4096, 0xff_ffff));
+        assert_eq!((entry.flags(), entry.crc32c()), (0x18, Some(3)));
+        assert_eq!(ChunkInfoV2::alone((0, 1), (0, 1), 0, Some(0)).flags(), 0);
+    }
 
     #[test]
     fn entry_bytes_are_those_of_a_reference_image() {
@@ -216,28 +387,5 @@ mod tests {
                 assert_eq!((entry.uncompressed_size(), entry.compressed_size()), (size, size));
             }
         }
-    }
-
-    #[test]
-    fn every_field_of_a_long_entry_survives_at_its_limits() {
-        for size in [1, 0x10_0000, 0x100_0000] {
-            for (decoded, stored, len) in [(0, 0, 0), (0xfff_ffff_f000, 0xff_ffff_ffff, 0xff_ffff), (4096, 1, 18)] {
-                let entry = ChunkInfoV2::new(0x1f, (decoded, size), (stored, len), u64::MAX);
-                assert_eq!((entry.uncompressed_offset(), entry.uncompressed_size()), (decoded, size));
-                assert_eq!((entry.compressed_offset(), entry.compressed_size()), (stored, len));
-                assert_eq!((entry.flags(), entry.data.get()), (0x1f, u64::MAX));
-            }
-        }
-    }
-
-    #[test]
-    fn long_entry_bytes_are_those_of_a_reference_image() {
-        // A compressed chunk with its checksum, and the second member of a batch.
-        let entry = ChunkInfoV2::new(0x11, (0x10_0000, 0x3_d621), (0x41, 26), 0x5f8a_f121);
-        assert_eq!((entry.uncomp.get(), entry.comp.get()), (0x1103_d620_0000_0100, 0x1a00_0000_0041));
-        assert_eq!(entry.data.get(), 0x5f8a_f121);
-        let entry = ChunkInfoV2::new(0x5, (0x42_1000, 5), (0x9_e452, 0), ChunkInfoV2::member(0, 5));
-        assert_eq!((entry.uncomp.get(), entry.comp.get()), (0x0500_0004_0000_0421, 0x9_e452));
-        assert_eq!(entry.data.get(), 5);
     }
 }

@@ -8,7 +8,6 @@
 pub mod blobfile;
 pub mod erofs;
 pub mod rafs;
-pub mod toc;
 mod view;
 
 pub use view::{Truncated, array_at, record_at};

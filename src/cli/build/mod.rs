@@ -1,11 +1,14 @@
+mod options;
+
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::ValueEnum;
 
+use self::options::{BlobArgs, PrefetchArgs, SelectionArgs};
 use super::progress::Bar;
 use crate::base::ByteSize;
 use crate::build::{self, BuildReport, BuildSpec, Compression, Source};
@@ -14,7 +17,8 @@ use crate::format::rafs::DigestAlgorithm;
 /// Build an image from a directory or a tar archive
 ///
 /// Writes OUT/bootstrap and, if any file has content, OUT/blobs/ID, named by its SHA-256. The same
-/// source gives the same bytes, whatever the number of threads.
+/// source gives the same bytes, whatever the number of threads. Before the two get their names,
+/// everything is read again and compared with the source.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct BuildArgs {
@@ -45,12 +49,22 @@ pub struct BuildArgs {
     /// Print what was made as JSON
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    blob: BlobArgs,
+
+    #[command(flatten)]
+    prefetch: PrefetchArgs,
+
+    #[command(flatten)]
+    selection: SelectionArgs,
 }
 
 const EXAMPLES: &str = "\
 Examples:
   rafsd build rootfs/ -o image/
-  zcat layer.tar.gz | rafsd build - -o image/ --compress zstd:19";
+  zcat layer.tar.gz | rafsd build - -o image/ --compress zstd:19
+  rafsd build rootfs/ -o image/ --exclude '*.pyc' --exclude /var/cache --prefetch-files hot.txt";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Digest {
@@ -72,19 +86,23 @@ impl From<Digest> for DigestAlgorithm {
 /// # Errors
 /// Whatever stopped the build; no image was made then.
 pub fn run(args: BuildArgs) -> anyhow::Result<ExitCode> {
-    let source = if args.source == Path::new("-") {
+    let is_stdin = args.source == Path::new("-");
+    if is_stdin && args.prefetch.uses_stdin() {
+        bail!("both the archive and --prefetch-files are to come from standard input; name one of them");
+    }
+    let source = if is_stdin {
         Source::Archive { name: "standard input".into(), stream: Box::new(io::stdin()) }
     } else {
         Source::open(&args.source)?
     };
-    let spec = BuildSpec {
-        source,
-        out_dir: args.out,
-        compression: args.compress,
-        digest: args.digest.into(),
-        chunk_size: args.chunk_size.0,
-        threads: args.threads.or_else(|| std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN),
-    };
+    let mut spec = BuildSpec::new(source, args.out);
+    spec.compression = args.compress;
+    spec.digest = args.digest.into();
+    spec.chunk_size = args.chunk_size.0;
+    spec.threads = args.threads.unwrap_or(spec.threads);
+    spec.prefetch = args.prefetch.hints()?;
+    spec.selection = args.selection.selection()?;
+    args.blob.apply(&mut spec);
     let bar = Bar::on_terminal("building");
     let report = build::build(spec, &bar).context("no image was made")?;
     drop(bar);
@@ -98,9 +116,15 @@ pub fn run(args: BuildArgs) -> anyhow::Result<ExitCode> {
 /// The report for a person.
 fn summary(report: &BuildReport) -> String {
     let size = |bytes| ByteSize(bytes).to_string();
-    let mut out = format!("bootstrap  {} ({})\n", report.bootstrap, size(report.bootstrap_bytes));
+    let place = if report.bootstrap_in_blob { "in " } else { "" };
+    let mut out = format!("bootstrap  {place}{} ({})\n", report.bootstrap, size(report.bootstrap_bytes));
     for blob in &report.blobs {
-        out += &format!("blob       {} ({}, {} chunks)\n", blob.path, size(blob.stored_bytes), blob.chunks);
+        let batches = if blob.batches > 0 { format!(", {} batches", blob.batches) } else { String::new() };
+        out += &format!("blob       {} ({}, {} chunks{batches})\n", blob.path, size(blob.stored_bytes), blob.chunks);
+    }
+    out += &against_gzip(report);
+    if report.encrypted {
+        out += "encrypted  with a key that lies in the bootstrap, in clear\n";
     }
     out += &format!(
         "contents   {} files, {} directories, {} symlinks, {} special files, {} hard links\n",
@@ -112,8 +136,27 @@ fn summary(report: &BuildReport) -> String {
         size(report.deduplicated_bytes),
         size(report.hole_bytes)
     );
+    if report.prefetch_entries > 0 {
+        out += &format!("prefetch   {} paths listed\n", report.prefetch_entries);
+    }
     if report.skipped_xattrs > 0 {
         out += &format!("left out   {} xattrs that the format has no place for\n", report.skipped_xattrs);
     }
+    if !report.verified {
+        out += "unchecked  nothing was read again\n";
+    }
     out
+}
+
+/// How the blob compares with the gzip archive it came from, if it did.
+fn against_gzip(report: &BuildReport) -> String {
+    let size = |bytes| ByteSize(bytes).to_string();
+    let stored: u64 = report.blobs.iter().map(|blob| blob.stored_bytes).sum();
+    match report.gzip_bytes {
+        Some(gzip) if stored > gzip => {
+            format!("grown      by {} over the {} of the gzip archive\n", size(stored - gzip), size(gzip))
+        }
+        Some(gzip) => format!("saved      {} of the {} of the gzip archive\n", size(gzip - stored), size(gzip)),
+        None => String::new(),
+    }
 }
