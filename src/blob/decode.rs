@@ -23,6 +23,9 @@ pub enum DecodeError {
     /// The unit claims bytes behind the end of what its stored range holds.
     #[error("its {len} bytes from {} do not lie in the {} of its batch", part.at, part.whole)]
     OutsideOfWhole { part: Part, len: usize },
+    /// The unit lies in the middle of a gzip file.
+    #[error("it lies in the middle of a gzip file, which this version cannot decode")]
+    NeedsWindow,
     /// The image does not say how to check this unit, so it cannot be trusted.
     #[error("the image names no digest for it")]
     Unverifiable,
@@ -154,6 +157,7 @@ fn unpack(unit: &Unit, text: &[u8], plain: &mut [u8]) -> Result<(), DecodeError>
         Recipe::Lz4Block => codec::lz4_block_decode(text, plain)?,
         Recipe::Zstd => codec::zstd_decode(text, plain)?,
         Recipe::Gzip => codec::gzip_decode(text, plain)?,
+        Recipe::GzipWindow => return Err(DecodeError::NeedsWindow),
     }
     Ok(())
 }

@@ -322,6 +322,7 @@ impl From<&Unit> for SavedUnit {
             Recipe::Lz4Block => 1,
             Recipe::Gzip => 2,
             Recipe::Zstd => 3,
+            Recipe::GzipWindow => 4,
         };
         Self {
             decoded_start: unit.decoded.start().into(),
@@ -353,6 +354,7 @@ impl TryFrom<&SavedUnit> for Unit {
                 1 => Recipe::Lz4Block,
                 2 => Recipe::Gzip,
                 3 => Recipe::Zstd,
+                4 => Recipe::GzipWindow,
                 _ => return Err("unknown recipe"),
             },
             check: match saved.check {

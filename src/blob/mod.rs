@@ -5,14 +5,19 @@
 //! [`UnitMap`] is the complete list for one blob. [`decode()`] turns stored bytes into checked
 //! decoded bytes and is the only way bytes get into a cache. Nothing here does I/O.
 
+mod batch;
 mod decode;
+mod entry;
 mod map;
-mod native;
+mod tables;
+pub mod toc;
+pub mod zran;
 
 pub use crate::codec::xts::{BlobKey, EqualHalves};
 pub use decode::{DecodeError, Decoder, decode};
+pub use entry::BlobKind;
 pub use map::{UnitMap, UnitMapError};
-pub use native::{BlobTables, TablesError};
+pub use tables::{BlobTables, TablesError};
 
 use crate::base::ByteRange;
 
@@ -88,6 +93,9 @@ pub enum Recipe {
     Zstd,
     /// One gzip member.
     Gzip,
+    /// The middle of a gzip file, entered through a [`zran::Context`]. This version reads and checks
+    /// the tables of such blobs and does not decode them.
+    GzipWindow,
 }
 
 /// How to know that a decoded unit is right.

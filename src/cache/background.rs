@@ -98,7 +98,9 @@ fn next_batch(core: &Arc<Core>, cursor: &mut UnitIndex) -> Option<Outcome> {
     let mut stored = 0;
     let mut end = first;
     while wanted(end) && stored < most && end - first < BATCH_UNITS {
-        stored += map.units()[end as usize].stored.len();
+        let unit = &map.units()[end as usize];
+        let comes_along = end > first && unit.shares_with(&map.units()[end as usize - 1]);
+        stored += if comes_along { 0 } else { unit.stored.len() };
         end += 1;
     }
     *cursor = end;

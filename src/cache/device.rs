@@ -12,8 +12,8 @@ use bytes::Bytes;
 
 use super::background::Background;
 use super::engine::Engine;
-use super::fetch::{Led, Window};
-use super::inflight::{Inflight, Lead, Role, Urgency, Wait};
+use super::fetch::{Led, Window, groups};
+use super::inflight::{Inflight, Lead, Role, Wait};
 use super::ledger::{FlushError, Ledger};
 use super::plan::{PlanLimits, plan};
 use super::pool::Job;
@@ -25,7 +25,7 @@ use super::stats::{Counters, DeviceStats};
 use super::store::StoreError;
 use super::{Completion, Fill, FillError, is_needed};
 use crate::base::{BlobId, ByteRange, Class};
-use crate::blob::{DecodeError, Unit, UnitIndex, UnitMap, decode};
+use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};
 use crate::source::{BlobSource, SourceError};
 
 /// A blob's decoded bytes, brought in when wanted.
@@ -56,6 +56,10 @@ pub(super) struct Home {
 /// pool, one step after the other. A kernel asks for a whole file when somebody maps it, and a
 /// hostile image can cut that into millions of units. Larger than what all readers' slots hold.
 const STEP: u64 = 64 << 20;
+
+/// Most units before and after one that are brought along with it. Far more than a batch of small
+/// files has; a hostile one could have millions of one byte each.
+const MOST_SIBLINGS: usize = 2048;
 
 /// What queued and running work holds on to.
 pub(super) struct Core {
@@ -301,8 +305,7 @@ impl Core {
             }
             // A job, because the caller may be the thread that must not block.
             let engine = Arc::clone(&core.engine);
-            let run = Box::new(move |_: &mut _| core.fill_range(rest, class, wait));
-            engine.jobs().push(Job { key: None, urgency: Urgency::new(class), run });
+            engine.jobs().push(Job::new(class, move |_| core.fill_range(rest, class, wait)));
         };
         self.fill(units, class, Box::new(done));
     }
@@ -317,7 +320,7 @@ impl Core {
             hit = false;
             let unit = &map.units()[index as usize];
             if is_needed(unit) {
-                leads.extend(self.enter(index, class, Some(&wait)));
+                leads.extend(self.enter(&map, index, class, Some(&wait)));
             } else {
                 wait.fail(self.corrupt(index, unit, DecodeError::Unverifiable));
             }
@@ -331,22 +334,34 @@ impl Core {
         wait.settle(&Ok(()));
     }
 
-    /// Joins or leads the fetch of one absent unit.
-    fn enter(&self, index: UnitIndex, class: Class, wait: Option<&Arc<Wait>>) -> Option<Lead> {
-        match self.inflight.enter(index, class, wait) {
-            // It may have been published and finished between the caller's look and this.
-            Role::Lead(lead) if self.ledger.presence.get(index) => {
-                lead.finish(&Ok(()));
-                None
+    /// Joins or leads the fetch of one absent unit, and what comes with it. Gives what is led.
+    fn enter(&self, map: &UnitMap, index: UnitIndex, class: Class, wait: Option<&Arc<Wait>>) -> Vec<Lead> {
+        match self.inflight.enter(index, class, wait, self.siblings(map, index)) {
+            // One may have been published and finished between the caller's look and this.
+            Role::Lead(leads) => {
+                let (present, absent) = leads.into_iter().partition(|lead| self.ledger.presence.get(lead.unit()));
+                let present: Vec<Lead> = present;
+                present.into_iter().for_each(|lead| lead.finish(&Ok(())));
+                absent
             }
-            Role::Lead(lead) => Some(lead),
             Role::Joined { promote } => {
                 if promote {
                     self.engine.fetcher.promote((self.id, index));
                 }
-                None
+                Vec::new()
             }
         }
+    }
+
+    /// The absent units that share the stored bytes of unit `index`: whoever fetches one brings
+    /// them all, and decompresses once. Members of a batch have consecutive numbers.
+    fn siblings<'a>(&'a self, map: &'a UnitMap, index: UnitIndex) -> impl Iterator<Item = UnitIndex> + 'a {
+        let unit = &map.units()[index as usize];
+        let shares = move |&other: &UnitIndex| map.units()[other as usize].shares_with(unit);
+        let before = (0..index).rev().take_while(shares);
+        let after = (index + 1..map.count()).take_while(shares);
+        let can_come = |&other: &UnitIndex| !self.ledger.presence.get(other) && is_needed(&map.units()[other as usize]);
+        before.take(MOST_SIBLINGS).chain(after.take(MOST_SIBLINGS)).filter(can_come)
     }
 
     /// Gathers led units into ranged reads and queues them.
@@ -392,29 +407,44 @@ impl Core {
             return;
         }
         let core = Arc::clone(self);
-        let run = Box::new(move |_: &mut _| core.prefetch(ahead));
         // Urgent although it is prefetch: it is short, and late it is of no use.
-        self.engine.jobs().push(Job { key: None, urgency: Urgency::new(Class::OnDemand), run });
+        self.engine.jobs().push(Job::new(Class::OnDemand, move |_| core.prefetch(ahead)));
     }
 
     /// Fetches what is absent of `units` and in nobody's hands yet, for nobody in particular.
     fn prefetch(self: &Arc<Self>, units: Range<UnitIndex>) {
         let map = self.map();
         let absent = units.filter(|&index| !self.ledger.presence.get(index) && is_needed(&map.units()[index as usize]));
-        let leads = absent.filter_map(|index| self.enter(index, Class::Prefetch, None)).collect();
+        let leads = absent.flat_map(|index| self.enter(&map, index, Class::Prefetch, None)).collect();
         self.submit(&map, leads, Class::Prefetch);
     }
 
-    /// Decodes, checks, writes and publishes one unit, then tells everyone who waits.
-    /// `asked` as in [`Window`].
-    pub(super) fn land(self: &Arc<Self>, led: Led, asked: Option<Instant>, stored: &[u8], scratch: &mut Scratch) {
+    /// Decodes, checks, writes and publishes the units of one stored range one by one, and tells
+    /// everyone who waits. `asked` as in [`Window`].
+    pub(super) fn land(
+        self: &Arc<Self>,
+        group: Vec<Led>,
+        asked: Option<Instant>,
+        stored: &[u8],
+        scratch: &mut Scratch,
+    ) {
+        let mut decoder = Decoder::new();
+        let damaged: Vec<Led> =
+            group.into_iter().filter_map(|led| self.land_one(led, stored, &mut decoder, scratch)).collect();
+        if !damaged.is_empty() {
+            self.refetch(damaged, asked);
+        }
+    }
+
+    /// The same for one unit; gives it back if its bytes are damaged and it deserves another try.
+    fn land_one(&self, led: Led, stored: &[u8], decoder: &mut Decoder, scratch: &mut Scratch) -> Option<Led> {
         if self.is_closed() {
-            return drop(led);
+            return None;
         }
         let (index, unit) = (led.lead.unit(), led.unit);
         let room = scratch.room(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"));
-        let outcome = match decode(&unit, self.layout.key(), stored, room) {
-            Err(_) if !led.again => return self.refetch(led, asked),
+        let outcome = match decoder.decode(self.layout.key(), &unit, stored, room) {
+            Err(_) if !led.again => return Some(led),
             Err(cause) => Err(self.corrupt(index, &unit, cause)),
             Ok(()) => self.ledger.land(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
         };
@@ -426,26 +456,27 @@ impl Core {
         if self.ledger.presence.count() >= self.completeness.needed.load(Ordering::Acquire) {
             self.engine.flusher.kick();
         }
+        None
     }
 
-    /// Asks for every unit of a window alone, because the blob ends before the window does: the
-    /// one unit that an image misplaced must not take its neighbours along.
+    /// Asks for every stored range of a window alone, because the blob ends before the window does: the
+    /// one that an image misplaced must not take its neighbours along.
     pub(super) fn split(self: &Arc<Self>, window: Window) {
-        let alone = |led: Led| Window {
+        let alone = |group: Vec<Led>| Window {
             core: Arc::clone(self),
-            stored: led.unit.stored,
-            units: vec![led],
+            stored: group[0].unit.stored,
+            units: group,
             asked: window.asked,
         };
-        self.enqueue(window.units.into_iter().map(alone).collect());
+        self.enqueue(groups(window.units).into_iter().map(alone).collect());
     }
 
-    /// Asks once more for a unit whose bytes were damaged, alone: a proxy may have mixed up a
-    /// long range, and its neighbours were fine. Who waits does not wait any longer for that.
-    fn refetch(self: &Arc<Self>, led: Led, asked: Option<Instant>) {
-        let led = Led { again: true, ..led };
-        let stored = led.unit.stored;
-        self.enqueue(vec![Window { core: Arc::clone(self), stored, units: vec![led], asked }]);
+    /// Asks once more for a stored range whose bytes were damaged, alone: a proxy may have mixed up
+    /// a long range, and its neighbours were fine. Who waits does not wait any longer for that.
+    fn refetch(self: &Arc<Self>, damaged: Vec<Led>, asked: Option<Instant>) {
+        let stored = damaged[0].unit.stored;
+        let units = damaged.into_iter().map(|led| Led { again: true, ..led }).collect();
+        self.enqueue(vec![Window { core: Arc::clone(self), stored, units, asked }]);
     }
 
     pub(super) fn fetch_failed(&self, led: Led, cause: &Arc<SourceError>) {

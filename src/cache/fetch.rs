@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 use super::budget::Budget;
 use super::device::Core;
 use super::engine::StoreOptions;
-use super::inflight::{Lead, Urgency};
+use super::inflight::Lead;
 use super::lanes::Lanes;
 use super::pool::{Job, Queue, UnitKey};
 use crate::base::{ByteRange, Class, Fault};
@@ -54,6 +54,11 @@ impl Window {
     /// Whether a reader has waited this long already.
     fn is_late(&self, deadline: Duration) -> bool {
         self.asked.is_some_and(|asked| asked.elapsed() >= deadline)
+    }
+
+    /// Whether its units can be asked for by more than one read.
+    fn is_divisible(&self) -> bool {
+        self.units.iter().any(|led| led.unit.stored != self.stored)
     }
 
     fn span(&self) -> RangeInclusive<UnitIndex> {
@@ -285,7 +290,7 @@ async fn run(mut window: Window, slot: Slot) {
     let jobs = Arc::clone(&slot.fetcher.jobs);
     match outcome {
         Ok(bytes) => deliver(&jobs, window, &bytes, slot),
-        Err(SourceError::OutOfRange { .. }) if window.units.len() > 1 => {
+        Err(SourceError::OutOfRange { .. }) if window.is_divisible() => {
             drop(slot);
             window.core.clone().split(window);
         }
@@ -333,7 +338,7 @@ async fn read(window: &mut Window, slot: &Slot) -> Option<Result<Bytes, SourceEr
 /// What can still be done after a failure: ask for the units one by one, or try again later.
 fn hope(error: &SourceError, window: &Window) -> u8 {
     match error {
-        SourceError::OutOfRange { .. } if window.units.len() > 1 => 2,
+        SourceError::OutOfRange { .. } if window.is_divisible() => 2,
         error if error.fault() == Fault::Transient => 1,
         _ => 0,
     }
@@ -377,29 +382,44 @@ async fn ask(
     }
 }
 
-/// One job per unit, so that all threads share a window and each unit is answered by itself.
+/// One job per stored range, so that all threads share a window and each unit is answered by
+/// itself, but units that share their stored bytes are decompressed once.
 fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
     let Window { core, stored, units, asked } = window;
     let slot = Arc::new(slot);
-    for led in units {
+    for group in groups(units) {
         let cut = |at: u64| usize::try_from(at - stored.start()).expect("a window fits in memory");
-        let bytes = bytes.slice(cut(led.unit.stored.start())..cut(led.unit.stored.end()));
+        let range = group[0].unit.stored;
+        let bytes = bytes.slice(cut(range.start())..cut(range.end()));
         let (core, slot) = (Arc::clone(&core), Arc::clone(&slot));
-        let (key, urgency) = ((core.id, led.lead.unit()), led.lead.urgency().clone());
+        let units = group.iter().map(|led| (core.id, led.lead.unit())).collect();
+        let urgency = group.iter().map(|led| led.lead.urgency().clone()).collect();
         let run = Box::new(move |scratch: &mut _| {
-            core.land(led, asked, &bytes, scratch);
+            core.land(group, asked, &bytes, scratch);
             drop((bytes, slot));
         });
-        jobs.push(Job { key: Some(key), urgency, run });
+        jobs.push(Job { units, urgency, run });
     }
+}
+
+/// Units that share their stored bytes together, all others alone. They come in order of stored
+/// ranges, as [`super::plan`] leaves them, so those that share are neighbours.
+pub(super) fn groups(units: Vec<Led>) -> Vec<Vec<Led>> {
+    let mut groups: Vec<Vec<Led>> = Vec::new();
+    for led in units {
+        match groups.last_mut() {
+            Some(group) if group[0].unit.shares_with(&led.unit) => group.push(led),
+            _ => groups.push(vec![led]),
+        }
+    }
+    groups
 }
 
 fn fail(jobs: &Queue, window: Window, cause: SourceError) {
     let cause = Arc::new(cause);
-    let run = Box::new(move |_: &mut _| {
+    jobs.push(Job::new(Class::OnDemand, move |_| {
         for led in window.units {
             window.core.fetch_failed(led, &cause);
         }
-    });
-    jobs.push(Job { key: None, urgency: Urgency::new(Class::OnDemand), run });
+    }));
 }

@@ -110,8 +110,8 @@ struct Fetch {
 /// What the caller of [`Inflight::enter`] has to do next.
 #[must_use]
 pub(super) enum Role {
-    /// Fetch the unit, then call [`Lead::finish`].
-    Lead(Lead),
+    /// Fetch the unit, which is the first, and its siblings, then call [`Lead::finish`] for each.
+    Lead(Vec<Lead>),
     /// Nothing: the wait has been queued. If `promote`, a reader just joined work that was queued
     /// as prefetch, and whoever holds it must let it go first.
     Joined { promote: bool },
@@ -119,22 +119,41 @@ pub(super) enum Role {
 
 impl Inflight {
     /// Joins the fetch of `unit`, or starts one. `wait`, if any, is settled with the outcome.
-    pub(super) fn enter(self: &Arc<Self>, unit: UnitIndex, class: Class, wait: Option<&Arc<Wait>>) -> Role {
+    ///
+    /// Whoever becomes the leader also leads those of `siblings`, which come with the unit, that
+    /// nobody leads yet, for nobody in particular. All at once: a reader of a sibling that came in
+    /// between would fetch everything a second time.
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        unit: UnitIndex,
+        class: Class,
+        wait: Option<&Arc<Wait>>,
+        siblings: impl Iterator<Item = UnitIndex>,
+    ) -> Role {
         if let Some(wait) = wait {
             wait.add();
         }
         let waits = wait.cloned();
-        match self.0.lock().unwrap().entry(unit) {
+        let mut fetches = self.0.lock().unwrap();
+        let slot = match fetches.entry(unit) {
             Entry::Occupied(mut fetch) => {
                 fetch.get_mut().waits.extend(waits);
-                Role::Joined { promote: class == Class::OnDemand && fetch.get().urgency.raise() }
+                return Role::Joined { promote: class == Class::OnDemand && fetch.get().urgency.raise() };
             }
-            Entry::Vacant(slot) => {
-                let urgency = Urgency::new(class);
-                slot.insert(Fetch { urgency: urgency.clone(), waits: waits.into_iter().collect() });
-                Role::Lead(Lead { table: Arc::clone(self), unit, urgency, finished: false })
+            Entry::Vacant(slot) => slot,
+        };
+        let lead = |unit, urgency| Lead { table: Arc::clone(self), unit, urgency, finished: false };
+        let urgency = Urgency::new(class);
+        slot.insert(Fetch { urgency: urgency.clone(), waits: waits.into_iter().collect() });
+        let mut leads = vec![lead(unit, urgency)];
+        for sibling in siblings {
+            if let Entry::Vacant(slot) = fetches.entry(sibling) {
+                let urgency = Urgency::new(Class::Prefetch);
+                slot.insert(Fetch { urgency: urgency.clone(), waits: Vec::new() });
+                leads.push(lead(sibling, urgency));
             }
         }
+        Role::Lead(leads)
     }
 
     fn leave(&self, unit: UnitIndex, outcome: &Result<(), FillError>) {
@@ -190,9 +209,29 @@ mod tests {
 
     fn lead(role: Role) -> Lead {
         match role {
-            Role::Lead(lead) => lead,
+            Role::Lead(mut leads) => leads.pop().unwrap(),
             Role::Joined { .. } => panic!("expected to lead"),
         }
+    }
+
+    /// A unit without siblings.
+    fn enter(table: &Arc<Inflight>, unit: UnitIndex, class: Class, wait: Option<&Arc<Wait>>) -> Role {
+        table.enter(unit, class, wait, std::iter::empty())
+    }
+
+    #[test]
+    fn siblings_are_led_with_the_unit_unless_somebody_leads_them() {
+        let table = Arc::new(Inflight::default());
+        let other = lead(enter(&table, 3, Class::OnDemand, None));
+
+        let Role::Lead(leads) = table.enter(1, Class::OnDemand, None, 0..5) else { panic!("nobody leads unit 1") };
+
+        let led: Vec<_> = leads.iter().map(|lead| (lead.unit(), lead.urgency().class())).collect();
+        let prefetch = Class::Prefetch;
+        assert_eq!(led, [(1, Class::OnDemand), (0, prefetch), (2, prefetch), (4, prefetch)]);
+        assert!(promoted(&enter(&table, 4, Class::OnDemand, None)), "a reader joins a sibling");
+        drop((leads, other));
+        assert_eq!(lead(enter(&table, 2, Class::OnDemand, None)).unit(), 2);
     }
 
     fn promoted(role: &Role) -> bool {
@@ -203,8 +242,8 @@ mod tests {
     fn a_wait_is_told_once_and_only_when_all_its_units_are_settled() {
         let table = Arc::new(Inflight::default());
         let (wait, told) = watched();
-        let a = lead(table.enter(1, Class::OnDemand, Some(&wait)));
-        let b = lead(table.enter(2, Class::OnDemand, Some(&wait)));
+        let a = lead(enter(&table, 1, Class::OnDemand, Some(&wait)));
+        let b = lead(enter(&table, 2, Class::OnDemand, Some(&wait)));
         wait.settle(&Ok(()));
 
         a.finish(&Err(FillError::NoSpace { blob: "x".parse().unwrap(), unit: 1 }));
@@ -220,25 +259,25 @@ mod tests {
     fn dropped_leader_cancels_instead_of_leaving_readers_blocked() {
         let table = Arc::new(Inflight::default());
         let (wait, told) = watched();
-        let leader = lead(table.enter(1, Class::Prefetch, None));
-        assert!(promoted(&table.enter(1, Class::OnDemand, Some(&wait))));
+        let leader = lead(enter(&table, 1, Class::Prefetch, None));
+        assert!(promoted(&enter(&table, 1, Class::OnDemand, Some(&wait))));
         wait.settle(&Ok(()));
 
         drop(leader);
 
         assert_eq!(told.try_recv(), Ok(Err(libc::EIO)));
-        drop(lead(table.enter(1, Class::OnDemand, None)));
+        drop(lead(enter(&table, 1, Class::OnDemand, None)));
     }
 
     #[test]
     fn only_the_first_reader_promotes_a_prefetch() {
         let table = Arc::new(Inflight::default());
-        let leader = lead(table.enter(1, Class::Prefetch, None));
+        let leader = lead(enter(&table, 1, Class::Prefetch, None));
 
-        assert!(!promoted(&table.enter(1, Class::Prefetch, None)));
+        assert!(!promoted(&enter(&table, 1, Class::Prefetch, None)));
         assert_eq!(leader.urgency().class(), Class::Prefetch);
-        assert!(promoted(&table.enter(1, Class::OnDemand, None)));
-        assert!(!promoted(&table.enter(1, Class::OnDemand, None)));
+        assert!(promoted(&enter(&table, 1, Class::OnDemand, None)));
+        assert!(!promoted(&enter(&table, 1, Class::OnDemand, None)));
         assert_eq!(leader.urgency().class(), Class::OnDemand);
         leader.finish(&Ok(()));
     }
@@ -248,8 +287,8 @@ mod tests {
         let table = Arc::new(Inflight::default());
         let (wait, told) = watched();
         let rude = Wait::new(Box::new(|_| panic!("expected by the test")));
-        let leader = lead(table.enter(1, Class::OnDemand, Some(&rude)));
-        assert!(!promoted(&table.enter(1, Class::OnDemand, Some(&wait))));
+        let leader = lead(enter(&table, 1, Class::OnDemand, Some(&rude)));
+        assert!(!promoted(&enter(&table, 1, Class::OnDemand, Some(&wait))));
         rude.settle(&Ok(()));
         wait.settle(&Ok(()));
 

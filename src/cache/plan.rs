@@ -7,7 +7,7 @@ pub(super) struct PlanLimits {
     /// Neighbours with at most this much between them share a read. Reading a little too much is
     /// cheaper than another round trip.
     pub(super) gap: u64,
-    /// Longest read of more than one unit.
+    /// Longest read of units in more than one place.
     pub(super) window: u64,
 }
 
@@ -39,7 +39,9 @@ pub(super) fn plan(mut missing: Vec<(UnitIndex, Unit)>, limits: PlanLimits) -> V
 }
 
 fn joins(read: ByteRange, unit: ByteRange, limits: PlanLimits) -> bool {
-    unit.start().saturating_sub(read.end()) <= limits.gap && read.hull(unit).len() <= limits.window
+    // What is in the read already costs nothing, however long it is: another member of a batch.
+    read.contains(unit)
+        || unit.start().saturating_sub(read.end()) <= limits.gap && read.hull(unit).len() <= limits.window
 }
 
 #[cfg(test)]
@@ -92,6 +94,7 @@ mod tests {
             &[(0, 4 * mib, &[0, 1]), (4 * mib, 4 * mib + 1, &[2])],
         );
         check(&[(0, 16 * mib), (16 * mib, 1)], &[(0, 16 * mib, &[0]), (16 * mib, 16 * mib + 1, &[1])]);
+        check(&[(0, 5 * mib), (0, 5 * mib), (5 * mib, 1)], &[(0, 5 * mib, &[0, 1]), (5 * mib, 5 * mib + 1, &[2])]);
     }
 
     proptest! {
@@ -107,7 +110,8 @@ mod tests {
             seen.sort_unstable();
             prop_assert_eq!(seen, (0..).take(units.len()).collect::<Vec<UnitIndex>>());
             for read in &reads {
-                prop_assert!(read.units.len() == 1 || read.stored.len() <= limits.window);
+                let longest = read.units.iter().map(|&index| units[index as usize].1.stored.len()).max();
+                prop_assert!(read.stored.len() <= limits.window.max(longest.unwrap_or(0)));
                 for &index in &read.units {
                     prop_assert!(read.stored.contains(units[index as usize].1.stored));
                 }

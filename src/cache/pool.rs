@@ -18,12 +18,24 @@ use crate::blob::UnitIndex;
 /// Names a unit among all devices of an engine.
 pub(super) type UnitKey = (u64, UnitIndex);
 
-/// Work for one unit.
+/// Work for one unit, or for several that are decoded together.
 pub(super) struct Job {
-    /// How [`Queue::promote`] finds the job; `None` for work that is not about one unit.
-    pub(super) key: Option<UnitKey>,
-    pub(super) urgency: Urgency,
+    /// How [`Queue::promote`] finds the job; empty for work that is about no unit.
+    pub(super) units: Vec<UnitKey>,
+    /// Urgent if any of these is.
+    pub(super) urgency: Vec<Urgency>,
     pub(super) run: Box<dyn FnOnce(&mut Scratch) + Send>,
+}
+
+impl Job {
+    /// Work that is about no unit.
+    pub(super) fn new(class: Class, run: impl FnOnce(&mut Scratch) + Send + 'static) -> Self {
+        Self { units: Vec::new(), urgency: vec![Urgency::new(class)], run: Box::new(run) }
+    }
+
+    fn class(&self) -> Class {
+        self.urgency.iter().map(Urgency::class).min().unwrap_or(Class::Prefetch)
+    }
 }
 
 /// Where jobs wait for a thread. Outlives the threads; a job pushed after the end is dropped.
@@ -50,7 +62,7 @@ impl Queue {
             return drop(job);
         }
         // Read under the lock: a promotion either came before and is seen, or finds the job.
-        match job.urgency.class() {
+        match job.class() {
             Class::OnDemand => state.readers.push_back(job),
             Class::Prefetch => state.prefetch.push_back(job),
         }
@@ -62,7 +74,7 @@ impl Queue {
     /// been raised already.
     pub(super) fn promote(&self, unit: UnitKey) {
         let mut state = self.state.lock().unwrap();
-        let found = state.prefetch.iter().position(|job| job.key == Some(unit));
+        let found = state.prefetch.iter().position(|job| job.units.contains(&unit));
         let job = found.and_then(|at| state.prefetch.remove(at));
         state.readers.extend(job);
     }
@@ -88,7 +100,7 @@ impl Queue {
         while let Some(job) = self.next() {
             let run = job.run;
             if catch_unwind(AssertUnwindSafe(|| run(&mut scratch))).is_err() {
-                tracing::error!(unit = ?job.key, "a decode job panicked; its readers were cancelled");
+                tracing::error!(units = ?job.units, "a decode job panicked; its readers were cancelled");
             }
         }
     }
@@ -149,7 +161,7 @@ mod tests {
     use super::*;
 
     fn job(class: Class, unit: UnitIndex, run: impl FnOnce() + Send + 'static) -> Job {
-        Job { key: Some((0, unit)), urgency: Urgency::new(class), run: Box::new(move |_| run()) }
+        Job { units: vec![(0, unit)], ..Job::new(class, move |_| run()) }
     }
 
     fn say(tx: &Sender<u32>, class: Class, unit: UnitIndex) -> Job {

@@ -41,6 +41,17 @@ pub fn zstd_decode(stored: &[u8], plain: &mut [u8]) -> Result<(), CodecError> {
     exact("zstd", got, want)
 }
 
+/// Decodes one or more Zstandard frames that hold exactly `want` bytes. Unlike [`zstd_decode`] it
+/// takes no room before there are bytes to fill it, for lengths that nobody has vouched for.
+pub fn zstd_decode_growing(stored: &[u8], want: u64) -> Result<Vec<u8>, CodecError> {
+    let io = |e: std::io::Error| damaged("zstd")(e.to_string());
+    let mut plain = Vec::new();
+    let reader = zstd::stream::read::Decoder::with_buffer(stored).map_err(io)?;
+    reader.take(want.saturating_add(1)).read_to_end(&mut plain).map_err(io)?;
+    exact("zstd", plain.len(), usize::try_from(want).unwrap_or(usize::MAX))?;
+    Ok(plain)
+}
+
 /// Decodes one gzip member that must fill `plain` exactly and end there.
 pub fn gzip_decode(stored: &[u8], plain: &mut [u8]) -> Result<(), CodecError> {
     let io = |e: std::io::Error| damaged("gzip")(e.to_string());

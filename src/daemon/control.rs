@@ -22,6 +22,7 @@ use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, Unregis
 use super::{Daemon, DaemonError};
 use crate::base::Chain;
 use crate::export::AttachError;
+use crate::reader::MapError;
 
 /// Name of the control socket in the run directory.
 pub const SOCKET: &str = "rafsd.sock";
@@ -140,7 +141,9 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::Relative(_)
         | DaemonError::Attach(AttachError::Name { .. })
         | DaemonError::Bootstrap(_)
+        | DaemonError::Load(_)
         | DaemonError::Tables(_)
+        | DaemonError::Map(MapError::Tables(_))
         | DaemonError::Image(_)
         | DaemonError::Uncheckable { .. }
         | DaemonError::SourceSpec(_)
@@ -148,7 +151,7 @@ fn status(error: &DaemonError) -> StatusCode {
         DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
         DaemonError::Io { .. }
         | DaemonError::Start { .. }
-        | DaemonError::FetchTables { .. }
+        | DaemonError::Map(MapError::Fetch { .. })
         | DaemonError::Store(_)
         | DaemonError::Attach(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }

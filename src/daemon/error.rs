@@ -6,7 +6,8 @@ use crate::blob::TablesError;
 use crate::cache::StoreError;
 use crate::export::AttachError;
 use crate::image::{ImageError, OpenError as ImageOpenError};
-use crate::source::{OpenError, SourceError};
+use crate::reader::{LoadError, MapError};
+use crate::source::OpenError;
 
 /// Why a request could not be carried out.
 #[derive(Debug, thiserror::Error)]
@@ -26,17 +27,15 @@ pub enum DaemonError {
     #[error(transparent)]
     Bootstrap(ImageOpenError),
     #[error(transparent)]
+    Load(LoadError),
+    #[error(transparent)]
     Tables(TablesError),
+    #[error(transparent)]
+    Map(MapError),
     #[error("the image is damaged")]
     Image(#[source] ImageError),
     #[error("{} uses blob {blob} at decoded {decoded}, for which the image names no digest", path.display())]
     Uncheckable { path: PathBuf, blob: BlobId, decoded: ByteRange },
-    #[error("cannot fetch the tables of blob {blob}")]
-    FetchTables {
-        blob: BlobId,
-        #[source]
-        cause: SourceError,
-    },
     #[error(transparent)]
     SourceSpec(OpenError),
     #[error(transparent)]

@@ -5,17 +5,17 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use ring::digest;
 
 use super::api::ImageSpec;
 use super::{DaemonError, reach};
-use crate::base::{BLOCK, BlobId, Class, Digest};
+use crate::base::{BLOCK, BlobId, Digest};
 use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
-use crate::image::{Device, Image, MAX_BOOTSTRAP};
+use crate::image::{Device, Image};
 use crate::net::{ClientOptions, RetryPolicy};
-use crate::source::{self, BlobSource, LocalSource, ReadCtx};
+use crate::reader::{self, maps};
+use crate::source::{self, BlobSource, LocalSource};
 
 /// An image that is ready to be attached to a backend.
 pub(super) struct Prepared {
@@ -35,9 +35,6 @@ impl std::fmt::Debug for Prepared {
     }
 }
 
-/// How long the tables of a blob may take to arrive.
-const TABLES_DEADLINE: Duration = Duration::from_secs(30);
-
 /// Pieces in which a bootstrap is served by the cachefiles backend.
 const BOOTSTRAP_UNIT: usize = 1 << 20;
 
@@ -49,7 +46,9 @@ pub(super) fn prepare(
     saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Prepared, DaemonError> {
-    let (bootstrap, key) = adopt(&spec.bootstrap, &cache.join("bootstraps"))?;
+    let loaded = reader::bootstrap::load(&spec.bootstrap).map_err(DaemonError::Load)?;
+    let (bootstrap, key) = adopt(&loaded.bytes, &cache.join("bootstraps"))?;
+    drop(loaded);
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, &spec.bootstrap)))?;
     let mut options = ClientOptions::default();
     options.extra_ca_pem.extend(spec.ca.clone());
@@ -71,59 +70,31 @@ fn map(
     source: &dyn BlobSource,
     runtime: &tokio::runtime::Handle,
 ) -> Result<UnitMap, DaemonError> {
-    let tables = BlobTables::new(&device.entry).map_err(DaemonError::Tables)?;
-    let with_digests = |map: &UnitMap| tables.with_digests(map, image.chunk_records().iter());
-    if let Some(saved) = saved(&device.blob)
-        && saved.decoded_len() == tables.decoded_len()
-        // Digests that other images named are their business: a false one must not enter here.
-        && let Ok(map) = with_digests(&saved.without_digests())
-    {
-        return Ok(map);
-    }
-    let ctx = ReadCtx { class: Class::OnDemand, deadline: Instant::now() + TABLES_DEADLINE };
-    let fetched = runtime.block_on(source.read(&device.blob, tables.stored(), ctx));
-    let stored = fetched.map_err(|cause| DaemonError::FetchTables { blob: device.blob.clone(), cause })?;
-    tables.geometry(&stored).and_then(|map| with_digests(&map)).map_err(DaemonError::Tables)
+    BlobTables::new(&device.entry).and_then(|tables| tables.ensure_servable()).map_err(DaemonError::Tables)?;
+    let saved = saved(&device.blob).and_then(|saved| maps::renew(&saved, device, image));
+    saved.map_or_else(|| maps::map(device, image, source, runtime).map_err(DaemonError::Map), Ok)
 }
 
-/// Copies the bootstrap into the cache under its digest, so that nobody can change it while the
+/// Keeps the bootstrap in the cache under its digest, so that nobody can change it while the
 /// kernel has it mounted, and so that it lies on a file system that EROFS accepts.
-fn adopt(bootstrap: &Path, dir: &Path) -> Result<(PathBuf, Digest), DaemonError> {
-    let read = |cause| DaemonError::Io { path: bootstrap.to_owned(), cause };
+fn adopt(bytes: &[u8], dir: &Path) -> Result<(PathBuf, Digest), DaemonError> {
     let write = |cause| DaemonError::Io { path: dir.to_owned(), cause };
-    // Opening a FIFO must not make the mount wait for a writer for ever.
-    let mut from = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(bootstrap).map_err(read)?;
-    if !from.metadata().map_err(read)?.is_file() {
-        return Err(read(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
+    let mut hasher = digest::Context::new(&digest::SHA256);
+    hasher.update(bytes);
+    let key = finish(hasher);
+    let path = dir.join(key.to_string());
+    // A copy from before is used only if it is still what its name says.
+    if File::open(&path).and_then(sha256_of).is_ok_and(|there| there == key) {
+        return Ok((path, key));
     }
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(write)?;
     let scratch = dir.join(format!(".new-{}-{:?}", std::process::id(), std::thread::current().id()));
     let mut to =
         OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&scratch).map_err(write)?;
     let _remove = RemoveOnDrop(&scratch);
-    let mut hasher = digest::Context::new(&digest::SHA256);
-    let (mut buffer, mut total) = (vec![0; BOOTSTRAP_UNIT], 0u64);
-    loop {
-        let len = from.read(&mut buffer).map_err(read)?;
-        if len == 0 {
-            break;
-        }
-        total += len as u64;
-        if total > MAX_BOOTSTRAP {
-            return Err(read(io::Error::other("it is longer than 2 GiB, so it is no bootstrap")));
-        }
-        hasher.update(&buffer[..len]);
-        to.write_all(&buffer[..len]).map_err(write)?;
-    }
-    let key = finish(hasher);
-    let path = dir.join(key.to_string());
-    // A copy from before is used only if it is still what its name says.
-    let is_there = File::open(&path).and_then(sha256_of).is_ok_and(|there| there == key);
-    if !is_there {
-        to.sync_all().map_err(write)?;
-        fs::rename(&scratch, &path).map_err(write)?;
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(write)?;
-    }
+    to.write_all(bytes).and_then(|()| to.sync_all()).map_err(write)?;
+    fs::rename(&scratch, &path).map_err(write)?;
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(write)?;
     Ok((path, key))
 }
 
@@ -185,6 +156,7 @@ pub(super) fn bootstrap_as_blob(prepared: &Prepared) -> Result<(UnitMap, Arc<dyn
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reader::LoadError;
 
     #[test]
     fn what_is_no_regular_file_is_no_bootstrap_and_leaves_nothing_behind() {
@@ -194,8 +166,11 @@ mod tests {
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
 
         for path in [fifo.as_path(), Path::new("/dev/zero"), dir.path()] {
-            let error = adopt(path, &bootstraps).unwrap_err();
-            assert!(matches!(&error, DaemonError::Io { path: at, .. } if at == path), "{error:?}");
+            let blobs = dir.path().to_str().unwrap().to_owned();
+            let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: false };
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let error = prepare(&spec, dir.path(), &|_| None, runtime.handle()).unwrap_err();
+            assert!(matches!(&error, DaemonError::Load(LoadError::Io { path: at, .. }) if at == path), "{error:?}");
         }
         assert!(!bootstraps.exists() || fs::read_dir(&bootstraps).unwrap().next().is_none());
     }

@@ -10,4 +10,4 @@ pub mod erofs;
 pub mod rafs;
 mod view;
 
-pub use view::{Truncated, array_at, record_at};
+pub use view::{Truncated, array_at, array_at_mut, record_at};

@@ -1,4 +1,4 @@
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// A record or table that does not fit in the bytes it should be in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -32,6 +32,24 @@ where
     let to = from.checked_add(size).ok_or_else(truncated)?;
     let bytes = bytes.get(from..to).ok_or_else(truncated)?;
     <[T]>::ref_from_bytes(bytes).map_err(|_| truncated())
+}
+
+/// The same, for writing.
+pub fn array_at_mut<'a, T>(
+    bytes: &'a mut [u8],
+    at: u64,
+    count: u64,
+    what: &'static str,
+) -> Result<&'a mut [T], Truncated>
+where
+    T: FromBytes + IntoBytes + KnownLayout + Immutable + Unaligned,
+{
+    let truncated = Truncated { what, at, len: bytes.len() as u64 };
+    array_at::<T>(bytes, at, count, what)?;
+    let from = usize::try_from(at).map_err(|_| truncated)?;
+    let count = usize::try_from(count).map_err(|_| truncated)?;
+    let (rows, _) = <[T]>::mut_from_prefix_with_elems(&mut bytes[from..], count).map_err(|_| truncated)?;
+    Ok(rows)
 }
 
 #[cfg(test)]

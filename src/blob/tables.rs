@@ -1,0 +1,519 @@
+//! The tables of a blob: from chunk-info bytes and digests to a [`UnitMap`].
+
+use zerocopy::FromBytes;
+
+use super::batch::Batches;
+use super::entry::{BlobKind, Entry};
+use super::{BlobKey, Check, Recipe, Unit, UnitMap, UnitMapError, zran};
+use crate::base::{BLOCK, BlobId, ByteRange, InvalidBlobId};
+use crate::codec::{self, CodecError};
+use crate::format::blobfile::{BatchContext, ChunkInfoV1, ChunkInfoV2, Header, MAGIC, ZranContext, features};
+use crate::format::rafs::{Algorithm, BlobEntry, ChunkRecord, DigestAlgorithm, chunk_flags};
+
+/// Where a blob keeps its tables, and how to read them: one checked row of the blob table.
+#[derive(Clone, Debug)]
+pub struct BlobTables {
+    entry: Entry,
+}
+
+/// Why the tables of a blob cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TablesError {
+    /// The blob has no usable name.
+    #[error(transparent)]
+    Id(#[from] InvalidBlobId),
+    /// The blob is of a kind this version cannot serve.
+    #[error("blob {blob} is {kind}, which this version cannot serve")]
+    Unsupported { blob: BlobId, kind: &'static str },
+    /// A field of the blob table has an impossible value.
+    #[error("blob {blob}: {field} of the blob table is impossible: {value}")]
+    Field { blob: BlobId, field: &'static str, value: u64 },
+    /// The blob's own tables do not fit what the image says.
+    #[error("blob {blob}: {what}")]
+    Damaged { blob: BlobId, what: &'static str },
+    /// The chunk-info array does not decompress.
+    #[error("blob {blob}: chunk-info array is damaged")]
+    Codec {
+        blob: BlobId,
+        #[source]
+        cause: CodecError,
+    },
+    /// The chunks do not make a map.
+    #[error("blob {blob}: the chunks do not fit together")]
+    Map {
+        blob: BlobId,
+        #[source]
+        cause: UnitMapError,
+    },
+    /// The image and the blob disagree about a chunk.
+    #[error("blob {blob}: image and blob disagree about chunk {chunk}")]
+    Disagree { blob: BlobId, chunk: u32 },
+}
+
+/// The tables as they lie in the file, decrypted, decompressed and cut.
+struct Plain {
+    bytes: Vec<u8>,
+    /// Where the entries end and the contexts begin.
+    entries: usize,
+    /// Where the contexts end and the dictionaries begin.
+    contexts: usize,
+}
+
+impl BlobTables {
+    /// Checks one row of the blob table.
+    pub fn new(entry: &BlobEntry) -> Result<Self, TablesError> {
+        Ok(Self { entry: Entry::new(entry)? })
+    }
+
+    /// The blob these are the tables of.
+    pub fn blob(&self) -> &BlobId {
+        &self.entry.blob
+    }
+
+    /// What kind of blob it is.
+    pub fn kind(&self) -> BlobKind {
+        self.entry.kind
+    }
+
+    /// The file that [`BlobTables::stored`] is a range of. Another one than the blob itself if the
+    /// chunks lie in a foreign file.
+    pub fn home(&self) -> &BlobId {
+        &self.entry.home
+    }
+
+    /// The key of an encrypted blob.
+    pub fn key(&self) -> Option<&BlobKey> {
+        self.entry.key.as_ref()
+    }
+
+    /// Length of the device in bytes, whole blocks.
+    pub fn decoded_len(&self) -> u64 {
+        self.entry.device_len()
+    }
+
+    /// The bytes of the blob file that [`BlobTables::geometry`] wants: the chunk-info array and
+    /// the header behind it. Empty for a tar file, which has no tables.
+    pub fn stored(&self) -> ByteRange {
+        let ci = self.entry.ci_stored;
+        let header = if ci.is_empty() { 0 } else { size_of::<Header>() as u64 };
+        ByteRange::new(ci.start(), ci.end() + header).expect("bounded by Entry::new()")
+    }
+
+    /// Fails if units of this blob cannot be served to a kernel: those of a foreign file, because
+    /// they have no digest or cannot be decoded yet.
+    pub fn ensure_servable(&self) -> Result<(), TablesError> {
+        match self.entry.kind {
+            BlobKind::Native => Ok(()),
+            kind => Err(TablesError::Unsupported { blob: self.entry.blob.clone(), kind: kind.name() }),
+        }
+    }
+
+    /// Makes the unit map from the bytes of [`BlobTables::stored`]. Units get a check only where
+    /// the blob itself carries one (a CRC); [`BlobTables::with_digests`] adds the image's.
+    pub fn geometry(&self, stored: &[u8]) -> Result<UnitMap, TablesError> {
+        let units = match self.entry.kind {
+            BlobKind::Tarfs => self.tar_units(),
+            _ => self.chunk_units(&self.open(stored)?)?,
+        };
+        self.map(units)
+    }
+
+    /// The contexts and dictionaries of a blob of [`BlobKind::Zran`], from the bytes of
+    /// [`BlobTables::stored`]; `None` for any other kind.
+    pub fn zran(&self, stored: &[u8]) -> Result<Option<zran::Contexts>, TablesError> {
+        if self.entry.kind != BlobKind::Zran {
+            return Ok(None);
+        }
+        self.contexts(&self.open(stored)?).map(Some)
+    }
+
+    /// Adds to `map` the digests that the image's chunk table names for this blob. Rows of other
+    /// blobs are passed over.
+    ///
+    /// # Errors
+    /// If a row and the map place the same chunk differently, or two rows promise different bytes.
+    pub fn with_digests<'a>(
+        &self,
+        map: &UnitMap,
+        rows: impl Iterator<Item = &'a ChunkRecord>,
+    ) -> Result<UnitMap, TablesError> {
+        let mut units = map.units().to_vec();
+        let mut named = vec![false; units.len()];
+        let of_tar = self.entry.kind == BlobKind::Tarfs;
+        for row in rows.filter(|row| row.blob_index.get() == self.entry.index && !of_tar) {
+            let chunk = row.index.get();
+            let disagree = || TablesError::Disagree { blob: self.entry.blob.clone(), chunk };
+            // A generated dictionary counts its own chunks and not those of the blob.
+            let number = match self.entry.kind {
+                BlobKind::Dictionary => map.find(row.uncompressed_offset.get()).ok_or_else(disagree)?,
+                _ => chunk,
+            };
+            let unit = units.get_mut(number as usize).ok_or_else(disagree)?;
+            if !self.is_same_place(unit, row) {
+                return Err(disagree());
+            }
+            let check = self.promised(row);
+            if named[number as usize] && check != unit.check {
+                return Err(disagree());
+            }
+            named[number as usize] = true;
+            if check != Check::Unknown {
+                unit.check = check;
+            }
+        }
+        self.map(units)
+    }
+
+    fn map(&self, units: Vec<Unit>) -> Result<UnitMap, TablesError> {
+        let (blob, key) = (self.entry.blob.clone(), self.entry.key.clone());
+        UnitMap::with_key(blob, self.entry.decoded_len, units, key)
+            .map_err(|cause| TablesError::Map { blob: self.entry.blob.clone(), cause })
+    }
+
+    /// Whether a row of the chunk table means the unit with its number.
+    fn is_same_place(&self, unit: &Unit, row: &ChunkRecord) -> bool {
+        let flags = row.flags.get();
+        let is_same_decoded = unit.decoded.start() == row.uncompressed_offset.get()
+            && unit.decoded.len() == u64::from(row.uncompressed_size.get());
+        let is_same_stored = unit.stored.start() == row.compressed_offset.get()
+            && unit.stored.len() == u64::from(row.compressed_size.get());
+        is_same_decoded
+            && match (self.entry.kind, unit.part) {
+                // Positions of an inflater when it met the chunk, no ranges (`blob.md` section 11.1).
+                (BlobKind::Zran, _) => true,
+                // Rows of members name no place, and their flags are those of the chunk before it
+                // became a member (`blob.md` section 11.3).
+                (_, Some(_)) => is_same_stored || row.compressed_offset.get() == 0 && row.compressed_size.get() == 0,
+                (_, None) => {
+                    is_same_stored
+                        && (unit.recipe == Recipe::Plain) == (flags & chunk_flags::COMPRESSED == 0)
+                        && unit.encrypted == (flags & chunk_flags::ENCRYPTED != 0)
+                }
+            }
+    }
+
+    /// What a row promises about the plain bytes: its digest, its CRC where it carries none.
+    fn promised(&self, row: &ChunkRecord) -> Check {
+        if row.digest != [0; 32] {
+            return match self.entry.digest {
+                DigestAlgorithm::Blake3 => Check::Blake3(row.digest),
+                DigestAlgorithm::Sha256 => Check::Sha256(row.digest),
+            };
+        }
+        let has_crc = row.flags.get() & chunk_flags::HAS_CRC32 != 0;
+        if has_crc { Check::Crc32c(row.crc32.get()) } else { Check::Unknown }
+    }
+
+    /// Decrypts, decompresses and cuts the tables.
+    fn open(&self, stored: &[u8]) -> Result<Plain, TablesError> {
+        let entry = &self.entry;
+        if stored.len() as u64 != self.stored().len() || stored.len() < size_of::<Header>() {
+            return Err(entry.damaged("the tables have another length than the image says"));
+        }
+        let (ci, header) = stored.split_at(stored.len() - size_of::<Header>());
+        let (ci, header) = (self.decrypt(ci)?, self.decrypt(header)?);
+        let header = Header::ref_from_bytes(&header).map_err(|_| entry.damaged("the header is cut"))?;
+        self.check_header(header)?;
+        let mut bytes = vec![0; entry.ci_plain_len];
+        let codec = |cause| TablesError::Codec { blob: entry.blob.clone(), cause };
+        match entry.ci_compression {
+            Algorithm::None if ci.len() == bytes.len() => bytes.copy_from_slice(&ci),
+            Algorithm::None => return Err(entry.damaged("the chunk-info array has another length than the image says")),
+            Algorithm::Lz4Block => codec::lz4_block_decode(&ci, &mut bytes).map_err(codec)?,
+            Algorithm::Gzip => codec::gzip_decode(&ci, &mut bytes).map_err(codec)?,
+            Algorithm::Zstd => codec::zstd_decode(&ci, &mut bytes).map_err(codec)?,
+        }
+        let (entries, contexts) = self.cut(header)?;
+        Ok(Plain { bytes, entries, contexts })
+    }
+
+    fn decrypt<'a>(&self, stored: &'a [u8]) -> Result<std::borrow::Cow<'a, [u8]>, TablesError> {
+        let Some(key) = &self.entry.key else { return Ok(stored.into()) };
+        let mut text = stored.to_vec();
+        key.decrypt(&mut text).map_err(|cause| TablesError::Codec { blob: self.entry.blob.clone(), cause })?;
+        Ok(text.into())
+    }
+
+    fn check_header(&self, header: &Header) -> Result<(), TablesError> {
+        let entry = &self.entry;
+        let is_renumbered = entry.kind == BlobKind::Dictionary;
+        let agrees = header.magic.get() == MAGIC
+            && header.magic2.get() == MAGIC
+            && (header.ci_entries.get() == entry.count || is_renumbered)
+            && header.ci_compression.get() == entry.ci_compression.number()
+            && header.ci_offset.get() == entry.ci_stored.start()
+            && header.ci_compressed_size.get() == entry.ci_stored.len()
+            && header.ci_uncompressed_size.get() == entry.ci_plain_len as u64;
+        // The one documented difference is in bits that describe the bootstrap's place.
+        let layout = features::CHUNK_INFO_V2 | features::BATCH | features::ZRAN | features::ENCRYPTED;
+        let same_kind = (header.features.get() ^ entry.features) & layout == 0;
+        if agrees && same_kind { Ok(()) } else { Err(entry.damaged("its header is not the one the image describes")) }
+    }
+
+    /// Where entries and contexts end in the plain array (`blob.md` section 4.1).
+    fn cut(&self, header: &Header) -> Result<(usize, usize), TablesError> {
+        let entry = &self.entry;
+        let wrong = || entry.damaged("the parts of its chunk-info array do not fit together");
+        let entries = (header.ci_entries.get() as usize).checked_mul(entry.entry_size()).ok_or_else(wrong)?;
+        let count = header.ci_zran_count.get() as usize;
+        let (record, has_tail) = match (entry.has(features::BATCH), entry.has(features::ZRAN)) {
+            (_, true) => (size_of::<ZranContext>(), true),
+            (true, false) => (size_of::<BatchContext>(), false),
+            (false, false) => return if entries == entry.ci_plain_len { Ok((entries, entries)) } else { Err(wrong()) },
+        };
+        let contexts = count.checked_mul(record).and_then(|len| entries.checked_add(len)).ok_or_else(wrong)?;
+        let fits = if has_tail { contexts <= entry.ci_plain_len } else { contexts == entry.ci_plain_len };
+        let says = count == 0
+            || header.ci_zran_offset.get() == entries as u64
+                && header.ci_zran_size.get() == (entry.ci_plain_len - entries.min(entry.ci_plain_len)) as u64;
+        if fits && says { Ok((entries, contexts)) } else { Err(wrong()) }
+    }
+
+    fn contexts(&self, plain: &Plain) -> Result<zran::Contexts, TablesError> {
+        let rows = self.rows::<ZranContext>(&plain.bytes[plain.entries..plain.contexts])?;
+        zran::Contexts::new(rows, &plain.bytes[plain.contexts..], self.entry.data_end)
+            .map_err(|what| self.entry.damaged(what))
+    }
+
+    fn rows<'a, T>(&self, bytes: &'a [u8]) -> Result<&'a [T], TablesError>
+    where
+        T: FromBytes + zerocopy::KnownLayout + zerocopy::Immutable + zerocopy::Unaligned,
+    {
+        <[T]>::ref_from_bytes(bytes).map_err(|_| self.entry.damaged("the chunk-info array is ragged"))
+    }
+
+    fn chunk_units(&self, plain: &Plain) -> Result<Vec<Unit>, TablesError> {
+        let entry = &self.entry;
+        let entries = &plain.bytes[..plain.entries];
+        if !entry.has(features::CHUNK_INFO_V2) {
+            return self.rows::<ChunkInfoV1>(entries)?.iter().map(|row| self.short_unit(row)).collect();
+        }
+        let rows = self.rows::<ChunkInfoV2>(entries)?.iter();
+        if entry.has(features::ZRAN) {
+            let contexts = self.contexts(plain)?;
+            return rows.map(|row| self.zran_unit(row, &contexts)).collect();
+        }
+        let mut batches = Batches::new(self.rows::<BatchContext>(&plain.bytes[plain.entries..plain.contexts])?);
+        rows.map(|row| self.long_unit(row, &mut batches)).collect()
+    }
+
+    fn short_unit(&self, row: &ChunkInfoV1) -> Result<Unit, TablesError> {
+        let (decoded_size, stored_size) = (row.uncompressed_size(), row.compressed_size());
+        let stored = ByteRange::at(row.compressed_offset(), stored_size.into());
+        let recipe = self.recipe(decoded_size != stored_size)?;
+        self.unit((row.uncompressed_offset(), decoded_size), stored, recipe)
+    }
+
+    fn long_unit(&self, row: &ChunkInfoV2, batches: &mut Batches<'_>) -> Result<Unit, TablesError> {
+        let entry = &self.entry;
+        let flags = row.flags();
+        let is = |flag| flags & flag != 0;
+        let foreign = is(ChunkInfoV2::ZRAN)
+            || is(ChunkInfoV2::BATCH) && !entry.has(features::BATCH)
+            || is(ChunkInfoV2::ENCRYPTED) && !entry.has(features::ENCRYPTED);
+        if foreign {
+            return Err(entry.damaged("a chunk is of a kind that the blob does not announce"));
+        }
+        let decoded = (row.uncompressed_offset(), row.uncompressed_size());
+        if is(ChunkInfoV2::BATCH) {
+            let member = batches.member(row).map_err(|what| entry.damaged(what))?;
+            // Whether the batch is compressed is not in the flags of its members: only its sizes
+            // tell, and where it is encrypted, the decoder's look at it (`blob.md` section 11.3).
+            let is_compressed = member.stored.len() != u64::from(member.part.whole);
+            let is_plain = !is_compressed || entry.compression == Algorithm::None;
+            let recipe = if is_plain { Recipe::Plain } else { self.recipe(true)? };
+            let encrypted = entry.has(features::ENCRYPTED);
+            let unit = self.unit(decoded, Some(member.stored), recipe)?;
+            return Ok(Unit { part: Some(member.part), encrypted, ..unit });
+        }
+        let stored = ByteRange::at(row.compressed_offset(), row.compressed_size().into());
+        let unit = self.unit(decoded, stored, self.recipe(is(ChunkInfoV2::COMPRESSED))?)?;
+        let check = row.crc32c().map_or(Check::Unknown, Check::Crc32c);
+        Ok(Unit { check, encrypted: is(ChunkInfoV2::ENCRYPTED), ..unit })
+    }
+
+    fn zran_unit(&self, row: &ChunkInfoV2, contexts: &zran::Contexts) -> Result<Unit, TablesError> {
+        if row.flags() & (ChunkInfoV2::ZRAN | ChunkInfoV2::BATCH | ChunkInfoV2::ENCRYPTED) != ChunkInfoV2::ZRAN {
+            return Err(self.entry.damaged("a chunk is of a kind that the blob does not announce"));
+        }
+        // Where the inflater was: of no use, but a sign of damage if it is outside.
+        if row.compressed_offset() + u64::from(row.compressed_size()) > self.entry.data_end {
+            return Err(self.entry.damaged("a chunk lies outside the blob's data"));
+        }
+        let (stored, part) = contexts.member(row).map_err(|what| self.entry.damaged(what))?;
+        let decoded = (row.uncompressed_offset(), row.uncompressed_size());
+        Ok(Unit { part: Some(part), ..self.unit(decoded, Some(stored), Recipe::GzipWindow)? })
+    }
+
+    /// A tar file in pieces: decoded and stored space are the same, and nothing has a digest
+    /// (`blob.md` section 11.4). Its chunks start within blocks, so they are no units.
+    fn tar_units(&self) -> Vec<Unit> {
+        /// At most 65,536 pieces of even the longest file.
+        const PIECES: u64 = 1 << 16;
+        let len = self.entry.decoded_len.min(self.entry.data_end);
+        let piece = len.div_ceil(PIECES).next_multiple_of(BLOCK).max(1 << 20);
+        let unit = |number| {
+            let range = ByteRange::at(number * piece, piece).expect("bounded by Entry::new()").clamp_end(len);
+            Unit {
+                decoded: range,
+                stored: range,
+                recipe: Recipe::Plain,
+                check: Check::Unknown,
+                part: None,
+                encrypted: false,
+            }
+        };
+        (0..len.div_ceil(piece)).map(unit).collect()
+    }
+
+    fn recipe(&self, compressed: bool) -> Result<Recipe, TablesError> {
+        Ok(match (compressed, self.entry.compression) {
+            (false, _) => Recipe::Plain,
+            (true, Algorithm::Lz4Block) => Recipe::Lz4Block,
+            (true, Algorithm::Gzip) => Recipe::Gzip,
+            (true, Algorithm::Zstd) => Recipe::Zstd,
+            (true, Algorithm::None) => {
+                return Err(self.entry.damaged("a chunk of an uncompressed blob is compressed"));
+            }
+        })
+    }
+
+    fn unit(
+        &self,
+        (decoded_at, decoded_size): (u64, u32),
+        stored: Option<ByteRange>,
+        recipe: Recipe,
+    ) -> Result<Unit, TablesError> {
+        let out_of_range = || self.entry.damaged("a chunk is out of range");
+        let decoded = ByteRange::at(decoded_at, decoded_size.into()).ok_or_else(out_of_range)?;
+        let stored = stored.ok_or_else(out_of_range)?;
+        if stored.end() > self.entry.data_end {
+            return Err(self.entry.damaged("a chunk lies outside the blob's data"));
+        }
+        Ok(Unit { decoded, stored, recipe, check: Check::Unknown, part: None, encrypted: false })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zerocopy::{FromZeros, IntoBytes};
+
+    struct Sample {
+        entry: BlobEntry,
+        stored: Vec<u8>,
+        rows: Vec<ChunkRecord>,
+    }
+
+    /// Two chunks, the first compressed, as the builder lays them out.
+    fn sample() -> Sample {
+        let ci = [ChunkInfoV1::new(0, 5000, 0, 100), ChunkInfoV1::new(8192, 300, 100, 300)];
+        let mut entry = BlobEntry::new_zeroed();
+        entry.id = [b'a'; 64];
+        entry.index = 1.into();
+        entry.chunk_count = 2.into();
+        entry.compression = 3.into();
+        entry.features = (features::ALIGNED | features::CAP_TAR_TOC).into();
+        entry.uncompressed_size = 12288.into();
+        entry.ci_offset = 400.into();
+        entry.ci_compressed_size = 32.into();
+        entry.ci_uncompressed_size = 32.into();
+        let mut header = Header::new_zeroed();
+        header.magic = MAGIC.into();
+        header.magic2 = MAGIC.into();
+        header.ci_entries = 2.into();
+        header.ci_offset = 400.into();
+        header.ci_compressed_size = 32.into();
+        header.ci_uncompressed_size = 32.into();
+        let rows = ci.iter().zip(0u32..).map(|(chunk, index)| {
+            let mut row = ChunkRecord::new_zeroed();
+            row.digest = [7; 32];
+            row.blob_index = 1.into();
+            row.index = index.into();
+            row.flags = u32::from(chunk.compressed_size() != chunk.uncompressed_size()).into();
+            row.compressed_size = chunk.compressed_size().into();
+            row.uncompressed_size = chunk.uncompressed_size().into();
+            row.compressed_offset = chunk.compressed_offset().into();
+            row.uncompressed_offset = chunk.uncompressed_offset().into();
+            row
+        });
+        let rows = rows.collect();
+        Sample { entry, stored: [ci.as_bytes(), header.as_bytes()].concat(), rows }
+    }
+
+    fn map(sample: &Sample) -> Result<UnitMap, TablesError> {
+        let tables = BlobTables::new(&sample.entry)?;
+        tables.with_digests(&tables.geometry(&sample.stored)?, sample.rows.iter())
+    }
+
+    #[test]
+    fn tables_give_each_chunk_its_place_recipe_and_check() {
+        let map = map(&sample()).unwrap();
+
+        assert_eq!(map.decoded_len(), 12288);
+        let units: Vec<_> = map.units().iter().map(|u| (u.decoded.start(), u.stored.start(), u.recipe)).collect();
+        assert_eq!(units, [(0, 0, Recipe::Zstd), (8192, 100, Recipe::Plain)]);
+        assert!(map.units().iter().all(|u| u.check == Check::Blake3([7; 32])));
+    }
+
+    #[test]
+    fn chunks_that_the_image_does_not_name_stay_unverifiable() {
+        let mut sample = sample();
+        sample.rows.pop();
+        assert_eq!(map(&sample).unwrap().units()[1].check, Check::Unknown);
+    }
+
+    #[test]
+    fn two_rows_that_promise_different_bytes_are_refused() {
+        let mut sample = sample();
+        sample.rows.push(ChunkRecord { digest: [8; 32], ..sample.rows[0] });
+        assert!(matches!(map(&sample), Err(TablesError::Disagree { chunk: 0, .. })));
+    }
+
+    #[test]
+    fn any_flipped_bit_gives_an_error_or_the_same_geometry() {
+        let good = map(&sample()).unwrap();
+        let places = |map: &UnitMap| map.units().iter().map(|u| (u.decoded, u.stored, u.recipe)).collect::<Vec<_>>();
+        let (mut refused, mut accepted) = (0, 0);
+        let mut check = |sample: &Sample| match map(sample) {
+            Err(_) => refused += 1,
+            Ok(map) => {
+                accepted += 1;
+                assert_eq!(places(&map), places(&good));
+            }
+        };
+        let bits = |len: usize| (0..len * 8).map(|bit| (bit / 8, 1u8 << (bit % 8)));
+        for (at, flip) in bits(32 + 64) {
+            let mut bad = sample();
+            bad.stored[at] ^= flip;
+            check(&bad);
+        }
+        for (at, flip) in bits(size_of::<ChunkRecord>()) {
+            let mut bad = sample();
+            bad.rows[0].as_mut_bytes()[at] ^= flip;
+            check(&bad);
+        }
+        assert!(refused > 700 && accepted > 100, "{refused} {accepted}");
+    }
+
+    #[test]
+    fn hostile_sizes_are_refused_before_anything_is_allocated() {
+        let refused = |change: fn(&mut BlobEntry)| {
+            let mut sample = sample();
+            change(&mut sample.entry);
+            BlobTables::new(&sample.entry).is_err()
+        };
+        assert!(refused(|e| e.chunk_count = 0.into()));
+        assert!(refused(|e| e.chunk_count = u32::MAX.into()));
+        assert!(refused(|e| e.ci_uncompressed_size = u64::MAX.into()));
+        assert!(refused(|e| e.ci_offset = u64::MAX.into()));
+        assert!(refused(|e| e.uncompressed_size = u64::MAX.into()));
+        assert!(refused(|e| {
+            e.chunk_count = 0xff_ffff.into();
+            e.ci_uncompressed_size = (0xff_ffff * 16).into();
+        }));
+        assert!(refused(|e| e.features = features::ENCRYPTED.into()));
+        assert!(refused(|e| e.features = (features::ENCRYPTED | features::CHUNK_INFO_V2).into()), "no cipher");
+        assert!(refused(|e| e.cipher = 1.into()), "a cipher without encryption");
+    }
+}
