@@ -169,7 +169,8 @@ mod tests {
         let mut second = chunk(1, 13400);
         (second.decoded_offset, second.stored_offset, second.stored_len) = (0x5000, 0x12dc, 2974);
 
-        let (table, plain) = Table::new(&[chunk(0, 16931), second], &[], false);
+        let first = Chunk { stored_len: 0x12dc, ..chunk(0, 16931) };
+        let (table, plain) = Table::new(&[first, second], &[], false);
 
         assert_eq!(plain[16..24], 0x0345_7000_0000_5000u64.to_le_bytes());
         assert_eq!(plain[24..], 0x00b9_d000_0000_12dcu64.to_le_bytes());

@@ -78,8 +78,8 @@ pub struct BuildSpec {
 /// Which files share stored pieces of the blob with their neighbours.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Batching {
-    /// As with [`BuildSpec::DEFAULT_BATCH_SIZE`], or not at all if chunks are smaller than that or
-    /// of 16 MiB.
+    /// As with [`BuildSpec::DEFAULT_BATCH_SIZE`], or with the chunk size if that is less; not at
+    /// all with chunks of 16 MiB.
     #[default]
     Default,
     /// None.
@@ -104,8 +104,10 @@ pub enum Encryption {
 impl BuildSpec {
     /// 1 MiB, the default of the format.
     pub const DEFAULT_CHUNK_SIZE: u64 = 1 << 20;
-    /// DEFAULT_BATCH_COMMENT
-    pub const DEFAULT_BATCH_SIZE: u64 = 1 << 18;
+    /// 512 KiB: the least with which the blobs of /usr/share/perl, /usr/lib/python3.11, /etc and
+    /// /usr/share/zoneinfo were smaller than `tar | gzip -6` (1 to 26 %; with 256 KiB one was 0.6 %
+    /// larger, without batches up to 91 %). A cold read of a small file fetches some 130 KiB then.
+    pub const DEFAULT_BATCH_SIZE: u64 = 512 << 10;
 
     /// The defaults of the command line, with as many threads as there are cores.
     pub fn new(source: Source, out_dir: impl Into<PathBuf>) -> Self {
@@ -139,8 +141,8 @@ impl BuildSpec {
         let size = match self.batching {
             Batching::Off => 0,
             // Entries that know of batches cannot say that such a chunk is stored as it is.
-            Batching::Default if chunk_size == LARGEST_CHUNK || !fits(Self::DEFAULT_BATCH_SIZE) => 0,
-            Batching::Default => Self::DEFAULT_BATCH_SIZE,
+            Batching::Default if chunk_size == LARGEST_CHUNK => 0,
+            Batching::Default => Self::DEFAULT_BATCH_SIZE.min(chunk_size.into()),
             Batching::Size(size) if !fits(size) => return Err(BuildError::BatchSize { size, chunk_size }),
             Batching::Size(size) => size,
         };

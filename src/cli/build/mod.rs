@@ -160,3 +160,38 @@ fn against_gzip(report: &BuildReport) -> String {
         None => String::new(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: BuildArgs,
+    }
+
+    #[test]
+    fn standard_input_is_one_thing_only() {
+        let text = ["rafsd", "-", "-o", "/nonexistent", "--prefetch-files", "-"];
+        let error = run(<Command as clap::Parser>::parse_from(text).args).unwrap_err().to_string();
+        assert!(error.contains("--prefetch-files") && error.contains("standard input"), "{error}");
+    }
+
+    #[test]
+    fn people_learn_how_the_blob_compares_with_its_source_and_where_the_key_is() {
+        let blob = build::BlobReport {
+            id: String::new(),
+            path: "blobs/x".into(),
+            stored_bytes: 3 << 20,
+            decoded_bytes: 0,
+            chunks: 1,
+            batches: 0,
+        };
+        let mut report = BuildReport { blobs: vec![blob], gzip_bytes: Some(2 << 20), ..BuildReport::default() };
+        assert!(summary(&report).contains("grown      by 1.0 MiB over the 2.0 MiB"), "{}", summary(&report));
+        (report.gzip_bytes, report.encrypted) = (Some(4 << 20), true);
+        assert!(summary(&report).contains("saved      1.0 MiB of the 4.0 MiB"));
+        assert!(summary(&report).contains("in the bootstrap, in clear"));
+    }
+}

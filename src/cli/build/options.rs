@@ -20,7 +20,7 @@ pub(super) struct BlobArgs {
     /// chunk size; or off
     ///
     /// Files shorter than half of it are compressed with their neighbours, which makes them much
-    /// smaller, and they are fetched with them. Without the flag pieces have up to 256KiB. The kernel
+    /// smaller, and they are fetched with them. Without the flag pieces have up to 512KiB. The kernel
     /// and nydusd read such images; `nydus-image unpack` does not, and wants off.
     #[arg(long, value_name = "SIZE|off")]
     batch_size: Option<BatchSize>,
@@ -208,4 +208,68 @@ fn refuse_overlaps(flag: &str, ranges: &[IdRange]) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Flags {
+        #[command(flatten)]
+        blob: BlobArgs,
+        #[command(flatten)]
+        prefetch: PrefetchArgs,
+        #[command(flatten)]
+        selection: SelectionArgs,
+    }
+
+    fn flags(text: &str) -> Result<Flags, clap::Error> {
+        Flags::try_parse_from(std::iter::once("rafsd").chain(text.split_whitespace()))
+    }
+
+    fn spec(text: &str) -> BuildSpec {
+        let source = crate::build::Source::Directory("/".into());
+        let mut spec = BuildSpec::new(source, "/out");
+        flags(text).unwrap().blob.apply(&mut spec);
+        spec
+    }
+
+    #[test]
+    fn batch_sizes_are_sizes_or_off() {
+        let batching = ["", "--batch-size off", "--batch-size 64KiB"].map(|text| spec(text).batching);
+        assert_eq!(batching, [Batching::Default, Batching::Off, Batching::Size(65536)]);
+        assert!(flags("--batch-size small").is_err());
+        assert!(spec("").verify && !spec("--no-verify").verify);
+    }
+
+    #[test]
+    fn owners_are_mapped_or_given_or_left_out_but_not_two_of_these() {
+        let selection = |text: &str| flags(text).unwrap().selection.selection();
+        let owners = selection("--uid-map 5:6 --uid-map 7:9:2 --gid-map 1:2").unwrap().owners;
+        let Owners::Mapped { uids, gids } = owners else { panic!("not mapped") };
+        assert_eq!((uids.len(), gids.len()), (2, 1));
+        assert_eq!(selection("--owner 1:2").unwrap().owners, Owners::Fixed { uid: 1, gid: 2 });
+        assert_eq!(selection("--no-owners").unwrap().owners, Owners::Omitted);
+        assert!(flags("--owner 1:2 --no-owners").is_err() && flags("--uid-map 1:2 --owner 1:2").is_err());
+        assert!(flags("--owner 1").is_err() && flags("--exclude !x").is_err());
+        let error = selection("--gid-map 1:5:10 --gid-map 10:0").unwrap_err().to_string();
+        assert_eq!(error, "--gid-map 1:5:10 and 10:0:1 say two things of one id");
+    }
+
+    #[test]
+    fn policy_without_a_list_is_refused_and_decides_what_is_read() {
+        assert!(flags("--prefetch-policy fs").is_err());
+        let dir = tempfile::tempdir().unwrap();
+        let list = dir.path().join("list");
+        std::fs::write(&list, "/a\n/a\n").unwrap();
+        let hints = |policy: &str| {
+            flags(&format!("--prefetch-files {} {policy}", list.display())).unwrap().prefetch.hints().unwrap()
+        };
+        assert!(hints("").table && hints("").ignored() == 1);
+        assert!(!hints("--prefetch-policy blob").table);
+        assert_eq!(hints("--prefetch-policy none").ignored(), 0, "the list is not even read");
+    }
 }
