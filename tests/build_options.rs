@@ -115,7 +115,7 @@ fn parts_of_a_blob_lie_in_the_order_of_the_format() {
     let toc = found[3].1.start..file.len();
     assert_eq!((entry.toc_size.get() as usize, toc.len()), (4 * 128 + 512, 4 * 128 + 512));
     assert_eq!(entry.toc_digest, rafsd::codec::sha256(&file[toc]).0);
-    assert_eq!(entry.ci_offset.get() as usize, found[1].1.start);
+    assert_eq!(entry.ci_offset.get(), found[1].1.start as u64);
     let digests = &file[found[2].1.clone()];
     assert_eq!(digests.len(), usize::try_from(report.blobs[0].chunks).unwrap() * 32);
     let hashed = [&file[..found[2].1.start], &file[found[2].1.end..]].concat();
