@@ -47,9 +47,9 @@ pub(super) struct Joined {
 }
 
 impl Based {
-    /// Loads a base for an image with chunks of `chunk_size` bytes and this digest.
-    pub(super) fn on(base: &Base, chunk_size: u32, digest: DigestAlgorithm) -> Result<Self, BuildError> {
-        let mut stock = Stock::new(Some(Agreed { chunk_size, explicit_ids: true }));
+    /// Loads a base for an image that agrees with it in what `agreed` says, and has this digest.
+    pub(super) fn on(base: &Base, agreed: Agreed, digest: DigestAlgorithm) -> Result<Self, BuildError> {
+        let mut stock = Stock::new(Some(agreed));
         let mut parent = None;
         if let Some(layer) = &base.parent {
             let added = stock.add(&layer.image, None, |_| false).map_err(|cause| layer.error(cause))?;

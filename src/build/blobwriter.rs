@@ -1,26 +1,28 @@
-//! One data blob being written: `DATA CI HDR` (`blob.md` section 2, "v6 plain").
+//! One data blob being written: its chunks, then what stands behind them (`blob.md` section 2).
 //!
 //! The file has a temporary name until its image is complete, so that a failed build leaves
 //! nothing behind under a name somebody could trust. It is created with the first chunk: a tree
-//! without data has no blob.
+//! without data has no blob, unless the bootstrap is to lie in it.
+//!
+//! Chunks are numbered first and appended later, in the same order: a chunk's number and its place
+//! in the device depend on what was decided before it, its place in the file on how well that was
+//! compressed.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use ring::digest;
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::chunk::Chunk;
+use super::blobparts::{Parts, part};
+use super::blobtable::{BatchRow, Table};
+use super::chunk::{Chunk, Packer};
 use super::error::{BuildError, Limit};
-use crate::base::{BLOCK, BlobId, hex};
-use crate::codec::Compressor;
-use crate::format::blobfile::{ChunkInfoV1, Header, MAGIC, features};
+use crate::base::{BLOCK, BlobId};
+use crate::codec::xts::BlobKey;
+use crate::format::blobfile::{Header, features};
 use crate::format::rafs::{Algorithm, BlobEntry, DigestAlgorithm, chunk_flags};
-
-/// What every blob of ours is: block-aligned chunks, sizes meant as version 2.2 means them.
-pub(super) const FEATURES: u32 = features::ALIGNED | features::CAP_TAR_TOC;
 
 /// Most chunks that a reader accepts in one blob.
 const MAX_CHUNKS: u32 = 0xff_ffff - 1;
@@ -28,169 +30,274 @@ const MAX_CHUNKS: u32 = 0xff_ffff - 1;
 const MAX_STORED: u64 = 1 << 40;
 const MAX_DECODED: u64 = (1 << 44) - BLOCK;
 
+/// What a blob is like as a whole.
+#[derive(Clone, Debug)]
+pub(super) struct Shape {
+    pub compression: Algorithm,
+    pub digest: DigestAlgorithm,
+    /// Bytes; a power of two.
+    pub chunk_size: u32,
+    pub key: Option<BlobKey>,
+    /// Whether the file ends with a table of contents.
+    pub toc: bool,
+    /// Whether the bootstrap lies in the file.
+    pub inline_bootstrap: bool,
+}
+
+impl Shape {
+    fn has_tar_headers(&self) -> bool {
+        self.toc || self.inline_bootstrap
+    }
+}
+
 /// Appends chunks to a blob.
 #[derive(Debug)]
 pub(super) struct BlobWriter {
     directory: PathBuf,
-    output: Option<Output>,
-    stored: u64,
+    shape: Shape,
+    parts: Option<Parts>,
     decoded: u64,
     chunks: Vec<Chunk>,
-}
-
-/// A file that is hashed as it grows.
-struct Output {
-    file: BufWriter<File>,
-    name: TemporaryName,
-    hash: digest::Context,
-}
-
-impl std::fmt::Debug for Output {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Output").field("name", &self.name).finish_non_exhaustive()
-    }
+    batches: Vec<BatchRow>,
 }
 
 impl BlobWriter {
     /// A blob that will be made in the existing `directory`.
-    pub(super) fn new(directory: PathBuf) -> Self {
-        Self { directory, output: None, stored: 0, decoded: 0, chunks: Vec::new() }
+    pub(super) fn new(directory: PathBuf, shape: Shape) -> Self {
+        Self { directory, shape, parts: None, decoded: 0, chunks: Vec::new(), batches: Vec::new() }
     }
 
-    /// Appends a chunk as `stored`, and returns its number.
-    pub(super) fn append(&mut self, chunk: Chunk, stored: &[u8]) -> Result<u32, BuildError> {
-        let index = u32::try_from(self.chunks.len()).expect("bounded below");
-        let stored_len = u32::try_from(stored.len()).expect("at most the plain length");
-        let (stored_offset, decoded_offset) = (self.stored, self.decoded);
-        let stored_end = stored_offset + u64::from(stored_len);
+    /// Gives a chunk its number and its place in the device. It must be appended before any that
+    /// is numbered later.
+    pub(super) fn number(&mut self, chunk: Chunk) -> Result<u32, BuildError> {
+        let number = u32::try_from(self.chunks.len()).expect("bounded below");
+        let decoded_offset = self.decoded;
         let decoded_end = (decoded_offset + u64::from(chunk.plain_len)).next_multiple_of(BLOCK);
-        if index >= MAX_CHUNKS {
+        if number >= MAX_CHUNKS {
             return Err(BuildError::Limit(Limit::Chunks));
-        }
-        if stored_end > MAX_STORED {
-            return Err(BuildError::Limit(Limit::Stored));
         }
         if decoded_end > MAX_DECODED {
             return Err(BuildError::Limit(Limit::Decoded));
         }
-        self.write(stored)?;
-        (self.stored, self.decoded) = (stored_end, decoded_end);
-        let flags = if stored_len < chunk.plain_len { chunk_flags::COMPRESSED } else { 0 };
-        self.chunks.push(Chunk { number: index, flags, stored_len, stored_offset, decoded_offset, ..chunk });
-        Ok(index)
+        self.decoded = decoded_end;
+        let flags = if self.shape.key.is_some() { chunk_flags::ENCRYPTED } else { 0 };
+        self.chunks.push(Chunk { number, flags, decoded_offset, ..chunk });
+        Ok(number)
     }
 
-    /// Adds the tables and gives the blob its id. `None` if it has no chunks.
-    pub(super) fn finish(
-        mut self,
-        algorithm: Algorithm,
-        compressor: &mut Compressor,
-    ) -> Result<Option<FinishedBlob>, BuildError> {
-        if self.chunks.is_empty() {
-            return Ok(None);
+    /// Appends chunk `number` as `stored`.
+    pub(super) fn append(&mut self, number: u32, stored: &[u8], is_compressed: bool) -> Result<(), BuildError> {
+        let stored_offset = self.store(stored)?;
+        let chunk = &mut self.chunks[number as usize];
+        chunk.stored_offset = stored_offset;
+        chunk.stored_len = u32::try_from(stored.len()).expect("hardly more than the plain length");
+        if is_compressed {
+            chunk.flags |= chunk_flags::COMPRESSED;
         }
-        let plain: Vec<ChunkInfoV1> = self.chunks.iter().map(chunk_info).collect();
-        let plain = plain.as_bytes();
-        let (stored, ci_algorithm) = match compressor.compress(plain) {
-            Some(packed) => (packed, algorithm),
-            None => (plain, Algorithm::None),
-        };
-        let table = Table {
-            algorithm: ci_algorithm,
-            offset: self.stored,
-            stored_len: stored.len() as u64,
-            plain_len: plain.len() as u64,
-        };
-        let header = table.header(self.chunks.len());
-        self.write(stored)?;
-        self.write(header.as_bytes())?;
-        let stored_bytes = self.stored + table.stored_len + size_of::<Header>() as u64;
-
-        let output = self.output.expect("there are chunks");
-        let path = output.name.path.clone();
-        let synced = output.file.into_inner().map_err(io::IntoInnerError::into_error).and_then(|file| file.sync_all());
-        synced.map_err(|source| BuildError::Write { path, source })?;
-        let id = hex(output.hash.finish().as_ref()).parse().expect("64 hexadecimal digits are a blob id");
-        let (name, decoded_bytes, chunks) = (output.name, self.decoded, self.chunks);
-        Ok(Some(FinishedBlob { id, name, stored_bytes, decoded_bytes, chunks, table }))
+        Ok(())
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<(), BuildError> {
-        if self.output.is_none() {
-            let (file, name) = TemporaryName::create(&self.directory)?;
-            self.output = Some(Output {
-                file: BufWriter::with_capacity(1 << 17, file),
-                name,
-                hash: digest::Context::new(&digest::SHA256),
-            });
+    /// Appends the chunks from `first` on as one piece, which stands for `whole` plain bytes.
+    /// Their records say nothing of the place (`blob.md` section 11.3).
+    pub(super) fn append_batch(
+        &mut self,
+        first: u32,
+        members: u32,
+        stored: &[u8],
+        whole: usize,
+    ) -> Result<(), BuildError> {
+        let stored_offset = self.store(stored)?;
+        let len = |len: usize| u32::try_from(len).expect("at most 16 MiB and a little");
+        self.batches.push(BatchRow { first, members, stored_offset, stored_len: len(stored.len()), whole: len(whole) });
+        Ok(())
+    }
+
+    fn store(&mut self, stored: &[u8]) -> Result<u64, BuildError> {
+        let parts = match &mut self.parts {
+            Some(parts) => parts,
+            none => none.insert(Parts::create(&self.directory)?),
+        };
+        let at = parts.len();
+        if at + stored.len() as u64 > MAX_STORED {
+            return Err(BuildError::Limit(Limit::Stored));
         }
-        let output = self.output.as_mut().expect("opened above");
-        output.hash.update(bytes);
-        output.file.write_all(bytes).map_err(|source| BuildError::Write { path: output.name.path.clone(), source })
+        parts.write(stored)?;
+        Ok(at)
+    }
+
+    /// Adds the tables. `None` if there would be nothing in the file.
+    pub(super) fn seal(mut self, packer: &mut Packer) -> Result<Option<SealedBlob>, BuildError> {
+        let parts = match self.parts.take() {
+            Some(parts) => parts,
+            None if self.shape.inline_bootstrap => Parts::create(&self.directory)?,
+            None => return Ok(None),
+        };
+        self.dissolve_batches();
+        let mut features = features::CAP_TAR_TOC;
+        if self.shape.inline_bootstrap {
+            features |= features::INLINED_FS_META;
+        }
+        if self.shape.toc {
+            features |= features::HAS_TOC;
+        }
+        if self.shape.has_tar_headers() {
+            features |= features::HAS_TAR_HEADER;
+        }
+        let Self { shape, decoded, chunks, batches, .. } = self;
+        let mut sealed = SealedBlob { shape, parts, features, decoded_bytes: decoded, chunks, batches, table: None };
+        if !sealed.chunks.is_empty() {
+            sealed.add_tables(packer)?;
+        }
+        Ok(Some(sealed))
+    }
+
+    /// Where no batch has two members, their bytes are those of ordinary chunks, and so they are
+    /// called: any reader understands those.
+    fn dissolve_batches(&mut self) {
+        let chunks = &self.chunks;
+        let is_chunk = |row: &BatchRow| row.members == 1 && row.whole == chunks[row.first as usize].plain_len;
+        if !self.batches.iter().all(is_chunk) {
+            return;
+        }
+        for row in self.batches.drain(..) {
+            let chunk = &mut self.chunks[row.first as usize];
+            (chunk.stored_offset, chunk.stored_len) = (row.stored_offset, row.stored_len);
+            if row.stored_len != row.whole {
+                chunk.flags |= chunk_flags::COMPRESSED;
+            }
+        }
     }
 }
 
-fn chunk_info(chunk: &Chunk) -> ChunkInfoV1 {
-    ChunkInfoV1::new(chunk.decoded_offset, chunk.plain_len, chunk.stored_offset, chunk.stored_len)
+/// A blob whose chunks and tables are written.
+#[derive(Debug)]
+pub(super) struct SealedBlob {
+    shape: Shape,
+    parts: Parts,
+    features: u32,
+    /// Length of the device, whole blocks.
+    pub decoded_bytes: u64,
+    /// In the order of their numbers.
+    pub chunks: Vec<Chunk>,
+    batches: Vec<BatchRow>,
+    /// Missing if there are no chunks.
+    table: Option<Table>,
 }
 
-/// Where the chunk-info array of a blob lies.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Table {
-    pub algorithm: Algorithm,
-    /// Bytes from the start of the blob file.
-    pub offset: u64,
-    pub stored_len: u64,
-    pub plain_len: u64,
-}
+/// What stands for the id of a blob in a bootstrap that lies in it.
+const UNKNOWN_ID: [u8; BlobId::MAX_LEN] = [b'x'; BlobId::MAX_LEN];
 
-impl Table {
-    fn header(&self, entries: usize) -> Header {
-        let mut header = Header::new_zeroed();
-        header.magic = MAGIC.into();
-        header.features = FEATURES.into();
-        header.ci_compression = self.algorithm.number().into();
-        header.ci_entries = u32::try_from(entries).expect("bounded by append").into();
-        header.ci_offset = self.offset.into();
-        header.ci_compressed_size = self.stored_len.into();
-        header.ci_uncompressed_size = self.plain_len.into();
-        header.magic2 = MAGIC.into();
-        header
+impl SealedBlob {
+    fn add_tables(&mut self, packer: &mut Packer) -> Result<(), BuildError> {
+        self.features |= features::ALIGNED;
+        if !self.batches.is_empty() {
+            self.features |= features::CHUNK_INFO_V2 | features::BATCH;
+        }
+        if self.shape.key.is_some() {
+            self.features |= features::CHUNK_INFO_V2 | features::ENCRYPTED;
+        }
+        if self.shape.toc {
+            self.features |= features::INLINED_CHUNK_DIGEST;
+        }
+        let framed = self.shape.has_tar_headers();
+        if framed {
+            self.parts.end_data(self.decoded_bytes)?;
+        }
+        let long = self.features & features::CHUNK_INFO_V2 != 0;
+        let (table, plain) = Table::new(&self.chunks, &self.batches, long);
+        let (stored, is_compressed) = packer.table(&plain);
+        let algorithm = if is_compressed { self.shape.compression } else { Algorithm::None };
+        let table = table.placed(algorithm, self.parts.len(), stored.len());
+        let header = table.header(self.features);
+        self.parts.write_part(part::CHUNK_INFO, &stored, &plain, algorithm)?;
+        self.parts.write_part(part::HEADER, &packer.bare(header.as_bytes()), header.as_bytes(), Algorithm::None)?;
+        if framed {
+            self.parts.end_part(part::CHUNK_INFO, table.stored_len + size_of::<Header>() as u64)?;
+        }
+        if self.shape.toc {
+            let digests: Vec<u8> = self.chunks.iter().flat_map(|chunk| chunk.digest.0).collect();
+            self.parts.write_digests(&digests)?;
+            self.parts.end_part(part::DIGESTS, digests.len() as u64)?;
+        }
+        self.table = Some(table);
+        Ok(())
+    }
+
+    /// The blob's row of the blob table, but for its index, as a bootstrap in the blob has it.
+    /// `None` if the blob has no chunks: such a blob is in no table.
+    pub(super) fn entry(&self) -> Option<BlobEntry> {
+        let table = self.table.as_ref()?;
+        let mut entry = BlobEntry::new_zeroed();
+        entry.id = UNKNOWN_ID;
+        entry.chunk_size = self.shape.chunk_size.into();
+        entry.chunk_count = u32::try_from(self.chunks.len()).expect("24 bits").into();
+        entry.compression = self.shape.compression.number().into();
+        entry.digest = self.shape.digest.number().into();
+        entry.features = self.features.into();
+        entry.compressed_size = self.parts.len().into();
+        entry.uncompressed_size = self.decoded_bytes.into();
+        entry.ci_compression = table.algorithm.number().into();
+        entry.ci_offset = table.offset.into();
+        entry.ci_compressed_size = table.stored_len.into();
+        entry.ci_uncompressed_size = table.plain_len.into();
+        if let Some(key) = &self.shape.key {
+            let (low, high) = key.iv().split_at(8);
+            let half = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("half of 16 bytes"));
+            entry.meta_digest = *key.key();
+            entry.meta_size = half(low).into();
+            entry.cipher_iv = half(high).into();
+            entry.cipher = CIPHER_AES_128_XTS.into();
+        }
+        Some(entry)
+    }
+
+    /// Adds the bootstrap, if it lies in the blob, and the table of contents, and gives the blob
+    /// its id.
+    pub(super) fn finish(mut self, bootstrap: Option<&[u8]>) -> Result<FinishedBlob, BuildError> {
+        let mut entry = self.entry();
+        if let Some(bytes) = bootstrap {
+            self.parts.write_bootstrap(bytes, self.shape.toc)?;
+        }
+        let toc = if self.shape.toc { Some(self.parts.write_toc()?) } else { None };
+        let batches = self.batches.len() as u64;
+        let (file, name, stored_bytes, id) = self.parts.finish()?;
+        if let Some(entry) = &mut entry {
+            entry.id = id.to_padded();
+            // A bootstrap in the blob cannot know what stands behind it.
+            if let (None, Some(toc)) = (bootstrap, toc) {
+                entry.toc_size = toc.size.into();
+                entry.toc_digest = toc.digest;
+            }
+            if bootstrap.is_none() {
+                entry.compressed_size = stored_bytes.into();
+            }
+        }
+        let (chunks, decoded_bytes) = (self.chunks, self.decoded_bytes);
+        Ok(FinishedBlob { id, file, name, stored_bytes, decoded_bytes, chunks, batches, entry })
     }
 }
+
+/// The cipher as numbered in blob tables.
+const CIPHER_AES_128_XTS: u32 = 1;
 
 /// A complete, synced blob under a temporary name.
 #[derive(Debug)]
 pub(super) struct FinishedBlob {
     pub id: BlobId,
+    /// Open for reading.
+    pub file: File,
     name: TemporaryName,
     /// Length of the file.
     pub stored_bytes: u64,
     /// Length of the device, whole blocks.
     pub decoded_bytes: u64,
     pub chunks: Vec<Chunk>,
-    pub table: Table,
+    pub batches: u64,
+    /// The blob's row of a blob table, but for its index; missing if it has no chunks.
+    pub entry: Option<BlobEntry>,
 }
 
 impl FinishedBlob {
-    /// The blob's row of a blob table, but for its index.
-    pub(super) fn entry(&self, algorithm: Algorithm, digest: DigestAlgorithm, chunk_size: u32) -> BlobEntry {
-        let mut entry = BlobEntry::new_zeroed();
-        entry.id = self.id.to_padded();
-        entry.chunk_size = chunk_size.into();
-        entry.chunk_count = u32::try_from(self.chunks.len()).expect("24 bits").into();
-        entry.compression = algorithm.number().into();
-        entry.digest = digest.number().into();
-        entry.features = FEATURES.into();
-        entry.compressed_size = self.stored_bytes.into();
-        entry.uncompressed_size = self.decoded_bytes.into();
-        entry.ci_compression = self.table.algorithm.number().into();
-        entry.ci_offset = self.table.offset.into();
-        entry.ci_compressed_size = self.table.stored_len.into();
-        entry.ci_uncompressed_size = self.table.plain_len.into();
-        entry
-    }
-
     /// Where the file lies until it is published.
     pub(super) fn temporary_path(&self) -> &Path {
         &self.name.path
@@ -215,7 +322,7 @@ impl TemporaryName {
         let mut attempt = 0u32;
         loop {
             let path = directory.join(format!(".building-{}-{attempt}", std::process::id()));
-            match File::create_new(&path) {
+            match File::options().read(true).write(true).create_new(true).open(&path) {
                 Ok(file) => return Ok((file, Self { path, lasting: false })),
                 // Left by a process that was killed, or in use by another thread.
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => attempt += 1,

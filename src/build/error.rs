@@ -23,6 +23,12 @@ pub enum BuildError {
     OutputInSource { out: PathBuf, source_dir: PathBuf },
     #[error("chunk size {0} is not a power of two between 4 KiB and 16 MiB")]
     ChunkSize(u64),
+    #[error("batch size {size} is not a power of two between 4 KiB and the chunk size of {chunk_size} bytes")]
+    BatchSize { size: u64, chunk_size: u32 },
+    #[error("chunks of 16 MiB can be neither batched nor encrypted; use a smaller --chunk-size")]
+    LongEntries,
+    #[error("the system has no random bytes for a key")]
+    Random,
     #[error("cannot set up the compressor")]
     Compressor(#[source] io::Error),
     /// An image that was to become part of this one. Boxed to keep results small.
@@ -57,6 +63,9 @@ pub enum BuildError {
     Recheck(#[source] RecheckError),
     #[error("too big for one image: {0}")]
     Limit(Limit),
+    /// What was written is not what was meant: nothing is published.
+    #[error("the image was written, and is not sound")]
+    Verify(#[from] super::verify::VerifyError),
     /// The two passes over the metadata disagree: a fault of the builder, never of the input.
     #[error("metadata was laid out at byte {at} and written elsewhere; please report this")]
     Layout { at: u64 },

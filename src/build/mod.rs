@@ -2,13 +2,15 @@
 //!
 //! An input (`input`) walks the source once. It puts entries into the `tree` and file content
 //! into the `chunk` pipeline, whose far end is the `blobwriter`. Then `layout` gives every
-//! node a place and `emit` writes the bootstrap. Nothing here reads the clock, asks for the
-//! order of a directory or depends on the number of threads: the same source gives the same
-//! bytes. Nothing here prints; who wants to watch passes a [`Progress`].
+//! node a place and `emit` writes the bootstrap. At last `verify` reads it all again. Nothing here
+//! reads the clock, asks for the order of a directory or depends on the number of threads: the
+//! same source gives the same bytes. Nothing here prints; who wants to watch passes a [`Progress`].
 //!
 //! Memory grows with the number of entries and chunks, not with the size of files.
 
 mod base;
+mod blobparts;
+mod blobtable;
 mod blobwriter;
 mod chunk;
 mod chunkdict;
@@ -21,18 +23,21 @@ mod load;
 mod merge;
 mod optimize;
 mod overlay;
+mod pattern;
+mod prefetch;
 mod recheck;
+mod report;
 mod rewrite;
+mod selection;
+mod spec;
 mod stockblobs;
 mod tree;
+mod verify;
 mod xattr;
 
 use std::fs;
-use std::io::{self, Read, Write};
-use std::num::NonZeroUsize;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-
-use serde::Serialize;
 
 pub use base::Base;
 pub use chunk::{Compression, InvalidCompression};
@@ -43,220 +48,250 @@ pub use load::{Layer, LoadError};
 pub use merge::{BlobFacts, MergeReport, MergeSpec, merge};
 pub use optimize::{HotPath, OptimizeReport, OptimizeSpec, Remark, StillNeeded, optimize};
 pub use overlay::Whiteouts;
+pub use pattern::{InvalidPattern, Pattern};
+pub use prefetch::{MAX_HINTS, PrefetchHints};
 pub use recheck::RecheckError;
+pub use report::{BlobReport, BuildReport};
 pub use rewrite::{ChunkBytes, ChunkPlace, ChunkSource, Existing};
+pub use selection::{IdRange, InvalidIdRange, Owners, Selection};
+pub use spec::{Batching, BuildSpec, Encryption, Progress, Source};
 pub use stockblobs::Contradiction;
+pub use verify::VerifyError;
 
-use crate::format::rafs::DigestAlgorithm;
+use crate::base::BlobId;
+use crate::format::erofs::DeviceSlot;
+use crate::format::rafs::{BlobEntry, DEVICE_TABLE_OFFSET};
 use base::{Based, Joined};
-use blobwriter::{BlobWriter, TemporaryName};
-use chunk::Settings;
+use blobwriter::{BlobWriter, FinishedBlob, SealedBlob, Shape, TemporaryName};
+use chunk::{Packer, Settings, Stored};
 use emit::{Bootstrap, Facts};
-use tree::{Kind, Tree};
-
-/// What an image is made from.
-pub enum Source {
-    /// A directory with everything below it.
-    Directory(PathBuf),
-    /// A tar archive, plain or gzip; which one is found out from its first bytes.
-    Archive {
-        /// Named in errors only.
-        name: PathBuf,
-        stream: Box<dyn Read>,
-    },
-}
-
-impl std::fmt::Debug for Source {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Directory(path) => f.debug_tuple("Directory").field(path).finish(),
-            Self::Archive { name, .. } => f.debug_struct("Archive").field("name", name).finish_non_exhaustive(),
-        }
-    }
-}
-
-impl Source {
-    /// What to call it in messages.
-    fn name(&self) -> &Path {
-        match self {
-            Self::Directory(path) | Self::Archive { name: path, .. } => path,
-        }
-    }
-
-    /// The directory or archive at `path`.
-    pub fn open(path: &Path) -> Result<Self, BuildError> {
-        let read = |source| BuildError::Read { path: path.to_owned(), source };
-        let meta = fs::metadata(path).map_err(read)?;
-        if meta.is_dir() {
-            return Ok(Self::Directory(path.to_owned()));
-        }
-        if !meta.is_file() {
-            let what = "neither a directory nor a regular file; an archive from elsewhere goes through standard input";
-            return Err(read(io::Error::new(io::ErrorKind::InvalidInput, what)));
-        }
-        let stream = Box::new(fs::File::open(path).map_err(read)?);
-        Ok(Self::Archive { name: path.to_owned(), stream })
-    }
-}
-
-/// What to build, and how.
-#[derive(Debug)]
-pub struct BuildSpec {
-    pub source: Source,
-    /// Made if it is not there. Gets `bootstrap` and `blobs/`.
-    pub out_dir: PathBuf,
-    pub compression: Compression,
-    pub digest: DigestAlgorithm,
-    /// Bytes: a power of two between 4 KiB and 16 MiB.
-    pub chunk_size: u64,
-    /// Threads that compress. One more reads and one writes. The image does not depend on it.
-    pub threads: NonZeroUsize,
-    pub base: Base,
-}
-
-impl BuildSpec {
-    /// 1 MiB, the default of the format.
-    pub const DEFAULT_CHUNK_SIZE: u64 = 1 << 20;
-}
-
-/// Somebody who watches a build. Called from the thread that called [`build`].
-pub trait Progress {
-    /// Whether [`Progress::total`] is worth a walk through the source before the build.
-    fn wants_total(&self) -> bool {
-        false
-    }
-
-    /// How much there is to do; called at most once, before anything advances.
-    fn total(&self, _entries: u64, _bytes: u64) {}
-
-    /// So many entries and bytes of content have been read since the last call.
-    fn advance(&self, _entries: u64, _bytes: u64) {}
-}
-
-/// Nobody watches.
-impl Progress for () {}
-
-/// What was made. The same for every build of the same source.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct BuildReport {
-    /// Path of the bootstrap.
-    pub bootstrap: String,
-    /// Length of the bootstrap.
-    pub bootstrap_bytes: u64,
-    /// At most one; none if no file has content that is not stored already.
-    pub blobs: Vec<BlobReport>,
-    /// Ids of blobs of the parent and of the dictionary that the image names.
-    pub base_blobs: Vec<String>,
-    pub directories: u64,
-    /// Regular files by content: a file with several names counts once.
-    pub files: u64,
-    pub symlinks: u64,
-    /// Devices, FIFOs and sockets.
-    pub specials: u64,
-    /// Names beyond the first of their files.
-    pub hard_links: u64,
-    /// Bytes of all regular files, each counted once.
-    pub source_bytes: u64,
-    /// Of these, bytes whose chunk was stored already.
-    pub deduplicated_bytes: u64,
-    /// Of these, bytes in holes of sparse files, which were not even read.
-    pub hole_bytes: u64,
-    /// Xattrs left out because the format has no place for their namespace.
-    pub skipped_xattrs: u64,
-}
-
-/// One blob of a [`BuildReport`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct BlobReport {
-    /// SHA-256 of the file.
-    pub id: String,
-    /// Path of the file.
-    pub path: String,
-    /// Length of the file.
-    pub stored_bytes: u64,
-    /// Length of the device it expands to.
-    pub decoded_bytes: u64,
-    pub chunks: u64,
-}
+use layout::Layout;
+use load::Agreed;
+use tree::{NodeId, Tree};
+use verify::Expected;
 
 /// Builds an image. What had the same names in the output directory is replaced, and only when
-/// the image is complete and on disk; a failed build leaves nothing behind but empty directories.
+/// the image is complete, checked and on disk; a failed build leaves nothing behind but empty
+/// directories.
 ///
 /// # Errors
 /// A [`BuildError`] that names the entry or file at fault.
 pub fn build(spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport, BuildError> {
-    let chunk_size = u32::try_from(spec.chunk_size)
-        .ok()
-        .filter(|size| size.is_power_of_two() && (1 << 12..=1 << 24).contains(size))
-        .ok_or(BuildError::ChunkSize(spec.chunk_size))?;
-    let settings = Settings { compression: spec.compression, digest: spec.digest, chunk_size, workers: spec.threads };
-    let source_name = spec.source.name().to_owned();
+    let (settings, shape) = settings(&spec)?;
     let blobs = spec.out_dir.join("blobs");
     fs::create_dir_all(&blobs).map_err(|source| BuildError::Write { path: blobs.clone(), source })?;
     refuse_output_in_source(&spec)?;
 
-    let based = Based::on(&spec.base, chunk_size, spec.digest)?;
-    let blob = BlobWriter::new(blobs.clone());
+    let explicit_ids = spec.selection.owners != Owners::Omitted;
+    let based = Based::on(&spec.base, Agreed { chunk_size: shape.chunk_size, explicit_ids }, shape.digest)?;
     let known = based.stock.known(spec.digest);
-    let (read, stored) = chunk::run(settings, &known, blob, progress, |cutter| match spec.source {
-        Source::Directory(path) => input::directory(&path, cutter, progress),
-        Source::Archive { name, stream } => input::archive(&name, stream, cutter, progress),
+    let source_name = spec.source.name().to_owned();
+    let blob = BlobWriter::new(blobs.clone(), shape.clone());
+    let (selection, hints) = (&spec.selection, &spec.prefetch);
+    let (read, stored) = chunk::run(&settings, &known, blob, progress, |cutter| match spec.source {
+        Source::Directory(path) => input::directory(&path, selection, hints, cutter, progress),
+        Source::Archive { name, stream } => input::archive(&name, stream, selection, cutter, progress),
     })?;
     drop(known);
-    let mut report = count(&read.tree);
+    let mut report = report::count(&read.tree);
     report.deduplicated_bytes = stored.deduplicated_bytes;
     report.hole_bytes = read.hole_bytes;
     report.skipped_xattrs = read.skipped_xattrs;
+    report.gzip_bytes = read.gzip_bytes;
 
-    let mut compressor = spec.compression.compressor().map_err(BuildError::Compressor)?;
-    let mut blob = stored.blob.finish(spec.compression.algorithm(), &mut compressor)?;
-    let entry = blob.as_ref().map(|blob| blob.entry(spec.compression.algorithm(), spec.digest, chunk_size));
-    let new = entry.as_ref().zip(blob.as_ref().map(|blob| blob.chunks.as_slice()));
-    let Joined { tree, chunks, rows, prefetch } =
-        based.join(read.tree, spec.base.whiteouts, new, &stored.chunk_of_cut, source_name)?;
-    let layout = layout::layout(&tree, chunk_size)?;
-    let bootstrap = Bootstrap {
-        tree: &tree,
-        layout: &layout,
-        blobs: &rows,
-        chunks: &chunks,
-        chunk_of_cut: &stored.chunk_of_cut,
-        prefetch: &prefetch,
-        facts: Facts {
-            compression: spec.compression.algorithm(),
-            digest: spec.digest,
-            chunk_size,
-            explicit_ids: true,
-            claim_xattrs: false,
-        },
+    let Stored { blob, mut packer, chunk_of_cut, .. } = stored;
+    let writing = Writing {
+        shape: &shape,
+        chunk_of_cut: &chunk_of_cut,
+        hints: &spec.prefetch,
+        whiteouts: spec.base.whiteouts,
+        explicit_ids,
+        source: source_name,
     };
-    let bytes = bootstrap.bytes()?;
-
-    report.bootstrap = spec.out_dir.join("bootstrap").display().to_string();
-    report.bootstrap_bytes = bytes.len() as u64;
-    report.blobs.extend(blob.as_ref().map(|blob| BlobReport {
-        id: blob.id.to_string(),
-        path: blobs.join(blob.id.as_str()).display().to_string(),
-        stored_bytes: blob.stored_bytes,
-        decoded_bytes: blob.decoded_bytes,
-        chunks: blob.chunks.len() as u64,
-    }));
-    let before = rows.iter().filter(|row| entry.is_none_or(|entry| entry.id != row.id));
-    report.base_blobs = before.map(stockblobs::id_text).collect();
-    publish(&spec.out_dir, blob.as_mut(), &bytes)?;
+    let mut made = writing.write(based, read.tree, blob, &mut packer)?;
+    if spec.verify {
+        progress.verifying(made.blob.as_ref().map(FinishedBlob::temporary_path));
+        verify::image(made.readable_bootstrap(), &writing.expected(&made.image), made.blob.as_ref(), spec.threads)?;
+    }
+    report.encrypted = shape.key.is_some() && made.blob.is_some();
+    report.prefetch_entries = if made.image.rows.is_empty() { 0 } else { made.image.prefetch.len() as u64 };
+    report.verified = spec.verify;
+    made.describe(&spec.out_dir, &blobs, &mut report);
+    made.publish(&spec.out_dir)?;
     Ok(report)
 }
 
-/// Writes the bootstrap and gives both files their names, the blob first: a bootstrap under its
-/// own name always finds its blob.
-fn publish(out_dir: &Path, blob: Option<&mut blobwriter::FinishedBlob>, bootstrap: &[u8]) -> Result<(), BuildError> {
-    let (mut file, mut name) = TemporaryName::create(out_dir)?;
-    let written = file.write_all(bootstrap).and_then(|()| file.sync_all());
-    written.map_err(|source| BuildError::Write { path: name.path.clone(), source })?;
-    if let Some(blob) = blob {
-        blob.publish()?;
+/// What the stages of a build are told, if it is possible at all.
+fn settings(spec: &BuildSpec) -> Result<(Settings, Shape), BuildError> {
+    let chunk_size = spec.checked_chunk_size()?;
+    let key = spec.encryption.key()?;
+    let shape = Shape {
+        compression: spec.compression.algorithm(),
+        digest: spec.digest,
+        chunk_size,
+        key: key.clone(),
+        toc: spec.blob_toc,
+        inline_bootstrap: spec.inline_bootstrap,
+    };
+    let settings = Settings {
+        compression: spec.compression,
+        digest: spec.digest,
+        chunk_size,
+        batch_size: spec.checked_batch_size(chunk_size)?,
+        key,
+        workers: spec.threads,
+    };
+    Ok((settings, shape))
+}
+
+/// What a bootstrap is written from when the source has been read.
+struct Writing<'a> {
+    shape: &'a Shape,
+    chunk_of_cut: &'a [u32],
+    hints: &'a PrefetchHints,
+    /// How the source removes what the parent has.
+    whiteouts: Whiteouts,
+    explicit_ids: bool,
+    /// For errors.
+    source: PathBuf,
+}
+
+impl Writing<'_> {
+    /// Completes the blob and writes the bootstrap. One that lies in the blob is written first and
+    /// does not know the blob's id, which depends on it.
+    fn write(&self, based: Based, read: Tree, blob: BlobWriter, packer: &mut Packer) -> Result<Made, BuildError> {
+        let Some(sealed) = blob.seal(packer)? else {
+            return Ok(Made { image: self.image(based, read, None)?, blob: None, inline: false });
+        };
+        if self.shape.inline_bootstrap {
+            let entry = sealed.entry();
+            let image = self.image(based, read, entry.as_ref().map(|entry| (entry, sealed.chunks.as_slice())))?;
+            let blob = SealedBlob::finish(sealed, Some(&image.bootstrap))?;
+            return Ok(Made { image, blob: Some(blob), inline: true });
+        }
+        let blob = sealed.finish(None)?;
+        let new = blob.entry.as_ref().map(|entry| (entry, blob.chunks.as_slice()));
+        Ok(Made { image: self.image(based, read, new)?, blob: Some(blob), inline: false })
     }
-    name.rename("bootstrap")
+
+    fn image(
+        &self,
+        based: Based,
+        read: Tree,
+        new: Option<(&BlobEntry, &[chunk::Chunk])>,
+    ) -> Result<Imaged, BuildError> {
+        let joined = based.join(read, self.whiteouts, new, self.chunk_of_cut, self.source.clone())?;
+        let Joined { tree, chunks, rows, prefetch } = joined;
+        let prefetch = if self.hints.is_empty() { prefetch } else { self.hints.listed(&tree) };
+        let layout = layout::layout(&tree, self.shape.chunk_size)?;
+        let bootstrap = Bootstrap {
+            tree: &tree,
+            layout: &layout,
+            blobs: &rows,
+            chunks: &chunks,
+            chunk_of_cut: self.chunk_of_cut,
+            prefetch: &prefetch,
+            facts: Facts {
+                compression: self.shape.compression,
+                digest: self.shape.digest,
+                chunk_size: self.shape.chunk_size,
+                explicit_ids: self.explicit_ids,
+                claim_xattrs: false,
+            },
+        };
+        let bootstrap = bootstrap.bytes()?;
+        Ok(Imaged { bootstrap, tree, layout, chunks, rows, prefetch })
+    }
+
+    fn expected<'e>(&'e self, image: &'e Imaged) -> Expected<'e> {
+        Expected {
+            tree: &image.tree,
+            layout: &image.layout,
+            chunks: &image.chunks,
+            chunk_of_cut: self.chunk_of_cut,
+            digest: self.shape.digest,
+        }
+    }
+}
+
+/// A bootstrap and what it was written from.
+struct Imaged {
+    bootstrap: Vec<u8>,
+    tree: Tree,
+    layout: Layout,
+    chunks: Vec<chunk::Chunk>,
+    rows: Vec<BlobEntry>,
+    prefetch: Vec<NodeId>,
+}
+
+/// An image that nobody knows of yet.
+struct Made {
+    image: Imaged,
+    blob: Option<FinishedBlob>,
+    /// Whether the bootstrap lies in the blob.
+    inline: bool,
+}
+
+impl Made {
+    /// The bootstrap as readers see it: one out of a blob gets the blob's id from the name of the
+    /// file (`blob.md` section 8).
+    fn readable_bootstrap(&self) -> Vec<u8> {
+        let mut bytes = self.image.bootstrap.clone();
+        if let Some(FinishedBlob { id, entry: Some(_), .. }) = self.blob.as_ref().filter(|_| self.inline) {
+            name_blob(&mut bytes, &self.image.rows, id);
+        }
+        bytes
+    }
+
+    fn describe(&self, out_dir: &Path, blobs: &Path, report: &mut BuildReport) {
+        let path = |blob: &FinishedBlob| blobs.join(blob.id.as_str()).display().to_string();
+        report.bootstrap = match &self.blob {
+            Some(blob) if self.inline => path(blob),
+            _ => out_dir.join("bootstrap").display().to_string(),
+        };
+        report.bootstrap_in_blob = self.inline;
+        report.bootstrap_bytes = self.image.bootstrap.len() as u64;
+        let new = self.blob.as_ref().and_then(|blob| blob.entry.as_ref()).map(|entry| entry.id);
+        let before = self.image.rows.iter().filter(|row| Some(row.id) != new && row.id != UNNAMED);
+        report.base_blobs = before.map(stockblobs::id_text).collect();
+        report.blobs.extend(self.blob.as_ref().map(|blob| BlobReport {
+            id: blob.id.to_string(),
+            path: path(blob),
+            stored_bytes: blob.stored_bytes,
+            decoded_bytes: blob.decoded_bytes,
+            chunks: blob.chunks.len() as u64,
+            batches: blob.batches,
+        }));
+    }
+
+    /// Writes the bootstrap and gives both files their names, the blob first: a bootstrap under
+    /// its own name always finds its blob.
+    fn publish(&mut self, out_dir: &Path) -> Result<(), BuildError> {
+        if self.inline {
+            return self.blob.as_mut().map_or(Ok(()), FinishedBlob::publish);
+        }
+        let (mut file, mut name) = TemporaryName::create(out_dir)?;
+        let written = file.write_all(&self.image.bootstrap).and_then(|()| file.sync_all());
+        written.map_err(|source| BuildError::Write { path: name.path.clone(), source })?;
+        if let Some(blob) = &mut self.blob {
+            blob.publish()?;
+        }
+        name.rename("bootstrap")
+    }
+}
+
+/// What stands for the id of a blob that holds the bootstrap, until it is known.
+const UNNAMED: [u8; BlobId::MAX_LEN] = [b'x'; BlobId::MAX_LEN];
+
+/// Writes the id of the blob that had none into a bootstrap with these rows: into its device slot
+/// and its row of the blob table.
+fn name_blob(bootstrap: &mut [u8], rows: &[BlobEntry], id: &BlobId) {
+    let Some(row) = rows.iter().position(|row| row.id == UNNAMED) else { return };
+    let slots = usize::try_from(DEVICE_TABLE_OFFSET).expect("a small number");
+    let table = (slots + rows.len() * size_of::<DeviceSlot>()).next_multiple_of(4096);
+    for at in [slots + row * size_of::<DeviceSlot>(), table + row * size_of::<BlobEntry>()] {
+        bootstrap[at..at + BlobId::MAX_LEN].copy_from_slice(&id.to_padded());
+    }
 }
 
 /// An output inside the source would become part of the image it is written for.
@@ -269,28 +304,4 @@ fn refuse_output_in_source(spec: &BuildSpec) -> Result<(), BuildError> {
         return Err(BuildError::OutputInSource { out: spec.out_dir.clone(), source_dir: source_dir.clone() });
     }
     Ok(())
-}
-
-/// The part of the report that follows from the tree.
-fn count(tree: &Tree) -> BuildReport {
-    let mut report = BuildReport::default();
-    let mut met = vec![false; tree.len()];
-    let walked = tree.walk(|id| {
-        if std::mem::replace(&mut met[id.index()], true) {
-            report.hard_links += 1;
-            return Ok(());
-        }
-        match &tree.node(id).kind {
-            Kind::Directory(_) => report.directories += 1,
-            Kind::Regular(content) => {
-                report.files += 1;
-                report.source_bytes += content.size;
-            }
-            Kind::Symlink(_) => report.symlinks += 1,
-            Kind::Character(_) | Kind::Block(_) | Kind::Fifo | Kind::Socket => report.specials += 1,
-        }
-        Ok::<(), std::convert::Infallible>(())
-    });
-    let Ok(()) = walked;
-    report
 }

@@ -12,8 +12,8 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 
-use super::blobwriter::{BlobWriter, FinishedBlob, TemporaryName};
-use super::chunk::{Chunk, Compression};
+use super::blobwriter::{BlobWriter, FinishedBlob, Shape, TemporaryName};
+use super::chunk::{Chunk, Compression, Packer};
 use super::emit::{Bootstrap, Facts};
 use super::error::BuildError;
 use super::load::{LoadError, Stock};
@@ -80,6 +80,11 @@ pub(super) struct Form {
 }
 
 impl Form {
+    fn shape(self, chunk_size: u32) -> Shape {
+        let Self { compression, digest } = self;
+        Shape { compression, digest, chunk_size, key: None, toc: false, inline_bootstrap: false }
+    }
+
     /// The form of a new blob for chunks of the blob of `entry`. Nothing is written as gzip, which
     /// is slower and larger than Zstandard.
     fn of(entry: &BlobEntry) -> Option<Self> {
@@ -190,9 +195,9 @@ impl<'a> Rewrite<'a> {
         let (distinct, copy_of) = self.distinct(wanted);
         let chunks: Vec<Chunk> = distinct.iter().map(|&position| self.stock.chunks[position as usize]).collect();
         let chunk_size = self.stock.agreed().expect("an image was added").chunk_size;
-        let (blob, encoded) = self.write_blob(&chunks, form, blobs_dir, progress)?;
+        let (blob, encoded) = self.write_blob(&chunks, form.shape(chunk_size), blobs_dir, progress)?;
         self.encoded_chunks += encoded;
-        let entry = blob.entry(form.compression, form.digest, chunk_size);
+        let entry = blob.entry.expect("a blob with chunks has a row");
         let first = u32::try_from(self.stock.chunks.len()).expect("checked as they came");
         self.stock.add_blob(&entry, &blob.chunks)?;
         for (&position, copy) in wanted.iter().zip(copy_of) {
@@ -231,30 +236,33 @@ impl<'a> Rewrite<'a> {
     fn write_blob(
         &self,
         chunks: &[Chunk],
-        form: Form,
+        shape: Shape,
         blobs_dir: &Path,
         progress: &dyn Progress,
     ) -> Result<(FinishedBlob, u64), BuildError> {
-        let mut writer = BlobWriter::new(blobs_dir.to_owned());
-        let mut compressor = form.compression().compressor().map_err(BuildError::Compressor)?;
+        let form = Form { compression: shape.compression, digest: shape.digest };
+        let mut writer = BlobWriter::new(blobs_dir.to_owned(), shape);
+        let compressor = || form.compression().compressor().map_err(BuildError::Compressor);
+        let (mut encoder, mut packer) = (compressor()?, Packer::new(compressor()?, None));
         let places: Vec<ChunkPlace> = chunks.iter().map(|chunk| self.place(chunk)).collect::<Result<_, _>>()?;
         let (mut next, mut encoded) = (chunks.iter(), 0);
         self.existing.chunks.read_each(&places, &mut |bytes| {
             let chunk = next.next().expect("as many chunks as places");
             let digest = self.checked(chunk, bytes.plain, form.digest)?;
-            let copy = Chunk::new(digest, codec::crc32c(bytes.plain), bytes.plain.len());
-            match bytes.stored.and_then(|(algorithm, stored)| as_it_is(algorithm, stored, bytes.plain, form)) {
-                Some(stored) => writer.append(copy, stored)?,
+            let number = writer.number(Chunk::new(digest, codec::crc32c(bytes.plain), bytes.plain.len()))?;
+            let stored = match bytes.stored.and_then(|(algo, stored)| as_it_is(algo, stored, bytes.plain, form)) {
+                Some(stored) => stored,
                 None => {
                     encoded += 1;
-                    writer.append(copy, compressor.compress(bytes.plain).unwrap_or(bytes.plain))?
+                    encoder.compress(bytes.plain).unwrap_or(bytes.plain)
                 }
             };
+            writer.append(number, stored, stored.len() < bytes.plain.len())?;
             progress.advance(1, bytes.plain.len() as u64);
             Ok(())
         })?;
-        let blob = writer.finish(form.compression, &mut compressor)?;
-        Ok((blob.expect("nobody asks for a blob without chunks"), encoded))
+        let sealed = writer.seal(&mut packer)?.expect("nobody asks for a blob without chunks");
+        Ok((sealed.finish(None)?, encoded))
     }
 
     fn place(&self, chunk: &Chunk) -> Result<ChunkPlace, BuildError> {
@@ -376,6 +384,7 @@ fn report(blob: &FinishedBlob, blobs_dir: &Path) -> BlobReport {
         stored_bytes: blob.stored_bytes,
         decoded_bytes: blob.decoded_bytes,
         chunks: blob.chunks.len() as u64,
+        batches: blob.batches,
     }
 }
 

@@ -18,17 +18,25 @@ pub(super) struct BaseArgs {
     #[arg(long, value_name = "BOOTSTRAP")]
     chunk_dict: Option<PathBuf>,
 
-    /// How the source removes what is in the parent
-    #[arg(long, value_enum, value_name = "HOW", default_value_t = WhiteoutArg::Oci)]
-    whiteouts: WhiteoutArg,
+    /// How the source says that something below it is gone. With a parent, what is gone goes, and if
+    /// not given this is oci. Without one, whiteouts of a directory are left out, and if not given
+    /// they are ordinary files; an archive keeps its own, for rafsd merge
+    #[arg(long, value_enum, value_name = "HOW")]
+    whiteouts: Option<WhiteoutArg>,
 }
 
 impl BaseArgs {
+    /// Which whiteouts of a directory nobody will need.
+    pub(super) fn dropped_whiteouts(&self) -> Whiteouts {
+        let given = self.whiteouts.filter(|_| self.parent.is_none());
+        given.map_or(Whiteouts::None, Whiteouts::from)
+    }
+
     /// Opens the images.
     pub(super) fn open(&self) -> Result<Base, LoadError> {
         Ok(Base {
             parent: self.parent.as_deref().map(layer).transpose()?,
-            whiteouts: self.whiteouts.into(),
+            whiteouts: self.whiteouts.unwrap_or(WhiteoutArg::Oci).into(),
             dictionary: self.chunk_dict.as_deref().map(layer).transpose()?,
         })
     }

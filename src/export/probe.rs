@@ -89,7 +89,6 @@ impl ColdByte {
 
 #[cfg(test)]
 mod tests {
-    use std::num::NonZeroUsize;
     use std::path::Path;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
@@ -98,10 +97,9 @@ mod tests {
 
     use super::*;
     use crate::base::Class;
-    use crate::build::{Base, BuildSpec, Compression, Source, build};
+    use crate::build::{BuildSpec, Compression, Source, build};
     use crate::cache::{Completion, Fill};
     use crate::format::erofs::{Dirent, InodeExtended};
-    use crate::format::rafs::DigestAlgorithm;
     use crate::image::Layout;
 
     /// A device with everything in it except for the block at `cold`, if any.
@@ -153,18 +151,9 @@ mod tests {
         add("big", &content);
         (0..300).for_each(|number| add(&format!("empty-{number}"), b""));
         let out = tempfile::tempdir().unwrap();
-        let spec = BuildSpec {
-            source: Source::Archive {
-                name: "test.tar".into(),
-                stream: Box::new(io::Cursor::new(tar.into_inner().unwrap())),
-            },
-            out_dir: out.path().to_owned(),
-            compression: Compression::None,
-            digest: DigestAlgorithm::Blake3,
-            chunk_size: 4096,
-            threads: NonZeroUsize::MIN,
-            base: Base::default(),
-        };
+        let stream = Box::new(io::Cursor::new(tar.into_inner().unwrap()));
+        let mut spec = BuildSpec::new(Source::Archive { name: "test.tar".into(), stream }, out.path());
+        (spec.compression, spec.chunk_size) = (Compression::None, 4096);
         std::fs::read(build(spec, &()).unwrap().bootstrap).unwrap()
     }
 

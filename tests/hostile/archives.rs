@@ -4,22 +4,15 @@ use std::io::{self, Read};
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
-use rafsd::build::{Base, BuildError, BuildReport, BuildSpec, Compression, Source, build};
-use rafsd::format::rafs::DigestAlgorithm;
+use rafsd::build::{BuildError, BuildReport, BuildSpec, Compression, Source, build};
 
 use super::allocations::peak_of;
 
 fn build_from(stream: impl Read + 'static) -> Result<BuildReport, BuildError> {
     let out = tempfile::tempdir().unwrap();
-    let spec = BuildSpec {
-        source: Source::Archive { name: "hostile.tar".into(), stream: Box::new(stream) },
-        out_dir: out.path().to_owned(),
-        compression: Compression::None,
-        digest: DigestAlgorithm::Blake3,
-        chunk_size: 4096,
-        threads: NonZeroUsize::MIN,
-        base: Base::default(),
-    };
+    let source = Source::Archive { name: "hostile.tar".into(), stream: Box::new(stream) };
+    let mut spec = BuildSpec::new(source, out.path());
+    (spec.compression, spec.chunk_size, spec.threads) = (Compression::None, 4096, NonZeroUsize::MIN);
     build(spec, &())
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use rafsd::base::{BLOCK, BlobId};
 use rafsd::blob::{BlobTables, UnitMap, decode};
-use rafsd::build::{Base, BuildSpec, Compression, Source, build};
+use rafsd::build::{Batching, BuildSpec, Compression, Source, build};
 use rafsd::format::erofs::{ChunkIndex, DeviceSlot, Dirent, InodeExtended, SUPERBLOCK_OFFSET, Superblock};
 use rafsd::format::rafs::{
     BlobEntry, ChunkRecord, DEVICE_TABLE_OFFSET, DigestAlgorithm, EXT_SUPERBLOCK_OFFSET, ExtSuperblock,
@@ -75,15 +75,10 @@ impl Sample {
 
     fn of_archive(kit: Kit, archive: Vec<u8>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let spec = BuildSpec {
-            source: Source::Archive { name: "sample.tar".into(), stream: Box::new(std::io::Cursor::new(archive)) },
-            out_dir: dir.path().to_owned(),
-            compression: kit.compression,
-            digest: kit.digest,
-            chunk_size: kit.chunk_size,
-            threads: NonZeroUsize::MIN,
-            base: Base::default(),
-        };
+        let stream = Box::new(std::io::Cursor::new(archive));
+        let mut spec = BuildSpec::new(Source::Archive { name: "sample.tar".into(), stream }, dir.path());
+        (spec.compression, spec.digest, spec.chunk_size) = (kit.compression, kit.digest, kit.chunk_size);
+        (spec.batching, spec.threads) = (Batching::Off, NonZeroUsize::MIN);
         let report = build(spec, &()).unwrap();
         let bootstrap = fs::read(&report.bootstrap).unwrap();
         let stored = fs::read(&report.blobs[0].path).unwrap();

@@ -4,22 +4,15 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use rafsd::build::{self, BuildError, BuildReport, BuildSpec, Compression, Progress, Source};
-use rafsd::format::rafs::DigestAlgorithm;
+use rafsd::build::{self, BuildError, BuildReport, BuildSpec, Progress, Source};
 
 use super::{image, listing};
 
 /// The defaults of the command line, with two threads.
 pub fn spec(source: Source, out: &Path) -> BuildSpec {
-    BuildSpec {
-        source,
-        out_dir: out.to_owned(),
-        compression: Compression::default(),
-        digest: DigestAlgorithm::Blake3,
-        chunk_size: BuildSpec::DEFAULT_CHUNK_SIZE,
-        threads: NonZeroUsize::new(2).unwrap(),
-        base: build::Base::default(),
-    }
+    let mut spec = BuildSpec::new(source, out);
+    spec.threads = NonZeroUsize::new(2).unwrap();
+    spec
 }
 
 /// Builds `source` with the defaults.

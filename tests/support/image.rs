@@ -71,7 +71,8 @@ impl Drop for Mounted {
     }
 }
 
-/// A blob of 16-byte chunk-info entries, written out as the device it stands for.
+/// A blob that is neither encrypted nor framed by tar headers, written out as the device it stands
+/// for.
 ///
 /// Reads the tables by hand: an error here is an error in the blob, not in a reader of ours.
 pub fn expand(blob: &Path, device: &Path) -> io::Result<()> {
@@ -82,37 +83,87 @@ pub fn expand(blob: &Path, device: &Path) -> io::Result<()> {
     let u32_at = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap());
     let u64_at = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().unwrap());
     assert_eq!(u32_at(0), 0xb10b_b10b, "header magic");
-    let (algorithm, entries) = (u32_at(8), u32_at(12) as usize);
+    let (features, algorithm, entries) = (u32_at(4), u32_at(8), u32_at(12) as usize);
     assert_eq!(u64_at(16) + u64_at(24) + 4096, len, "the array lies in front of the header");
     let mut stored = vec![0; usize::try_from(u64_at(24)).unwrap()];
     file.read_exact_at(&mut stored, u64_at(16))?;
     let table = plain(algorithm, &stored, usize::try_from(u64_at(32)).unwrap());
-    assert_eq!(table.len(), entries * 16);
+    let is_long = features & 4 != 0;
+    let (table, contexts) = table.split_at(entries * if is_long { 24 } else { 16 });
+    assert_eq!(contexts.len(), u32_at(56) as usize * 40);
 
     let out = File::create(device)?;
     let mut end = 0;
-    for entry in table.chunks_exact(16) {
-        let word = |at: usize| u64::from_le_bytes(entry[at..at + 8].try_into().unwrap());
-        let (decoded, stored) = (word(0), word(8));
-        let decoded_len = (decoded >> 44 | (decoded >> 8 & 0xf) << 20) + 1;
-        let stored_len = (stored >> 44 | (stored >> 40 & 0xf) << 20) + 1;
-        let decoded_at = decoded & 0xfff_ffff_f000;
-        assert_eq!(decoded_at, end, "chunks follow each other on block boundaries");
-        end = (decoded_at + decoded_len).next_multiple_of(4096);
-        let mut bytes = vec![0; usize::try_from(stored_len).unwrap()];
-        file.read_exact_at(&mut bytes, stored & 0xff_ffff_ffff)?;
-        let len = usize::try_from(decoded_len).unwrap();
+    for entry in table.chunks_exact(table.len() / entries) {
+        let place = if is_long { Place::of_long(entry, contexts) } else { Place::of_short(entry) };
+        assert_eq!(place.decoded_at, end, "chunks follow each other on block boundaries");
+        end = (place.decoded_at + place.len as u64).next_multiple_of(4096);
+        let mut bytes = vec![0; place.stored_len];
+        file.read_exact_at(&mut bytes, place.stored_at)?;
         // Chunks have the compression of the table, or none where it does not pay. A table that
         // did not compress says nothing, so the frame's own magic is asked.
-        let algorithm = match (stored_len == decoded_len, algorithm) {
+        let algorithm = match (place.stored_len == place.whole, algorithm) {
             (true, _) => 0,
             (false, 0) if bytes.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) => 3,
             (false, 0) => 1,
             (false, other) => other,
         };
-        out.write_all_at(&plain(algorithm, &bytes, len), decoded_at)?;
+        let whole = plain(algorithm, &bytes, place.whole);
+        out.write_all_at(&whole[place.part..place.part + place.len], place.decoded_at)?;
     }
     out.set_len(end)
+}
+
+/// What a chunk-info entry says.
+struct Place {
+    decoded_at: u64,
+    len: usize,
+    stored_at: u64,
+    stored_len: usize,
+    /// Plain bytes of what is stored there, and where those of the chunk start in them.
+    whole: usize,
+    part: usize,
+}
+
+impl Place {
+    fn of_short(entry: &[u8]) -> Self {
+        let (decoded, stored) = (word(entry, 0), word(entry, 8));
+        let len = |size: u64| usize::try_from(size + 1).unwrap();
+        let whole = len(decoded >> 44 | (decoded >> 8 & 0xf) << 20);
+        Self {
+            decoded_at: decoded & 0xfff_ffff_f000,
+            len: whole,
+            stored_at: stored & 0xff_ffff_ffff,
+            stored_len: len(stored >> 44 | (stored >> 40 & 0xf) << 20),
+            whole,
+            part: 0,
+        }
+    }
+
+    fn of_long(entry: &[u8], contexts: &[u8]) -> Self {
+        let (decoded, stored, data) = (word(entry, 0), word(entry, 8), word(entry, 16));
+        let small = |value: u64| usize::try_from(value).unwrap();
+        let len = small((decoded >> 32 & 0xff_ffff) + 1);
+        let mut place = Self {
+            decoded_at: (decoded & 0xffff_ffff) << 12,
+            len,
+            stored_at: stored & 0xff_ffff_ffff,
+            stored_len: small(stored >> 40),
+            whole: len,
+            part: 0,
+        };
+        if decoded >> 56 & 4 != 0 {
+            assert_eq!(place.stored_len, 0, "members leave the length to their batch");
+            let context = word(&contexts[small(data >> 32) * 40..], 0);
+            (place.stored_len, place.whole) = (small(context & 0xffff_ffff), small(context >> 32));
+            place.part = small(data & 0xffff_ffff);
+        }
+        place
+    }
+}
+
+fn word(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
 fn plain(algorithm: u32, stored: &[u8], len: usize) -> Vec<u8> {

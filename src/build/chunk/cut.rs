@@ -2,7 +2,8 @@ use std::collections::HashMap;
 use std::io::{self, Read};
 use std::sync::mpsc::{Receiver, SyncSender};
 
-use super::Slot;
+use super::Settings;
+use super::parcel::Parcel;
 use super::pipeline::Job;
 use crate::build::{Limit, Progress};
 
@@ -105,21 +106,55 @@ pub(in crate::build) enum CutError {
 
 /// The reading end of the pipeline.
 pub(in crate::build) struct Cutter<'a> {
-    pub(super) chunk_size: u32,
-    pub(super) free: Receiver<Slot>,
-    pub(super) jobs: SyncSender<Job>,
-    pub(super) progress: &'a dyn Progress,
-    pub(super) next_cut: u64,
+    chunk_size: u32,
+    /// Files shorter than this join batches.
+    joins_below: u64,
+    free: Receiver<Parcel>,
+    jobs: SyncSender<Job>,
+    progress: &'a dyn Progress,
+    /// What is being filled.
+    open: Option<Parcel>,
+    parcels: u64,
+    next_cut: u64,
     /// Cuts of zeros by length, so that holes are stored once and digested once.
-    pub(super) zeros: HashMap<usize, u64>,
-    pub(super) indexed: u64,
-    pub(super) hole_bytes: u64,
+    zeros: HashMap<(usize, bool), u64>,
+    indexed: u64,
+    hole_bytes: u64,
 }
 
 /// Chunk index entries of all files together: 8 bytes each, in at most 2 GiB of metadata.
 const MAX_INDEXED: u64 = (2 << 30) / 8;
 
-impl Cutter<'_> {
+impl<'a> Cutter<'a> {
+    pub(super) fn new(
+        settings: &Settings,
+        next_cut: u64,
+        free: Receiver<Parcel>,
+        jobs: SyncSender<Job>,
+        progress: &'a dyn Progress,
+    ) -> Self {
+        Self {
+            chunk_size: settings.chunk_size,
+            joins_below: u64::from(settings.batch_size / 2),
+            free,
+            jobs,
+            progress,
+            open: None,
+            parcels: 0,
+            next_cut,
+            zeros: HashMap::new(),
+            indexed: 0,
+            hole_bytes: 0,
+        }
+    }
+
+    /// Sends what is left on its way, and hangs up. Returns how many parcels were sent.
+    pub(super) fn finish(mut self) -> u64 {
+        // Who does not take it has failed and says why.
+        let _ = self.send();
+        self.parcels
+    }
+
     /// Sends `size` bytes of `body` on their way.
     pub(in crate::build) fn cut(&mut self, size: u64, body: &mut dyn Body) -> Result<Content, CutError> {
         let mut content = Content { size, runs: Vec::new() };
@@ -127,16 +162,18 @@ impl Cutter<'_> {
         if self.indexed > MAX_INDEXED {
             return Err(CutError::Limit(Limit::Metadata));
         }
+        // A batch is smaller than a chunk, so what is short enough is in one piece.
+        let joins = size < self.joins_below;
         let mut left = size;
         while left > 0 {
             let len = left.min(self.chunk_size.into());
             left -= len;
             if body.skip_zeros(len).map_err(CutError::Read)? {
-                let cut = self.zeros(len)?;
+                let cut = self.zeros(len, joins)?;
                 content.push(cut, false);
                 self.hole_bytes += len;
             } else {
-                let cut = self.send(len, |plain| body.fill(plain))?;
+                let cut = self.add(len, joins, |plain| body.fill(plain))?;
                 content.push(cut, true);
             }
             self.progress.advance(0, len);
@@ -149,12 +186,12 @@ impl Cutter<'_> {
         self.hole_bytes
     }
 
-    fn zeros(&mut self, len: u64) -> Result<u64, CutError> {
-        let key = usize::try_from(len).expect("at most a chunk");
+    fn zeros(&mut self, len: u64, joins: bool) -> Result<u64, CutError> {
+        let key = (usize::try_from(len).expect("at most a chunk"), joins);
         if let Some(cut) = self.zeros.get(&key) {
             return Ok(*cut);
         }
-        let cut = self.send(len, |plain| {
+        let cut = self.add(len, joins, |plain| {
             plain.fill(0);
             Ok(())
         })?;
@@ -162,14 +199,33 @@ impl Cutter<'_> {
         Ok(cut)
     }
 
-    fn send(&mut self, len: u64, fill: impl FnOnce(&mut [u8]) -> io::Result<()>) -> Result<u64, CutError> {
+    /// Puts a cut of `len` bytes into the open parcel, or into the next one if it is full.
+    fn add(&mut self, len: u64, joins: bool, fill: impl FnOnce(&mut [u8]) -> io::Result<()>) -> Result<u64, CutError> {
         let len = usize::try_from(len).expect("at most a chunk");
-        let mut slot = self.free.recv().map_err(|_| CutError::Stopped)?;
-        fill(slot.room(len)).map_err(CutError::Read)?;
+        if self.open.as_ref().is_some_and(|parcel| parcel.is_full_for(len)) {
+            self.send()?;
+        }
+        let mut parcel = match self.open.take() {
+            Some(parcel) => parcel,
+            None => self.free.recv().map_err(|_| CutError::Stopped)?,
+        };
+        fill(parcel.room(len, joins)).map_err(CutError::Read)?;
+        let is_full = parcel.is_full();
+        self.open = Some(parcel);
+        if is_full {
+            self.send()?;
+        }
         let cut = self.next_cut;
         self.next_cut += 1;
-        self.jobs.send(Job { cut, slot }).map_err(|_| CutError::Stopped)?;
         Ok(cut)
+    }
+
+    fn send(&mut self) -> Result<(), CutError> {
+        let Some(mut parcel) = self.open.take() else { return Ok(()) };
+        parcel.number = self.parcels;
+        self.jobs.send(Job::Parcel(parcel)).map_err(|_| CutError::Stopped)?;
+        self.parcels += 1;
+        Ok(())
     }
 }
 

@@ -2,23 +2,30 @@
 //!
 //! The calling thread reads and cuts. Workers digest and compress. One writer puts the results
 //! back in order and alone decides what is stored, so the blob does not depend on the number of
-//! workers or on who was faster. A fixed set of [`Slot`]s goes round; when all are under way the
-//! reader waits, which bounds memory whatever the size of the files.
+//! workers or on who was faster. What it decides to batch goes back to the workers, and is
+//! appended when its turn comes. A fixed set of [`Parcel`](parcel::Parcel)s goes round; when all
+//! are under way the reader waits, which bounds memory whatever the size of the files.
 //!
 //! Chunks are numbered in the order they were cut (*cuts*). A file remembers its cuts, and
 //! learns at the end which chunk of the blob each of them became.
 
 mod cut;
+mod pack;
+mod parcel;
 mod pipeline;
 mod stored;
+mod writer;
 
 pub(super) use cut::{Body, Content, CutError, Cutter, PlainBody};
-pub(super) use pipeline::{Known, run};
+pub(super) use pack::Packer;
+pub(super) use pipeline::{Known, Stored, run};
 pub(super) use stored::Chunk;
 
 use std::num::NonZeroUsize;
 
+use super::error::BuildError;
 use crate::codec::Compressor;
+use crate::codec::xts::BlobKey;
 use crate::format::rafs::{Algorithm, DigestAlgorithm};
 
 /// How chunks are compressed.
@@ -81,37 +88,24 @@ impl Compression {
 }
 
 /// What every stage of the pipeline knows.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Settings {
     pub compression: Compression,
     pub digest: DigestAlgorithm,
     /// Bytes; a power of two.
     pub chunk_size: u32,
+    /// Files shorter than half of this share stored pieces of less than this; 0 if none do.
+    pub batch_size: u32,
+    /// What the blob is encrypted with.
+    pub key: Option<BlobKey>,
     pub workers: NonZeroUsize,
 }
 
-/// Buffers for one chunk, used again and again.
-#[derive(Debug, Default)]
-struct Slot {
-    /// As large as the largest chunk so far, so that it is cleared only once.
-    buffer: Vec<u8>,
-    len: usize,
-    packed: Vec<u8>,
-}
-
-impl Slot {
-    /// Room for a chunk of `len` bytes. What is in it is left over from others.
-    fn room(&mut self, len: usize) -> &mut [u8] {
-        if self.buffer.len() < len {
-            self.buffer.resize(len, 0);
-        }
-        self.len = len;
-        &mut self.buffer[..len]
-    }
-
-    /// The plain bytes of the chunk.
-    fn plain(&self) -> &[u8] {
-        &self.buffer[..self.len]
+impl Settings {
+    /// Makes plain bytes into what this blob stores for them.
+    pub(super) fn packer(&self) -> Result<Packer, BuildError> {
+        let compressor = self.compression.compressor().map_err(BuildError::Compressor)?;
+        Ok(Packer::new(compressor, self.key.clone()))
     }
 }
 

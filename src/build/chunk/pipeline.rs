@@ -1,30 +1,40 @@
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use super::{Chunk, Cutter, Settings, Slot};
+use super::pack::Packer;
+use super::parcel::{Made, Outcome, Parcel};
+use super::writer::{Batch, Writer};
+use super::{Cutter, Settings};
 use crate::base::Digest;
 use crate::build::blobwriter::BlobWriter;
-use crate::build::{BuildError, Limit, Progress};
-use crate::codec::{self, Compressor};
+use crate::build::{BuildError, Progress};
+use crate::codec;
 use crate::format::rafs::DigestAlgorithm;
 
-/// A cut on its way to a worker.
-pub(super) struct Job {
-    pub cut: u64,
-    pub slot: Slot,
+/// Something for a worker to do.
+pub(super) enum Job {
+    /// Digest these cuts, and pack those that are stored alone.
+    Parcel(Parcel),
+    /// Pack this batch.
+    Batch(Batch),
 }
 
-/// What a worker tells the writer.
-enum Report {
-    Done(Done),
-    /// The worker is unwinding, and its cut will never come.
+/// What the writer is told.
+pub(super) enum Report {
+    Parcel(Parcel),
+    Batch(Batch),
+    /// The reader has sent this many parcels and sends no more.
+    End {
+        parcels: u64,
+    },
+    /// The worker is unwinding, and its job will never come back.
     Panicked,
 }
 
 /// Reports a panic of the worker that owns it. Without it the writer would wait for ever for the
-/// lost cut, and the reader for a slot.
+/// lost job, and the reader for a parcel.
 struct Alarm<'a>(&'a Sender<Report>);
 
 impl Drop for Alarm<'_> {
@@ -35,31 +45,13 @@ impl Drop for Alarm<'_> {
     }
 }
 
-/// A cut on its way to the writer.
-struct Done {
-    cut: u64,
-    slot: Slot,
-    digest: Digest,
-    crc32c: u32,
-    outcome: Outcome,
-}
-
-#[derive(Clone, Copy)]
-enum Outcome {
-    /// `slot.packed` is what to store.
-    Packed,
-    /// Compression does not pay; `slot.plain()` is what to store.
-    Plain,
-    /// Another cut with the same bytes was seen first. If that one comes later in the input, the
-    /// writer has to compress this one itself.
-    Seen,
-}
-
 /// What came out at the far end.
 #[derive(Debug)]
 pub(in crate::build) struct Stored {
     pub blob: BlobWriter,
-    /// The chunk that each cut became.
+    /// Packs the tables of the blob as its chunks were packed.
+    pub packer: Packer,
+    /// The chunk that each cut became: those known before first, then those of the blob.
     pub chunk_of_cut: Vec<u32>,
     /// Bytes of files that were not stored again because an equal chunk was.
     pub deduplicated_bytes: u64,
@@ -92,7 +84,7 @@ impl Known {
 /// # Errors
 /// The error of the writer if it has one, since that is why the feed stopped; else the feed's.
 pub(in crate::build) fn run<T>(
-    settings: Settings,
+    settings: &Settings,
     known: &Known,
     blob: BlobWriter,
     progress: &dyn Progress,
@@ -101,57 +93,44 @@ pub(in crate::build) fn run<T>(
     let workers = settings.workers.get();
     // Two for each worker keep it busy while the writer catches up; two more are being read into
     // and written out.
-    let slots = 2 * workers + 2;
-    let compressors = (0..=workers)
-        .map(|_| settings.compression.compressor().map_err(BuildError::Compressor))
-        .collect::<Result<Vec<_>, _>>()?;
+    let parcels = 2 * workers + 2;
+    let batches = workers + 2;
+    let mut packers = (0..=workers).map(|_| settings.packer()).collect::<Result<Vec<_>, _>>()?;
     let seen = known.seen();
-    let (free_slots, free) = mpsc::channel();
-    for _ in 0..slots {
-        free_slots.send(Slot::default()).expect("the receiver is in this function");
+    let (free_parcels, free) = mpsc::channel();
+    for _ in 0..parcels {
+        free_parcels.send(Parcel::default()).expect("the receiver is in this function");
     }
-    let (jobs, todo) = mpsc::sync_channel(slots);
-    let (results, done) = mpsc::channel();
+    // Room for everything that can be under way. Nobody who sends here holds up who receives, so a
+    // full channel makes senders wait, and nothing worse.
+    let (jobs, todo) = mpsc::sync_channel(parcels + batches);
+    let (results, reports) = mpsc::channel();
     let todo = Mutex::new(todo);
 
     thread::scope(|scope| {
-        let mut compressors = compressors.into_iter();
-        let writer = compressors.next().map(|compressor| Writer {
-            blob,
-            compressor,
-            free_slots,
-            seen: &seen,
-            known: known.count,
-        });
-        let writer = writer.expect("one compressor more than workers");
-        let writer = scope.spawn(move || writer.drain(&done));
-        for compressor in compressors {
+        let packer = packers.pop().expect("one more than workers");
+        let sizes = (settings.batch_size as usize, batches);
+        let writer = Writer::new(blob, packer, (&seen, known.count), free_parcels, jobs.clone(), sizes);
+        let writer = scope.spawn(move || writer.drain(&reports));
+        for packer in packers {
             let (results, todo, seen) = (results.clone(), &todo, &seen);
-            scope.spawn(move || work(settings.digest, compressor, todo, &results, seen));
+            scope.spawn(move || work(settings.digest, packer, todo, &results, seen));
         }
-        drop(results);
-
-        let mut cutter = Cutter {
-            chunk_size: settings.chunk_size,
-            free,
-            jobs,
-            progress,
-            next_cut: known.count.into(),
-            zeros: HashMap::new(),
-            indexed: 0,
-            hole_bytes: 0,
-        };
+        let mut cutter = Cutter::new(settings, known.count.into(), free, jobs, progress);
         let fed = feed(&mut cutter);
-        drop(cutter);
+        let parcels = cutter.finish();
+        // Were the writer gone, it would have failed and say why.
+        let _ = results.send(Report::End { parcels });
+        drop(results);
         let stored = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         Ok((fed?, stored))
     })
 }
 
-/// Digests and compresses until the reader hangs up, or the writer does.
+/// Works until the reader and the writer have hung up, or nobody wants the results.
 fn work(
     digest: DigestAlgorithm,
-    mut compressor: Compressor,
+    mut packer: Packer,
     todo: &Mutex<Receiver<Job>>,
     results: &Sender<Report>,
     seen: &Seen,
@@ -160,28 +139,45 @@ fn work(
     loop {
         // Whoever holds the lock waits for a job, the others wait for the lock: the same thing.
         let job = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Job { cut, mut slot }) = job else { return };
-        let plain = slot.plain();
-        let crc32c = codec::crc32c(plain);
-        let digest = match digest {
-            DigestAlgorithm::Blake3 => codec::blake3(plain),
-            DigestAlgorithm::Sha256 => codec::sha256(plain),
+        let Ok(job) = job else { return };
+        let report = match job {
+            Job::Parcel(mut parcel) => {
+                for cut in 0..parcel.cuts.len() {
+                    let made = make(digest, &mut packer, &mut parcel, cut, seen);
+                    parcel.made.push(made);
+                }
+                Report::Parcel(parcel)
+            }
+            Job::Batch(mut batch) => {
+                batch.form = Some(packer.batch(&batch.plain, &mut batch.packed));
+                Report::Batch(batch)
+            }
         };
-        let outcome = if seen.claim((digest, plain.len())) { pack(&mut compressor, &mut slot) } else { Outcome::Seen };
-        if results.send(Report::Done(Done { cut, slot, digest, crc32c, outcome })).is_err() {
+        if results.send(report).is_err() {
             return;
         }
     }
 }
 
-fn pack(compressor: &mut Compressor, slot: &mut Slot) -> Outcome {
-    match compressor.compress(slot.plain()) {
-        Some(packed) => {
-            slot.packed.clear();
-            slot.packed.extend_from_slice(packed);
-            Outcome::Packed
-        }
-        None => Outcome::Plain,
+fn make(algorithm: DigestAlgorithm, packer: &mut Packer, parcel: &mut Parcel, cut: usize, seen: &Seen) -> Made {
+    let plain = parcel.plain(cut);
+    let crc32c = codec::crc32c(plain);
+    let digest = digest_of(algorithm, plain);
+    let outcome = if parcel.cuts[cut].joins {
+        Outcome::Joins
+    } else if seen.claim((digest, plain.len())) {
+        let (plain, out) = parcel.plain_and_packed(cut);
+        Outcome::Packed(packer.chunk(plain, out))
+    } else {
+        Outcome::Seen
+    };
+    Made { digest, crc32c, outcome }
+}
+
+fn digest_of(algorithm: DigestAlgorithm, plain: &[u8]) -> Digest {
+    match algorithm {
+        DigestAlgorithm::Blake3 => codec::blake3(plain),
+        DigestAlgorithm::Sha256 => codec::sha256(plain),
     }
 }
 
@@ -189,8 +185,7 @@ fn pack(compressor: &mut Compressor, slot: &mut Slot) -> Outcome {
 type Key = (Digest, usize);
 
 /// Every chunk met so far. Workers use it as a hint, the writer as the truth.
-#[derive(Default)]
-struct Seen(Mutex<HashMap<Key, Option<u32>>>);
+pub(super) struct Seen(Mutex<HashMap<Key, Option<u32>>>);
 
 impl Seen {
     /// Whether nobody has met this chunk before; if so it is now the caller's to compress.
@@ -202,61 +197,11 @@ impl Seen {
     }
 
     /// The stored chunk with these bytes.
-    fn stored(&self, key: &Key) -> Option<u32> {
+    pub(super) fn stored(&self, key: &Key) -> Option<u32> {
         self.0.lock().unwrap().get(key).copied().flatten()
     }
 
-    fn store(&self, key: Key, chunk: u32) {
+    pub(super) fn store(&self, key: Key, chunk: u32) {
         self.0.lock().unwrap().insert(key, Some(chunk));
-    }
-}
-
-struct Writer<'a> {
-    blob: BlobWriter,
-    compressor: Compressor,
-    free_slots: Sender<Slot>,
-    seen: &'a Seen,
-    /// Chunks that are not in the blob, numbered before those that are.
-    known: u32,
-}
-
-impl Writer<'_> {
-    fn drain(mut self, done: &Receiver<Report>) -> Result<Stored, BuildError> {
-        let (mut chunk_of_cut, mut deduplicated_bytes) = (Vec::from_iter(0..self.known), 0);
-        // Early results wait here; never more than there are slots.
-        let mut early = BTreeMap::new();
-        let mut next = u64::from(self.known);
-        while let Ok(Report::Done(result)) = done.recv() {
-            early.insert(result.cut, result);
-            while let Some(result) = early.remove(&next) {
-                next += 1;
-                let Done { slot, digest, crc32c, outcome, .. } = result;
-                let key = (digest, slot.plain().len());
-                let (chunk, slot) = match self.seen.stored(&key) {
-                    Some(chunk) => {
-                        deduplicated_bytes += slot.plain().len() as u64;
-                        (chunk, slot)
-                    }
-                    None => self.store(key, crc32c, outcome, slot)?,
-                };
-                chunk_of_cut.push(chunk);
-                // The reader may have finished already.
-                let _ = self.free_slots.send(slot);
-            }
-        }
-        Ok(Stored { blob: self.blob, chunk_of_cut, deduplicated_bytes })
-    }
-
-    fn store(&mut self, key: Key, crc32c: u32, outcome: Outcome, mut slot: Slot) -> Result<(u32, Slot), BuildError> {
-        let outcome = match outcome {
-            Outcome::Seen => pack(&mut self.compressor, &mut slot),
-            other => other,
-        };
-        let bytes = if matches!(outcome, Outcome::Packed) { slot.packed.as_slice() } else { slot.plain() };
-        let chunk = Chunk::new(key.0, crc32c, slot.plain().len());
-        let index = self.blob.append(chunk, bytes)?;
-        let chunk = self.known.checked_add(index).ok_or(BuildError::Limit(Limit::Chunks))?;
-        self.seen.store(key, chunk);
-        Ok((chunk, slot))
     }
 }

@@ -9,11 +9,14 @@
 //!   name: they exist only once. Links to anything else become copies, as tar writers mean them.
 //! * Whiteouts and other marker files are files like any others.
 //! * PAX global headers are ignored: version control writes them, and only as a comment.
+//! * What is excluded is passed over with everything below it. A hard link to it is one to nothing.
 //! * Sizes that disagree, unknown member types, a missing end mark: errors, since what follows
 //!   could be anything.
 
+use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use flate2::bufread::MultiGzDecoder;
 
@@ -22,6 +25,7 @@ use super::sparse::{self, MAX_SEGMENTS, ReadMapError, Segment, SparseBody};
 use super::tarheader::{BLOCK, Member, TarHeader};
 use super::{Read as ReadTree, check_target, device_number};
 use crate::build::chunk::{Content, CutError, Cutter, PlainBody};
+use crate::build::selection::Selection;
 use crate::build::tree::{Kind, Meta, Node, NodeId, Tree};
 use crate::build::xattr::Collector;
 use crate::build::{BuildError, Progress, Unfit};
@@ -33,25 +37,29 @@ const MAX_PATH: usize = 32 << 10;
 pub(in crate::build) fn archive(
     name: &Path,
     stream: Box<dyn Read>,
+    selection: &Selection,
     cutter: &mut Cutter<'_>,
     progress: &dyn Progress,
 ) -> Result<ReadTree, BuildError> {
-    let stream = plain(stream).map_err(|source| BuildError::Read { path: name.to_owned(), source })?;
+    let raw = Rc::new(Cell::new(0));
+    let (stream, is_gzip) = plain(Box::new(Measured { stream, len: raw.clone() }))
+        .map_err(|source| BuildError::Read { path: name.to_owned(), source })?;
     let mut reader = Reader {
         stream: Counted { stream, at: 0 },
         tree: Tree::new(Meta::implied_directory()),
         skipped_xattrs: 0,
         name,
+        selection,
         cutter,
         progress,
     };
     reader.members()?;
     let Reader { tree, skipped_xattrs, cutter, .. } = reader;
-    Ok(ReadTree { tree, hole_bytes: cutter.hole_bytes(), skipped_xattrs })
+    Ok(ReadTree { tree, hole_bytes: cutter.hole_bytes(), skipped_xattrs, gzip_bytes: is_gzip.then(|| raw.get()) })
 }
 
-/// The archive without its compression.
-fn plain(mut stream: Box<dyn Read>) -> io::Result<Box<dyn BufRead>> {
+/// The archive without its compression, and whether that was gzip.
+fn plain(mut stream: Box<dyn Read>) -> io::Result<(Box<dyn BufRead>, bool)> {
     const BUFFER: usize = 1 << 17;
     const GZIP: [u8; 3] = [0x1f, 0x8b, 8];
     /// First bytes of a Zstandard frame's magic number.
@@ -64,7 +72,23 @@ fn plain(mut stream: Box<dyn Read>) -> io::Result<Box<dyn BufRead>> {
         return Err(io::Error::new(io::ErrorKind::InvalidData, what));
     }
     let whole = BufReader::with_capacity(BUFFER, Cursor::new(start).chain(stream));
-    Ok(if is_gzip { Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(whole))) } else { Box::new(whole) })
+    let plain: Box<dyn BufRead> =
+        if is_gzip { Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(whole))) } else { Box::new(whole) };
+    Ok((plain, is_gzip))
+}
+
+/// Tells how much was read of a stream that somebody else owns.
+struct Measured {
+    stream: Box<dyn Read>,
+    len: Rc<Cell<u64>>,
+}
+
+impl Read for Measured {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.stream.read(buffer)?;
+        self.len.set(self.len.get() + n as u64);
+        Ok(n)
+    }
 }
 
 /// Knows how far it has read.
@@ -86,6 +110,7 @@ struct Reader<'a, 'c> {
     tree: Tree,
     skipped_xattrs: u64,
     name: &'a Path,
+    selection: &'a Selection,
     cutter: &'a mut Cutter<'c>,
     progress: &'a dyn Progress,
 }
@@ -168,6 +193,9 @@ impl Reader<'_, '_> {
         let sparse_name = extensions.sparse.name.clone();
         let path = sparse_name.or_else(|| extensions.path.clone()).unwrap_or_else(|| header.path());
         self.progress.advance(1, 0);
+        if self.selection.excludes_at_any_level(&self.names(&path)?, member == Member::Directory) {
+            return self.pass_over(member, header, &extensions);
+        }
         let meta = self.meta(&path, header, &extensions)?;
         let link = extensions.link.as_deref().unwrap_or_else(|| header.link());
         let kind = match member {
@@ -192,6 +220,22 @@ impl Reader<'_, '_> {
             }
         };
         self.insert(&path, Node { meta, kind })
+    }
+
+    /// Reads to the end of a member that is left out.
+    fn pass_over(&mut self, member: Member, header: &TarHeader<'_>, extensions: &Extensions) -> Result<(), BuildError> {
+        if !matches!(member, Member::Regular | Member::Sparse) {
+            return Ok(());
+        }
+        let stored = self.stored_size(header, extensions)?;
+        if member == Member::Sparse {
+            self.gnu_map(header)?;
+        }
+        let passed = io::copy(&mut self.stream.by_ref().take(stored), &mut io::sink()).map_err(|e| self.broken(e))?;
+        if passed < stored {
+            return Err(self.damaged("it is cut off"));
+        }
+        self.skip_padding(stored)
     }
 
     fn insert(&mut self, path: &[u8], node: Node) -> Result<(), BuildError> {
@@ -271,11 +315,12 @@ impl Reader<'_, '_> {
         let permissions = u16::try_from(mode & 0o7777).expect("12 bits");
         let mut meta = Meta { permissions, uid, gid, mtime, mtime_nsec, xattrs: Vec::new() };
         let mut collector = Collector::default();
-        for (name, value) in &extensions.xattrs {
+        for (name, value) in extensions.xattrs.iter().filter(|(name, _)| self.selection.keeps_xattr(name)) {
             collector.add(name, value).map_err(|problem| self.unfit(path, problem))?;
         }
         self.skipped_xattrs += collector.skipped + extensions.lost_acls();
         collector.store(&mut meta).map_err(|problem| self.unfit(path, problem))?;
+        self.selection.adjust(&mut meta);
         Ok(meta)
     }
 

@@ -19,20 +19,25 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
 use super::{Read, check_target, device_number};
-use crate::build::chunk::{Body, CutError, Cutter};
+use crate::build::chunk::{Body, Content, CutError, Cutter};
+use crate::build::prefetch::PrefetchHints;
+use crate::build::selection::Selection;
 use crate::build::tree::{Kind, Meta, Node, NodeId, Tree};
 use crate::build::xattr::{self, Collector};
 use crate::build::{BuildError, Progress, Unfit};
 
-/// Reads everything below `root` into a tree, and file content into `cutter`.
+/// Reads what is selected below `root` into a tree, and file content into `cutter`: that of hinted
+/// files first.
 pub(in crate::build) fn directory(
     root: &Path,
+    selection: &Selection,
+    hints: &PrefetchHints,
     cutter: &mut Cutter<'_>,
     progress: &dyn Progress,
 ) -> Result<Read, BuildError> {
     if progress.wants_total() {
         let mut census = Census::default();
-        walk(root, &mut census)?;
+        walk(root, selection, &mut census)?;
         progress.total(census.entries, census.bytes);
     }
     let mut reader = Reader {
@@ -40,12 +45,19 @@ pub(in crate::build) fn directory(
         linked: HashMap::new(),
         buffer: vec![0; xattr::MAX_VALUE + 1],
         skipped_xattrs: 0,
+        selection,
+        ahead: HashMap::new(),
         cutter,
         progress,
     };
-    walk(root, &mut reader)?;
+    if !hints.is_empty() {
+        let mut hinted = Hinted { hints, found: Vec::new() };
+        walk(root, selection, &mut hinted)?;
+        reader.read_ahead(root, hinted.in_order())?;
+    }
+    walk(root, selection, &mut reader)?;
     let Reader { tree, skipped_xattrs, cutter, .. } = reader;
-    Ok(Read { tree, hole_bytes: cutter.hole_bytes(), skipped_xattrs })
+    Ok(Read { tree, hole_bytes: cutter.hole_bytes(), skipped_xattrs, gzip_bytes: None })
 }
 
 /// Somebody who is shown every entry: a directory, then all its entries by name, then each of its
@@ -70,6 +82,8 @@ trait Visitor {
 struct Here<'a> {
     fd: BorrowedFd<'a>,
     path: &'a dyn Fn() -> PathBuf,
+    /// The names from the root.
+    names: &'a dyn Fn() -> Vec<Box<[u8]>>,
 }
 
 impl Here<'_> {
@@ -105,21 +119,21 @@ struct Subdirectory<D> {
 
 const OPEN_DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
-fn walk<V: Visitor>(root: &Path, visitor: &mut V) -> Result<(), BuildError> {
+fn walk<V: Visitor>(root: &Path, selection: &Selection, visitor: &mut V) -> Result<(), BuildError> {
     let failed = |errno: Errno| BuildError::Read { path: root.to_owned(), source: errno.into() };
     // The root itself may be a symbolic link: it is what the user named.
     let mut fd = rustix::fs::open(root, OPEN_DIRECTORY.difference(OFlags::NOFOLLOW), Mode::empty()).map_err(failed)?;
     let stat = rustix::fs::fstat(&fd).map_err(failed)?;
-    let dir = visitor.root(&Here { fd: fd.as_fd(), path: &|| root.to_owned() }, &stat)?;
+    let dir = visitor.root(&Here { fd: fd.as_fd(), path: &|| root.to_owned(), names: &Vec::new }, &stat)?;
     let mut levels: Vec<Level<V::Dir>> = Vec::new();
-    let todo = list(root, &levels, &fd, dir, visitor)?;
+    let todo = list(root, &levels, &fd, dir, selection, visitor)?;
     levels.push(Level { name: CString::default(), identity: identity(&stat), todo });
     loop {
         let level = levels.last_mut().expect("popped only below");
         if let Some(Subdirectory { name, dir, identity }) = level.todo.pop() {
             fd = step(root, &levels, &fd, &name, identity)?;
             levels.push(Level { name, identity, todo: Vec::new() });
-            let todo = list(root, &levels, &fd, dir, visitor)?;
+            let todo = list(root, &levels, &fd, dir, selection, visitor)?;
             levels.last_mut().expect("just pushed").todo = todo;
         } else {
             levels.pop();
@@ -139,6 +153,10 @@ fn path_of<D>(root: &Path, levels: &[Level<D>]) -> PathBuf {
     path
 }
 
+fn names_of<D>(levels: &[Level<D>]) -> Vec<Box<[u8]>> {
+    levels.iter().skip(1).map(|level| level.name.to_bytes().into()).collect()
+}
+
 /// Opens the directory that `from` calls `name`, which must be the one that was seen before.
 fn step<D>(
     root: &Path,
@@ -147,7 +165,7 @@ fn step<D>(
     name: &std::ffi::CStr,
     expected: (u64, u64),
 ) -> Result<OwnedFd, BuildError> {
-    let here = Here { fd: from.as_fd(), path: &|| path_of(root, levels) };
+    let here = Here { fd: from.as_fd(), path: &|| path_of(root, levels), names: &|| names_of(levels) };
     let name_text = OsStr::from_bytes(name.to_bytes());
     let fd =
         rustix::fs::openat(from, name, OPEN_DIRECTORY, Mode::empty()).map_err(|e| here.read_error(name_text, e))?;
@@ -155,15 +173,16 @@ fn step<D>(
     if identity(&stat) == expected { Ok(fd) } else { Err(BuildError::Changed { path: here.path_of(name_text) }) }
 }
 
-/// Shows the visitor every entry of the open directory, and returns the subdirectories.
+/// Shows the visitor every selected entry of the open directory, and returns the subdirectories.
 fn list<V: Visitor>(
     root: &Path,
     levels: &[Level<V::Dir>],
     fd: &OwnedFd,
     dir: V::Dir,
+    selection: &Selection,
     visitor: &mut V,
 ) -> Result<Vec<Subdirectory<V::Dir>>, BuildError> {
-    let here = Here { fd: fd.as_fd(), path: &|| path_of(root, levels) };
+    let here = Here { fd: fd.as_fd(), path: &|| path_of(root, levels), names: &|| names_of(levels) };
     let mut names = Vec::new();
     let entries = rustix::fs::Dir::read_from(fd).map_err(|e| here.read_error(OsStr::new("."), e))?;
     for entry in entries {
@@ -177,12 +196,28 @@ fn list<V: Visitor>(
     for name in names {
         let text = OsStr::from_bytes(name.to_bytes());
         let stat = rustix::fs::statat(fd, &name, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| here.read_error(text, e))?;
+        if is_left_out(selection, levels, text, &stat) {
+            continue;
+        }
         if let Some(dir) = visitor.entry(&here, dir, text, &stat)? {
             subdirectories.push(Subdirectory { name, dir, identity: identity(&stat) });
         }
     }
     subdirectories.reverse();
     Ok(subdirectories)
+}
+
+fn is_left_out<D>(selection: &Selection, levels: &[Level<D>], name: &OsStr, stat: &Stat) -> bool {
+    let is_null_device = kind_of(stat) == FileType::CharacterDevice && stat.st_rdev == 0;
+    if selection.is_whiteout(name.as_bytes(), is_null_device) {
+        return true;
+    }
+    if selection.exclude.is_empty() {
+        return false;
+    }
+    let mut path: Vec<&[u8]> = levels.iter().skip(1).map(|level| level.name.to_bytes()).collect();
+    path.push(name.as_bytes());
+    selection.excludes(&path, kind_of(stat) == FileType::Directory)
 }
 
 fn kind_of(stat: &Stat) -> FileType {
@@ -215,6 +250,46 @@ impl Visitor for Census {
     }
 }
 
+/// Finds the files whose data goes in front.
+struct Hinted<'h> {
+    hints: &'h PrefetchHints,
+    /// The hint that each file goes by, and the file's names from the root.
+    found: Vec<(usize, Vec<Box<[u8]>>)>,
+}
+
+impl Hinted<'_> {
+    /// By hint, then as they were found.
+    fn in_order(mut self) -> Vec<Vec<Box<[u8]>>> {
+        self.found.sort_by_key(|(hint, _)| *hint);
+        self.found.into_iter().map(|(_, names)| names).collect()
+    }
+}
+
+impl Visitor for Hinted<'_> {
+    type Dir = ();
+
+    fn root(&mut self, _: &Here<'_>, _: &Stat) -> Result<(), BuildError> {
+        Ok(())
+    }
+
+    fn entry(&mut self, here: &Here<'_>, (): (), name: &OsStr, stat: &Stat) -> Result<Option<()>, BuildError> {
+        let kind = kind_of(stat);
+        if kind == FileType::RegularFile && stat.st_size > 0 {
+            let mut names = (here.names)();
+            names.push(name.as_bytes().into());
+            self.found.extend(self.hints.position(&names).map(|hint| (hint, names)));
+        }
+        Ok((kind == FileType::Directory).then_some(()))
+    }
+}
+
+/// What tells whether a file has changed.
+type Version = (i64, i64, u64);
+
+fn version(stat: &Stat) -> Version {
+    (stat.st_size, stat.st_mtime, stat.st_mtime_nsec)
+}
+
 /// Makes the tree.
 struct Reader<'a, 'c> {
     tree: Tree,
@@ -222,6 +297,9 @@ struct Reader<'a, 'c> {
     linked: HashMap<(u64, u64), NodeId>,
     buffer: Vec<u8>,
     skipped_xattrs: u64,
+    selection: &'a Selection,
+    /// Content that was read before its turn, by device and inode.
+    ahead: HashMap<(u64, u64), (Version, Content)>,
     cutter: &'a mut Cutter<'c>,
     progress: &'a dyn Progress,
 }
@@ -279,32 +357,73 @@ impl Reader<'_, '_> {
         }
     }
 
+    /// Reads the content of these files, each named from the root, before that of all others.
+    fn read_ahead(&mut self, root: &Path, files: Vec<Vec<Box<[u8]>>>) -> Result<(), BuildError> {
+        for names in files {
+            let mut fd = rustix::fs::open(root, OPEN_DIRECTORY.difference(OFlags::NOFOLLOW), Mode::empty())
+                .map_err(|errno| BuildError::Read { path: root.to_owned(), source: errno.into() })?;
+            let (file, directories) = names.split_last().expect("a file has a name");
+            for depth in 0..directories.len() {
+                let here = Here { fd: fd.as_fd(), path: &|| path_below(root, &names[..depth]), names: &Vec::new };
+                let name = OsStr::from_bytes(&names[depth]);
+                let next = rustix::fs::openat(here.fd, name, OPEN_DIRECTORY, Mode::empty());
+                fd = next.map_err(|errno| here.read_error(name, errno))?;
+            }
+            let here = Here { fd: fd.as_fd(), path: &|| path_below(root, directories), names: &Vec::new };
+            let (file, before) = self.open(&here, OsStr::from_bytes(file), None)?;
+            if !self.ahead.contains_key(&identity(&before)) {
+                let content = self.content(&here, &file, &before)?;
+                self.ahead.insert(identity(&before), (version(&before), content));
+            }
+        }
+        Ok(())
+    }
+
     fn regular(&mut self, here: &Here<'_>, name: &OsStr, listed: &Stat) -> Result<Node, BuildError> {
-        let changed = || BuildError::Changed { path: here.path_of(name) };
+        let (file, before) = self.open(here, name, Some(listed))?;
+        let content = match self.ahead.get(&identity(&before)) {
+            None => self.content(here, &file, &before)?,
+            Some((read, content)) if *read == version(&before) => content.clone(),
+            Some(_) => return Err(BuildError::Changed { path: here.path_of(name) }),
+        };
+        let meta = self.meta(here, name, &before)?;
+        let after = rustix::fs::fstat(&file.fd).map_err(|e| here.read_error(name, e))?;
+        if version(&before) != version(&after) {
+            return Err(BuildError::Changed { path: here.path_of(name) });
+        }
+        Ok(Node { kind: Kind::Regular(content), meta })
+    }
+
+    /// Opens a regular file, which must be the one that was listed.
+    fn open<'n>(
+        &self,
+        here: &Here<'_>,
+        name: &'n OsStr,
+        listed: Option<&Stat>,
+    ) -> Result<(OpenFile<'n>, Stat), BuildError> {
         // Should it have become a FIFO, opening it must not wait for a writer.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(here.fd, name, flags, Mode::empty()).map_err(|e| here.read_error(name, e))?;
-        let before = rustix::fs::fstat(&fd).map_err(|e| here.read_error(name, e))?;
-        if identity(&before) != identity(listed) || kind_of(&before) != FileType::RegularFile {
-            return Err(changed());
+        let stat = rustix::fs::fstat(&fd).map_err(|e| here.read_error(name, e))?;
+        let is_other = listed.is_some_and(|listed| identity(listed) != identity(&stat));
+        if is_other || kind_of(&stat) != FileType::RegularFile {
+            return Err(BuildError::Changed { path: here.path_of(name) });
         }
-        let size = u64::try_from(before.st_size).map_err(|_| changed())?;
+        Ok((OpenFile { name, fd: File::from(fd) }, stat))
+    }
+
+    fn content(&mut self, here: &Here<'_>, file: &OpenFile<'_>, stat: &Stat) -> Result<Content, BuildError> {
+        let changed = || BuildError::Changed { path: here.path_of(file.name) };
+        let size = u64::try_from(stat.st_size).map_err(|_| changed())?;
         // Only files with fewer blocks than bytes are worth asking for holes.
-        let allocated = u64::try_from(before.st_blocks).unwrap_or(0).saturating_mul(512);
-        let mut body = FileBody { file: File::from(fd), at: 0, size, sparse: allocated < size, next_data: 0 };
-        let content = self.cutter.cut(size, &mut body).map_err(|e| match e {
+        let allocated = u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512);
+        let mut body = FileBody { file: &file.fd, at: 0, size, sparse: allocated < size, next_data: 0 };
+        self.cutter.cut(size, &mut body).map_err(|e| match e {
             CutError::Read(e) if e.kind() == io::ErrorKind::UnexpectedEof => changed(),
-            CutError::Read(source) => BuildError::Read { path: here.path_of(name), source },
+            CutError::Read(source) => BuildError::Read { path: here.path_of(file.name), source },
             CutError::Limit(limit) => BuildError::Limit(limit),
             CutError::Stopped => changed(),
-        })?;
-        let meta = self.meta(here, name, &before)?;
-        let after = rustix::fs::fstat(&body.file).map_err(|e| here.read_error(name, e))?;
-        let version = |stat: &Stat| (stat.st_size, stat.st_mtime, stat.st_mtime_nsec);
-        if version(&before) != version(&after) {
-            return Err(changed());
-        }
-        Ok(Node { kind: Kind::Regular(content), meta })
+        })
     }
 
     fn meta(&mut self, here: &Here<'_>, name: &OsStr, stat: &Stat) -> Result<Meta, BuildError> {
@@ -319,6 +438,7 @@ impl Reader<'_, '_> {
         let xattrs = self.xattrs(here, name)?;
         self.skipped_xattrs += xattrs.skipped;
         xattrs.store(&mut meta).map_err(|problem| BuildError::Entry { path: here.path_of(name), problem })?;
+        self.selection.adjust(&mut meta);
         Ok(meta)
     }
 
@@ -334,6 +454,9 @@ impl Reader<'_, '_> {
             other => self.buffer[..other.map_err(|e| here.read_error(name, e))?].to_vec(),
         };
         for xattr in names.split(|b| *b == 0).filter(|xattr| !xattr.is_empty()) {
+            if !self.selection.keeps_xattr(xattr) {
+                continue;
+            }
             let value = match rustix::fs::lgetxattr(path, OsStr::from_bytes(xattr), &mut self.buffer[..]) {
                 // Removed since it was listed, or listed by a filesystem that does not let us see it.
                 Err(Errno::NODATA | Errno::OPNOTSUPP) => continue,
@@ -346,9 +469,21 @@ impl Reader<'_, '_> {
     }
 }
 
+fn path_below(root: &Path, names: &[Box<[u8]>]) -> PathBuf {
+    let mut path = root.to_owned();
+    path.extend(names.iter().map(|name| OsStr::from_bytes(name)));
+    path
+}
+
+/// A regular file that is open.
+struct OpenFile<'n> {
+    name: &'n OsStr,
+    fd: File,
+}
+
 /// The content of an open file. Reads by position, so that looking for holes disturbs nothing.
-struct FileBody {
-    file: File,
+struct FileBody<'f> {
+    file: &'f File,
     at: u64,
     size: u64,
     /// Whether looking for holes can pay.
@@ -357,7 +492,7 @@ struct FileBody {
     next_data: u64,
 }
 
-impl Body for FileBody {
+impl Body for FileBody<'_> {
     fn fill(&mut self, plain: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(plain, self.at)?;
         self.at += plain.len() as u64;
@@ -366,7 +501,7 @@ impl Body for FileBody {
 
     fn skip_zeros(&mut self, len: u64) -> io::Result<bool> {
         if self.sparse && self.next_data <= self.at {
-            self.next_data = match rustix::fs::seek(&self.file, SeekFrom::Data(self.at)) {
+            self.next_data = match rustix::fs::seek(self.file, SeekFrom::Data(self.at)) {
                 Ok(next) => next,
                 // Nothing but a hole until the end.
                 Err(Errno::NXIO) => self.size,

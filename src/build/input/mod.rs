@@ -18,6 +18,8 @@ pub(super) struct Read {
     pub tree: Tree,
     pub hole_bytes: u64,
     pub skipped_xattrs: u64,
+    /// Length of the source, if it is a gzip archive.
+    pub gzip_bytes: Option<u64>,
 }
 
 /// Longest target that the kernel can follow: a path with its NUL has at most 4096 bytes.

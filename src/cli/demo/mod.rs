@@ -21,9 +21,8 @@ use self::stop::{Signals, Until};
 use super::print_json;
 use super::progress::Bar;
 use crate::base::ByteSize;
-use crate::build::{self, Base, BuildReport, BuildSpec, Compression, Source};
+use crate::build::{self, BuildReport, BuildSpec, Source};
 use crate::daemon::api::{BackendChoice, ImageReport, ImageSpec, MountRequest};
-use crate::format::rafs::DigestAlgorithm;
 
 /// See it work: build an image of a directory, mount it lazily, run a program from it
 ///
@@ -116,15 +115,7 @@ fn perform(stage: &Stage, args: &DemoArgs, runtime: &Handle) -> anyhow::Result<S
     let image = stage.dir("image")?;
     let clock = Instant::now();
     let build = build::build(
-        BuildSpec {
-            source: Source::open(&subject.dir)?,
-            out_dir: image.clone(),
-            compression: Compression::default(),
-            digest: DigestAlgorithm::Blake3,
-            chunk_size: BuildSpec::DEFAULT_CHUNK_SIZE,
-            threads: std::thread::available_parallelism()?,
-            base: Base::default(),
-        },
+        BuildSpec::new(Source::open(&subject.dir)?, &image),
         &Until { stop: &stage.stop, bar: Bar::on_terminal("building") },
     )?;
     let build_seconds = clock.elapsed().as_secs_f64();

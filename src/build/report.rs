@@ -1,0 +1,84 @@
+//! What a build tells when it is done.
+
+use serde::Serialize;
+
+use super::tree::{Kind, Tree};
+
+/// What was made. The same for every build of the same source.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct BuildReport {
+    /// Path of the file that holds the bootstrap.
+    pub bootstrap: String,
+    /// Whether that file is the blob.
+    pub bootstrap_in_blob: bool,
+    /// Length of the bootstrap.
+    pub bootstrap_bytes: u64,
+    /// At most one; none if no file has content, unless it holds the bootstrap.
+    pub blobs: Vec<BlobReport>,
+    /// Ids of blobs of the parent and of the dictionary that the image names.
+    pub base_blobs: Vec<String>,
+    pub directories: u64,
+    /// Regular files by content: a file with several names counts once.
+    pub files: u64,
+    pub symlinks: u64,
+    /// Devices, FIFOs and sockets.
+    pub specials: u64,
+    /// Names beyond the first of their files.
+    pub hard_links: u64,
+    /// Bytes of all regular files, each counted once.
+    pub source_bytes: u64,
+    /// Of these, bytes whose chunk was stored already.
+    pub deduplicated_bytes: u64,
+    /// Of these, bytes in holes of sparse files, which were not even read.
+    pub hole_bytes: u64,
+    /// Length of the source, if it is a gzip archive: what to compare the blob with.
+    pub gzip_bytes: Option<u64>,
+    /// Whether the blob is encrypted, with a key that lies in the bootstrap in clear.
+    pub encrypted: bool,
+    /// Entries of the image's list of what to fetch first.
+    pub prefetch_entries: u64,
+    /// Whether everything was read again and checked.
+    pub verified: bool,
+    /// Xattrs left out because the format has no place for their namespace.
+    pub skipped_xattrs: u64,
+}
+
+/// One blob of a [`BuildReport`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BlobReport {
+    /// SHA-256 of the file, but for the digests of its chunks.
+    pub id: String,
+    /// Path of the file.
+    pub path: String,
+    /// Length of the file.
+    pub stored_bytes: u64,
+    /// Length of the device it expands to.
+    pub decoded_bytes: u64,
+    pub chunks: u64,
+    /// Stored pieces that hold several chunks.
+    pub batches: u64,
+}
+
+/// The part of the report that follows from the tree.
+pub(super) fn count(tree: &Tree) -> BuildReport {
+    let mut report = BuildReport::default();
+    let mut met = vec![false; tree.len()];
+    let walked = tree.walk(|id| {
+        if std::mem::replace(&mut met[id.index()], true) {
+            report.hard_links += 1;
+            return Ok(());
+        }
+        match &tree.node(id).kind {
+            Kind::Directory(_) => report.directories += 1,
+            Kind::Regular(content) => {
+                report.files += 1;
+                report.source_bytes += content.size;
+            }
+            Kind::Symlink(_) => report.symlinks += 1,
+            Kind::Character(_) | Kind::Block(_) | Kind::Fifo | Kind::Socket => report.specials += 1,
+        }
+        Ok::<(), std::convert::Infallible>(())
+    });
+    let Ok(()) = walked;
+    report
+}
