@@ -125,7 +125,7 @@ fn describe(args: &CheckArgs, report: &Report) -> io::Result<()> {
             Some(kind) => writeln!(out, "blob {}: not looked at, it is {kind}", blob.id)?,
             None if report.depth == check::Depth::Data => writeln!(
                 out,
-                "blob {}: {} of {} chunks are what they should be ({} stored, {} plain); of {} nothing is promised",
+                "blob {}: {} of {} chunks are what they should be ({} stored, {} plain), {} are used by no file",
                 blob.id,
                 blob.verified,
                 blob.chunks,

@@ -95,7 +95,9 @@ pub(super) fn run(args: InspectArgs) -> anyhow::Result<ExitCode> {
 fn write_facts(out: &mut dyn Write, depth: usize, value: &serde_json::Value) -> io::Result<()> {
     use serde_json::Value::{Array, Null, Object, String};
     let Object(fields) = value else { return Ok(()) };
-    for (name, value) in fields {
+    // Facts first, then what consists of more facts.
+    let (rows, facts): (Vec<_>, Vec<_>) = fields.iter().partition(|(_, value)| value.is_array());
+    for (name, value) in facts.into_iter().chain(rows) {
         let name = format!("{:1$}{name}", "", depth * 2).replace('_', " ");
         match value {
             Null => {}

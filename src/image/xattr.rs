@@ -93,7 +93,10 @@ mod tests {
     use super::*;
     use crate::format::erofs::SUPERBLOCK_OFFSET;
 
-    fn names(image: &Image, path: &str) -> Result<Vec<(Vec<u8>, Vec<u8>)>, ImageError> {
+    /// Name and value.
+    type Pair = (Vec<u8>, Vec<u8>);
+
+    fn names(image: &Image, path: &str) -> Result<Vec<Pair>, ImageError> {
         let inode = image.lookup(path.as_bytes()).unwrap().expect("in the sample");
         let mut found = Vec::new();
         image.xattrs(&inode, &mut |xattr| {
