@@ -314,7 +314,7 @@ fn a_layer_may_be_given_the_id_that_a_registry_knows() {
     assert_eq!(image.devices()[1].blob.as_str(), "registry");
     assert_eq!((row.compressed_size.get(), row.toc_size.get(), row.toc_digest), (12345, 1024, [7; 32]));
 
-    let mut spec = merge_spec(&[out.clone()], &shop.path("again"));
+    let mut spec = merge_spec(std::slice::from_ref(&out), &shop.path("again"));
     spec.layers[0].id = Some("x".parse().unwrap());
     assert_refused(spec, "one blob of its own, this one has 2");
     let mut spec = merge_spec(&[low, high], &shop.path("again"));

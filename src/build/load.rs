@@ -375,8 +375,7 @@ impl<'a> Loader<'a> {
         let chunk_size = u64::from(self.image.summary().chunk_size);
         let mut left = inode.size;
         let mut guess = 0;
-        let mut cuts = Vec::with_capacity(rows.len());
-        for (chunk, row) in rows.iter().enumerate() {
+        let cuts = rows.iter().enumerate().map(|(chunk, row)| {
             let at = self.position(row, chunk, guess, path)?;
             guess = at + 1;
             let position = self.chunks.first + u32::try_from(at).expect("checked with the table");
@@ -386,9 +385,9 @@ impl<'a> Loader<'a> {
                 return Err(LoadError::ShortChunk { path: text(path), chunk, has, needs });
             }
             left -= needs;
-            cuts.push(u64::from(position));
-        }
-        Ok(Content::from_cuts(inode.size, cuts.into_iter()))
+            Ok(u64::from(position))
+        });
+        Content::from_cuts(inode.size, cuts)
     }
 
     fn position(&self, row: &ChunkIndex, chunk: usize, guess: usize, path: &[&[u8]]) -> Result<usize, LoadError> {

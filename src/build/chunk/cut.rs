@@ -55,10 +55,11 @@ impl Content {
         Self { size, runs: Vec::new() }
     }
 
-    /// Content of `size` bytes whose chunks are these cuts, in order.
-    pub(in crate::build) fn from_cuts(size: u64, cuts: impl Iterator<Item = u64>) -> Self {
+    /// Content of `size` bytes whose chunks are these cuts, in order, unless one of them fails.
+    pub(in crate::build) fn from_cuts<E>(size: u64, cuts: impl Iterator<Item = Result<u64, E>>) -> Result<Self, E> {
         let mut content = Self { size, runs: Vec::new() };
         for cut in cuts {
+            let cut = cut?;
             match content.runs.last_mut() {
                 Some(Run::Distinct { first, count }) if *first + *count == cut => *count += 1,
                 Some(Run::Same { cut: same, count }) if *same == cut => *count += 1,
@@ -66,10 +67,12 @@ impl Content {
                     content.runs.pop();
                     content.runs.push(Run::Same { cut, count: 2 });
                 }
-                _ => content.runs.push(Run::Distinct { first: cut, count: 1 }),
+                // Most files have one chunk, and room for four would be wasted on them.
+                None => content.runs = vec![Run::Distinct { first: cut, count: 1 }],
+                Some(_) => content.runs.push(Run::Distinct { first: cut, count: 1 }),
             }
         }
-        content
+        Ok(content)
     }
 
     /// The number of the cut behind each chunk of the file.
@@ -260,7 +263,8 @@ mod tests {
             (vec![1, 2, 2, 2, 3, 4, 0], 4),
             (vec![5, 5, 6, 6], 2),
         ] {
-            let content = Content::from_cuts(cuts.len() as u64, cuts.iter().copied());
+            let each = cuts.iter().map(|cut| Ok::<_, ()>(*cut));
+            let content = Content::from_cuts(cuts.len() as u64, each).unwrap();
             assert_eq!(content.cuts().collect::<Vec<_>>(), cuts);
             assert_eq!(content.runs.len(), runs, "{cuts:?}");
         }
