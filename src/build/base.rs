@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use super::chunk::Chunk;
 use super::error::BuildError;
-use super::load::{Agreed, Layer, Stock};
+use super::load::{Added, Agreed, Layer, Stock};
 use super::merge::prefetch_nodes;
 use super::overlay::{self, Whiteouts};
 use super::tree::{NodeId, Tree};
@@ -31,8 +31,7 @@ pub struct Base {
 #[derive(Debug)]
 pub(super) struct Based {
     pub stock: Stock,
-    /// Root and prefetched paths of the parent.
-    parent: Option<(NodeId, Vec<Vec<Box<[u8]>>>)>,
+    parent: Option<Added>,
     /// Blobs of the parent.
     kept: u16,
 }
@@ -54,7 +53,7 @@ impl Based {
         let mut parent = None;
         if let Some(layer) = &base.parent {
             let added = stock.add(&layer.image, None, |_| false).map_err(|cause| layer.error(cause))?;
-            parent = Some((added.root, added.prefetch));
+            parent = Some(added);
         }
         let kept = u16::try_from(stock.blobs.rows().len()).expect("an image has at most 254 blobs");
         if let Some(layer) = &base.dictionary {
@@ -92,7 +91,7 @@ impl Based {
         let mut prefetch = Vec::new();
         match self.parent {
             None => tree = read,
-            Some((lower, wanted)) => {
+            Some(Added { root: lower, prefetch: wanted }) => {
                 let unfit = |problem| BuildError::Entry { path: source.clone(), problem };
                 let upper = tree.adopt(read).map_err(unfit)?;
                 if let Some((node, problem)) = whiteouts.unresolvable(&tree, upper) {

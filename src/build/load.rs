@@ -100,12 +100,15 @@ impl Agreed {
     }
 }
 
+/// Names from the root down.
+pub(super) type Names = Vec<Box<[u8]>>;
+
 /// What the tree of an added image is called, and what it wanted to have prefetched.
 #[derive(Debug)]
 pub(super) struct Added {
     pub root: NodeId,
-    /// Names from the root down, the most urgent path first.
-    pub prefetch: Vec<Vec<Box<[u8]>>>,
+    /// The most urgent path first.
+    pub prefetch: Vec<Names>,
 }
 
 impl Stock {
@@ -401,7 +404,7 @@ impl<'a> Loader<'a> {
 struct Hints {
     /// Number of the inode and place in the table, sorted.
     wanted: Vec<(u64, usize)>,
-    found: Vec<Option<Vec<Box<[u8]>>>>,
+    found: Vec<Option<Names>>,
 }
 
 impl Hints {
@@ -421,7 +424,7 @@ impl Hints {
         }
     }
 
-    fn paths(self) -> Vec<Vec<Box<[u8]>>> {
+    fn paths(self) -> Vec<Names> {
         self.found.into_iter().flatten().collect()
     }
 }

@@ -10,7 +10,7 @@ use super::blobwriter::TemporaryName;
 use super::emit::{Bootstrap, Facts};
 use super::error::BuildError;
 use super::layout;
-use super::load::{Layer, LoadError, Stock};
+use super::load::{Layer, LoadError, Names, Stock};
 use super::overlay::{self, Whiteouts};
 use super::tree::{Kind, NodeId, Tree};
 use super::{Progress, count, stockblobs};
@@ -201,13 +201,13 @@ pub(super) fn digest(bits: u64) -> DigestAlgorithm {
 /// What layers want to have prefetched.
 #[derive(Debug, Default)]
 struct Wishes {
-    paths: Vec<Vec<Box<[u8]>>>,
+    paths: Vec<Names>,
     layers_with_data: usize,
     layers_that_want_all: usize,
 }
 
 impl Wishes {
-    fn add(&mut self, paths: Vec<Vec<Box<[u8]>>>, has_data: bool) {
+    fn add(&mut self, paths: Vec<Names>, has_data: bool) {
         self.layers_with_data += usize::from(has_data);
         self.layers_that_want_all += usize::from(has_data && paths.iter().any(Vec::is_empty));
         self.paths.extend(paths);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 
 use crate::build::{Base, Layer, Whiteouts};
-use crate::image::{Image, OpenError};
+use crate::reader::{LoadError, bootstrap};
 
 /// What an image is built upon.
 #[derive(Debug, clap::Args)]
@@ -25,7 +25,7 @@ pub(super) struct BaseArgs {
 
 impl BaseArgs {
     /// Opens the images.
-    pub(super) fn open(&self) -> Result<Base, OpenError> {
+    pub(super) fn open(&self) -> Result<Base, LoadError> {
         Ok(Base {
             parent: self.parent.as_deref().map(layer).transpose()?,
             whiteouts: self.whiteouts.into(),
@@ -35,8 +35,8 @@ impl BaseArgs {
 }
 
 /// The image at `path` under its own name.
-pub(super) fn layer(path: &Path) -> Result<Layer, OpenError> {
-    Ok(Layer { name: path.to_owned(), image: Image::open(path)?, id: None })
+pub(super) fn layer(path: &Path) -> Result<Layer, LoadError> {
+    Ok(Layer { name: path.to_owned(), image: bootstrap::open(path)?, id: None })
 }
 
 /// [`Whiteouts`] as people write them.

@@ -8,9 +8,10 @@ use clap::ValueEnum;
 use super::print_json;
 use super::progress::Bar;
 use crate::base::ByteSize;
+use crate::image::ImageError;
 use crate::image::check as metadata;
-use crate::image::{Image, ImageError, OpenError};
 use crate::net::{ClientOptions, RetryPolicy};
+use crate::reader::{LoadError, bootstrap};
 use crate::source;
 use crate::tools::check::{self, Report};
 
@@ -81,10 +82,10 @@ pub(super) fn run(args: &CheckArgs) -> ExitCode {
 }
 
 fn look(args: &CheckArgs) -> anyhow::Result<Report> {
-    let image = match Image::open(&args.image) {
+    let image = match bootstrap::open(&args.image) {
         Ok(image) => image,
         // What has the marks of an image and is none has been damaged; anything else is no image.
-        Err(OpenError::Image { cause, .. }) if !matches!(cause, ImageError::NotRafs(_)) => {
+        Err(LoadError::Image { cause, .. }) if !matches!(cause, ImageError::NotRafs(_)) => {
             return Ok(Report::of_metadata(metadata::Report::unusable(&cause)));
         }
         Err(cause) => return Err(cause.into()),

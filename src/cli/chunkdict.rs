@@ -9,7 +9,7 @@ use super::base::layer;
 use super::progress::Bar;
 use crate::base::ByteSize;
 use crate::build::{self, DictionaryReport, DictionarySpec};
-use crate::image::OpenError;
+use crate::reader::LoadError;
 
 /// Make a dictionary of the chunks that images have in common
 ///
@@ -56,7 +56,7 @@ Examples:
 /// # Errors
 /// Whatever stopped it; nothing was made then.
 pub(super) fn run(args: ChunkdictArgs) -> anyhow::Result<ExitCode> {
-    let images = args.images.iter().map(|path| layer(path)).collect::<Result<Vec<_>, OpenError>>()?;
+    let images = args.images.iter().map(|path| layer(path)).collect::<Result<Vec<_>, LoadError>>()?;
     let spec = DictionarySpec {
         images: &images,
         out: args.out,

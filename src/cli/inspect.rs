@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 
 use super::print_json;
-use crate::image::Image;
 use crate::image::dump::{Detail, dump};
+use crate::reader::bootstrap;
 use crate::tools::inspect::{Subject, inspect};
 
 /// Show an image, or one inode, blob or chunk of it
@@ -65,7 +65,7 @@ fn chunk(text: &str) -> Result<(u32, u32), String> {
 /// # Errors
 /// If the image cannot be read, or has no such thing.
 pub(super) fn run(args: InspectArgs) -> anyhow::Result<ExitCode> {
-    let image = Image::open(&args.image)?;
+    let image = bootstrap::open(&args.image)?;
     if args.dump {
         let detail = if args.layout { Detail::Layout } else { Detail::Meaning };
         let mut out = io::BufWriter::new(io::stdout().lock());

@@ -6,7 +6,7 @@ use anyhow::Context;
 
 use super::print_json;
 use crate::base::ByteSize;
-use crate::image::Image;
+use crate::reader::bootstrap;
 use crate::tools::stat::{self, ImageStat, Report};
 
 /// Count what is in images, and what several of them share
@@ -34,7 +34,7 @@ Exit status: 0 if everything was counted, 1 if an image cannot be read or is dam
 /// # Errors
 /// If an image cannot be read or is damaged.
 pub(super) fn run(args: &StatArgs) -> anyhow::Result<ExitCode> {
-    let open = |path: &PathBuf| Ok((path.display().to_string(), Image::open(path)?));
+    let open = |path: &PathBuf| Ok((path.display().to_string(), bootstrap::open(path)?));
     let images = args.images.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
     let report = stat::stat(&images).context("an image is damaged; `rafsd check` tells more")?;
     if args.json {

@@ -15,7 +15,7 @@ use crate::format::blobfile::features;
 use crate::format::erofs::{self, DeviceSlot, SUPERBLOCK_OFFSET, Superblock};
 use crate::format::rafs::{self, BlobEntry, ExtSuperblock};
 use crate::format::{array_at, array_at_mut, record_at};
-use crate::image::{ImageError, MAX_BOOTSTRAP};
+use crate::image::{Image, ImageError, MAX_BOOTSTRAP};
 
 /// What stands for the name of a blob that did not exist yet.
 const UNNAMED: [u8; BlobId::MAX_LEN] = [b'x'; BlobId::MAX_LEN];
@@ -56,6 +56,15 @@ pub enum LoadError {
         #[source]
         cause: TocError,
     },
+}
+
+/// The image at `path`: see [`load`].
+///
+/// # Errors
+/// As [`load`], and if what was read is no sound bootstrap.
+pub fn open(path: &Path) -> Result<Image, LoadError> {
+    let loaded = load(path)?;
+    Image::parse(loaded.bytes).map_err(|cause| LoadError::Image { path: path.to_owned(), cause })
 }
 
 /// Reads the bootstrap at `path`: a bootstrap file, or a blob file that holds its bootstrap, with

@@ -3,16 +3,16 @@
 use std::collections::HashSet;
 use std::io;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
 
 use super::units::{ReadError, UnitReader, UnitRef};
-use super::{LoadError, Loaded, MapError};
+use super::{LoadError, MapError};
 use crate::base::ByteRange;
 use crate::blob::{UnitIndex, UnitMap};
-use crate::image::{Extent, Image, ImageError, Inode, Kind, Walk};
+use crate::image::{Extent, Image, Inode, Kind, Walk};
 use crate::source::BlobSource;
 
 /// An image together with its blobs.
@@ -35,13 +35,6 @@ pub enum OpenError {
     /// The bootstrap is not usable.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// The bootstrap makes no sense.
-    #[error("{} is not a usable RAFS v6 bootstrap", path.display())]
-    Image {
-        path: PathBuf,
-        #[source]
-        cause: ImageError,
-    },
     /// The tables of a blob cannot be had, are damaged, or are of a kind that cannot be read.
     #[error(transparent)]
     Map(#[from] MapError),
@@ -60,8 +53,7 @@ impl Files {
     /// Opens the bootstrap at `bootstrap`, or in the blob that lies there, and fetches the tables of its blobs from `source`.
     /// Blocks; runs all its reads on `runtime` and must not be called from a thread of it.
     pub fn open(bootstrap: &Path, source: Arc<dyn BlobSource>, runtime: Handle) -> Result<Self, OpenError> {
-        let Loaded { bytes, .. } = super::bootstrap::load(bootstrap)?;
-        let image = Image::parse(bytes).map_err(|cause| OpenError::Image { path: bootstrap.to_owned(), cause })?;
+        let image = super::bootstrap::open(bootstrap)?;
         let maps = image.devices().iter().map(|device| super::maps::map(device, &image, source.as_ref(), &runtime));
         let maps = maps.collect::<Result<Vec<_>, _>>()?;
         Ok(Self { image, maps, source, runtime })

@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio::runtime::Handle;
 
 use crate::base::{BlobId, ByteRange, Chain, Class};
-use crate::blob::{BlobTables, Check, TablesError, Unit, UnitMap, decode};
+use crate::blob::{BlobTables, Check, Decoder, TablesError, Unit, UnitMap};
 use crate::build::Progress;
 use crate::image::check::{self, Code};
 use crate::image::{Device, Image};
@@ -111,7 +111,9 @@ pub fn check(
     let bytes = maps.iter().flatten().flat_map(UnitMap::units).filter(is_promised).map(|unit| unit.stored.len());
     progress.total(0, bytes.sum());
     for (number, map) in maps.iter().enumerate() {
-        if let Some(map) = map {
+        if let Some(map) = map
+            && report.blobs[number].unchecked.is_none()
+        {
             data(map, number, &fetch, &mut report, progress)?;
         }
     }
@@ -129,6 +131,11 @@ struct Fetch<'a> {
 }
 
 impl Fetch<'_> {
+    /// The tables of a blob, or `None` if they are not where the image says.
+    fn tables(&self, tables: &BlobTables) -> Result<Option<Bytes>, CheckError> {
+        if tables.stored().is_empty() { Ok(Some(Bytes::new())) } else { self.read(tables.home(), tables.stored()) }
+    }
+
     /// The bytes, or `None` if the blob does not have them.
     fn read(&self, blob: &BlobId, range: ByteRange) -> Result<Option<Bytes>, CheckError> {
         let ctx = ReadCtx { class: Class::Prefetch, deadline: Instant::now() + DEADLINE };
@@ -158,10 +165,12 @@ fn tables(
         unchecked: None,
     };
     let place = format!("blob {id}");
+    let mut refused = None;
     let outcome = match BlobTables::new(&device.entry) {
         Err(cause) => Err(cause),
-        Ok(tables) => match fetch.read(id, tables.stored())? {
+        Ok(tables) => match fetch.tables(&tables)? {
             Some(stored) => {
+                refused = tables.ensure_servable().err();
                 let map = tables.geometry(&stored);
                 map.and_then(|map| tables.with_digests(&map, image.chunk_records().iter()))
             }
@@ -176,6 +185,12 @@ fn tables(
         Ok(map) => {
             blob.chunks = map.units().len() as u64;
             blob.unpromised = map.units().iter().filter(|unit| !is_promised(unit)).count() as u64;
+            if report.depth == Depth::Data
+                && let Some(TablesError::Unsupported { kind, .. }) = refused
+            {
+                report.found.add(Code::BlobUnchecked, place, || format!("is {kind}: its data was not looked at"));
+                blob.unchecked = Some(kind.into());
+            }
             Some(map)
         }
         Err(TablesError::Unsupported { kind, .. }) => {
@@ -202,7 +217,7 @@ fn data(
 ) -> Result<(), CheckError> {
     let mut units: Vec<(usize, &Unit)> = map.units().iter().enumerate().filter(|(_, unit)| is_promised(unit)).collect();
     units.sort_by_key(|(_, unit)| unit.stored.start());
-    let mut plain = Vec::new();
+    let (mut plain, mut decoder) = (Vec::new(), Decoder::new());
     let mut rest = units.as_slice();
     while let Some((_, first)) = rest.first() {
         let (count, range) = piece(rest, first.stored);
@@ -222,7 +237,7 @@ fn data(
                 }
                 Some(stored) => {
                     plain.resize(usize::try_from(unit.blocks().len()).expect("a unit is small"), 0);
-                    match decode(unit, &stored, &mut plain) {
+                    match decoder.decode(map.key(), unit, &stored, &mut plain) {
                         Ok(()) => {
                             let blob = &mut report.blobs[number];
                             blob.verified += 1;

@@ -55,14 +55,16 @@ fn merges(spoilt: &[u8], sound: &[u8], role: u64, out: &std::path::Path) -> bool
 fn spoilt_bootstraps_are_refused_or_merged_into_sound_ones() {
     for (seed, kit) in (700..).zip(KITS) {
         let sample = Sample::new(kit);
-        let dir = tempfile::tempdir().unwrap();
+        // In memory if possible: every merge syncs what it wrote.
+        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let out = dir.path().join("merged");
         for role in 0..4 {
             assert!(merges(&sample.bootstrap, &sample.bootstrap, role, &out), "the sample itself merges");
         }
         let len = sample.bootstrap.len();
         let mut random = Random::new(seed);
-        let regions = sample.regions();
+        let mut regions = sample.regions();
+        regions.retain(|region| !region.bytes().is_empty());
         let mut cases = Vec::new();
         for case in 0..1500 {
             let below = |random: &mut Random, limit: usize| usize::try_from(random.below(limit as u64)).unwrap();

@@ -14,8 +14,8 @@ use crate::base::Class;
 use crate::blob::BlobTables;
 use crate::build::BuildReport;
 use crate::cache::{Store, StoreOptions};
-use crate::image::Image;
 use crate::net::{ClientOptions, RetryPolicy};
+use crate::reader::bootstrap;
 use crate::source::{self, ReadCtx};
 
 /// The cost of a full pull.
@@ -41,7 +41,7 @@ pub(super) fn everything(
     let source = source::open(url, &options, RetryPolicy::default())?;
     let store_options = StoreOptions { prefetch_fetches: 8, ..StoreOptions::default() };
     let store = Store::open(dir, store_options.clone(), runtime.clone())?;
-    let image = Image::open(&image.join("bootstrap"))?;
+    let image = bootstrap::open(&image.join("bootstrap"))?;
     for device in image.devices() {
         let tables = BlobTables::new(&device.entry)?;
         let ctx = ReadCtx { class: Class::OnDemand, deadline: Instant::now() + store_options.deadline };

@@ -262,7 +262,7 @@ mod tests {
 
         let records = text(&header[RECORD..header.len() - RECORD]);
         let want = format!(
-            "31 SCHILY.xattr.user.a%3D%25=\\x00\\n=\\n22 mtime=-0.000000001\\n111 path={}\\n19 size=8589934592\\n18 uid=4294967294\\n",
+            "33 SCHILY.xattr.user.a%3D%25=\\x00\\n=\\n22 mtime=-0.000000001\\n111 path={}\\n19 size=8589934592\\n18 uid=4294967294\\n",
             "n".repeat(101)
         );
         assert_eq!(records.trim_end_matches("\\x00"), want);

@@ -154,6 +154,6 @@ mod tests {
     fn device_numbers_are_taken_apart_as_the_kernel_puts_them_together() {
         assert_eq!(device(0x0103), (1, 3));
         assert_eq!(device(0xffff_ffff), (0xfff, 0xf_ffff));
-        assert_eq!(device(0x0011_032c), (3, 0x112c));
+        assert_eq!(device(0x0011_032c), (259, 300));
     }
 }
