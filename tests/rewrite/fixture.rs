@@ -203,6 +203,8 @@ pub(crate) fn shown(files: &Files) -> Vec<String> {
                 ControlFlow::Continue(())
             })
             .unwrap();
+        // Their order means nothing; other builders have one of their own.
+        xattrs.sort();
         let content = match inode.kind {
             Kind::Regular => rafsd::codec::blake3(&content(files, &inode)).to_string(),
             Kind::Symlink => image.symlink(&inode).unwrap().escape_ascii().to_string(),
