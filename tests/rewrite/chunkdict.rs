@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use rafsd::build::{self, BuildError, Compression, DictionaryReport, DictionarySpec};
 use rafsd::image::Image;
 
-use crate::fixture::{Fixture, content, files_below, inode, layer, places, shown, text};
+use crate::fixture::{Fixture, assert_sound, content, files_below, inode, layer, places, shown, text};
 
 fn dictionary(
     fixture: &Fixture,
@@ -48,6 +48,7 @@ fn the_dictionary_is_an_image_whose_files_are_chunks() {
 
     let (path, report) = dictionary(&fixture, &[&a, &b, &c], 2, None).unwrap();
 
+    assert_sound(&path);
     let files = fixture.open(&path);
     let records: Vec<_> = files.image().chunk_records().to_vec();
     assert_eq!((records.len(), report.blobs.len()), (5, 2));

@@ -113,6 +113,7 @@ impl Fixture {
         let out = self.path(name);
         let report = self.try_optimize(bootstrap, hot, &out).unwrap();
         self.collect(&out);
+        assert_sound(&out.join("bootstrap"));
         (out.join("bootstrap"), report)
     }
 
@@ -147,6 +148,7 @@ impl Fixture {
         let out = self.path(name);
         let report = self.try_compact(bootstrap, &out, change).unwrap();
         self.collect(&out);
+        assert_sound(&out.join("bootstrap"));
         (out.join("bootstrap"), report)
     }
 
@@ -168,6 +170,13 @@ impl Fixture {
         let mounted = Mounted::new(bootstrap, &devices, &at).unwrap();
         listing::of(mounted.path()).unwrap()
     }
+}
+
+/// Nothing is wrong with a bootstrap, nor odd about it.
+#[track_caller]
+pub(crate) fn assert_sound(bootstrap: &Path) {
+    let report = rafsd::image::check::check(&Image::open(bootstrap).unwrap());
+    assert_eq!(report.findings.iter().map(ToString::to_string).collect::<Vec<_>>(), [] as [String; 0]);
 }
 
 pub(crate) fn layer(path: &Path) -> Layer {
@@ -194,6 +203,8 @@ pub(crate) fn shown(files: &Files) -> Vec<String> {
                 ControlFlow::Continue(())
             })
             .unwrap();
+        // Their order means nothing; other builders have one of their own.
+        xattrs.sort();
         let content = match inode.kind {
             Kind::Regular => rafsd::codec::blake3(&content(files, &inode)).to_string(),
             Kind::Symlink => image.symlink(&inode).unwrap().escape_ascii().to_string(),
