@@ -198,6 +198,23 @@ pub fn build(spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport, Bu
     Ok(report)
 }
 
+/// Reads an archive as [`build`] does and lays out the image, but stores nothing. Entry point of the
+/// fuzz target: content is read in chunks of 4 KiB, of which there may be few.
+///
+/// # Errors
+/// As [`build`].
+#[doc(hidden)]
+pub fn read_archive(bytes: Vec<u8>) -> Result<BuildReport, BuildError> {
+    const CHUNK_SIZE: u32 = 4096;
+    let stream = Box::new(io::Cursor::new(bytes));
+    let read = chunk::rehearse(CHUNK_SIZE, |cutter| input::archive(Path::new("archive"), stream, cutter, &()))?;
+    layout::layout(&read.tree, CHUNK_SIZE)?;
+    let mut report = count(&read.tree);
+    report.hole_bytes = read.hole_bytes;
+    report.skipped_xattrs = read.skipped_xattrs;
+    Ok(report)
+}
+
 /// Writes the bootstrap and gives both files their names, the blob first: a bootstrap under its
 /// own name always finds its blob.
 fn publish(out_dir: &Path, blob: Option<&mut blobwriter::FinishedBlob>, bootstrap: &[u8]) -> Result<(), BuildError> {

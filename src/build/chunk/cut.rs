@@ -100,7 +100,7 @@ pub(in crate::build) struct Cutter<'a> {
 }
 
 /// Chunk index entries of all files together: 8 bytes each, in at most 2 GiB of metadata.
-const MAX_INDEXED: u64 = (2 << 30) / 8;
+pub(super) const MAX_INDEXED: u64 = (2 << 30) / 8;
 
 impl Cutter<'_> {
     /// Sends `size` bytes of `body` on their way.

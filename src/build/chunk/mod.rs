@@ -12,7 +12,7 @@ mod cut;
 mod pipeline;
 
 pub(super) use cut::{Body, Content, CutError, Cutter, PlainBody};
-pub(super) use pipeline::run;
+pub(super) use pipeline::{rehearse, run};
 
 use std::num::NonZeroUsize;
 

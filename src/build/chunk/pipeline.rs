@@ -3,6 +3,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
+use super::cut::MAX_INDEXED;
 use super::{Cutter, Settings, Slot};
 use crate::base::Digest;
 use crate::build::blobwriter::{BlobWriter, Chunk};
@@ -64,6 +65,32 @@ pub(in crate::build) struct Stored {
     /// Bytes of files that were not stored again because an equal chunk was.
     pub deduplicated_bytes: u64,
 }
+
+/// Runs `feed` on this thread, with nothing behind it: the first [`REHEARSED`] cuts are read and
+/// dropped, and one more is refused as by a pipeline that has failed. The room in the metadata is
+/// almost used up from the start, so that huge holes do not take long. For fuzzing.
+pub(in crate::build) fn rehearse<T>(chunk_size: u32, feed: impl FnOnce(&mut Cutter<'_>) -> T) -> T {
+    let (free_slots, free) = mpsc::channel();
+    for _ in 0..REHEARSED {
+        free_slots.send(Slot::default()).expect("the receiver is in this function");
+    }
+    drop(free_slots);
+    let (jobs, _todo) = mpsc::sync_channel(REHEARSED);
+    let mut cutter = Cutter {
+        chunk_size,
+        free,
+        jobs,
+        progress: &(),
+        next_cut: 0,
+        zeros: HashMap::new(),
+        indexed: MAX_INDEXED - 1024,
+        hole_bytes: 0,
+    };
+    feed(&mut cutter)
+}
+
+/// Cuts of one rehearsal.
+const REHEARSED: usize = 64;
 
 /// Runs `feed` on this thread, with workers and a writer behind it, until everything it cut has
 /// been stored in `blob`.
