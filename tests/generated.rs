@@ -66,8 +66,11 @@ fn wrong_with_archive(items: &[Item], out: &Path, kit: u64) -> String {
     let wrong = match (built, Model::of(items)) {
         (Err(_), _) => "the builder panicked".to_owned(),
         (Ok(Ok(report)), Ok(model)) => differences(&model, &report),
-        (Ok(Err(_)), Err(_)) if building::output(out).is_empty() => String::new(),
-        (Ok(Err(_)), Err(_)) => "a refused archive left files behind".to_owned(),
+        (Ok(Err(_)), Err(_)) if !building::output(out).is_empty() => "a refused archive left files behind".to_owned(),
+        (Ok(Err(error)), Err(refused)) if !error.to_string().contains(refused.named()) => {
+            format!("refused without naming {:?}: {error}", refused.named())
+        }
+        (Ok(Err(_)), Err(_)) => String::new(),
         (Ok(Ok(_)), Err(refused)) => format!("built, and should have been refused: {refused:?}"),
         (Ok(Err(error)), Ok(_)) => format!("refused: {error}"),
     };

@@ -67,6 +67,27 @@ pub enum Refused {
     Damaged,
 }
 
+impl Refused {
+    /// What a message must name, so that whoever made the archive knows what to change.
+    pub fn named(self) -> &'static str {
+        match self {
+            Self::DotDot => "'..'",
+            Self::ParentIsNoDirectory => "parent is not a directory",
+            Self::RootIsNoDirectory => "called '.'",
+            Self::LinkToNothing => "not there",
+            Self::LinkToDirectory => "directory",
+            Self::NameLength => "255",
+            Self::PathLength => "32",
+            Self::Nul => "NUL",
+            Self::TargetLength => "4095",
+            Self::Owner => "32 bits",
+            Self::DeviceNumber => "device number",
+            Self::XattrLength => "65535",
+            Self::Damaged => "generated.tar",
+        }
+    }
+}
+
 /// Namespaces that EROFS has numbers for.
 const NAMESPACES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 /// Whole names that it has numbers for.
