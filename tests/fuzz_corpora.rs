@@ -1,5 +1,6 @@
 //! The bodies of the fuzz targets on a stable compiler: every committed seed, and seeded mutations
-//! of the seeds. The long runs are made by `fuzz/run`.
+//! of the seeds. The long runs, which learn from what they reach, are made by `fuzz/run`;
+//! `RAFSD_MUTATIONS=1000000` makes this one longer.
 //!
 //! `RAFSD_WRITE_SEEDS=1 cargo test --test fuzz_corpora` writes the seeds anew.
 
@@ -18,7 +19,7 @@ use rafsd::image::Image;
 use support::tree::Random;
 
 /// Mutations of all seeds of one target together.
-const MUTATIONS: usize = 4000;
+const MUTATIONS: u64 = 4000;
 /// Longest that one input may take in a build without optimisation.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -42,7 +43,8 @@ fn check(target: &str, body: fn(&[u8])) {
     for (name, input) in &seeds {
         run(target, name, body, input);
     }
-    for number in 0..MUTATIONS {
+    let mutations = std::env::var("RAFSD_MUTATIONS").map_or(MUTATIONS, |text| text.parse().expect("a number"));
+    for number in 0..mutations {
         let input = mutate(&mut random, &inputs);
         run(target, &format!("mutation {number}"), body, &input);
     }

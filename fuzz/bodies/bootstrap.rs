@@ -10,6 +10,8 @@ use rafsd::base::BLOCK;
 use rafsd::image::{Extent, Image, Inode, Kind};
 
 const SLOT: usize = 32;
+/// Bootstraps are whole blocks.
+const PADDED: usize = 4096;
 /// 64 KiB: room for two blocks of metadata, directories and all tables.
 const MAX_SLOTS: usize = 2048;
 /// Paths that are looked at. A bootstrap of this length has at most 5461.
@@ -28,7 +30,7 @@ pub fn unpack(input: &[u8]) -> Vec<u8> {
         }
         bytes[at..at + piece.len()].copy_from_slice(piece);
     }
-    bytes.resize(bytes.len().next_multiple_of(BLOCK as usize), 0);
+    bytes.resize(bytes.len().next_multiple_of(PADDED), 0);
     bytes
 }
 
