@@ -20,6 +20,7 @@ use generated::minimal::minimal;
 use generated::model::Model;
 use generated::random;
 use generated::shown::shown;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rafsd::build::{self, BuildReport, BuildSpec, Compression, Source};
 use rafsd::format::rafs::DigestAlgorithm;
 use support::tree::Random;
@@ -148,6 +149,44 @@ fn kernel_shows_what_the_model_says() {
         mounted += 1;
     }
     assert!(mounted > 20, "{mounted}");
+}
+
+/// The model of layers, which merged images are compared with, is worth what overlayfs says it is.
+#[test]
+fn overlayfs_stacks_layers_as_the_model_says() {
+    if let Some(why) = support::unable_to_mount() {
+        return support::skip("overlayfs_stacks_layers_as_the_model_says", why);
+    }
+    for seed in 0..setting("RAFSD_TREES", 40) {
+        let dir = scratch();
+        let layers = random::layers(&mut Random::new(seed), 4);
+        let (mut merged, mut lower) = (Model::default(), Vec::new());
+        for (number, items) in layers.iter().enumerate() {
+            let layer = Model::of(items).expect("layers are sound");
+            let place = dir.path().join(number.to_string());
+            fs::create_dir(&place).unwrap();
+            layer.for_overlayfs(&merged).write_to(&place).unwrap();
+            merged = layer.over(&merged);
+            lower.insert(0, place.display().to_string());
+        }
+        let at = dir.path().join("merged");
+        fs::create_dir(&at).unwrap();
+        let options = format!("lowerdir={}", lower.join(":"));
+        mount(Some("overlay"), &at, Some("overlay"), MsFlags::MS_RDONLY, Some(options.as_str())).unwrap();
+        let shown = listing::of(&at);
+        umount2(&at, MntFlags::MNT_DETACH).unwrap();
+
+        // Overlayfs counts links in the layer, whoever hides some of them.
+        let without_links = |mut lines: Vec<listing::Line>| {
+            for line in &mut lines {
+                line.facts =
+                    line.facts.split(' ').filter(|fact| !fact.starts_with("links=")).collect::<Vec<_>>().join(" ");
+            }
+            lines
+        };
+        let differences = listing::diff(&without_links(merged.lines()), &without_links(shown.unwrap()));
+        assert!(differences.is_empty(), "seed {seed}:\n{differences}");
+    }
 }
 
 /// Another program that knows EROFS: it reads every inode, directory and block.

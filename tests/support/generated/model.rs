@@ -178,6 +178,75 @@ impl Model {
         Ok(())
     }
 
+    /// The tree that this layer makes over `lower`. Whiteouts (`.wh.NAME`, and `.wh..wh..opq` for
+    /// all of a directory) act on what is in `lower` alone, and are in neither place afterwards.
+    pub fn over(&self, lower: &Self) -> Self {
+        let mut out = lower.clone();
+        for path in self.paths.keys() {
+            match Whiteout::of(path) {
+                Some(Whiteout::Removal(gone)) => out.remove(&gone, true),
+                Some(Whiteout::Opaque(directory)) => out.remove(&directory, false),
+                None => {}
+            }
+        }
+        let first = out.nodes.len();
+        out.nodes.extend(self.nodes.iter().cloned());
+        for (path, node) in self.paths.iter().filter(|(path, _)| Whiteout::of(path).is_none()) {
+            let is_directory = |model: &Self, node: usize| model.nodes[node].kind == Kind::Directory;
+            let merged = out.paths.get(path).is_some_and(|old| is_directory(&out, *old)) && is_directory(self, *node);
+            if !merged {
+                out.remove(path, true);
+            }
+            out.paths.insert(path.clone(), first + node);
+        }
+        out
+    }
+
+    /// The same layer with the whiteouts of overlayfs: devices 0/0 and an xattr. Only those that
+    /// hide something in `lower`: in a directory that is not merged, the kernel lists the others.
+    pub fn for_overlayfs(&self, lower: &Self) -> Self {
+        let mut out = self.clone();
+        let (mut opaque, mut removed) = (Vec::new(), Vec::new());
+        for path in self.paths.keys() {
+            match Whiteout::of(path) {
+                Some(Whiteout::Opaque(directory)) => opaque.push(directory),
+                // A directory would be merged with the one that it replaces.
+                Some(Whiteout::Removal(gone)) if self.has_directory(&gone) => opaque.push(gone),
+                Some(Whiteout::Removal(gone)) if !self.paths.contains_key(&gone) => removed.push(gone),
+                Some(Whiteout::Removal(_)) => {}
+                None => continue,
+            }
+            out.paths.remove(path);
+        }
+        removed.retain(|gone| {
+            let hidden = |directory: &Vec<u8>| gone.starts_with(&[directory, &b"/"[..]].concat());
+            lower.paths.contains_key(gone) && !opaque.iter().any(hidden)
+        });
+        for directory in opaque {
+            let mut node = out.nodes[out.paths[&directory]].clone();
+            node.xattrs.insert(b"trusted.overlay.opaque".to_vec(), b"y".to_vec());
+            out.nodes.push(node);
+            out.paths.insert(directory, out.nodes.len() - 1);
+        }
+        for gone in removed {
+            out.nodes.push(Node { kind: Kind::Character(0, 0), ..Node::implied() });
+            out.paths.insert(gone, out.nodes.len() - 1);
+        }
+        out
+    }
+
+    /// Removes what is below `path`, and the path itself if `whole`; never the root.
+    fn remove(&mut self, path: &[u8], whole: bool) {
+        let below = if path.is_empty() { Vec::new() } else { [path, b"/"].concat() };
+        let goes = |other: &[u8]| if other == path { whole } else { other.starts_with(&below) };
+        self.paths.retain(|other, _| other.is_empty() || !goes(other));
+    }
+
+    /// Whether a directory is at `path`.
+    pub fn has_directory(&self, path: &[u8]) -> bool {
+        self.paths.get(path).is_some_and(|node| self.nodes[*node].kind == Kind::Directory)
+    }
+
     /// Every path as `listing::of` shows it where the tree is mounted, sorted.
     pub fn lines(&self) -> Vec<Line> {
         let mut links = BTreeMap::<usize, usize>::new();
@@ -223,8 +292,30 @@ impl Model {
     }
 }
 
+/// What a marker file of an OCI layer asks for.
+enum Whiteout {
+    /// This path goes.
+    Removal(Vec<u8>),
+    /// All below this directory goes.
+    Opaque(Vec<u8>),
+}
+
+impl Whiteout {
+    fn of(path: &[u8]) -> Option<Self> {
+        let (directory, name) = match path.iter().rposition(|b| *b == b'/') {
+            Some(at) => (&path[..at], &path[at + 1..]),
+            None => (&b""[..], path),
+        };
+        match name.strip_prefix(b".wh.")? {
+            b".wh..opq" => Some(Self::Opaque(directory.to_vec())),
+            gone if directory.is_empty() => Some(Self::Removal(gone.to_vec())),
+            gone => Some(Self::Removal([directory, b"/", gone].concat())),
+        }
+    }
+}
+
 /// A path below the root: no empty and no `.` components.
-fn normal(path: &[u8]) -> Result<Vec<u8>, Refused> {
+pub fn normal(path: &[u8]) -> Result<Vec<u8>, Refused> {
     if path.contains(&0) {
         return Err(Refused::Nul);
     }

@@ -1,7 +1,7 @@
 //! Archives from a seed: few names, so that members hit each other, and every awkward thing often.
 
 use super::member::{Content, Damage, Island, Item, Long, Member, Numbers, Sparse, Style, What};
-use super::model::Model;
+use super::model::{Model, normal};
 use crate::support::tree::Random;
 
 /// A list of members from a generator. About one in six cannot become an image.
@@ -27,6 +27,57 @@ pub fn tree(random: &mut Random) -> Vec<Item> {
         }
     }
     items
+}
+
+/// Layers of one image, the lowest first, with whiteouts and with other kinds of entries over what
+/// is below. Every parent is listed, since readers differ about those that are not.
+pub fn layers(random: &mut Random, count: usize) -> Vec<Vec<Item>> {
+    let mut made = Vec::new();
+    (0..count).map(|number| layer(random, &mut made, number > 0)).collect()
+}
+
+fn layer(random: &mut Random, made: &mut Vec<Vec<u8>>, whiteouts: bool) -> Vec<Item> {
+    let (mut model, mut items) = (Model::default(), Vec::new());
+    for _ in 0..=random.below(16) {
+        let mut member = member(random, made);
+        let Ok(path) = normal(&member.path) else { continue };
+        // Device 0/0 is a whiteout of another kind.
+        let marked = path.windows(4).any(|four| four == b".wh.") || matches!(member.what, What::Character(0, 0));
+        if marked || path.is_empty() {
+            continue;
+        }
+        let mut parts = vec![];
+        for at in (0..path.len()).filter(|at| path[*at] == b'/') {
+            if !model.has_directory(&path[..at]) {
+                parts.push(Member { path: path[..at].to_vec(), what: What::Directory, ..member.clone() });
+            }
+        }
+        parts.iter_mut().for_each(|parent| parent.xattrs.clear());
+        // Links have no mode of their own.
+        if matches!(member.what, What::Symlink(_)) {
+            member.mode = 0o777;
+        }
+        if whiteouts && random.below(3) == 0 {
+            member = whiteout(random, &path, member);
+        }
+        parts.push(member);
+        let mut next = model.clone();
+        if parts.iter().all(|member| next.put(member).is_ok()) && next.skipped_xattrs == 0 {
+            model = next;
+            items.extend(parts.into_iter().map(Item::Member));
+        }
+    }
+    items
+}
+
+/// A marker that removes `path`, or, below the root, everything beside it.
+fn whiteout(random: &mut Random, path: &[u8], member: Member) -> Member {
+    let at = path.iter().rposition(|b| *b == b'/').map_or(0, |at| at + 1);
+    // The name of the marker has to fit as well.
+    let name = &path[at..path.len().min(at + 251)];
+    let name = if at > 0 && random.below(3) == 0 { b".wh..opq" } else { name };
+    let what = What::File(Content { size: 0, islands: Vec::new() });
+    Member { path: [&path[..at], b".wh.", name].concat(), what, xattrs: Vec::new(), ..member }
 }
 
 /// Up to 24 parts of an archive. One in `refused` of those that make it unfit stays.
