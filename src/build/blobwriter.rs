@@ -349,3 +349,36 @@ impl Drop for TemporaryName {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What becomes of one more chunk of `plain_len` bytes, stored in `stored_len`, behind so many
+    /// stored and decoded bytes.
+    fn append_at(stored: u64, decoded: u64, plain_len: usize, stored_len: usize) -> Result<u64, Option<Limit>> {
+        let dir = tempfile::tempdir().unwrap();
+        let mut blob = BlobWriter { stored, decoded, ..BlobWriter::new(dir.path().to_owned()) };
+        match blob.append(Chunk::new(crate::base::Digest([0; 32]), 0, plain_len), &vec![0; stored_len]) {
+            Ok(index) => Ok(blob.chunks[index as usize].decoded_offset / BLOCK),
+            Err(BuildError::Limit(limit)) => Err(Some(limit)),
+            Err(_) => Err(None),
+        }
+    }
+
+    /// Block 0xffffffff means a hole, and there are no numbers behind it.
+    #[test]
+    fn no_chunk_gets_a_block_that_has_no_number() {
+        let blocks = |n: u64| n * BLOCK;
+        assert_eq!(append_at(0, blocks(0xffff_fffe), 4096, 1), Ok(0xffff_fffe));
+        assert_eq!(append_at(0, blocks(0xffff_fffe), 4097, 1), Err(Some(Limit::Decoded)));
+        assert_eq!(append_at(0, blocks(0xffff_ffff), 1, 1), Err(Some(Limit::Decoded)));
+        assert_eq!(append_at(0, blocks(0xffff_ff00), 2 << 20, 1), Err(Some(Limit::Decoded)));
+    }
+
+    #[test]
+    fn no_chunk_is_stored_behind_what_forty_bits_reach() {
+        assert_eq!(append_at((1 << 40) - 7, 0, 4096, 7), Ok(0));
+        assert_eq!(append_at((1 << 40) - 7, 0, 4096, 8), Err(Some(Limit::Stored)));
+    }
+}

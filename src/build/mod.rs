@@ -121,6 +121,26 @@ pub fn build(spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport, Bu
     Ok(report)
 }
 
+/// Reads an archive as [`build`] does and lays out the image, but stores nothing. Entry point of the
+/// fuzz target: content is read in chunks of 4 KiB, of which there may be few.
+///
+/// # Errors
+/// As [`build`].
+#[doc(hidden)]
+pub fn read_archive(bytes: Vec<u8>) -> Result<BuildReport, BuildError> {
+    let name = Path::new("archive");
+    let stream = Box::new(io::Cursor::new(bytes));
+    let mut spec = BuildSpec::new(Source::Archive { name: name.to_owned(), stream: Box::new(io::empty()) }, "");
+    (spec.compression, spec.chunk_size) = (Compression::None, 4096);
+    let (settings, shape) = settings(&spec)?;
+    let read = chunk::rehearse(&settings, |cutter| input::archive(name, stream, &spec.selection, cutter, &()))?;
+    layout::layout(&read.tree, shape.chunk_size)?;
+    let mut report = report::count(&read.tree);
+    report.hole_bytes = read.hole_bytes;
+    report.skipped_xattrs = read.skipped_xattrs;
+    Ok(report)
+}
+
 /// What the stages of a build are told, if it is possible at all.
 fn settings(spec: &BuildSpec) -> Result<(Settings, Shape), BuildError> {
     let chunk_size = spec.checked_chunk_size()?;

@@ -8,7 +8,6 @@ use super::Image;
 // Said once more for the scanner of the layers: tests may build their input with a higher one.
 #[cfg(test)]
 use crate::build::{BuildSpec, Compression, Source, build};
-use crate::format::rafs::DigestAlgorithm;
 
 /// Files of one and of several chunks (twice the same, and one whose chunks lie apart), a hard
 /// link, a directory of several blocks, short and long symlinks, a device, a FIFO and an xattr.
@@ -49,14 +48,9 @@ fn built() -> Vec<u8> {
         }
     }
     let out = tempfile::tempdir().unwrap();
-    let spec = BuildSpec {
-        source: Source::Archive { name: "sample.tar".into(), stream: Box::new(Cursor::new(tar.into_inner().unwrap())) },
-        out_dir: out.path().to_owned(),
-        compression: Compression::None,
-        digest: DigestAlgorithm::Blake3,
-        chunk_size: 4096,
-        threads: NonZeroUsize::MIN,
-    };
+    let stream = Box::new(Cursor::new(tar.into_inner().unwrap()));
+    let mut spec = BuildSpec::new(Source::Archive { name: "sample.tar".into(), stream }, out.path());
+    (spec.compression, spec.chunk_size, spec.threads) = (Compression::None, 4096, NonZeroUsize::MIN);
     std::fs::read(build(spec, &()).unwrap().bootstrap).unwrap()
 }
 

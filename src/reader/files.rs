@@ -242,11 +242,11 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
+    use crate::base::BlobId;
     use crate::blob::{Check, Recipe, Unit};
-    use crate::build::{BuildSpec, Compression, Source, build};
+    use crate::build::{Batching, BuildSpec, Compression, Source, build};
     use crate::codec;
-    use crate::format::rafs::DigestAlgorithm;
-    use crate::source::{BoxFuture, LocalSource};
+    use crate::source::{BoxFuture, LocalSource, ReadCtx, SourceError};
 
     /// A directory of blobs that counts its reads.
     struct Counting(LocalSource, AtomicUsize);
@@ -286,15 +286,9 @@ mod tests {
         for (number, content) in contents.iter().enumerate() {
             fs::write(from.join(format!("{number:05}")), content).unwrap();
         }
-        let spec = BuildSpec {
-            source: Source::open(&from).unwrap(),
-            out_dir: dir.path().to_owned(),
-            compression,
-            digest: DigestAlgorithm::Blake3,
-            chunk_size: 4096,
-            threads: NonZeroUsize::MIN,
-            base: crate::build::Base::default(),
-        };
+        let mut spec = BuildSpec::new(Source::open(&from).unwrap(), dir.path());
+        (spec.compression, spec.chunk_size, spec.threads) = (compression, 4096, NonZeroUsize::MIN);
+        spec.batching = Batching::Off;
         build(spec, &()).unwrap();
         let local = LocalSource::new(dir.path().join("blobs")).unwrap();
         let source = Arc::new(Counting(local, AtomicUsize::new(0)));

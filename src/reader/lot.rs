@@ -194,6 +194,8 @@ mod tests {
             stored: ByteRange::at(at, len).unwrap(),
             recipe: Recipe::Zstd,
             check: Check::Unknown,
+            part: None,
+            encrypted: false,
         };
         let blob = "ab".repeat(32).parse().unwrap();
         UnitMap::new(blob, 1 << 40, (0..).zip(stored).map(unit).collect()).unwrap()

@@ -151,6 +151,11 @@ impl<'a> Cutter<'a> {
         }
     }
 
+    /// Behaves as if the image were almost at its limit of chunk indexes already.
+    pub(super) fn be_nearly_full(&mut self) {
+        self.indexed = MAX_INDEXED - 1024;
+    }
+
     /// Sends what is left on its way, and hangs up. Returns how many parcels were sent.
     pub(super) fn finish(mut self) -> u64 {
         // Who does not take it has failed and says why.

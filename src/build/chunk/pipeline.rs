@@ -78,6 +78,24 @@ impl Known {
     }
 }
 
+/// Runs `feed` on this thread, with nothing behind it: the first [`REHEARSED`] parcels are filled and
+/// dropped, and one more is refused as by a pipeline that has failed. The room in the metadata is
+/// almost used up from the start, so that huge holes do not take long. For fuzzing.
+pub(in crate::build) fn rehearse<T>(settings: &Settings, feed: impl FnOnce(&mut Cutter<'_>) -> T) -> T {
+    let (free_parcels, free) = mpsc::channel();
+    for _ in 0..REHEARSED {
+        free_parcels.send(Parcel::default()).expect("the receiver is in this function");
+    }
+    drop(free_parcels);
+    let (jobs, _todo) = mpsc::sync_channel(REHEARSED);
+    let mut cutter = Cutter::new(settings, 0, free, jobs, &());
+    cutter.be_nearly_full();
+    feed(&mut cutter)
+}
+
+/// Parcels of one rehearsal.
+const REHEARSED: usize = 64;
+
 /// Runs `feed` on this thread, with workers and a writer behind it, until everything it cut has
 /// been stored in `blob`.
 ///
