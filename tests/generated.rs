@@ -43,7 +43,10 @@ fn build(source: Source, out: &Path, kit: u64) -> Result<BuildReport, build::Bui
         (Compression::Zstd { level: 3 }, DigestAlgorithm::Sha256, 1 << 20),
     ][usize::try_from(kit % 4).unwrap()];
     let out_dir = out.to_owned();
-    build::build(BuildSpec { source, out_dir, compression, digest, chunk_size, threads: NonZeroUsize::MIN }, &())
+    let mut spec = BuildSpec::new(source, out_dir);
+    (spec.compression, spec.digest) = (compression, digest);
+    (spec.chunk_size, spec.threads) = (chunk_size, NonZeroUsize::MIN);
+    build::build(spec, &())
 }
 
 /// What is different between image and model; empty if nothing is.

@@ -15,7 +15,7 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 
 use generated::member::{Content, Island, Item, Member, Numbers, Style, What, archive};
-use rafsd::build::{BuildSpec, Compression, Source, build};
+use rafsd::build::{Batching, BuildSpec, Compression, Source, build};
 use rafsd::codec;
 use rafsd::format::rafs::DigestAlgorithm;
 
@@ -77,25 +77,18 @@ fn digests() -> String {
     let dir = tempfile::tempdir().unwrap();
     let mut out = String::new();
     for (tree, items) in trees() {
-        for (kit, compression, digest) in [
-            ("none blake3", Compression::None, DigestAlgorithm::Blake3),
-            ("lz4 blake3", Compression::Lz4, DigestAlgorithm::Blake3),
-            ("zstd blake3", Compression::Zstd { level: 3 }, DigestAlgorithm::Blake3),
-            ("zstd sha256", Compression::Zstd { level: 3 }, DigestAlgorithm::Sha256),
+        for (kit, compression, digest, batching) in [
+            ("none blake3", Compression::None, DigestAlgorithm::Blake3, Batching::Off),
+            ("lz4 blake3", Compression::Lz4, DigestAlgorithm::Blake3, Batching::Off),
+            ("zstd blake3", Compression::Zstd { level: 3 }, DigestAlgorithm::Blake3, Batching::Off),
+            ("zstd sha256", Compression::Zstd { level: 3 }, DigestAlgorithm::Sha256, Batching::Off),
+            ("zstd batched", Compression::Zstd { level: 3 }, DigestAlgorithm::Blake3, Batching::Default),
         ] {
             let stream = Box::new(Cursor::new(archive(&items)));
-            let report = build(
-                BuildSpec {
-                    source: Source::Archive { name: tree.into(), stream },
-                    out_dir: dir.path().to_owned(),
-                    compression,
-                    digest,
-                    chunk_size: 4096,
-                    threads: NonZeroUsize::MIN,
-                },
-                &(),
-            )
-            .unwrap();
+            let mut spec = BuildSpec::new(Source::Archive { name: tree.into(), stream }, dir.path());
+            (spec.compression, spec.digest, spec.batching) = (compression, digest, batching);
+            (spec.chunk_size, spec.threads) = (4096, NonZeroUsize::MIN);
+            let report = build(spec, &()).unwrap();
             let bootstrap = codec::sha256(&fs::read(&report.bootstrap).unwrap());
             let blob = report.blobs.first().map_or("none", |blob| &blob.id[..16]);
             let bootstrap = &bootstrap.to_string()[..16];

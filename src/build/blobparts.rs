@@ -70,6 +70,12 @@ impl Parts {
         self.len
     }
 
+    /// Makes tests of limits possible without a terabyte.
+    #[cfg(test)]
+    pub(super) fn pretend_len(&mut self, len: u64) {
+        self.len = len;
+    }
+
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), BuildError> {
         self.hash.update(bytes);
         self.write_unhashed(bytes)

@@ -358,9 +358,24 @@ mod tests {
     /// stored and decoded bytes.
     fn append_at(stored: u64, decoded: u64, plain_len: usize, stored_len: usize) -> Result<u64, Option<Limit>> {
         let dir = tempfile::tempdir().unwrap();
-        let mut blob = BlobWriter { stored, decoded, ..BlobWriter::new(dir.path().to_owned()) };
-        match blob.append(Chunk::new(crate::base::Digest([0; 32]), 0, plain_len), &vec![0; stored_len]) {
-            Ok(index) => Ok(blob.chunks[index as usize].decoded_offset / BLOCK),
+        let shape = Shape {
+            compression: Algorithm::None,
+            digest: DigestAlgorithm::Blake3,
+            chunk_size: 1 << 24,
+            key: None,
+            toc: false,
+            inline_bootstrap: false,
+        };
+        let mut parts = Parts::create(dir.path()).unwrap();
+        parts.pretend_len(stored);
+        let mut blob = BlobWriter { parts: Some(parts), decoded, ..BlobWriter::new(dir.path().to_owned(), shape) };
+        let number = blob.number(Chunk::new(crate::base::Digest([0; 32]), 0, plain_len));
+        let appended = number.and_then(|number| {
+            blob.append(number, &vec![0; stored_len], stored_len < plain_len)?;
+            Ok(number)
+        });
+        match appended {
+            Ok(number) => Ok(blob.chunks[number as usize].decoded_offset / BLOCK),
             Err(BuildError::Limit(limit)) => Err(Some(limit)),
             Err(_) => Err(None),
         }

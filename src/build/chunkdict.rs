@@ -161,7 +161,7 @@ fn tree<'c>(taken: impl Iterator<Item = (u32, &'c super::chunk::Chunk)>) -> Resu
     for (position, chunk) in taken {
         let name = hex(&chunk.digest.0);
         let parent = tree.insert(chunks, &name.as_bytes()[..2], directory())?;
-        let content = Content::from_cuts(chunk.plain_len.into(), std::iter::once(position.into()));
+        let content = Content::from_cuts(chunk.plain_len.into(), std::iter::once(Ok::<_, Unfit>(position.into())))?;
         let meta = Meta { permissions: 0o444, ..Meta::implied_directory() };
         tree.insert(parent, name.as_bytes(), Node { meta, kind: Kind::Regular(content) })?;
     }

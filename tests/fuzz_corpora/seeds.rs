@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{Cursor, Read};
 use std::num::NonZeroUsize;
 
-use rafsd::build::{BuildSpec, Compression, Source, build};
+use rafsd::build::{Batching, BuildSpec, Compression, Source, build};
 use rafsd::codec::Compressor;
 use rafsd::format::blobfile::Header;
 use rafsd::format::rafs::DigestAlgorithm;
@@ -45,14 +45,10 @@ struct Made {
 
 fn image(archive: Vec<u8>, compression: Compression, digest: DigestAlgorithm) -> Made {
     let dir = tempfile::tempdir().unwrap();
-    let spec = BuildSpec {
-        source: Source::Archive { name: "seed.tar".into(), stream: Box::new(Cursor::new(archive)) },
-        out_dir: dir.path().to_owned(),
-        compression,
-        digest,
-        chunk_size: 4096,
-        threads: NonZeroUsize::MIN,
-    };
+    let stream = Box::new(Cursor::new(archive));
+    let mut spec = BuildSpec::new(Source::Archive { name: "seed.tar".into(), stream }, dir.path());
+    (spec.compression, spec.digest, spec.batching) = (compression, digest, Batching::Off);
+    (spec.chunk_size, spec.threads) = (4096, NonZeroUsize::MIN);
     let report = build(spec, &()).unwrap();
     Made {
         bootstrap: std::fs::read(&report.bootstrap).unwrap(),

@@ -63,7 +63,7 @@ impl Blob {
         let unit = self.map.get(self.map.find(at).expect("a unit is there")).expect("a unit");
         let mut plain = vec![0; usize::try_from(unit.blocks().len()).unwrap()];
         let stored = &self.stored[usizes(unit.stored.start(), unit.stored.end())];
-        decode(unit, stored, &mut plain).expect("our own chunk decodes");
+        decode(unit, self.map.key(), stored, &mut plain).expect("our own chunk decodes");
         let from = at - unit.decoded.start();
         assert!(from + len <= unit.decoded.len(), "an extent lies in one chunk");
         plain[usizes(from, from + len)].to_vec()
