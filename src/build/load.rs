@@ -197,6 +197,8 @@ impl Stock {
     pub(super) fn add_blob(&mut self, entry: &BlobEntry, chunks: &[Chunk]) -> Result<u16, BuildError> {
         // The same data in the same order makes the same blob, so it may be there already.
         let row = self.blobs.add(entry).map_err(BuildError::NewBlob)?;
+        // Other images' bootstraps are no longer in their blobs; this one's may be.
+        self.blobs.rows_mut()[usize::from(row)].features = entry.features;
         self.chunks.extend(chunks.iter().map(|chunk| Chunk { blob: row, ..*chunk }));
         u32::try_from(self.chunks.len()).map(|_| row).map_err(|_| BuildError::Limit(Limit::Chunks))
     }
