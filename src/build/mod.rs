@@ -26,6 +26,7 @@ mod overlay;
 mod pattern;
 mod prefetch;
 mod recheck;
+mod repack;
 mod report;
 mod rewrite;
 mod selection;

@@ -18,6 +18,8 @@ use super::emit::{Bootstrap, Facts};
 use super::error::BuildError;
 use super::load::{LoadError, Stock};
 use super::overlay::{self, Whiteouts};
+use super::repack::Repacker;
+use super::spec::default_batch_size;
 use super::tree::{Kind, NodeId};
 use super::{BlobReport, Progress, layout, merge, recheck, stockblobs};
 use crate::base::{BLOCK, ByteRange, Digest};
@@ -241,28 +243,25 @@ impl<'a> Rewrite<'a> {
         progress: &dyn Progress,
     ) -> Result<(FinishedBlob, u64), BuildError> {
         let form = Form { compression: shape.compression, digest: shape.digest };
-        let mut writer = BlobWriter::new(blobs_dir.to_owned(), shape);
-        let compressor = || form.compression().compressor().map_err(BuildError::Compressor);
-        let (mut encoder, mut packer) = (compressor()?, Packer::new(compressor()?, None));
+        let batch_size = default_batch_size(shape.chunk_size);
+        let compressor = form.compression().compressor().map_err(BuildError::Compressor)?;
+        let packer = Packer::new(compressor, shape.key.clone());
+        let mut blob = Repacker::new(BlobWriter::new(blobs_dir.to_owned(), shape), packer, batch_size);
         let places: Vec<ChunkPlace> = chunks.iter().map(|chunk| self.place(chunk)).collect::<Result<_, _>>()?;
-        let (mut next, mut encoded) = (chunks.iter(), 0);
+        let mut next = chunks.iter();
         self.existing.chunks.read_each(&places, &mut |bytes| {
             let chunk = next.next().expect("as many chunks as places");
             let digest = self.checked(chunk, bytes.plain, form.digest)?;
-            let number = writer.number(Chunk::new(digest, codec::crc32c(bytes.plain), bytes.plain.len()))?;
-            let stored = match bytes.stored.and_then(|(algo, stored)| as_it_is(algo, stored, bytes.plain, form)) {
-                Some(stored) => stored,
-                None => {
-                    encoded += 1;
-                    encoder.compress(bytes.plain).unwrap_or(bytes.plain)
-                }
-            };
-            writer.append(number, stored, stored.len() < bytes.plain.len())?;
+            let new = Chunk::new(digest, codec::crc32c(bytes.plain), bytes.plain.len());
+            match bytes.stored.and_then(|(algorithm, stored)| as_it_is(algorithm, stored, bytes.plain, form)) {
+                Some(stored) => blob.copy(new, stored)?,
+                None => blob.pack(new, bytes.plain)?,
+            }
             progress.advance(1, bytes.plain.len() as u64);
             Ok(())
         })?;
-        let sealed = writer.seal(&mut packer)?.expect("nobody asks for a blob without chunks");
-        Ok((sealed.finish(None)?, encoded))
+        let anew = blob.anew;
+        Ok((blob.finish()?.expect("nobody asks for a blob without chunks"), anew))
     }
 
     fn place(&self, chunk: &Chunk) -> Result<ChunkPlace, BuildError> {

@@ -117,7 +117,7 @@ impl BuildSpec {
     /// 512 KiB: the least with which the blobs of /usr/share/perl, /usr/lib/python3.11, /etc and
     /// /usr/share/zoneinfo were smaller than `tar | gzip -6` (2 to 25 %; with 256 KiB one was 0.6 %
     /// larger, without batches up to 91 %). A cold read of a small file fetches some 130 KiB then.
-    pub const DEFAULT_BATCH_SIZE: u64 = 512 << 10;
+    pub const DEFAULT_BATCH_SIZE: u32 = 512 << 10;
 
     /// The defaults of the command line, with as many threads as there are cores.
     pub fn new(source: Source, out_dir: impl Into<PathBuf>) -> Self {
@@ -151,9 +151,7 @@ impl BuildSpec {
         let fits = |size: u64| size.is_power_of_two() && size >= 1 << 12 && size <= u64::from(chunk_size);
         let size = match self.batching {
             Batching::Off => 0,
-            // Entries that know of batches cannot say that such a chunk is stored as it is.
-            Batching::Default if chunk_size == LARGEST_CHUNK => 0,
-            Batching::Default => Self::DEFAULT_BATCH_SIZE.min(chunk_size.into()),
+            Batching::Default => default_batch_size(chunk_size).into(),
             Batching::Size(size) if !fits(size) => return Err(BuildError::BatchSize { size, chunk_size }),
             Batching::Size(size) => size,
         };
@@ -163,6 +161,12 @@ impl BuildSpec {
         }
         Ok(u32::try_from(size).expect("at most the chunk size"))
     }
+}
+
+/// The batch size if nobody says otherwise, 0 for none.
+pub(super) fn default_batch_size(chunk_size: u32) -> u32 {
+    // Entries that know of batches cannot say that such a chunk is stored as it is.
+    if chunk_size == LARGEST_CHUNK { 0 } else { chunk_size.min(BuildSpec::DEFAULT_BATCH_SIZE) }
 }
 
 const LARGEST_CHUNK: u32 = 1 << 24;

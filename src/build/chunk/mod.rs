@@ -18,6 +18,7 @@ mod writer;
 
 pub(super) use cut::{Body, Content, CutError, Cutter, PlainBody};
 pub(super) use pack::Packer;
+pub(super) use parcel::Packed;
 pub(super) use pipeline::{Known, Stored, rehearse, run};
 pub(super) use stored::Chunk;
 

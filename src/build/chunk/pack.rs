@@ -23,12 +23,12 @@ impl Packer {
     }
 
     /// Packs one chunk, behind what `out` holds.
-    pub(super) fn chunk(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Packed {
+    pub(in crate::build) fn chunk(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Packed {
         self.pack(plain, 0, out)
     }
 
     /// Packs a batch, behind what `out` holds.
-    pub(super) fn batch(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Packed {
+    pub(in crate::build) fn batch(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Packed {
         self.pack(plain, LEAST_BATCH, out)
     }
 

@@ -46,7 +46,7 @@ pub(super) enum Outcome {
 
 /// The form in which bytes are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Packed {
+pub(in crate::build) enum Packed {
     /// As they are.
     Plain,
     /// As `len` other bytes from `from` on.
