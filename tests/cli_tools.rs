@@ -86,10 +86,12 @@ fn a_sound_image_is_sound_at_every_depth() {
 #[test]
 fn a_damaged_image_is_told_from_one_that_cannot_be_checked() {
     let built = Built::new(b"other");
-    // Nothing there, no image, and nobody said where the blobs are.
+    // Nothing there, no image, and blobs where nobody listens.
     assert_eq!(status(&rafsd(&[&"check", &built.dir.path().join("absent")])), 2);
     assert_eq!(status(&rafsd(&[&"check", &built.blob()])), 2);
-    assert_eq!(status(&rafsd(&[&"check", &built.bootstrap(), &"--depth", &"data"])), 2);
+    let nowhere = "http://127.0.0.1:1/";
+    assert_eq!(status(&rafsd(&[&"check", &built.bootstrap(), &"--depth", &"blob", &"--blobs", &nowhere])), 2);
+    assert_eq!(status(&rafsd(&[&"check", &built.bootstrap(), &"--depth", &"data"])), 0, "blobs lie beside it");
     assert_eq!(status(&rafsd(&[&"check", &"--no-such-flag"])), 2);
 
     // A chunk that does not decode to its digest is seen only by who looks.

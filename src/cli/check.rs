@@ -5,14 +5,13 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::ValueEnum;
 
+use super::opened::{self, BlobsArgs};
 use super::print_json;
 use super::progress::Bar;
 use crate::base::ByteSize;
 use crate::image::ImageError;
 use crate::image::check as metadata;
-use crate::net::{ClientOptions, RetryPolicy};
 use crate::reader::{LoadError, bootstrap};
-use crate::source;
 use crate::tools::check::{self, Report};
 
 /// Tell whether an image is sound, without mounting it
@@ -21,13 +20,12 @@ use crate::tools::check::{self, Report};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct CheckArgs {
-    /// Bootstrap to look at
+    /// Bootstrap to look at, or a blob that holds its bootstrap
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
 
-    /// Where the blobs are: a directory, or the URL of one
-    #[arg(long, value_name = "SOURCE")]
-    blobs: Option<String>,
+    #[command(flatten)]
+    blobs: BlobsArgs,
 
     /// How far to look: at the bootstrap, at the tables of the blobs, or at every chunk
     #[arg(long, value_enum, default_value_t = Depth::Meta)]
@@ -41,7 +39,8 @@ pub(super) struct CheckArgs {
 const EXAMPLES: &str = "\
 Examples:
   rafsd check image/bootstrap
-  rafsd check image/bootstrap --blobs image/blobs --depth data
+  rafsd check image/bootstrap --depth data
+  rafsd check image/bootstrap --blobs https://blobs.example/image --depth blob
 
 Exit status: 0 if the image is sound, 1 if it is damaged, 2 if that could not be found out: a wrong
 command line, no image, a source that fails, or a blob of a kind that cannot be looked at.
@@ -90,10 +89,8 @@ fn look(args: &CheckArgs) -> anyhow::Result<Report> {
         }
         Err(cause) => return Err(cause.into()),
     };
-    let runtime = tokio::runtime::Runtime::new().context("cannot start threads for reading")?;
-    let options = ClientOptions::default();
-    let open = |spec: &String| source::open(spec, &options, RetryPolicy::default());
-    let source = args.blobs.as_ref().map(open).transpose()?;
+    let runtime = opened::runtime().context("cannot start threads for reading")?;
+    let source = if args.depth == Depth::Meta { None } else { Some(args.blobs.source(&args.image)?) };
     let bar = Bar::on_terminal("checking");
     Ok(check::check(&image, args.depth.into(), source.as_deref(), runtime.handle(), &bar)?)
 }

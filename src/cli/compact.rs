@@ -21,7 +21,7 @@ use crate::build::{self, CompactReport, CompactSpec, Existing, Fate};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct CompactArgs {
-    /// Bootstrap of the image
+    /// Bootstrap of the image, or a blob that holds it
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
 

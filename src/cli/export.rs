@@ -17,7 +17,7 @@ use crate::tools::export::{self, ExportReport, Verity};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ExportArgs {
-    /// Bootstrap of the image
+    /// Bootstrap of the image, or a blob that holds it
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
 

@@ -14,7 +14,7 @@ use crate::tools::inspect::{Subject, inspect};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct InspectArgs {
-    /// Bootstrap to look into
+    /// Bootstrap to look into, or a blob that holds its bootstrap
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
 

@@ -1,10 +1,11 @@
 //! Images that a tool reads: found, opened, and read on a runtime of their own.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::net::{ClientOptions, RetryPolicy};
 use crate::reader::Files;
-use crate::source;
+use crate::source::{self, BlobSource};
 
 /// Where the blobs of an image are.
 #[derive(Debug, clap::Args)]
@@ -33,16 +34,25 @@ pub(super) struct Opened {
 impl BlobsArgs {
     /// Opens the image at `bootstrap` and the tables of its blobs.
     pub(super) fn open(&self, bootstrap: &Path) -> anyhow::Result<Opened> {
-        let mut options = ClientOptions::default();
-        options.extra_ca_pem.extend(self.ca.clone());
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let source = match &self.blobs {
-            Some(spec) => source::open(spec, &options, RetryPolicy::default())?,
-            None => std::sync::Arc::new(source::LocalSource::new(beside(bootstrap))?),
-        };
-        let files = Files::open(bootstrap, source, runtime.handle().clone())?;
+        let runtime = runtime()?;
+        let files = Files::open(bootstrap, self.source(bootstrap)?, runtime.handle().clone())?;
         Ok(Opened { files, _runtime: runtime })
     }
+
+    /// Where the blobs of the image at `bootstrap` are.
+    pub(super) fn source(&self, bootstrap: &Path) -> Result<Arc<dyn BlobSource>, source::OpenError> {
+        let mut options = ClientOptions::default();
+        options.extra_ca_pem.extend(self.ca.clone());
+        match &self.blobs {
+            Some(spec) => source::open(spec, &options, RetryPolicy::default()),
+            None => Ok(Arc::new(source::LocalSource::new(beside(bootstrap))?)),
+        }
+    }
+}
+
+/// What reads of blobs run on.
+pub(super) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()
 }
 
 /// Where the blobs of an image are if nobody says otherwise.

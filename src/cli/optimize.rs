@@ -19,7 +19,7 @@ use crate::tools::hotlist::{self, MAX_LIST};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct OptimizeArgs {
-    /// Bootstrap of the image
+    /// Bootstrap of the image, or a blob that holds it
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
 

@@ -13,7 +13,7 @@ use crate::tools::stat::{self, ImageStat, Report};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct StatArgs {
-    /// Bootstraps to look into
+    /// Bootstraps to look into, or blobs that hold theirs
     #[arg(value_name = "IMAGE", required = true)]
     images: Vec<PathBuf>,
 

@@ -16,7 +16,7 @@ use crate::tools::unpack::{self, UnpackOptions, UnpackReport};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct UnpackArgs {
-    /// Bootstrap of the image
+    /// Bootstrap of the image, or a blob that holds it
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
 
