@@ -1,7 +1,8 @@
 //! An image built upon others: a parent whose tree lies below, a dictionary that only has chunks.
 //!
-//! Both are loaded before the source is read, so that their chunks take part in deduplication and
-//! no number has to be changed afterwards.
+//! Both are loaded before a source is read, so that their chunks take part in deduplication and
+//! no number has to be changed afterwards. Sources with blobs of their own are added one after the
+//! other, and are to the next what the parent is to the first.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -9,7 +10,7 @@ use std::path::PathBuf;
 
 use super::chunk::Chunk;
 use super::error::BuildError;
-use super::load::{Added, Agreed, Layer, Stock};
+use super::load::{Agreed, Layer, Names, Stock};
 use super::merge::prefetch_nodes;
 use super::overlay::{self, Whiteouts};
 use super::tree::{NodeId, Tree};
@@ -27,16 +28,31 @@ pub struct Base {
     pub dictionary: Option<Layer>,
 }
 
-/// A base that was loaded.
+/// A base that was loaded, and maybe layers over it.
 #[derive(Debug)]
 pub(super) struct Based {
     pub stock: Stock,
-    parent: Option<Added>,
+    whiteouts: Whiteouts,
+    /// What the parent wanted to have prefetched.
+    prefetch: Vec<Names>,
     /// Blobs of the parent.
     kept: u16,
+    has_parent: bool,
+    has_layers: bool,
 }
 
-/// All that a base and a source make together.
+/// A source that was read.
+#[derive(Debug)]
+pub(super) struct Upper {
+    /// For errors.
+    pub name: PathBuf,
+    pub tree: Tree,
+}
+
+/// A blob that was just written: its row of the blob table, and its chunks.
+pub(super) type NewBlob<'a> = (&'a BlobEntry, &'a [Chunk]);
+
+/// All that a base and sources make together.
 #[derive(Debug)]
 pub(super) struct Joined {
     pub tree: Tree,
@@ -50,10 +66,11 @@ impl Based {
     /// Loads a base for an image that agrees with it in what `agreed` says, and has this digest.
     pub(super) fn on(base: &Base, agreed: Agreed, digest: DigestAlgorithm) -> Result<Self, BuildError> {
         let mut stock = Stock::new(Some(agreed));
-        let mut parent = None;
+        let mut prefetch = Vec::new();
         if let Some(layer) = &base.parent {
             let added = stock.add(&layer.image, None, |_| false).map_err(|cause| layer.error(cause))?;
-            parent = Some(added);
+            overlay::put_over(&mut stock.tree, NodeId::ROOT, added.root, base.whiteouts);
+            prefetch = added.prefetch;
         }
         let kept = u16::try_from(stock.blobs.rows().len()).expect("an image has at most 254 blobs");
         if let Some(layer) = &base.dictionary {
@@ -67,45 +84,70 @@ impl Based {
                 return Err(BuildError::UselessDictionary { dictionary: layer.name.clone(), digest });
             }
         }
-        Ok(Self { stock, parent, kept })
+        let has_parent = base.parent.is_some();
+        Ok(Self { stock, whiteouts: base.whiteouts, prefetch, kept, has_parent, has_layers: false })
     }
 
-    /// Puts the tree of a source over the parent's, and the blob written for it behind the
-    /// parent's. `source` is for errors.
+    /// Puts sources over what is there, and the chunks of the blob written for them behind all
+    /// others: from now on they are chunks to be found again.
+    pub(super) fn add(
+        &mut self,
+        layers: Vec<Upper>,
+        new: Option<NewBlob<'_>>,
+        chunk_of_cut: &[u32],
+    ) -> Result<(), BuildError> {
+        if let Some((entry, chunks)) = new {
+            self.stock.add_blob(entry, chunks)?;
+        }
+        for mut layer in layers {
+            layer.tree.settle(chunk_of_cut);
+            self.put_over(layer)?;
+        }
+        self.has_layers = true;
+        Ok(())
+    }
+
+    /// Puts the last sources over what is there. The blob written for them comes first in the blob
+    /// table behind those of the parent, unless there are layers with blobs of their own: then
+    /// blobs come by first use, and those that no file uses are left out.
     pub(super) fn join(
         mut self,
-        read: Tree,
-        whiteouts: Whiteouts,
-        new: Option<(&BlobEntry, &[Chunk])>,
+        layers: Vec<Upper>,
+        new: Option<NewBlob<'_>>,
         chunk_of_cut: &[u32],
-        source: PathBuf,
     ) -> Result<Joined, BuildError> {
         let mut first: Vec<u16> = (0..self.kept).collect();
         if let Some((entry, chunks)) = new {
             let row = self.stock.add_blob(entry, chunks)?;
-            if row >= self.kept {
+            if row >= self.kept && !self.has_layers {
                 first.push(row);
             }
         }
-        let Stock { mut tree, mut chunks, blobs, .. } = self.stock;
-        let mut prefetch = Vec::new();
-        match self.parent {
-            None => tree = read,
-            Some(Added { root: lower, prefetch: wanted }) => {
-                let unfit = |problem| BuildError::Entry { path: source.clone(), problem };
-                let upper = tree.adopt(read).map_err(unfit)?;
-                if let Some((node, problem)) = whiteouts.unresolvable(&tree, upper) {
-                    let path = tree.path_of(upper, node).unwrap_or_default();
-                    let path = source.join(OsStr::from_bytes(&path));
-                    return Err(BuildError::Entry { path, problem });
-                }
-                overlay::put_over(&mut tree, NodeId::ROOT, lower, whiteouts);
-                overlay::put_over(&mut tree, NodeId::ROOT, upper, whiteouts);
-                let wanted = wanted.iter().map(|path| path.iter().map(|name| &**name).collect());
-                prefetch = prefetch_nodes(&tree, wanted);
+        let is_alone = !self.has_parent && !self.has_layers && layers.len() == 1;
+        for layer in layers {
+            if is_alone {
+                // Something may go below it later, so its whiteouts stay what they are.
+                self.stock.tree = layer.tree;
+            } else {
+                self.put_over(layer)?;
             }
         }
+        let Stock { tree, mut chunks, blobs, .. } = self.stock;
+        let wanted = self.prefetch.iter().map(|path| path.iter().map(|name| &**name).collect());
+        let prefetch = prefetch_nodes(&tree, wanted);
         let rows = blobs.into_used(&first, &tree, &mut chunks, chunk_of_cut);
         Ok(Joined { tree, chunks, rows, prefetch })
+    }
+
+    fn put_over(&mut self, layer: Upper) -> Result<(), BuildError> {
+        let Upper { name, tree: read } = layer;
+        let tree = &mut self.stock.tree;
+        let upper = tree.adopt(read).map_err(|problem| BuildError::Entry { path: name.clone(), problem })?;
+        if let Some((node, problem)) = self.whiteouts.unresolvable(tree, upper) {
+            let path = tree.path_of(upper, node).unwrap_or_default();
+            return Err(BuildError::Entry { path: name.join(OsStr::from_bytes(&path)), problem });
+        }
+        overlay::put_over(tree, NodeId::ROOT, upper, self.whiteouts);
+        Ok(())
     }
 }

@@ -298,6 +298,11 @@ pub(super) struct FinishedBlob {
 }
 
 impl FinishedBlob {
+    /// What images are told of it, if there are chunks in it.
+    pub(super) fn contents(&self) -> Option<(&BlobEntry, &[Chunk])> {
+        self.entry.as_ref().map(|entry| (entry, self.chunks.as_slice()))
+    }
+
     /// Where the file lies until it is published.
     pub(super) fn temporary_path(&self) -> &Path {
         &self.name.path

@@ -42,6 +42,10 @@ pub enum BuildError {
     NewBlob(#[source] Contradiction),
     #[error("there is nothing to merge")]
     NoLayers,
+    #[error("there is nothing to build from")]
+    NoSource,
+    #[error("several sources make several blobs, and a bootstrap can lie in only one; add --one-blob")]
+    InlineInMany,
     #[error("none of the layers uses blob {0}, about which there are facts")]
     UnknownBlob(BlobId),
     #[error("blob {0} is encrypted, and its meta fields hold the key")]

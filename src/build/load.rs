@@ -15,6 +15,7 @@ use super::stockblobs::{BlobRows, Contradiction};
 use super::tree::{Kind, Meta, Node, NodeId, Tree};
 use super::xattr::Collector;
 use crate::base::{BLOCK, BlobId};
+use crate::format::blobfile::features;
 use crate::format::erofs::{ChunkIndex, INODE_SLOT};
 use crate::format::rafs::{BlobEntry, ChunkRecord, DigestAlgorithm, flags};
 use crate::image::{self, Image, ImageError, Inode, Summary};
@@ -159,6 +160,8 @@ impl Stock {
             if !(BLOCK..=MAX_DECODED).contains(&bytes) {
                 return Err(LoadError::Decoded { blob: device.blob.clone(), bytes });
             }
+            // Whatever is made of it is no longer the bootstrap inside that blob.
+            entry.features = (entry.features.get() & !features::INLINED_FS_META).into();
             if let Some(id) = own_id.filter(|_| is_own(&device.blob)) {
                 entry.id = id.to_padded();
             }

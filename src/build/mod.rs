@@ -1,4 +1,4 @@
-//! From a directory or a tar archive to a RAFS v6 image: a bootstrap and at most one blob.
+//! From directories and tar archives to a RAFS v6 image: a bootstrap and at most one blob for each.
 //!
 //! An input (`input`) walks the source once. It puts entries into the `tree` and file content
 //! into the `chunk` pipeline, whose far end is the `blobwriter`. Then `layout` gives every
@@ -31,6 +31,7 @@ mod report;
 mod rewrite;
 mod selection;
 mod spec;
+mod stack;
 mod stockblobs;
 mod tree;
 mod verify;
@@ -52,7 +53,7 @@ pub use overlay::Whiteouts;
 pub use pattern::{InvalidPattern, Pattern};
 pub use prefetch::{MAX_HINTS, PrefetchHints};
 pub use recheck::RecheckError;
-pub use report::{BlobReport, BuildReport};
+pub use report::{BlobReport, BuildReport, LayerReport};
 pub use rewrite::{ChunkBytes, ChunkPlace, ChunkSource, Existing};
 pub use selection::{IdRange, InvalidIdRange, Owners, Selection};
 pub use spec::{Batching, BuildSpec, Encryption, Progress, Source};
@@ -62,12 +63,13 @@ pub use verify::VerifyError;
 use crate::base::BlobId;
 use crate::format::erofs::DeviceSlot;
 use crate::format::rafs::{BlobEntry, DEVICE_TABLE_OFFSET};
-use base::{Based, Joined};
+use base::{Based, Joined, NewBlob, Upper};
 use blobwriter::{BlobWriter, FinishedBlob, SealedBlob, Shape, TemporaryName};
 use chunk::{Packer, Settings, Stored};
 use emit::{Bootstrap, Facts};
 use layout::Layout;
 use load::Agreed;
+use stack::{NoTotal, Reading, Stratum};
 use tree::{NodeId, Tree};
 use verify::Expected;
 
@@ -77,44 +79,52 @@ use verify::Expected;
 ///
 /// # Errors
 /// A [`BuildError`] that names the entry or file at fault.
-pub fn build(spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport, BuildError> {
-    let (settings, shape) = settings(&spec)?;
+pub fn build(mut spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport, BuildError> {
+    let (_, Shape { chunk_size, digest, .. }) = settings(&spec)?;
+    let sources = std::mem::take(&mut spec.sources);
+    let no_total = NoTotal(progress);
+    let progress = if sources.len() > 1 { &no_total } else { progress };
     let blobs = spec.out_dir.join("blobs");
     fs::create_dir_all(&blobs).map_err(|source| BuildError::Write { path: blobs.clone(), source })?;
-    refuse_output_in_source(&spec)?;
+    sources.iter().try_for_each(|source| refuse_output_in_source(&spec.out_dir, source))?;
+    let mut strata = stack::by_blob(sources, spec.one_blob);
+    let last = strata.pop().filter(|sources| !sources.is_empty()).ok_or(BuildError::NoSource)?;
+    let is_stack = !strata.is_empty();
+    if spec.inline_bootstrap && is_stack {
+        return Err(BuildError::InlineInMany);
+    }
 
     let explicit_ids = spec.selection.owners != Owners::Omitted;
-    let based = Based::on(&spec.base, Agreed { chunk_size: shape.chunk_size, explicit_ids }, shape.digest)?;
-    let known = based.stock.known(spec.digest);
-    let source_name = spec.source.name().to_owned();
-    let blob = BlobWriter::new(blobs.clone(), shape.clone());
-    let (selection, hints) = (&spec.selection, &spec.prefetch);
-    let (read, stored) = chunk::run(&settings, &known, blob, progress, |cutter| match spec.source {
-        Source::Directory(path) => input::directory(&path, selection, hints, cutter, progress),
-        Source::Archive { name, stream } => input::archive(&name, stream, selection, cutter, progress),
-    })?;
-    drop(known);
-    let mut report = report::count(&read.tree);
-    report.deduplicated_bytes = stored.deduplicated_bytes;
-    report.hole_bytes = read.hole_bytes;
-    report.skipped_xattrs = read.skipped_xattrs;
-    report.gzip_bytes = read.gzip_bytes;
-
-    let Stored { blob, mut packer, chunk_of_cut, .. } = stored;
-    let writing = Writing {
-        shape: &shape,
-        chunk_of_cut: &chunk_of_cut,
-        hints: &spec.prefetch,
-        whiteouts: spec.base.whiteouts,
-        explicit_ids,
-        source: source_name,
-    };
-    let mut made = writing.write(based, read.tree, blob, &mut packer)?;
-    if spec.verify {
-        progress.verifying(made.blob.as_ref().map(FinishedBlob::temporary_path));
-        verify::image(made.readable_bootstrap(), &writing.expected(&made.image), made.blob.as_ref(), spec.threads)?;
+    let mut based = Based::on(&spec.base, Agreed { chunk_size, explicit_ids }, digest)?;
+    let reading = Reading { spec: &spec, blobs: &blobs, progress };
+    let mut report = BuildReport::default();
+    let mut below = Vec::new();
+    for sources in strata {
+        let first = report.layers.len();
+        if let Some(blob) = reading.add(sources, &mut based, &mut report)? {
+            report.layers[first..].iter_mut().for_each(|layer| layer.blob = Some(blob.id.to_string()));
+            below.push(blob);
+        }
     }
-    report.encrypted = shape.key.is_some() && made.blob.is_some();
+    let first = report.layers.len();
+    let Stratum { layers, stored, shape } = reading.read(last, &based, &mut report)?;
+    let Stored { blob, mut packer, chunk_of_cut, .. } = stored;
+    let writing = Writing { shape: &shape, chunk_of_cut: &chunk_of_cut, hints: &spec.prefetch, explicit_ids };
+    let mut made = writing.write(based, layers, blob, &mut packer)?;
+    if let Some(blob) = made.blobs.last() {
+        report.layers[first..].iter_mut().for_each(|layer| layer.blob = Some(blob.id.to_string()));
+    }
+    if is_stack {
+        made.keep_used(below);
+    }
+    if spec.verify {
+        made.blobs.iter().for_each(|blob| progress.verifying(Some(blob.temporary_path())));
+        if made.blobs.is_empty() {
+            progress.verifying(None);
+        }
+        verify::image(made.readable_bootstrap(), &writing.expected(&made.image), &made.blobs, spec.threads)?;
+    }
+    report.encrypted = shape.key.is_some() && !made.blobs.is_empty();
     report.prefetch_entries = if made.image.rows.is_empty() { 0 } else { made.image.prefetch.len() as u64 };
     report.verified = spec.verify;
     made.describe(&spec.out_dir, &blobs, &mut report);
@@ -170,38 +180,34 @@ struct Writing<'a> {
     shape: &'a Shape,
     chunk_of_cut: &'a [u32],
     hints: &'a PrefetchHints,
-    /// How the source removes what the parent has.
-    whiteouts: Whiteouts,
     explicit_ids: bool,
-    /// For errors.
-    source: PathBuf,
 }
 
 impl Writing<'_> {
     /// Completes the blob and writes the bootstrap. One that lies in the blob is written first and
     /// does not know the blob's id, which depends on it.
-    fn write(&self, based: Based, read: Tree, blob: BlobWriter, packer: &mut Packer) -> Result<Made, BuildError> {
+    fn write(
+        &self,
+        based: Based,
+        layers: Vec<Upper>,
+        blob: BlobWriter,
+        packer: &mut Packer,
+    ) -> Result<Made, BuildError> {
         let Some(sealed) = blob.seal(packer)? else {
-            return Ok(Made { image: self.image(based, read, None)?, blob: None, inline: false });
+            return Ok(Made { image: self.image(based, layers, None)?, blobs: Vec::new(), inline: false });
         };
         if self.shape.inline_bootstrap {
             let entry = sealed.entry();
-            let image = self.image(based, read, entry.as_ref().map(|entry| (entry, sealed.chunks.as_slice())))?;
+            let image = self.image(based, layers, entry.as_ref().map(|entry| (entry, sealed.chunks.as_slice())))?;
             let blob = SealedBlob::finish(sealed, Some(&image.bootstrap))?;
-            return Ok(Made { image, blob: Some(blob), inline: true });
+            return Ok(Made { image, blobs: vec![blob], inline: true });
         }
         let blob = sealed.finish(None)?;
-        let new = blob.entry.as_ref().map(|entry| (entry, blob.chunks.as_slice()));
-        Ok(Made { image: self.image(based, read, new)?, blob: Some(blob), inline: false })
+        Ok(Made { image: self.image(based, layers, blob.contents())?, blobs: vec![blob], inline: false })
     }
 
-    fn image(
-        &self,
-        based: Based,
-        read: Tree,
-        new: Option<(&BlobEntry, &[chunk::Chunk])>,
-    ) -> Result<Imaged, BuildError> {
-        let joined = based.join(read, self.whiteouts, new, self.chunk_of_cut, self.source.clone())?;
+    fn image(&self, based: Based, layers: Vec<Upper>, new: Option<NewBlob<'_>>) -> Result<Imaged, BuildError> {
+        let joined = based.join(layers, new, self.chunk_of_cut)?;
         let Joined { tree, chunks, rows, prefetch } = joined;
         let prefetch = if self.hints.is_empty() { prefetch } else { self.hints.listed(&tree) };
         let layout = layout::layout(&tree, self.shape.chunk_size)?;
@@ -248,17 +254,31 @@ struct Imaged {
 /// An image that nobody knows of yet.
 struct Made {
     image: Imaged,
-    blob: Option<FinishedBlob>,
-    /// Whether the bootstrap lies in the blob.
+    /// The new ones.
+    blobs: Vec<FinishedBlob>,
+    /// Whether the bootstrap lies in the only one.
     inline: bool,
 }
 
 impl Made {
+    /// Adds the blobs of lower layers to the one of the highest, and keeps those that the image
+    /// needs.
+    fn keep_used(&mut self, below: Vec<FinishedBlob>) {
+        let place = |blob: &FinishedBlob| {
+            let id = blob.id.to_padded();
+            self.image.rows.iter().position(|row| row.id == id)
+        };
+        let all = below.into_iter().chain(self.blobs.drain(..));
+        let mut used: Vec<_> = all.filter_map(|blob| Some((place(&blob)?, blob))).collect();
+        used.sort_by_key(|(place, _)| *place);
+        self.blobs = used.into_iter().map(|(_, blob)| blob).collect();
+    }
+
     /// The bootstrap as readers see it: one out of a blob gets the blob's id from the name of the
     /// file (`blob.md` section 8).
     fn readable_bootstrap(&self) -> Vec<u8> {
         let mut bytes = self.image.bootstrap.clone();
-        if let Some(FinishedBlob { id, entry: Some(_), .. }) = self.blob.as_ref().filter(|_| self.inline) {
+        if let Some(FinishedBlob { id, entry: Some(_), .. }) = self.blobs.last().filter(|_| self.inline) {
             name_blob(&mut bytes, &self.image.rows, id);
         }
         bytes
@@ -266,16 +286,18 @@ impl Made {
 
     fn describe(&self, out_dir: &Path, blobs: &Path, report: &mut BuildReport) {
         let path = |blob: &FinishedBlob| blobs.join(blob.id.as_str()).display().to_string();
-        report.bootstrap = match &self.blob {
+        report.bootstrap = match self.blobs.last() {
             Some(blob) if self.inline => path(blob),
             _ => out_dir.join("bootstrap").display().to_string(),
         };
         report.bootstrap_in_blob = self.inline;
         report.bootstrap_bytes = self.image.bootstrap.len() as u64;
-        let new = self.blob.as_ref().and_then(|blob| blob.entry.as_ref()).map(|entry| entry.id);
-        let before = self.image.rows.iter().filter(|row| Some(row.id) != new && row.id != UNNAMED);
-        report.base_blobs = before.map(stockblobs::id_text).collect();
-        report.blobs.extend(self.blob.as_ref().map(|blob| BlobReport {
+        let is_new = |row: &&BlobEntry| {
+            let mut new = self.blobs.iter().filter_map(|blob| blob.entry.as_ref());
+            row.id == UNNAMED || new.any(|entry| entry.id == row.id)
+        };
+        report.base_blobs = self.image.rows.iter().filter(|row| !is_new(row)).map(stockblobs::id_text).collect();
+        report.blobs.extend(self.blobs.iter().map(|blob| BlobReport {
             id: blob.id.to_string(),
             path: path(blob),
             stored_bytes: blob.stored_bytes,
@@ -283,20 +305,21 @@ impl Made {
             chunks: blob.chunks.len() as u64,
             batches: blob.batches,
         }));
+        for layer in &mut report.layers {
+            layer.blob.take_if(|id| !report.blobs.iter().any(|blob| blob.id == *id));
+        }
     }
 
-    /// Writes the bootstrap and gives both files their names, the blob first: a bootstrap under
-    /// its own name always finds its blob.
+    /// Writes the bootstrap and gives all files their names, the blobs first: a bootstrap under
+    /// its own name always finds its blobs.
     fn publish(&mut self, out_dir: &Path) -> Result<(), BuildError> {
         if self.inline {
-            return self.blob.as_mut().map_or(Ok(()), FinishedBlob::publish);
+            return self.blobs.iter_mut().try_for_each(FinishedBlob::publish);
         }
         let (mut file, mut name) = TemporaryName::create(out_dir)?;
         let written = file.write_all(&self.image.bootstrap).and_then(|()| file.sync_all());
         written.map_err(|source| BuildError::Write { path: name.path.clone(), source })?;
-        if let Some(blob) = &mut self.blob {
-            blob.publish()?;
-        }
+        self.blobs.iter_mut().try_for_each(FinishedBlob::publish)?;
         name.rename("bootstrap")
     }
 }
@@ -316,13 +339,13 @@ fn name_blob(bootstrap: &mut [u8], rows: &[BlobEntry], id: &BlobId) {
 }
 
 /// An output inside the source would become part of the image it is written for.
-fn refuse_output_in_source(spec: &BuildSpec) -> Result<(), BuildError> {
-    let Source::Directory(source_dir) = &spec.source else { return Ok(()) };
+fn refuse_output_in_source(out_dir: &Path, source: &Source) -> Result<(), BuildError> {
+    let Source::Directory(source_dir) = source else { return Ok(()) };
     let real = |path: &Path| -> Result<PathBuf, BuildError> {
         path.canonicalize().map_err(|source: io::Error| BuildError::Read { path: path.to_owned(), source })
     };
-    if real(&spec.out_dir)?.starts_with(real(source_dir)?) {
-        return Err(BuildError::OutputInSource { out: spec.out_dir.clone(), source_dir: source_dir.clone() });
+    if real(out_dir)?.starts_with(real(source_dir)?) {
+        return Err(BuildError::OutputInSource { out: out_dir.to_owned(), source_dir: source_dir.clone() });
     }
     Ok(())
 }

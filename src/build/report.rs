@@ -1,7 +1,10 @@
 //! What a build tells when it is done.
 
+use std::path::Path;
+
 use serde::Serialize;
 
+use super::input::Read;
 use super::tree::{Kind, Tree};
 
 /// What was made. The same for every build of the same source.
@@ -13,8 +16,12 @@ pub struct BuildReport {
     pub bootstrap_in_blob: bool,
     /// Length of the bootstrap.
     pub bootstrap_bytes: u64,
-    /// At most one; none if no file has content, unless it holds the bootstrap.
+    /// The new ones: at most one for each source; none if no file has content, unless it holds the
+    /// bootstrap.
     pub blobs: Vec<BlobReport>,
+    /// The sources, the lowest first. All other numbers are about all of them together, as they
+    /// were read, whether or not another hides an entry.
+    pub layers: Vec<LayerReport>,
     /// Ids of blobs of the parent and of the dictionary that the image names.
     pub base_blobs: Vec<String>,
     pub directories: u64,
@@ -31,9 +38,9 @@ pub struct BuildReport {
     pub deduplicated_bytes: u64,
     /// Of these, bytes in holes of sparse files, which were not even read.
     pub hole_bytes: u64,
-    /// Length of the source, if it is a gzip archive: what to compare the blob with.
+    /// Length of the sources, if all are gzip archives: what to compare the blobs with.
     pub gzip_bytes: Option<u64>,
-    /// Whether the blob is encrypted, with a key that lies in the bootstrap in clear.
+    /// Whether the blobs are encrypted, with keys that lie in the bootstrap in clear.
     pub encrypted: bool,
     /// Entries of the image's list of what to fetch first.
     pub prefetch_entries: u64,
@@ -41,6 +48,17 @@ pub struct BuildReport {
     pub verified: bool,
     /// Xattrs left out because the format has no place for their namespace.
     pub skipped_xattrs: u64,
+}
+
+/// One source of a [`BuildReport`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LayerReport {
+    /// What the source is called.
+    pub source: String,
+    /// Id of the blob that holds what the source adds; none if files of the image need none of it.
+    pub blob: Option<String>,
+    /// Length of the source, if it is a gzip archive.
+    pub gzip_bytes: Option<u64>,
 }
 
 /// One blob of a [`BuildReport`].
@@ -62,23 +80,41 @@ pub struct BlobReport {
 /// The part of the report that follows from the tree.
 pub(super) fn count(tree: &Tree) -> BuildReport {
     let mut report = BuildReport::default();
-    let mut met = vec![false; tree.len()];
-    let walked = tree.walk(|id| {
-        if std::mem::replace(&mut met[id.index()], true) {
-            report.hard_links += 1;
-            return Ok(());
-        }
-        match &tree.node(id).kind {
-            Kind::Directory(_) => report.directories += 1,
-            Kind::Regular(content) => {
-                report.files += 1;
-                report.source_bytes += content.size;
-            }
-            Kind::Symlink(_) => report.symlinks += 1,
-            Kind::Character(_) | Kind::Block(_) | Kind::Fifo | Kind::Socket => report.specials += 1,
-        }
-        Ok::<(), std::convert::Infallible>(())
-    });
-    let Ok(()) = walked;
+    report.count(tree);
     report
+}
+
+impl BuildReport {
+    /// Adds a source that was read.
+    pub(super) fn add(&mut self, source: &Path, read: &Read) {
+        let is_first = self.layers.is_empty();
+        let before = if is_first { Some(0) } else { self.gzip_bytes };
+        self.gzip_bytes = before.zip(read.gzip_bytes).map(|(before, bytes)| before + bytes);
+        let source = source.display().to_string();
+        self.layers.push(LayerReport { source, blob: None, gzip_bytes: read.gzip_bytes });
+        self.count(&read.tree);
+        self.hole_bytes += read.hole_bytes;
+        self.skipped_xattrs += read.skipped_xattrs;
+    }
+
+    fn count(&mut self, tree: &Tree) {
+        let mut met = vec![false; tree.len()];
+        let walked = tree.walk(|id| {
+            if std::mem::replace(&mut met[id.index()], true) {
+                self.hard_links += 1;
+                return Ok(());
+            }
+            match &tree.node(id).kind {
+                Kind::Directory(_) => self.directories += 1,
+                Kind::Regular(content) => {
+                    self.files += 1;
+                    self.source_bytes += content.size;
+                }
+                Kind::Symlink(_) => self.symlinks += 1,
+                Kind::Character(_) | Kind::Block(_) | Kind::Fifo | Kind::Socket => self.specials += 1,
+            }
+            Ok::<(), std::convert::Infallible>(())
+        });
+        let Ok(()) = walked;
+    }
 }

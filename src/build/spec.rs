@@ -61,7 +61,10 @@ impl Source {
 /// What to build, and how.
 #[derive(Debug)]
 pub struct BuildSpec {
-    pub source: Source,
+    /// At least one; of several, each is a layer over those before it.
+    pub sources: Vec<Source>,
+    /// Whether the data of several sources goes into one blob, not each source's into its own.
+    pub one_blob: bool,
     /// Made if it is not there. Gets `bootstrap` and `blobs/`.
     pub out_dir: PathBuf,
     pub compression: Compression,
@@ -72,12 +75,12 @@ pub struct BuildSpec {
     pub encryption: Encryption,
     /// Whether the blob ends with a table of contents, and carries the digests of its chunks.
     pub blob_toc: bool,
-    /// Whether the bootstrap lies in the blob, and nowhere else.
+    /// Whether the bootstrap lies in the blob, and nowhere else. There can be only one then.
     pub inline_bootstrap: bool,
     /// Files whose data goes in front, if the source is a directory, and that the image lists.
     pub prefetch: PrefetchHints,
     pub selection: Selection,
-    /// Images that the source is put over or that have some of its chunks.
+    /// Images that the sources are put over or that have some of their chunks.
     pub base: Base,
     /// Whether everything is read again and checked before it is published.
     pub verify: bool,
@@ -104,7 +107,7 @@ pub enum Batching {
 pub enum Encryption {
     #[default]
     None,
-    /// With a new key. Nobody can build such an image again.
+    /// Each blob with a new key. Nobody can build such an image again.
     Random,
     /// With this key: for whoever must build the same bytes again. Using a key for two contents
     /// shows which of their parts are equal.
@@ -122,7 +125,8 @@ impl BuildSpec {
     /// The defaults of the command line, with as many threads as there are cores.
     pub fn new(source: Source, out_dir: impl Into<PathBuf>) -> Self {
         Self {
-            source,
+            sources: vec![source],
+            one_blob: false,
             out_dir: out_dir.into(),
             compression: Compression::default(),
             digest: DigestAlgorithm::Blake3,
@@ -204,8 +208,8 @@ pub trait Progress {
     /// So many entries and bytes of content have been read since the last call.
     fn advance(&self, _entries: u64, _bytes: u64) {}
 
-    /// Everything is written and about to be checked; this is where the blob lies until it has its
-    /// name.
+    /// Everything is written and about to be checked; this is where a blob lies until it has its
+    /// name. Called for each blob, or once if there is none.
     fn verifying(&self, _blob: Option<&Path>) {}
 }
 

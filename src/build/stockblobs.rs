@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use super::chunk::Chunk;
 use super::tree::{Kind, Tree};
 use crate::base::BlobId;
-use crate::format::blobfile::features;
 use crate::format::rafs::BlobEntry;
 
 /// Two images tell different things about one blob.
@@ -39,11 +38,9 @@ impl BlobRows {
         &mut self.rows
     }
 
-    /// The row of the blob of `entry`, which is added if it is new. Indexes mean nothing yet. A
-    /// bootstrap of its own is no longer one inside its blob, so the mark of that goes.
+    /// The row of the blob of `entry`, which is added if it is new. Indexes mean nothing yet.
     pub(super) fn add(&mut self, entry: &BlobEntry) -> Result<u16, Contradiction> {
-        let mut entry = BlobEntry { index: 0.into(), ..*entry };
-        entry.features = (entry.features.get() & !features::INLINED_FS_META).into();
+        let entry = BlobEntry { index: 0.into(), ..*entry };
         if let Some(&row) = self.by_id.get(&entry.id) {
             let before = &mut self.rows[usize::from(row)];
             compare(&entry, before)?;

@@ -166,6 +166,15 @@ impl Tree {
         Ok(NodeId(offset))
     }
 
+    /// Makes all files name the chunks that their cuts became, which has to be done once.
+    pub(super) fn settle(&mut self, chunk_of_cut: &[u32]) {
+        for node in &mut self.nodes {
+            if let Kind::Regular(content) = &mut node.kind {
+                *content = content.settled(chunk_of_cut);
+            }
+        }
+    }
+
     /// The nodes from `first` on, in the order in which they were made.
     pub(super) fn nodes_from(&self, first: NodeId) -> impl Iterator<Item = (NodeId, &Node)> {
         (first.0..).map(NodeId).zip(&self.nodes[first.index()..])

@@ -57,19 +57,20 @@ pub(super) struct Expected<'a> {
     pub digest: DigestAlgorithm,
 }
 
-/// Checks the complete image: its bootstrap, and the blob that was made with it.
+/// Checks the complete image: its bootstrap, and the blobs that were made with it.
 pub(super) fn image(
     bootstrap: Vec<u8>,
     expected: &Expected<'_>,
-    blob: Option<&FinishedBlob>,
+    blobs: &[FinishedBlob],
     threads: NonZeroUsize,
 ) -> Result<(), BuildError> {
     let image = Image::parse(bootstrap).map_err(VerifyError::from)?;
     metadata(&image, expected)?;
-    let Some((blob, entry)) = blob.and_then(|blob| Some((blob, blob.entry.as_ref()?))) else { return Ok(()) };
-    let device = image.devices().iter().find(|device| device.blob == blob.id);
-    let map = map(&image, device.map_or(entry, |device| &device.entry), blob, expected.digest)?;
-    data(&map, &blob.file, threads)?;
+    for (blob, entry) in blobs.iter().filter_map(|blob| Some((blob, blob.entry.as_ref()?))) {
+        let device = image.devices().iter().find(|device| device.blob == blob.id);
+        let map = map(&image, device.map_or(entry, |device| &device.entry), blob, expected.digest)?;
+        data(&map, &blob.file, threads)?;
+    }
     Ok(())
 }
 

@@ -18,9 +18,9 @@ pub(super) struct BaseArgs {
     #[arg(long, value_name = "BOOTSTRAP")]
     chunk_dict: Option<PathBuf>,
 
-    /// How the source says that something below it is gone. With a parent, what is gone goes, and if
-    /// not given this is oci. Without one, whiteouts of a directory are left out, and if not given
-    /// they are ordinary files; an archive keeps its own, for rafsd merge
+    /// How the source says that something below it is gone. With a parent or several sources, what
+    /// is gone goes, and if not given this is oci. Else whiteouts of a directory are left out, and if
+    /// not given they are ordinary files; an archive keeps its own, for rafsd merge
     #[arg(long, value_enum, value_name = "HOW")]
     whiteouts: Option<WhiteoutArg>,
 }

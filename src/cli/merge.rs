@@ -10,6 +10,8 @@ use super::base::{WhiteoutArg, layer};
 use super::progress::Bar;
 use crate::base::{BlobId, ByteSize, Digest};
 use crate::build::{self, BlobFacts, Layer, MergeReport, MergeSpec};
+use crate::image::Image;
+use crate::reader::bootstrap;
 
 /// Merge the bootstraps of layers into one image
 ///
@@ -19,8 +21,8 @@ use crate::build::{self, BlobFacts, Layer, MergeReport, MergeSpec};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct MergeArgs {
-    /// Bootstraps, the lowest layer first. ID=PATH gives the layer's own blob another id; write
-    /// ./PATH for a path that has a '=' in it
+    /// Bootstraps, or blobs that hold theirs, the lowest layer first. ID=PATH gives the layer's own
+    /// blob another id; write ./PATH for a path that has a '=' in it
     #[arg(value_name = "[ID=]BOOTSTRAP", required = true)]
     layers: Vec<LayerArg>,
 
@@ -84,7 +86,11 @@ impl From<std::ffi::OsString> for LayerArg {
 
 impl LayerArg {
     fn open(self) -> anyhow::Result<Layer> {
-        Ok(Layer { id: self.id, ..layer(&self.path)? })
+        let loaded = bootstrap::load_as(&self.path, self.id.as_ref())?;
+        // The blob that a bootstrap was taken out of has its name already; others may be named in it.
+        let id = self.id.filter(|_| loaded.container.is_none());
+        let image = Image::parse(loaded.bytes).with_context(|| format!("cannot use {}", self.path.display()))?;
+        Ok(Layer { name: self.path, image, id })
     }
 }
 

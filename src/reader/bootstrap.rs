@@ -71,6 +71,12 @@ pub fn open(path: &Path) -> Result<Image, LoadError> {
 /// or without a table of contents. At most 2 GiB of it; whether it makes sense is found out by
 /// [`crate::image::Image::parse`].
 pub fn load(path: &Path) -> Result<Loaded, LoadError> {
+    load_as(path, None)
+}
+
+/// Reads the bootstrap at `path` as [`load`] does. If it lies in a blob, that blob is called `id`,
+/// if given, whatever the name of the file.
+pub fn load_as(path: &Path, id: Option<&BlobId>) -> Result<Loaded, LoadError> {
     let io = |cause| LoadError::Io { path: path.to_owned(), cause };
     // Opening a FIFO must not make the caller wait for a writer for ever.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(io)?;
@@ -83,6 +89,7 @@ pub fn load(path: &Path) -> Result<Loaded, LoadError> {
     // From the end first: a blob without data starts with its bootstrap, and looks like one.
     match take_out(&file, len) {
         Ok(mut bytes) => {
+            let name = id.cloned().or(name);
             fill_in(&mut bytes, name.as_ref(), true);
             return Ok(Loaded { bytes, container: name });
         }

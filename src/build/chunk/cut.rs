@@ -1,4 +1,5 @@
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::io::{self, Read};
 use std::sync::mpsc::{Receiver, SyncSender};
 
@@ -84,6 +85,14 @@ impl Content {
             };
             (0..count).map(move |i| first + i * step)
         })
+    }
+
+    /// The same content, its chunks called by what its cuts became.
+    pub(in crate::build) fn settled(&self, chunk_of_cut: &[u32]) -> Self {
+        let chunk = |cut| chunk_of_cut[usize::try_from(cut).expect("cuts are counted in memory")];
+        let settled = Self::from_cuts(self.size, self.cuts().map(|cut| Ok::<_, Infallible>(chunk(cut).into())));
+        let Ok(settled) = settled;
+        settled
     }
 
     fn push(&mut self, cut: u64, fresh: bool) {

@@ -12,20 +12,25 @@ use self::options::{BlobArgs, PrefetchArgs, SelectionArgs};
 use super::base::BaseArgs;
 use super::progress::Bar;
 use crate::base::ByteSize;
-use crate::build::{self, BuildReport, BuildSpec, Compression, Source};
+use crate::build::{self, BuildError, BuildReport, BuildSpec, Compression, LayerReport, Source, Whiteouts};
 use crate::format::rafs::DigestAlgorithm;
 
-/// Build an image from a directory or a tar archive
+/// Build an image from directories or tar archives
 ///
 /// Writes OUT/bootstrap and, if any file has content, OUT/blobs/ID, named by its SHA-256. The same
-/// source gives the same bytes, whatever the number of threads. Before the two get their names,
+/// source gives the same bytes, whatever the number of threads. Before the files get their names,
 /// everything is read again and compared with the source.
+///
+/// Several sources are layers of one image. Each gets a blob with what those below it do not have,
+/// or all get one. Whiteouts remove what is below their layer, and vanish. Blobs that only hold
+/// what is hidden are not kept.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct BuildArgs {
-    /// A directory, a tar or tar.gz archive, or - for an archive on standard input
-    #[arg(value_name = "SOURCE")]
-    source: PathBuf,
+    /// A directory, a tar or tar.gz archive, or - for an archive on standard input; of several,
+    /// the lowest layer first
+    #[arg(value_name = "SOURCE", required = true)]
+    sources: Vec<PathBuf>,
 
     /// Directory for the image; made if it is not there
     #[arg(short, long, value_name = "DIR")]
@@ -68,7 +73,8 @@ const EXAMPLES: &str = "\
 Examples:
   rafsd build rootfs/ -o image/
   zcat layer.tar.gz | rafsd build - -o image/ --compress zstd:19
-  rafsd build rootfs/ -o image/ --exclude '*.pyc' --exclude /var/cache --prefetch-files hot.txt";
+  rafsd build rootfs/ -o image/ --exclude '*.pyc' --exclude /var/cache --prefetch-files hot.txt
+  rafsd build base.tar.gz runtime.tar.gz app.tar.gz -o image/";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Digest {
@@ -90,23 +96,23 @@ impl From<Digest> for DigestAlgorithm {
 /// # Errors
 /// Whatever stopped the build; no image was made then.
 pub fn run(args: BuildArgs) -> anyhow::Result<ExitCode> {
-    let is_stdin = args.source == Path::new("-");
-    if is_stdin && args.prefetch.uses_stdin() {
-        bail!("both the archive and --prefetch-files are to come from standard input; name one of them");
+    match args.sources.iter().filter(|path| is_stdin(path)).count() {
+        0 => {}
+        1 if !args.prefetch.uses_stdin() => {}
+        1 => bail!("both the archive and --prefetch-files are to come from standard input; name one of them"),
+        n => bail!("{n} archives are to come from standard input; name all but one of them"),
     }
-    let source = if is_stdin {
-        Source::Archive { name: "standard input".into(), stream: Box::new(io::stdin()) }
-    } else {
-        Source::open(&args.source)?
-    };
-    let mut spec = BuildSpec::new(source, args.out);
+    let mut sources = args.sources.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?;
+    let is_stack = sources.len() > 1;
+    let mut spec = BuildSpec::new(sources.remove(0), args.out);
+    spec.sources.append(&mut sources);
     spec.compression = args.compress;
     spec.digest = args.digest.into();
     spec.chunk_size = args.chunk_size.0;
     spec.threads = args.threads.unwrap_or(spec.threads);
     spec.prefetch = args.prefetch.hints()?;
     spec.selection = args.selection.selection()?;
-    spec.selection.drop_whiteouts = args.base.dropped_whiteouts();
+    spec.selection.drop_whiteouts = if is_stack { Whiteouts::None } else { args.base.dropped_whiteouts() };
     spec.base = args.base.open()?;
     args.blob.apply(&mut spec);
     let bar = Bar::on_terminal("building");
@@ -117,6 +123,17 @@ pub fn run(args: BuildArgs) -> anyhow::Result<ExitCode> {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e).context("cannot write to standard output"),
         _ => Ok(ExitCode::SUCCESS),
     }
+}
+
+fn is_stdin(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+fn open(path: &Path) -> Result<Source, BuildError> {
+    if is_stdin(path) {
+        return Ok(Source::Archive { name: "standard input".into(), stream: Box::new(io::stdin()) });
+    }
+    Source::open(path)
 }
 
 /// The report for a person.
@@ -133,7 +150,7 @@ fn summary(report: &BuildReport) -> String {
     }
     out += &against_gzip(report);
     if report.encrypted {
-        out += "encrypted  with a key that lies in the bootstrap, in clear\n";
+        out += "encrypted  with keys that lie in the bootstrap, in clear\n";
     }
     out += &format!(
         "contents   {} files, {} directories, {} symlinks, {} special files, {} hard links\n",
@@ -157,16 +174,31 @@ fn summary(report: &BuildReport) -> String {
     out
 }
 
-/// How the blob compares with the gzip archive it came from, if it did.
+/// How the blobs compare with the gzip archives they came from, if they did: each for itself if
+/// there are several.
 fn against_gzip(report: &BuildReport) -> String {
+    let is_shared = |layer: &LayerReport| {
+        layer.blob.is_some() && report.layers.iter().filter(|other| other.blob == layer.blob).count() > 1
+    };
+    if report.layers.len() < 2 || report.layers.iter().any(is_shared) {
+        let stored = report.blobs.iter().map(|blob| blob.stored_bytes).sum();
+        return report.gzip_bytes.map_or_else(String::new, |gzip| growth(stored, gzip, ""));
+    }
+    let mut out = String::new();
+    for layer in &report.layers {
+        let blob = report.blobs.iter().find(|blob| layer.blob.as_ref() == Some(&blob.id));
+        let stored = blob.map_or(0, |blob| blob.stored_bytes);
+        out += &layer.gzip_bytes.map_or_else(String::new, |gzip| growth(stored, gzip, &format!(" {}", layer.source)));
+    }
+    out
+}
+
+fn growth(stored: u64, gzip: u64, name: &str) -> String {
     let size = |bytes| ByteSize(bytes).to_string();
-    let stored: u64 = report.blobs.iter().map(|blob| blob.stored_bytes).sum();
-    match report.gzip_bytes {
-        Some(gzip) if stored > gzip => {
-            format!("grown      by {} over the {} of the gzip archive\n", size(stored - gzip), size(gzip))
-        }
-        Some(gzip) => format!("saved      {} of the {} of the gzip archive\n", size(gzip - stored), size(gzip)),
-        None => String::new(),
+    if stored > gzip {
+        format!("grown      by {} over the {} of the gzip archive{name}\n", size(stored - gzip), size(gzip))
+    } else {
+        format!("saved      {} of the {} of the gzip archive{name}\n", size(gzip - stored), size(gzip))
     }
 }
 
@@ -185,6 +217,46 @@ mod tests {
         let text = ["rafsd", "-", "-o", "/nonexistent", "--prefetch-files", "-"];
         let error = run(<Command as clap::Parser>::parse_from(text).args).unwrap_err().to_string();
         assert!(error.contains("--prefetch-files") && error.contains("standard input"), "{error}");
+    }
+
+    #[test]
+    fn standard_input_is_one_archive_only() {
+        let text = ["rafsd", "-", "layer.tar", "-", "-o", "/nonexistent"];
+        let error = run(<Command as clap::Parser>::parse_from(text).args).unwrap_err().to_string();
+        assert!(error.contains("2 archives are to come from standard input"), "{error}");
+    }
+
+    #[test]
+    fn each_layer_with_a_blob_of_its_own_is_compared_with_its_own_archive() {
+        let layer = |source: &str, blob: Option<&str>, gzip_bytes| LayerReport {
+            source: source.into(),
+            blob: blob.map(Into::into),
+            gzip_bytes,
+        };
+        let blob = |id: &str, mebibytes| build::BlobReport {
+            id: id.into(),
+            path: id.into(),
+            stored_bytes: mebibytes << 20,
+            decoded_bytes: 0,
+            chunks: 1,
+            batches: 0,
+        };
+        let layers = ["a", "b", "c", "d"].map(|name| layer(name, Some(name), Some(2 << 20)));
+        let mut report = BuildReport {
+            layers: layers.into(),
+            blobs: vec![blob("a", 3), blob("c", 1), blob("d", 1)],
+            gzip_bytes: None,
+            ..BuildReport::default()
+        };
+        (report.layers[1].blob, report.layers[3].gzip_bytes) = (None, None);
+        let want = "grown      by 1.0 MiB over the 2.0 MiB of the gzip archive a\n\
+            saved      2.0 MiB of the 2.0 MiB of the gzip archive b\n\
+            saved      1.0 MiB of the 2.0 MiB of the gzip archive c\n";
+        assert_eq!(against_gzip(&report), want);
+
+        report.layers.iter_mut().for_each(|layer| layer.blob = Some("a".into()));
+        (report.blobs, report.gzip_bytes) = (vec![blob("a", 3)], Some(8 << 20));
+        assert_eq!(against_gzip(&report), "saved      5.0 MiB of the 8.0 MiB of the gzip archive\n");
     }
 
     #[test]

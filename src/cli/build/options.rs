@@ -25,7 +25,11 @@ pub(super) struct BlobArgs {
     #[arg(long, value_name = "SIZE|off")]
     batch_size: Option<BatchSize>,
 
-    /// Encrypt the blob with a new key (AES-128-XTS)
+    /// Put what several sources hold into one blob, hidden or not, instead of one for each
+    #[arg(long)]
+    one_blob: bool,
+
+    /// Encrypt each blob with a new key (AES-128-XTS)
     ///
     /// The key lies in the bootstrap, in clear: the blob alone tells nothing, the image everything.
     /// Two builds of one source differ.
@@ -36,7 +40,7 @@ pub(super) struct BlobArgs {
     #[arg(long)]
     blob_toc: bool,
 
-    /// Put the bootstrap into the blob, and nowhere else
+    /// Put the bootstrap into the blob, and nowhere else; with several sources also --one-blob
     #[arg(long)]
     blob_inline_meta: bool,
 
@@ -61,6 +65,7 @@ impl BlobArgs {
     pub(super) fn apply(&self, spec: &mut BuildSpec) {
         spec.batching = self.batch_size.map_or(Batching::Default, |size| size.0);
         spec.encryption = if self.encrypt { Encryption::Random } else { Encryption::None };
+        spec.one_blob = self.one_blob;
         spec.blob_toc = self.blob_toc;
         spec.inline_bootstrap = self.blob_inline_meta;
         spec.verify = !self.no_verify;
