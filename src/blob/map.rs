@@ -41,6 +41,25 @@ pub(super) const MAX_UNITS: usize = 0xff_ffff;
 /// Longest decoded space of one blob in bytes (`rafs-v6.md` section 5: 2^44).
 pub(super) const MAX_DECODED: u64 = 1 << 44;
 
+const OTHER_WHOLE: &str = "disagrees with another part of its stored range";
+
+/// What all parts of one stored range must agree in.
+fn whole(unit: &Unit) -> (Option<u32>, Recipe, bool) {
+    (unit.part.map(|part| part.whole), unit.recipe, unit.encrypted)
+}
+
+/// Checks that parts of one stored range agree, wherever they are. Builders write the parts of a
+/// range one behind the other and ranges in order, so this memory is rarely needed.
+fn check_shared(units: &[Unit]) -> Result<(), UnitMapError> {
+    let mut shared = HashMap::new();
+    for (index, unit) in units.iter().enumerate().filter(|(_, unit)| unit.part.is_some()) {
+        if *shared.entry(unit.stored).or_insert_with(|| whole(unit)) != whole(unit) {
+            return Err(UnitMapError::Unit { unit: index, rule: OTHER_WHOLE });
+        }
+    }
+    Ok(())
+}
+
 impl UnitMap {
     /// Checks `units` and makes a map of them. `decoded_len` is the length of the device in bytes;
     /// it is rounded up to whole blocks.
@@ -59,7 +78,7 @@ impl UnitMap {
             return Err(UnitMapError::TooMany(units.len()));
         }
         let decoded_len = decoded_len.min(MAX_DECODED).next_multiple_of(BLOCK);
-        let (mut free_from, mut shared) = (0, HashMap::new());
+        let (mut free_from, mut before, mut in_order) = (0, None::<&Unit>, true);
         for (index, unit) in units.iter().enumerate() {
             let rule = |rule| UnitMapError::Unit { unit: index, rule };
             check_sizes(unit).map_err(rule)?;
@@ -72,13 +91,19 @@ impl UnitMap {
             if unit.encrypted && key.is_none() {
                 return Err(rule("is encrypted, and the blob has no key"));
             }
-            if let Some(part) = unit.part {
-                let whole = (part.whole, unit.recipe, unit.encrypted);
-                if *shared.entry(unit.stored).or_insert(whole) != whole {
-                    return Err(rule("disagrees with another part of its stored range"));
+            if unit.part.is_some() {
+                if before.is_some_and(|before| before.stored == unit.stored && whole(before) != whole(unit)) {
+                    return Err(rule(OTHER_WHOLE));
                 }
+                let follows =
+                    |before: &Unit| before.stored == unit.stored || before.stored.start() < unit.stored.start();
+                in_order &= before.is_none_or(follows);
+                before = Some(unit);
             }
             free_from = unit.blocks().end();
+        }
+        if !in_order {
+            check_shared(&units)?;
         }
         Ok(Self { blob, decoded_len, units, key })
     }

@@ -320,7 +320,7 @@ impl Core {
             hit = false;
             let unit = &map.units()[index as usize];
             if is_needed(unit) {
-                leads.extend(self.enter(&map, index, class, Some(&wait)));
+                leads.extend(self.enter(&map, index, units.clone(), class, Some(&wait)));
             } else {
                 wait.fail(self.corrupt(index, unit, DecodeError::Unverifiable));
             }
@@ -334,9 +334,20 @@ impl Core {
         wait.settle(&Ok(()));
     }
 
-    /// Joins or leads the fetch of one absent unit, and what comes with it. Gives what is led.
-    fn enter(&self, map: &UnitMap, index: UnitIndex, class: Class, wait: Option<&Arc<Wait>>) -> Vec<Lead> {
-        match self.inflight.enter(index, class, wait, self.siblings(map, index)) {
+    /// Joins or leads the fetch of one absent unit of `wanted`, and what comes with it. Gives what is
+    /// led.
+    fn enter(
+        &self,
+        map: &UnitMap,
+        index: UnitIndex,
+        wanted: Range<UnitIndex>,
+        class: Class,
+        wait: Option<&Arc<Wait>>,
+    ) -> Vec<Lead> {
+        // Those that the caller is about to ask for as well are as urgent at once: raising them later
+        // means a search through the queues for each.
+        let urgency = |sibling| (sibling, if wanted.contains(&sibling) { class } else { Class::Prefetch });
+        match self.inflight.enter(index, class, wait, self.siblings(map, index).map(urgency)) {
             // One may have been published and finished between the caller's look and this.
             Role::Lead(leads) => {
                 let (present, absent) = leads.into_iter().partition(|lead| self.ledger.presence.get(lead.unit()));
@@ -415,7 +426,7 @@ impl Core {
     fn prefetch(self: &Arc<Self>, units: Range<UnitIndex>) {
         let map = self.map();
         let absent = units.filter(|&index| !self.ledger.presence.get(index) && is_needed(&map.units()[index as usize]));
-        let leads = absent.flat_map(|index| self.enter(&map, index, Class::Prefetch, None)).collect();
+        let leads = absent.flat_map(|index| self.enter(&map, index, index..index + 1, Class::Prefetch, None)).collect();
         self.submit(&map, leads, Class::Prefetch);
     }
 

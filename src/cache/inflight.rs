@@ -121,14 +121,14 @@ impl Inflight {
     /// Joins the fetch of `unit`, or starts one. `wait`, if any, is settled with the outcome.
     ///
     /// Whoever becomes the leader also leads those of `siblings`, which come with the unit, that
-    /// nobody leads yet, for nobody in particular. All at once: a reader of a sibling that came in
-    /// between would fetch everything a second time.
+    /// nobody leads yet, each with the urgency it is given. All at once: a reader of a sibling that
+    /// came in between would fetch everything a second time.
     pub(super) fn enter(
         self: &Arc<Self>,
         unit: UnitIndex,
         class: Class,
         wait: Option<&Arc<Wait>>,
-        siblings: impl Iterator<Item = UnitIndex>,
+        siblings: impl Iterator<Item = (UnitIndex, Class)>,
     ) -> Role {
         if let Some(wait) = wait {
             wait.add();
@@ -146,9 +146,9 @@ impl Inflight {
         let urgency = Urgency::new(class);
         slot.insert(Fetch { urgency: urgency.clone(), waits: waits.into_iter().collect() });
         let mut leads = vec![lead(unit, urgency)];
-        for sibling in siblings {
+        for (sibling, class) in siblings {
             if let Entry::Vacant(slot) = fetches.entry(sibling) {
-                let urgency = Urgency::new(Class::Prefetch);
+                let urgency = Urgency::new(class);
                 slot.insert(Fetch { urgency: urgency.clone(), waits: Vec::new() });
                 leads.push(lead(sibling, urgency));
             }
@@ -224,7 +224,10 @@ mod tests {
         let table = Arc::new(Inflight::default());
         let other = lead(enter(&table, 3, Class::OnDemand, None));
 
-        let Role::Lead(leads) = table.enter(1, Class::OnDemand, None, 0..5) else { panic!("nobody leads unit 1") };
+        let Role::Lead(leads) = table.enter(1, Class::OnDemand, None, (0..5).map(|unit| (unit, Class::Prefetch)))
+        else {
+            panic!("nobody leads unit 1")
+        };
 
         let led: Vec<_> = leads.iter().map(|lead| (lead.unit(), lead.urgency().class())).collect();
         let prefetch = Class::Prefetch;

@@ -233,7 +233,7 @@ mod tests {
             blob: blob.map(Into::into),
             gzip_bytes,
         };
-        let blob = |id: &str, mebibytes| build::BlobReport {
+        let blob = |id: &str, mebibytes: u64| build::BlobReport {
             id: id.into(),
             path: id.into(),
             stored_bytes: mebibytes << 20,
