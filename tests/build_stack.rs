@@ -237,8 +237,9 @@ fn a_failing_layer_leaves_nothing() {
     let good = [shop.files("low", &[("a", "1")]), shop.files("middle", &[("b", "2")])];
     let bad = shop.path("bad.tar");
     fs::write(&bad, [b'x'; 5000]).unwrap();
+    let sources: Vec<_> = good.into_iter().chain([bad.clone()]).collect();
     for one_blob in [false, true] {
-        let spec = BuildSpec { one_blob, ..shop.spec(&[&good[..], &[bad.clone()]].concat(), "out") };
+        let spec = BuildSpec { one_blob, ..shop.spec(&sources, "out") };
         let error = build::build(spec, &()).unwrap_err();
         assert!(matches!(&error, BuildError::Archive { archive, .. } if *archive == bad), "{error}");
         assert_eq!(output(&shop.path("out")), []);

@@ -182,23 +182,27 @@ fn against_gzip(report: &BuildReport) -> String {
     };
     if report.layers.len() < 2 || report.layers.iter().any(is_shared) {
         let stored = report.blobs.iter().map(|blob| blob.stored_bytes).sum();
-        return report.gzip_bytes.map_or_else(String::new, |gzip| growth(stored, gzip, ""));
+        return report.gzip_bytes.map_or_else(String::new, |gzip| {
+            growth(stored, gzip, if report.layers.len() > 1 { "archives" } else { "archive" })
+        });
     }
     let mut out = String::new();
     for layer in &report.layers {
         let blob = report.blobs.iter().find(|blob| layer.blob.as_ref() == Some(&blob.id));
         let stored = blob.map_or(0, |blob| blob.stored_bytes);
-        out += &layer.gzip_bytes.map_or_else(String::new, |gzip| growth(stored, gzip, &format!(" {}", layer.source)));
+        out += &layer
+            .gzip_bytes
+            .map_or_else(String::new, |gzip| growth(stored, gzip, &format!("archive {}", layer.source)));
     }
     out
 }
 
-fn growth(stored: u64, gzip: u64, name: &str) -> String {
+fn growth(stored: u64, gzip: u64, what: &str) -> String {
     let size = |bytes| ByteSize(bytes).to_string();
     if stored > gzip {
-        format!("grown      by {} over the {} of the gzip archive{name}\n", size(stored - gzip), size(gzip))
+        format!("grown      by {} over the {} of the gzip {what}\n", size(stored - gzip), size(gzip))
     } else {
-        format!("saved      {} of the {} of the gzip archive{name}\n", size(gzip - stored), size(gzip))
+        format!("saved      {} of the {} of the gzip {what}\n", size(gzip - stored), size(gzip))
     }
 }
 
@@ -256,7 +260,7 @@ mod tests {
 
         report.layers.iter_mut().for_each(|layer| layer.blob = Some("a".into()));
         (report.blobs, report.gzip_bytes) = (vec![blob("a", 3)], Some(8 << 20));
-        assert_eq!(against_gzip(&report), "saved      5.0 MiB of the 8.0 MiB of the gzip archive\n");
+        assert_eq!(against_gzip(&report), "saved      5.0 MiB of the 8.0 MiB of the gzip archives\n");
     }
 
     #[test]
