@@ -94,8 +94,8 @@ pub fn build(spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport, Bu
     })?;
     drop(known);
     let mut report = report::count(&read.tree);
-    report.deduplicated_bytes = stored.deduplicated_bytes;
-    report.hole_bytes = read.hole_bytes;
+    report.hole_bytes = report::holes(&read.tree, shape.chunk_size);
+    report.deduplicated_bytes = report::deduplicated(&read.tree, shape.chunk_size, &stored.chunk_of_cut, stored.known);
     report.skipped_xattrs = read.skipped_xattrs;
     report.gzip_bytes = read.gzip_bytes;
 
@@ -136,7 +136,7 @@ pub fn read_archive(bytes: Vec<u8>) -> Result<BuildReport, BuildError> {
     let read = chunk::rehearse(&settings, |cutter| input::archive(name, stream, &spec.selection, cutter, &()))?;
     layout::layout(&read.tree, shape.chunk_size)?;
     let mut report = report::count(&read.tree);
-    report.hole_bytes = read.hole_bytes;
+    report.hole_bytes = report::holes(&read.tree, shape.chunk_size);
     report.skipped_xattrs = read.skipped_xattrs;
     Ok(report)
 }
