@@ -222,6 +222,35 @@ fn archives_follow_the_rules_where_formats_leave_room() {
     assert_eq!((mode("m") & 0o7777, mode("b") & 0o7777), (0o755, 0o644));
 }
 
+/// The numbers of a report are about the files that are in the image.
+#[test]
+fn replaced_members_are_not_in_the_numbers_of_the_report() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut random = tree::Random::new(8);
+    let (big, gone) = (random.noise(10_000), random.noise(3000));
+    let sparse = [record("GNU.sparse.size", "2097159"), record("GNU.sparse.map", "2097152,7")].concat();
+    let file = |path, content| Member { path, content, ..FILE };
+    let members = [
+        file(b"first", &big),
+        file(b"replaced", &big),
+        file(b"replaced", b"short"),
+        pax(sparse.as_bytes()),
+        file(b"hole", b"payload"),
+        pax(sparse.as_bytes()),
+        file(b"kept", b"content"),
+        file(b"hole", &gone),
+        file(b"hole", b"tiny"),
+        file(b"again", &big),
+        file(b"late", &gone),
+    ];
+
+    let report = build_bytes(archive(&members), &dir.path().join("out")).unwrap();
+
+    assert_eq!(report.source_bytes, 10_000 + 5 + (2 << 20) + 7 + 4 + 10_000 + 3000);
+    assert_eq!(report.hole_bytes, 2 << 20);
+    assert_eq!(report.deduplicated_bytes, 10_000 + 3000, "again, and late, whose bytes a replaced member brought");
+}
+
 /// An archive with every kind of extension in it.
 fn rich_archive() -> Vec<u8> {
     let pax = record("path", "renamed") + &record("mtime", "-1.5") + &record("SCHILY.xattr.user.a", "b");

@@ -110,6 +110,16 @@ fn stored_bytes_of_any_kind_are_decoded_or_refused() {
     check("codec", bodies::codec::run);
 }
 
+#[test]
+fn files_of_any_bytes_give_their_parts_or_are_refused() {
+    check("toc", bodies::toc::run);
+}
+
+#[test]
+fn lists_of_any_bytes_are_read_or_refused() {
+    check("lists", bodies::lists::run);
+}
+
 /// Without this the mutations would be of garbage and prove little.
 #[test]
 fn seeds_are_accepted_by_their_parsers() {
@@ -133,6 +143,13 @@ fn seeds_are_accepted_by_their_parsers() {
     }
     for (name, input) in corpus("tar") {
         bodies::tar::read(&input).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+    for (name, input) in corpus("toc") {
+        let parts = bodies::toc::parts(&input).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert!(!parts.is_empty(), "{name}");
+    }
+    for (name, input) in corpus("lists") {
+        assert!(bodies::lists::read(&input), "{name}");
     }
     for (name, input) in corpus("codec") {
         assert!(bodies::codec::decode(&input).is_ok(), "{name}");

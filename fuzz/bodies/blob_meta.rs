@@ -1,9 +1,10 @@
 //! The tables of a blob: a row of the blob table, the blob's own tables, and the chunk records.
 //!
 //! An input is: one byte, the number of chunk records; the row; the records; the blob's header without
-//! its reserved bytes; the stored chunk-info array.
+//! its reserved bytes; the stored chunk-info array. Header and array of an encrypted blob are in clear
+//! there, and are encrypted before they are read.
 
-use rafsd::blob::{BlobTables, TablesError, UnitMap};
+use rafsd::blob::{BlobKind, BlobTables, Recipe, TablesError, UnitMap};
 use rafsd::format::blobfile::Header;
 use rafsd::format::rafs::{BlobEntry, ChunkRecord};
 use zerocopy::FromBytes;
@@ -39,16 +40,31 @@ pub fn tables(mut input: &[u8]) -> Result<(), TablesError> {
 
     let tables = BlobTables::new(entry)?;
     let asked = tables.stored().len();
-    assert!(asked >= size_of::<Header>() as u64);
-    let array = (asked - size_of::<Header>() as u64).min(MAX_STORED);
-    let mut stored = take(&mut input, usize::try_from(array).expect("at most 64 KiB"));
-    stored.extend_from_slice(&header);
-    stored.resize(stored.len() + size_of::<Header>() - HEADER - MAGIC2, 0);
-    stored.extend_from_slice(&magic2);
+    let stored = if asked == 0 {
+        assert_eq!(tables.kind(), BlobKind::Tarfs, "only a tar file has no tables");
+        Vec::new()
+    } else {
+        let array = (asked - size_of::<Header>() as u64).min(MAX_STORED);
+        let array = take(&mut input, usize::try_from(array).expect("at most 64 KiB"));
+        let mut whole = header.clone();
+        whole.resize(size_of::<Header>() - MAGIC2, 0);
+        whole.extend_from_slice(&magic2);
+        match tables.key() {
+            Some(key) => [key.encrypt(&array), key.encrypt(&whole)].concat(),
+            None => [array, whole].concat(),
+        }
+    };
 
     let map = tables.geometry(&stored)?;
     look_at(&tables, &map);
     look_at(&tables, &tables.with_digests(&map, rows.iter())?);
+    let contexts = tables.zran(&stored)?;
+    assert_eq!(contexts.is_some(), tables.kind() == BlobKind::Zran);
+    for unit in map.units().iter().filter(|unit| unit.recipe == Recipe::GzipWindow) {
+        let (contexts, part) = (contexts.as_ref().expect("an index"), unit.part.expect("a part of a context"));
+        let context = contexts.find(unit.stored, part.whole).expect("its context is there");
+        assert!(contexts.dictionary(context).len() <= 32 << 10 && context.bits < 8);
+    }
     Ok(())
 }
 
@@ -61,7 +77,10 @@ fn look_at(tables: &BlobTables, map: &UnitMap) {
         let found = map.find(unit.decoded.start()).expect("its start belongs to it");
         assert_eq!(map.get(found).expect("a unit with this number").decoded, unit.decoded);
         end = unit.decoded.end();
+        assert!(!unit.encrypted || map.key().is_some());
+        let at = unit.part.map_or(0, |part| u64::from(part.at));
+        assert!(at + unit.decoded.len() <= unit.whole_len() && unit.whole_len() <= 16 << 20);
     }
     let saved = UnitMap::from_bytes(&map.to_bytes()).expect("a map as it was saved");
-    assert_eq!(saved.units(), map.units());
+    assert!(saved == *map);
 }

@@ -6,7 +6,6 @@
 
 use std::ops::ControlFlow;
 
-use rafsd::base::BLOCK;
 use rafsd::image::{Extent, Image, Inode, Kind};
 
 const SLOT: usize = 32;
@@ -50,11 +49,15 @@ pub fn pack(bootstrap: &[u8]) -> Vec<u8> {
 
 pub fn run(input: &[u8]) {
     let Ok(image) = Image::parse(unpack(input)) else { return };
-    assert!(image.summary().chunk_size.is_power_of_two());
+    assert!(image.summary().chunk_size.is_power_of_two() && matches!(image.summary().block_size, 512 | 4096));
     let _ = image.chunk_records().len();
 
+    for nid in image.prefetch().take(64) {
+        let _ = image.inode(nid);
+    }
+
     let mut walk = image.walk();
-    for _ in 0..MAX_VISITS {
+    for number in 0..MAX_VISITS {
         let Some(visit) = walk.next_visit() else { break };
         let Ok(visit) = visit else { continue };
         for name in visit.path {
@@ -62,6 +65,10 @@ pub fn run(input: &[u8]) {
             assert!(*name != b"." && *name != b"..");
         }
         look_at(&image, &visit.inode);
+        // Each of these goes down from the root again.
+        if number < 64 {
+            let _ = image.lookup(&visit.path.join(&b"/"[..]));
+        }
     }
     // Inodes that no directory leads to, and places that are none.
     for piece in input.chunks(2 + SLOT).filter(|piece| piece.len() > 2).take(64) {
@@ -106,9 +113,10 @@ fn look_at(image: &Image, inode: &Inode) {
     if whole.is_ok() && left > 0 && has_data {
         assert_eq!(at, inode.size, "the pieces are the whole file");
     }
+    let block = image.summary().block_size;
     if inode.size < 1 << 24 {
         let _ = image.kernel_ranges(inode, &mut |device, range| {
-            assert!(range.end() <= image.devices()[device].len && range.start().is_multiple_of(BLOCK));
+            assert!(range.end() <= image.devices()[device].len && range.start().is_multiple_of(block));
         });
     }
 }

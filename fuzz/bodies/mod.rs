@@ -8,7 +8,9 @@
 pub mod blob_meta;
 pub mod bootstrap;
 pub mod codec;
+pub mod lists;
 pub mod tar;
+pub mod toc;
 
 /// Takes `len` bytes from the front of `input`, filled up with zeros where there are fewer.
 fn take(input: &mut &[u8], len: usize) -> Vec<u8> {

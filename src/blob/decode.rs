@@ -1,6 +1,9 @@
+use std::sync::Arc;
+
+use super::zran::Contexts;
 use super::{BlobKey, Check, Part, Recipe, Unit};
 use crate::base::{ByteRange, Digest};
-use crate::codec::{self, CodecError};
+use crate::codec::{self, CodecError, Window};
 
 /// Why stored bytes did not become the unit that the image promised.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -23,8 +26,8 @@ pub enum DecodeError {
     /// The unit claims bytes behind the end of what its stored range holds.
     #[error("its {len} bytes from {} do not lie in the {} of its batch", part.at, part.whole)]
     OutsideOfWhole { part: Part, len: usize },
-    /// The unit lies in the middle of a gzip file.
-    #[error("it lies in the middle of a gzip file, which this version cannot decode")]
+    /// The unit lies in the middle of a gzip file, and nobody gave the place to enter it there.
+    #[error("it lies in the middle of a gzip file, and there is no index that says how to enter it")]
     NeedsWindow,
     /// The image does not say how to check this unit, so it cannot be trusted.
     #[error("the image names no digest for it")]
@@ -51,6 +54,8 @@ pub struct Decoder {
     plain: Vec<u8>,
     /// Decrypted bytes that are still compressed.
     clear: Vec<u8>,
+    /// Places where a gzip file can be entered.
+    windows: Option<Arc<Contexts>>,
 }
 
 /// Everything that decides what a shared stored range decodes to.
@@ -63,9 +68,15 @@ struct Shared {
 }
 
 impl Decoder {
-    /// A decoder that remembers nothing yet.
+    /// A decoder that remembers nothing yet, for a blob in a file of RAFS's own.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A decoder for a blob that is an index into a gzip file, with the contexts of this blob: units of
+    /// [`Recipe::GzipWindow`] are decoded as well.
+    pub fn with_windows(windows: Arc<Contexts>) -> Self {
+        Self { windows: Some(windows), ..Self::default() }
     }
 
     /// Turns the stored bytes of `unit` into checked plain bytes. `key` is that of the blob's map.
@@ -95,7 +106,10 @@ impl Decoder {
         let (plain, padding) = out.split_at_mut(plain_len);
         padding.fill(0);
         match unit.part {
-            None => unpack(unit, clear_text(key, unit, stored, &mut self.clear)?, plain)?,
+            None => {
+                let text = clear_text(key, unit, stored, &mut self.clear)?;
+                unpack(unit, text, self.windows.as_deref(), plain)?;
+            }
             Some(part) => {
                 self.whole(key, unit, part, stored)?;
                 let from = part.at as usize;
@@ -117,8 +131,9 @@ impl Decoder {
         }
         self.plain.clear();
         self.plain.resize(part.whole as usize, 0);
-        let outcome =
-            clear_text(key, unit, stored, &mut self.clear).and_then(|text| unpack(unit, text, &mut self.plain));
+        let windows = self.windows.as_deref();
+        let outcome = clear_text(key, unit, stored, &mut self.clear)
+            .and_then(|text| unpack(unit, text, windows, &mut self.plain));
         self.shared = Some((shared, outcome.clone()));
         outcome
     }
@@ -146,7 +161,7 @@ fn clear_text<'a>(
     Ok(room)
 }
 
-fn unpack(unit: &Unit, text: &[u8], plain: &mut [u8]) -> Result<(), DecodeError> {
+fn unpack(unit: &Unit, text: &[u8], windows: Option<&Contexts>, plain: &mut [u8]) -> Result<(), DecodeError> {
     // The sizes in a batch context are those of the padded text, so they cannot tell whether a short
     // encrypted batch is compressed (`blob.md` section 11.3). Its own length does: what is
     // compressed is always shorter.
@@ -157,9 +172,17 @@ fn unpack(unit: &Unit, text: &[u8], plain: &mut [u8]) -> Result<(), DecodeError>
         Recipe::Lz4Block => codec::lz4_block_decode(text, plain)?,
         Recipe::Zstd => codec::zstd_decode(text, plain)?,
         Recipe::Gzip => codec::gzip_decode(text, plain)?,
-        Recipe::GzipWindow => return Err(DecodeError::NeedsWindow),
+        Recipe::GzipWindow => codec::gzip_window_decode(window(unit, windows)?, text, plain)?,
     }
     Ok(())
+}
+
+/// Where the gzip file is entered for the stored range of `unit`.
+fn window<'a>(unit: &Unit, windows: Option<&'a Contexts>) -> Result<Window<'a>, DecodeError> {
+    let whole = u32::try_from(unit.whole_len()).expect("at most 16 MiB");
+    let found = windows.and_then(|windows| Some((windows, windows.find(unit.stored, whole)?)));
+    let (windows, context) = found.ok_or(DecodeError::NeedsWindow)?;
+    Ok(Window { bits: context.bits, byte: context.byte, dictionary: windows.dictionary(context) })
 }
 
 fn verify(check: &Check, plain: &[u8]) -> Result<(), DecodeError> {
@@ -177,8 +200,10 @@ fn verify(check: &Check, plain: &[u8]) -> Result<(), DecodeError> {
 
 #[cfg(test)]
 mod tests {
+    use zerocopy::FromZeros;
+
     use super::*;
-    use crate::base::ByteRange;
+    use crate::format::blobfile::ZranContext;
 
     fn unit(recipe: Recipe, stored: &[u8], plain: &[u8]) -> Unit {
         Unit {
@@ -312,5 +337,51 @@ mod tests {
         let mut out = [0; 4096];
         assert_eq!(decode(&member, Some(&key()), &stored, &mut out), Ok(()));
         assert_eq!(out[..5], *b"ort!\0");
+    }
+
+    /// A raw deflate stream as an index with one context sees it: the context, and the middle chunk.
+    fn window(plain: &[u8]) -> (Arc<Contexts>, Unit, Vec<u8>) {
+        let mut stored = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
+        std::io::Write::write_all(&mut stored, plain).unwrap();
+        let stored = stored.finish().unwrap();
+        let mut row = ZranContext::new_zeroed();
+        row.in_offset = 7.into();
+        row.in_len = u32::try_from(stored.len()).unwrap().into();
+        row.out_len = u32::try_from(plain.len()).unwrap().into();
+        let contexts = Contexts::new(&[row], &[], 1 << 20).unwrap();
+        let chunk = members(Recipe::GzipWindow, &stored, plain, &[100..plain.len() - 100]).remove(0);
+        (Arc::new(contexts), chunk, stored)
+    }
+
+    #[test]
+    fn chunks_of_a_gzip_file_are_decoded_by_who_knows_its_index() {
+        let plain: Vec<u8> = (0..5000u32).flat_map(|i| (i / 3).to_le_bytes()).collect();
+        let (contexts, chunk, stored) = window(&plain);
+        let mut out = vec![0xff; 20480];
+
+        assert_eq!(decode(&chunk, None, &stored, &mut out), Err(DecodeError::NeedsWindow));
+        assert_eq!(Decoder::with_windows(contexts.clone()).decode(None, &chunk, &stored, &mut out), Ok(()));
+
+        assert_eq!(out[..plain.len() - 200], plain[100..plain.len() - 100]);
+        let elsewhere = Unit { stored: ByteRange::at(8, chunk.stored.len()).unwrap(), ..chunk };
+        let missing = Decoder::with_windows(contexts).decode(None, &elsewhere, &stored, &mut out);
+        assert_eq!(missing, Err(DecodeError::NeedsWindow));
+    }
+
+    #[test]
+    fn a_flipped_bit_in_a_gzip_file_is_never_accepted_with_wrong_bytes() {
+        let plain: Vec<u8> = (0..300u32).flat_map(|i| (i * i).to_le_bytes()).collect();
+        let (contexts, chunk, stored) = window(&plain);
+        let mut refused = 0;
+        for bit in 0..stored.len() * 8 {
+            let mut bad = stored.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            let mut out = [0; 4096];
+            match Decoder::with_windows(contexts.clone()).decode(None, &chunk, &bad, &mut out) {
+                Ok(()) => assert_eq!(out[..plain.len() - 200], plain[100..plain.len() - 100], "bit {bit}"),
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(refused > stored.len(), "{refused}");
     }
 }

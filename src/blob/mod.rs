@@ -93,8 +93,7 @@ pub enum Recipe {
     Zstd,
     /// One gzip member.
     Gzip,
-    /// The middle of a gzip file, entered through a [`zran::Context`]. This version reads and checks
-    /// the tables of such blobs and does not decode them.
+    /// The middle of a gzip file, entered through a [`zran::Context`], which only tools do.
     GzipWindow,
 }
 

@@ -107,8 +107,19 @@ pub struct TocPart {
     pub plain_len: u64,
     /// SHA-256 of the plain bytes.
     pub digest: Digest,
-    is_zstd: bool,
+    form: Form,
 }
+
+/// How a part is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Plain,
+    Zstd,
+    Lz4,
+}
+
+/// One LZ4 block gives at most so many times its own length.
+const MAX_LZ4_RATIO: u64 = 255;
 
 impl Toc {
     /// Reads the table of contents, which lies at `stored` in its file.
@@ -139,11 +150,11 @@ impl Toc {
 
 impl TocPart {
     fn new(row: &TocEntry, toc_start: u64) -> Result<Self, &'static str> {
-        let is_zstd = match row.flags.get() & 0xf {
-            TocEntry::PLAIN => false,
-            TocEntry::ZSTD => true,
-            // The meaning of its sizes is nowhere written down, and nobody has seen one.
-            _ => return Err("is neither plain nor compressed with zstd"),
+        let form = match row.flags.get() & 0xf {
+            TocEntry::PLAIN => Form::Plain,
+            TocEntry::ZSTD => Form::Zstd,
+            TocEntry::LZ4 => Form::Lz4,
+            _ => return Err("is neither plain nor compressed with zstd or lz4"),
         };
         let name = std::str::from_utf8(padded(&row.name)).map_err(|_| "has no name in UTF-8")?;
         let stored = ByteRange::at(row.compressed_offset.get(), row.compressed_size.get());
@@ -152,10 +163,10 @@ impl TocPart {
         let stored = stored.filter(|stored| may_lie_anywhere || stored.end() <= toc_start);
         let stored = stored.ok_or("lies behind the table")?;
         let plain_len = row.uncompressed_size.get();
-        if !is_zstd && !may_lie_anywhere && plain_len != stored.len() {
+        if form == Form::Plain && !may_lie_anywhere && plain_len != stored.len() {
             return Err("is plain and has two sizes");
         }
-        Ok(Self { name: name.to_owned(), stored, plain_len, digest: Digest(row.digest), is_zstd })
+        Ok(Self { name: name.to_owned(), stored, plain_len, digest: Digest(row.digest), form })
     }
 
     /// The plain bytes of the part from its stored ones, checked. Refuses more than `most`.
@@ -165,10 +176,16 @@ impl TocPart {
             let (got, want) = (stored.len(), usize::try_from(self.plain_len.min(most)).unwrap_or(usize::MAX));
             return Err(codec(CodecError::Length { codec: "stored", got, want }));
         }
-        let plain = if self.is_zstd {
-            codec::zstd_decode_growing(stored, self.plain_len).map_err(codec)?
-        } else {
-            stored.to_vec()
+        let plain = match self.form {
+            Form::Plain => stored.to_vec(),
+            Form::Zstd => codec::zstd_decode_growing(stored, self.plain_len).map_err(codec)?,
+            Form::Lz4 => {
+                // What no block can hold gets no room.
+                let len = self.plain_len.min(stored.len() as u64 * MAX_LZ4_RATIO);
+                let mut plain = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
+                codec::lz4_block_decode(stored, &mut plain).map_err(codec)?;
+                plain
+            }
         };
         let (got, want) = (codec::sha256(&plain), self.digest);
         if got == want { Ok(plain) } else { Err(TocError::Digest { name: self.name.clone(), got, want }) }
@@ -230,6 +247,22 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_one_lz4_block_are_opened_and_claim_no_more_than_it_can_hold() {
+        let stored = lz4_flex::block::compress(BOOT);
+        let row = entry(b"blob.meta", TocEntry::LZ4, (0, stored.len() as u64), BOOT);
+        let open = |row: TocEntry, stored: &[u8]| {
+            let place = ByteRange::at(1000, 128).unwrap();
+            Toc::parse(row.as_bytes(), place)?.parts()[0].open(stored, 1 << 40)
+        };
+
+        assert_eq!(open(row, &stored).unwrap(), BOOT);
+        assert!(open(row, &[0; 7]).is_err());
+        let mut lying = row;
+        lying.uncompressed_size = (1 << 40).into();
+        assert!(open(lying, &stored).is_err());
+    }
+
+    #[test]
     fn the_bootstrap_is_found_from_the_end() {
         assert_eq!(bootstrap(&blob()).as_deref(), Ok(BOOT));
 
@@ -277,7 +310,7 @@ mod tests {
         let parse = |row: TocEntry| Toc::parse(row.as_bytes(), within);
         assert!(parse(entry(b"image.boot", TocEntry::ZSTD, (900, 101), BOOT)).is_err(), "behind the table");
         assert!(parse(entry(b"image.boot", TocEntry::ZSTD, (u64::MAX, 1), BOOT)).is_err(), "overflow");
-        assert!(parse(entry(b"image.boot", 4, (0, 10), BOOT)).is_err(), "lz4");
+        assert!(parse(entry(b"image.boot", 8, (0, 10), BOOT)).is_err(), "a codec that there is not");
         assert!(parse(entry(b"image.boot", TocEntry::PLAIN, (0, 10), BOOT)).is_err(), "two sizes");
         let mut huge = entry(b"image.boot", TocEntry::ZSTD, (0, 10), BOOT);
         huge.uncompressed_size = u64::MAX.into();

@@ -5,7 +5,7 @@
 //! [`Context::byte`], as the value `byte >> (8 - bits)`; the dictionary; then the bytes of
 //! [`Context::stored`], which give exactly [`Context::out_len`] bytes. Where a member of the gzip
 //! file ends on the way, its 8 bytes of trailer and the header of the next are skipped and raw
-//! inflate goes on. The tables are parsed and checked here; nothing is decompressed yet.
+//! inflate goes on. The tables are parsed and checked here; [`Decoder`](super::Decoder) decompresses.
 
 use super::{MAX_UNIT, Part};
 use crate::base::ByteRange;
@@ -29,18 +29,39 @@ pub struct Context {
     dictionary: (usize, usize),
 }
 
+impl Context {
+    fn place(&self) -> (ByteRange, u32) {
+        (self.stored, self.out_len)
+    }
+}
+
 /// All contexts of one blob and the area with their dictionaries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Contexts {
     contexts: Vec<Context>,
+    /// Numbers of the contexts, sorted by what they are found by.
+    by_place: Vec<u32>,
     dictionaries: Vec<u8>,
 }
 
 impl Contexts {
     /// Checks `rows` against the area of dictionaries behind them and the end of the gzip file.
     pub(super) fn new(rows: &[ZranContext], dictionaries: &[u8], data_end: u64) -> Result<Self, &'static str> {
-        let contexts = rows.iter().map(|row| check(row, dictionaries.len(), data_end)).collect::<Result<_, _>>()?;
-        Ok(Self { contexts, dictionaries: dictionaries.to_vec() })
+        let contexts =
+            rows.iter().map(|row| check(row, dictionaries.len(), data_end)).collect::<Result<Vec<_>, _>>()?;
+        let count = u32::try_from(contexts.len()).map_err(|_| "there are more contexts than numbers for them")?;
+        let mut by_place: Vec<u32> = (0..count).collect();
+        by_place.sort_by_key(|&number| contexts[number as usize].place());
+        Ok(Self { contexts, by_place, dictionaries: dictionaries.to_vec() })
+    }
+
+    /// The context that turns the bytes at `stored` into `out_len` plain bytes. Of several, which only
+    /// a damaged index has, it is the first.
+    pub fn find(&self, stored: ByteRange, out_len: u32) -> Option<&Context> {
+        let place = (stored, out_len);
+        let at = self.by_place.partition_point(|&number| self.contexts[number as usize].place() < place);
+        let found = &self.contexts[*self.by_place.get(at)? as usize];
+        (found.place() == place).then_some(found)
     }
 
     /// All contexts, in the order of their numbers.
@@ -130,5 +151,26 @@ mod tests {
         let area: Vec<u8> = (0..32).collect();
         let contexts = Contexts::new(&[row()], &area, 150).unwrap();
         assert_eq!(contexts.dictionary(&contexts.all()[0]), &area[8..]);
+    }
+
+    #[test]
+    fn contexts_are_found_by_where_they_lie_and_what_they_give() {
+        let mut rows = [row(), row(), row(), row()];
+        rows[0].in_offset = 120.into();
+        rows[0].in_len = 30.into();
+        rows[2].out_len = 17.into();
+        rows[3].ctx_byte = 99;
+        let contexts = Contexts::new(&rows, &[0; 32], 150).unwrap();
+        let found = |at, len, out_len| {
+            let context = contexts.find(ByteRange::at(at, len).unwrap(), out_len)?;
+            contexts.all().iter().position(|one| std::ptr::eq(one, context))
+        };
+
+        assert_eq!(found(120, 30, 4000), Some(0));
+        assert_eq!(found(100, 50, 4000), Some(1), "the first of two");
+        assert_eq!(found(100, 50, 17), Some(2));
+        assert_eq!(found(100, 50, 18), None);
+        assert_eq!(found(100, 49, 4000), None);
+        assert_eq!(found(200, 50, 4000), None);
     }
 }

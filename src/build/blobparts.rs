@@ -137,7 +137,7 @@ impl Parts {
     fn list(&mut self, name: &str, stored: usize, plain: &[u8], algorithm: Algorithm) {
         let flags = match algorithm {
             Algorithm::Zstd => TocEntry::ZSTD,
-            Algorithm::Lz4Block => LZ4,
+            Algorithm::Lz4Block => TocEntry::LZ4,
             Algorithm::None | Algorithm::Gzip => TocEntry::PLAIN,
         };
         let mut listed = row(name, flags);
@@ -170,9 +170,6 @@ impl Parts {
 
 /// The level other builders use.
 const BOOTSTRAP_LEVEL: i32 = 3;
-
-/// Flag of a row: the part is one LZ4 block.
-const LZ4: u32 = 4;
 
 /// A row for the part called `name`, whose place is to be filled in.
 fn row(name: &str, flags: u32) -> TocEntry {

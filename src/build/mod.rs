@@ -147,7 +147,7 @@ pub fn read_archive(bytes: Vec<u8>) -> Result<BuildReport, BuildError> {
     let read = chunk::rehearse(&settings, |cutter| input::archive(name, stream, &spec.selection, cutter, &()))?;
     layout::layout(&read.tree, shape.chunk_size)?;
     let mut report = report::count(&read.tree);
-    report.hole_bytes = read.hole_bytes;
+    report.hole_bytes = report::holes(&read.tree, shape.chunk_size);
     report.skipped_xattrs = read.skipped_xattrs;
     Ok(report)
 }

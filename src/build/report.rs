@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::chunk::Content;
 use super::input::Read;
 use super::tree::{Kind, Tree};
 
@@ -34,7 +35,8 @@ pub struct BuildReport {
     pub hard_links: u64,
     /// Bytes of all regular files, each counted once.
     pub source_bytes: u64,
-    /// Of these, bytes whose chunk was stored already.
+    /// Of these, bytes that were read and whose chunk was stored already, be it for a member of the
+    /// archive that a later one replaced.
     pub deduplicated_bytes: u64,
     /// Of these, bytes in holes of sparse files, which were not even read.
     pub hole_bytes: u64,
@@ -93,7 +95,6 @@ impl BuildReport {
         let source = source.display().to_string();
         self.layers.push(LayerReport { source, blob: None, gzip_bytes: read.gzip_bytes });
         self.count(&read.tree);
-        self.hole_bytes += read.hole_bytes;
         self.skipped_xattrs += read.skipped_xattrs;
     }
 
@@ -117,4 +118,40 @@ impl BuildReport {
         });
         let Ok(()) = walked;
     }
+}
+
+/// [`BuildReport::hole_bytes`] of a tree whose files were cut into chunks of `chunk_size` bytes.
+pub(super) fn holes(tree: &Tree, chunk_size: u32) -> u64 {
+    sum(tree, |content| content.hole_bytes(chunk_size))
+}
+
+/// [`BuildReport::deduplicated_bytes`] of a tree whose cuts of at most `chunk_size` bytes became these
+/// chunks, behind the first `known` of them.
+pub(super) fn deduplicated(tree: &Tree, chunk_size: u32, chunk_of_cut: &[u32], known: u32) -> u64 {
+    // Chunks are numbered as they are stored, so whatever gives no new number was stored before.
+    let mut next = known;
+    let mut is_repeated = vec![true; chunk_of_cut.len()];
+    for (is_repeated, chunk) in is_repeated.iter_mut().zip(chunk_of_cut).skip(known as usize) {
+        if *chunk == next {
+            *is_repeated = false;
+            next += 1;
+        }
+    }
+    let is_repeated = |cut: u64| usize::try_from(cut).is_ok_and(|cut| is_repeated[cut]);
+    sum(tree, |content| content.read_bytes(chunk_size, &is_repeated))
+}
+
+/// The sum of something over all regular files, a file with several names once.
+fn sum(tree: &Tree, of: impl Fn(&Content) -> u64) -> u64 {
+    let (mut met, mut sum) = (vec![false; tree.len()], 0);
+    let walked = tree.walk(|id| {
+        if let Kind::Regular(content) = &tree.node(id).kind
+            && !std::mem::replace(&mut met[id.index()], true)
+        {
+            sum += of(content);
+        }
+        Ok::<(), std::convert::Infallible>(())
+    });
+    let Ok(()) = walked;
+    sum
 }

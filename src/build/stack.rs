@@ -11,7 +11,7 @@ use super::base::{Based, Upper};
 use super::blobwriter::{BlobWriter, FinishedBlob, Shape};
 use super::chunk::{self, Cutter, Stored};
 use super::error::BuildError;
-use super::report::BuildReport;
+use super::report::{self, BuildReport};
 use super::spec::{BuildSpec, Progress, Source};
 use super::{input, settings};
 
@@ -50,7 +50,11 @@ impl Reading<'_> {
         let (layers, stored) = chunk::run(&settings, &known, blob, self.progress, |cutter| {
             sources.into_iter().map(|source| self.source(source, cutter, report)).collect::<Result<Vec<_>, _>>()
         })?;
-        report.deduplicated_bytes += stored.deduplicated_bytes;
+        for layer in &layers {
+            report.hole_bytes += report::holes(&layer.tree, shape.chunk_size);
+            let chunks = &stored.chunk_of_cut;
+            report.deduplicated_bytes += report::deduplicated(&layer.tree, shape.chunk_size, chunks, stored.known);
+        }
         Ok(Stratum { layers, stored, shape })
     }
 
@@ -71,12 +75,10 @@ impl Reading<'_> {
     fn source(&self, source: Source, cutter: &mut Cutter<'_>, report: &mut BuildReport) -> Result<Upper, BuildError> {
         let (selection, progress) = (&self.spec.selection, self.progress);
         let name = source.name().to_owned();
-        let holes_before = cutter.hole_bytes();
-        let mut read = match source {
+        let read = match source {
             Source::Directory(path) => input::directory(&path, selection, &self.spec.prefetch, cutter, progress)?,
             Source::Archive { name, stream } => input::archive(&name, stream, selection, cutter, progress)?,
         };
-        read.hole_bytes -= holes_before;
         report.add(&name, &read);
         Ok(Upper { name, tree: read.tree })
     }

@@ -29,10 +29,10 @@ pub fn gzip_window_decode(window: Window<'_>, stored: &[u8], plain: &mut [u8]) -
     if !window.dictionary.is_empty() {
         inflate.set_dictionary(window.dictionary).map_err(|e| damaged(NAME)(e.to_string()))?;
     }
-    let shifted = shift(window, stored);
+    let input = [&lead_in(window), stored].concat();
     let mut member = Member { inflate, filled: 0 };
-    let Some(consumed) = member.run(&shifted, plain)? else { return Ok(()) };
-    let mut rest = after_first_member(stored, consumed, window.bits)?;
+    let Some(consumed) = member.run(&input, plain)? else { return Ok(()) };
+    let mut rest = trailer(&input, consumed)?;
     loop {
         let body = gzip_body(rest)?;
         let mut next = Member { inflate: Decompress::new(false), filled: member.filled };
@@ -75,30 +75,58 @@ impl Member {
     }
 }
 
-/// The bits of `stored` behind the leftover ones of the byte before, so that inflation can start
-/// on a byte.
-fn shift(window: Window<'_>, stored: &[u8]) -> Vec<u8> {
+/// Bytes to inflate first where the window starts within a byte: blocks that give nothing and end where
+/// the leftover bits begin, then these. The stored bytes cannot be moved instead, because blocks that
+/// are not compressed start on a byte.
+fn lead_in(window: Window<'_>) -> Vec<u8> {
     if window.bits == 0 {
-        return stored.to_vec();
+        return Vec::new();
     }
-    let mut shifted = Vec::with_capacity(stored.len() + 1);
-    let mut carry = window.byte >> (8 - window.bits);
-    for byte in stored {
-        shifted.push(carry | byte << window.bits);
-        carry = byte >> (8 - window.bits);
+    let mut lead = Bits::default();
+    // One block has 91 bits, the other 10: together they end anywhere in a byte.
+    if window.bits % 2 == 1 {
+        lead.empty_block_of_91_bits();
     }
-    shifted.push(carry);
-    shifted
+    while lead.count % 8 != u32::from(8 - window.bits) {
+        lead.empty_block_of_10_bits();
+    }
+    lead.push((window.byte >> (8 - window.bits)).into(), window.bits.into());
+    lead.bits.to_le_bytes()[..lead.count as usize / 8].to_vec()
 }
 
-/// What follows the trailer of a member that ended after `consumed` bytes of the shifted stream.
-/// Its last byte of deflate may be the last but one of these, when only shifted bits reached
-/// into the last; then a member header, or nothing, tells which it is.
-fn after_first_member(stored: &[u8], consumed: usize, bits: u8) -> Result<&[u8], CodecError> {
-    let early = consumed.checked_sub(usize::from(bits != 0)).and_then(|at| trailer(stored, at).ok());
-    match early {
-        Some(rest) if rest.starts_with(&MAGIC) || rest.is_empty() => Ok(rest),
-        _ => trailer(stored, consumed),
+/// At most 128 bits in the order of deflate (RFC 1951 section 3.1.1): the lowest of a byte first.
+#[derive(Default)]
+struct Bits {
+    bits: u128,
+    count: u32,
+}
+
+impl Bits {
+    fn push(&mut self, value: u128, count: u32) {
+        self.bits |= value << self.count;
+        self.count += count;
+    }
+
+    /// Of the fixed code: not the last block, kind 1, end of block.
+    fn empty_block_of_10_bits(&mut self) {
+        self.push(0b01_0, 3);
+        self.push(0, 7);
+    }
+
+    /// Of a code of its own, by which 255 and the end of the block have one bit, and one distance has.
+    fn empty_block_of_91_bits(&mut self) {
+        self.push(0b10_0, 3);
+        // 257 lengths of literals, 1 of distances, 18 of the code for these.
+        self.push(14 << 10, 14);
+        // In their odd order: 18, a run of zeros, is the third, and 1 the last; both have one bit.
+        self.push(1 << 6 | 1 << 51, 54);
+        for run in [138, 117] {
+            self.push(1, 1);
+            self.push(run - 11, 7);
+        }
+        // 255, the end of the block, the distance: one bit each.
+        self.push(0, 3);
+        self.push(1, 1);
     }
 }
 
@@ -156,37 +184,80 @@ mod tests {
         out.finish().unwrap()
     }
 
-    /// A raw stream with block borders at whole bytes, at each third of the plain bytes.
-    fn in_thirds(plain: &[u8]) -> Vec<u8> {
-        let mut out = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
-        for part in plain.chunks(plain.len() / 3) {
-            out.write_all(part).unwrap();
-            out.flush().unwrap();
+    /// Deflate as it would be written bit by bit.
+    #[derive(Default)]
+    struct Stream(Vec<bool>);
+
+    impl Stream {
+        fn push(&mut self, value: u32, count: u32) {
+            self.0.extend((0..count).map(|bit| value >> bit & 1 == 1));
         }
-        out.finish().unwrap()
+
+        /// The fixed code has its highest bit first.
+        fn code(&mut self, code: u32, count: u32) {
+            self.0.extend((0..count).rev().map(|bit| code >> bit & 1 == 1));
+        }
+
+        /// Repeats the last byte three times, then gives these of ASCII.
+        fn fixed_block(&mut self, text: &[u8]) {
+            self.push(0b01_0, 3);
+            self.code(1, 7);
+            self.code(0, 5);
+            text.iter().for_each(|byte| self.code(0x30 + u32::from(*byte), 8));
+            self.code(0, 7);
+        }
+
+        fn stored_block(&mut self, bytes: &[u8]) {
+            self.push(0, 3);
+            self.0.resize(self.0.len().next_multiple_of(8), false);
+            let len = u32::try_from(bytes.len()).unwrap();
+            self.push(len | (!len << 16), 32);
+            bytes.iter().for_each(|byte| self.push((*byte).into(), 8));
+        }
+
+        fn bytes(&self) -> Vec<u8> {
+            let byte = |bits: &[bool]| bits.iter().rev().fold(0, |byte, bit| byte << 1 | u8::from(*bit));
+            self.0.chunks(8).map(byte).collect()
+        }
     }
 
     #[test]
     fn inflation_starts_in_the_middle_of_a_byte_with_a_dictionary() {
-        let plain = text(90_000, 7);
-        let raw = in_thirds(&plain);
-        // A sync flush ends with an empty stored block: 00 00 ff ff, after which a block starts.
-        let border = raw.windows(4).position(|four| four == [0, 0, 0xff, 0xff]).unwrap() + 4;
-        let (before, after) = plain.split_at(30_000);
-        let dictionary = &before[before.len() - 30_000..];
         for bits in 0..8u8 {
-            // The same stream, moved so that its first bits lie in the byte before.
-            let mut moved = Vec::new();
-            let tail = &raw[border..];
-            let byte = if bits == 0 { 0 } else { tail[0] << (8 - bits) };
-            for (i, &low) in tail.iter().enumerate() {
-                let high = tail.get(i + 1).copied().unwrap_or(0);
-                moved.push(if bits == 0 { low } else { low >> bits | high << (8 - bits) });
-            }
-            let mut out = vec![0; after.len()];
-            gzip_window_decode(Window { bits, byte, dictionary }, &moved, &mut out)
+            let mut stream = Stream::default();
+            // What came before: bits that must not matter.
+            stream.push(0x55, (8 - u32::from(bits)) % 8);
+            stream.fixed_block(b"text");
+            stream.stored_block(b"as it is");
+            stream.fixed_block(b"more");
+            let file = stream.bytes();
+            let (byte, stored) = if bits == 0 { (0, &file[..]) } else { (file[0], &file[1..]) };
+            let mut out = [0; 22];
+
+            gzip_window_decode(Window { bits, byte, dictionary: b"before-" }, stored, &mut out)
                 .unwrap_or_else(|e| panic!("{bits} bits: {e}"));
-            assert!(out == after, "{bits} bits");
+
+            assert_eq!(out.escape_ascii().to_string(), "---textas it issssmore", "{bits} bits");
+        }
+    }
+
+    #[test]
+    fn the_trailer_is_found_behind_a_stream_that_began_in_the_middle_of_a_byte() {
+        for bits in 0..8u8 {
+            let mut stream = Stream::default();
+            stream.push(0, (8 - u32::from(bits)) % 8);
+            stream.fixed_block(b"one");
+            // The last block: empty, of the fixed code.
+            stream.push(0b01_1, 3);
+            stream.code(0, 7);
+            let file = [stream.bytes(), vec![9; 8], gzip(b"two")].concat();
+            let (byte, stored) = if bits == 0 { (0, &file[..]) } else { (file[0], &file[1..]) };
+            let mut out = [0; 9];
+
+            gzip_window_decode(Window { bits, byte, dictionary: b"." }, stored, &mut out)
+                .unwrap_or_else(|e| panic!("{bits} bits: {e}"));
+
+            assert_eq!(&out, b"...onetwo", "{bits} bits");
         }
     }
 

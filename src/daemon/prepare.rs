@@ -73,7 +73,8 @@ fn map(
 ) -> Result<UnitMap, DaemonError> {
     BlobTables::new(&device.entry).and_then(|tables| tables.ensure_servable()).map_err(DaemonError::Tables)?;
     let saved = saved(&device.blob).and_then(|saved| maps::renew(&saved, device, image));
-    saved.map_or_else(|| maps::map(device, image, source, runtime).map_err(DaemonError::Map), Ok)
+    let fetched = || maps::map(device, image, source, runtime).map(|mapped| mapped.map);
+    saved.map_or_else(|| fetched().map_err(DaemonError::Map), Ok)
 }
 
 /// Keeps the bootstrap in the cache under its digest, so that nobody can change it while the

@@ -283,6 +283,8 @@ impl TocEntry {
     pub const PLAIN: u32 = 1;
     /// Flag: one zstd frame.
     pub const ZSTD: u32 = 2;
+    /// Flag: one LZ4 block.
+    pub const LZ4: u32 = 4;
 }
 
 /// The tar header that follows each part of a blob (`blob.md` section 7).

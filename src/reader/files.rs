@@ -8,10 +8,12 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 
+use super::tarfile::{self, TarFileError};
 use super::units::{ReadError, UnitReader, UnitRef};
 use super::{LoadError, MapError};
 use crate::base::ByteRange;
-use crate::blob::{UnitIndex, UnitMap};
+use crate::blob::zran::Contexts;
+use crate::blob::{BlobKind, UnitIndex, UnitMap};
 use crate::image::{Extent, Image, Inode, Kind, Walk};
 use crate::source::BlobSource;
 
@@ -19,6 +21,8 @@ use crate::source::BlobSource;
 pub struct Files {
     image: Image,
     maps: Vec<UnitMap>,
+    /// For each device, how it is entered.
+    windows: Vec<Option<Arc<Contexts>>>,
     source: Arc<dyn BlobSource>,
     runtime: Handle,
 }
@@ -38,6 +42,9 @@ pub enum OpenError {
     /// The tables of a blob cannot be had, are damaged, or are of a kind that cannot be read.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// The blob is a plain tar layer that cannot be verified.
+    #[error(transparent)]
+    TarFile(#[from] TarFileError),
 }
 
 /// A part of a file, given out in order.
@@ -50,13 +57,21 @@ pub enum Piece<'a> {
 }
 
 impl Files {
-    /// Opens the bootstrap at `bootstrap`, or in the blob that lies there, and fetches the tables of its blobs from `source`.
-    /// Blocks; runs all its reads on `runtime` and must not be called from a thread of it.
+    /// Opens the bootstrap at `bootstrap`, or in the blob that lies there, and fetches the tables of
+    /// its blobs from `source`. Plain tar layers have none, and are read as a whole instead: nothing
+    /// else tells whether their units are right. Blocks; runs all its reads on `runtime` and must not be called from a thread of it.
     pub fn open(bootstrap: &Path, source: Arc<dyn BlobSource>, runtime: Handle) -> Result<Self, OpenError> {
         let image = super::bootstrap::open(bootstrap)?;
-        let maps = image.devices().iter().map(|device| super::maps::map(device, &image, source.as_ref(), &runtime));
-        let maps = maps.collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { image, maps, source, runtime })
+        let (mut maps, mut windows) = (Vec::new(), Vec::new());
+        for device in image.devices() {
+            let mut mapped = super::maps::map(device, &image, source.as_ref(), &runtime)?;
+            if mapped.kind == BlobKind::Tarfs {
+                mapped.map = tarfile::digested(&mapped.map, source.as_ref(), &runtime, &|_| ())?;
+            }
+            maps.push(mapped.map);
+            windows.push(mapped.windows);
+        }
+        Ok(Self { image, maps, windows, source, runtime })
     }
 
     /// The image.
@@ -83,7 +98,7 @@ impl Files {
 
     /// A reader for whole units, which it fetches ahead in the order of `coming`.
     pub fn units<'a>(&'a self, coming: Box<dyn Iterator<Item = UnitRef> + 'a>) -> UnitReader<'a> {
-        UnitReader::new(&self.maps, Arc::clone(&self.source), self.runtime.clone(), coming)
+        UnitReader::new((&self.maps, &self.windows), Arc::clone(&self.source), self.runtime.clone(), coming)
     }
 
     /// Writes the content of one regular file to `out`. For many files, [`Files::reader`] asks

@@ -1,9 +1,11 @@
 //! From a row of the blob table to a unit map: the blob's own tables and the image's digests.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::base::{BlobId, Class};
-use crate::blob::{BlobTables, TablesError, UnitMap};
+use crate::blob::zran::Contexts;
+use crate::blob::{BlobKind, BlobTables, Decoder, TablesError, UnitMap};
 use crate::image::{Device, Image};
 use crate::source::{BlobSource, ReadCtx, SourceError};
 
@@ -25,6 +27,30 @@ pub enum MapError {
     },
 }
 
+/// What the tables of a blob say.
+#[derive(Clone, Debug)]
+pub struct Mapped {
+    /// Where the units are, and what they must be.
+    pub map: UnitMap,
+    /// How the blob is entered, if it is a gzip file that somebody else made.
+    pub windows: Option<Arc<Contexts>>,
+    pub kind: BlobKind,
+}
+
+impl Mapped {
+    /// What `tables` say, whose bytes are `stored`, and what `image` says about the same chunks.
+    pub fn new(tables: &BlobTables, stored: &[u8], image: &Image) -> Result<Self, TablesError> {
+        let map = tables.geometry(stored)?;
+        let map = tables.with_digests(&map, image.chunk_records().iter())?;
+        Ok(Self { map, windows: tables.zran(stored)?.map(Arc::new), kind: tables.kind() })
+    }
+}
+
+/// A decoder for a blob that is entered through `windows`, if it is one of that kind.
+pub fn decoder(windows: Option<&Arc<Contexts>>) -> Decoder {
+    windows.map_or_else(Decoder::new, |windows| Decoder::with_windows(Arc::clone(windows)))
+}
+
 /// The unit map of one device of `image`: fetches the blob's tables, which takes up to 30 seconds,
 /// and adds the digests that the image names. Blocks; runs its fetch on `runtime`.
 pub fn map(
@@ -32,7 +58,7 @@ pub fn map(
     image: &Image,
     source: &dyn BlobSource,
     runtime: &tokio::runtime::Handle,
-) -> Result<UnitMap, MapError> {
+) -> Result<Mapped, MapError> {
     let tables = BlobTables::new(&device.entry)?;
     let stored = if tables.stored().is_empty() {
         bytes::Bytes::new()
@@ -41,8 +67,7 @@ pub fn map(
         let fetched = runtime.block_on(source.read(tables.home(), tables.stored(), ctx));
         fetched.map_err(|cause| MapError::Fetch { blob: tables.home().clone(), cause })?
     };
-    let map = tables.geometry(&stored)?;
-    Ok(tables.with_digests(&map, image.chunk_records().iter())?)
+    Ok(Mapped::new(&tables, &stored, image)?)
 }
 
 /// The same from a map that was made before, with the digests of this image and no other's; `None`

@@ -8,10 +8,11 @@ mod files;
 mod lot;
 pub mod maps;
 mod reach;
+pub mod tarfile;
 mod units;
 
 pub use bootstrap::{LoadError, Loaded};
 pub use files::{FileReader, Files, OpenError, Piece};
-pub use maps::MapError;
+pub use maps::{MapError, Mapped};
 pub use reach::{ReachError, ensure_block_size, ensure_checkable};
 pub use units::{ReadError, UnitReader, UnitRef};

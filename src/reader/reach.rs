@@ -24,7 +24,9 @@ pub enum ReachError {
     #[error("{} uses blob {blob} at decoded {decoded}, for which the image names no digest", path.display())]
     Uncheckable { path: PathBuf, blob: BlobId, decoded: ByteRange },
     /// A tarfs image.
-    #[error("the image has blocks of {0} bytes (tarfs); only images with blocks of 4096 bytes can be mounted")]
+    #[error(
+        "the image has blocks of {0} bytes (tarfs); only images with blocks of 4096 bytes can be mounted or exported"
+    )]
     BlockSize(u64),
 }
 

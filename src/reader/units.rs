@@ -10,7 +10,9 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use super::lot::{Fetcher, Lot};
+use super::maps;
 use crate::base::{BlobId, ByteRange};
+use crate::blob::zran::Contexts;
 use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};
 use crate::image::ImageError;
 use crate::source::{BlobSource, SourceError};
@@ -59,6 +61,7 @@ pub enum ReadError {
 /// on a thread of the runtime it fetches on.
 pub struct UnitReader<'a> {
     maps: &'a [UnitMap],
+    windows: &'a [Option<Arc<Contexts>>],
     fetcher: Fetcher,
     coming: Peekable<Box<dyn Iterator<Item = UnitRef> + 'a>>,
     current: Lot,
@@ -69,7 +72,7 @@ pub struct UnitReader<'a> {
     /// What it was decoded from.
     stored: bytes::Bytes,
     /// Remembers what it decoded last, of this device only: another one may have units at the same place.
-    decoder: (usize, Decoder),
+    decoder: Option<(usize, Decoder)>,
 }
 
 impl std::fmt::Debug for UnitReader<'_> {
@@ -79,10 +82,11 @@ impl std::fmt::Debug for UnitReader<'_> {
 }
 
 impl<'a> UnitReader<'a> {
-    /// A reader of the devices that `maps` are the maps of. `coming` says what will be asked for,
+    /// A reader of the devices that `maps` are the maps of, and that are entered through `windows`
+    /// where they are gzip files: one of each for every device. `coming` says what will be asked for,
     /// in that order; whatever else is asked for costs a read of its own.
     pub fn new(
-        maps: &'a [UnitMap],
+        (maps, windows): (&'a [UnitMap], &'a [Option<Arc<Contexts>>]),
         source: Arc<dyn BlobSource>,
         runtime: Handle,
         coming: Box<dyn Iterator<Item = UnitRef> + 'a>,
@@ -92,6 +96,7 @@ impl<'a> UnitReader<'a> {
         let next = Lot::start(&mut coming, maps, &fetcher);
         Self {
             maps,
+            windows,
             fetcher,
             coming,
             current: Lot::default(),
@@ -99,7 +104,7 @@ impl<'a> UnitReader<'a> {
             held: None,
             plain: Vec::new(),
             stored: bytes::Bytes::new(),
-            decoder: Default::default(),
+            decoder: None,
         }
     }
 
@@ -144,7 +149,7 @@ impl<'a> UnitReader<'a> {
         match self.decode(at, &unit, ahead) {
             Err(ReadError::Damaged { .. }) if was_ahead => {
                 // It remembers failures as well.
-                self.decoder = Default::default();
+                self.decoder = None;
                 self.decode(at, &unit, None)
             }
             other => other,
@@ -163,10 +168,11 @@ impl<'a> UnitReader<'a> {
         let stored = ahead.unwrap_or_else(|| self.fetcher.fetch(blob, unit.stored));
         let stored = stored.map_err(|cause| ReadError::Fetch { blob: blob.clone(), chunk: at.index, cause })?;
         self.plain.resize(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"), 0);
-        if self.decoder.0 != at.device {
-            self.decoder = (at.device, Decoder::new());
-        }
-        let decoded = self.decoder.1.decode(map.key(), unit, &stored, &mut self.plain);
+        let decoder = match self.decoder.take() {
+            Some(last) if last.0 == at.device => last,
+            _ => (at.device, maps::decoder(self.windows[at.device].as_ref())),
+        };
+        let decoded = self.decoder.insert(decoder).1.decode(map.key(), unit, &stored, &mut self.plain);
         decoded.map_err(|cause| ReadError::Damaged { blob: blob.clone(), chunk: at.index, cause })?;
         self.stored = stored;
         Ok(())

@@ -10,10 +10,12 @@ use serde::Serialize;
 use tokio::runtime::Handle;
 
 use crate::base::{BlobId, ByteRange, Chain, Class};
-use crate::blob::{BlobTables, Check, Decoder, TablesError, Unit, UnitMap};
+use crate::blob::{BlobKind, BlobTables, Check, TablesError, Unit};
 use crate::build::Progress;
 use crate::image::check::{self, Code};
 use crate::image::{Device, Image};
+use crate::reader::tarfile::{self, TarFileError};
+use crate::reader::{Mapped, maps};
 use crate::source::{BlobSource, ReadCtx, SourceError};
 
 /// How long one read may take.
@@ -101,27 +103,43 @@ pub fn check(
         return Ok(report);
     }
     let fetch = Fetch { source: source.ok_or(CheckError::NoSource(depth))?, runtime };
-    let mut maps = Vec::new();
+    let mut blobs = Vec::new();
     for device in image.devices() {
-        maps.push(tables(image, device, &fetch, &mut report)?);
+        blobs.push(tables(image, device, &fetch, &mut report)?);
     }
     if depth == Depth::Blob {
         return Ok(report);
     }
-    let bytes = maps.iter().flatten().flat_map(UnitMap::units).filter(is_promised).map(|unit| unit.stored.len());
-    progress.total(0, bytes.sum());
-    for (number, map) in maps.iter().enumerate() {
-        if let Some(map) = map
-            && report.blobs[number].unchecked.is_none()
-        {
-            data(map, number, &fetch, &mut report, progress)?;
+    progress.total(0, blobs.iter().flatten().map(|mapped| bytes_of(promised(mapped).iter().copied())).sum());
+    for (number, mapped) in blobs.iter().enumerate() {
+        let Some(mapped) = mapped else { continue };
+        match mapped.kind {
+            _ if report.blobs[number].unchecked.is_some() => {}
+            BlobKind::Tarfs => tar(mapped, number, &fetch, &mut report, progress)?,
+            _ => data(mapped, number, &fetch, &mut report, progress)?,
         }
     }
     Ok(report)
 }
 
-fn is_promised(unit: &&Unit) -> bool {
-    unit.check != Check::Unknown
+/// The units of a blob that somebody promises something about, with their numbers, in the order in
+/// which they are stored. Of a plain tar layer these are all: its name is the promise.
+fn promised(mapped: &Mapped) -> Vec<(usize, &Unit)> {
+    let is_promised = |unit: &Unit| mapped.kind == BlobKind::Tarfs || unit.check != Check::Unknown;
+    let mut units: Vec<_> = mapped.map.units().iter().enumerate().filter(|(_, unit)| is_promised(unit)).collect();
+    units.sort_by_key(|(_, unit)| (unit.stored.start(), unit.stored.end()));
+    units
+}
+
+/// Stored bytes of `units`, in the order of [`promised`]: what several of them share counts once.
+fn bytes_of<'a>(units: impl Iterator<Item = (usize, &'a Unit)>) -> u64 {
+    let mut last = ByteRange::default();
+    let bytes = units.map(|(_, unit)| {
+        let is_shared = unit.part.is_some() && unit.stored == last;
+        last = unit.stored;
+        if is_shared { 0 } else { unit.stored.len() }
+    });
+    bytes.sum()
 }
 
 /// Reads of one source, waited for.
@@ -141,7 +159,7 @@ impl Fetch<'_> {
         let ctx = ReadCtx { class: Class::Prefetch, deadline: Instant::now() + DEADLINE };
         match self.runtime.block_on(self.source.read(blob, range, ctx)) {
             Ok(bytes) => Ok(Some(bytes)),
-            Err(SourceError::NotFound { .. } | SourceError::OutOfRange { .. }) => Ok(None),
+            Err(cause) if is_missing(&cause) => Ok(None),
             Err(cause) => Err(CheckError::Source { blob: blob.clone(), cause }),
         }
     }
@@ -153,7 +171,7 @@ fn tables(
     device: &Device,
     fetch: &Fetch<'_>,
     report: &mut Report,
-) -> Result<Option<UnitMap>, CheckError> {
+) -> Result<Option<Mapped>, CheckError> {
     let id = &device.blob;
     let mut blob = BlobReport {
         id: id.to_string(),
@@ -165,14 +183,13 @@ fn tables(
         unchecked: None,
     };
     let place = format!("blob {id}");
-    let mut refused = None;
+    let mut is_readable = true;
     let outcome = match BlobTables::new(&device.entry) {
         Err(cause) => Err(cause),
         Ok(tables) => match fetch.tables(&tables)? {
             Some(stored) => {
-                refused = tables.ensure_servable().err();
-                let map = tables.geometry(&stored);
-                map.and_then(|map| tables.with_digests(&map, image.chunk_records().iter()))
+                is_readable = tables.kind() != BlobKind::Dictionary;
+                Mapped::new(&tables, &stored, image)
             }
             None => {
                 report.found.add(Code::BlobMissing, place, || format!("has no bytes {}", tables.stored()));
@@ -181,17 +198,17 @@ fn tables(
             }
         },
     };
-    let map = match outcome {
-        Ok(map) => {
-            blob.chunks = map.units().len() as u64;
-            blob.unpromised = map.units().iter().filter(|unit| !is_promised(unit)).count() as u64;
-            if report.depth == Depth::Data
-                && let Some(TablesError::Unsupported { kind, .. }) = refused
-            {
+    let mapped = match outcome {
+        Ok(mapped) => {
+            let chunks = mapped.map.units().len();
+            blob.chunks = chunks as u64;
+            blob.unpromised = (chunks - promised(&mapped).len()) as u64;
+            if report.depth == Depth::Data && !is_readable {
+                let kind = mapped.kind.name();
                 report.found.add(Code::BlobUnchecked, place, || format!("is {kind}: its data was not looked at"));
                 blob.unchecked = Some(kind.into());
             }
-            Some(map)
+            Some(mapped)
         }
         Err(TablesError::Unsupported { kind, .. }) => {
             report.found.add(Code::BlobUnchecked, place, || format!("is {kind}"));
@@ -204,20 +221,56 @@ fn tables(
         }
     };
     report.blobs.push(blob);
-    Ok(map)
+    Ok(mapped)
 }
 
-/// Decodes every chunk of blob `number` that the image promises something about.
-fn data(
-    map: &UnitMap,
+/// Looks whether a plain tar layer is what its name says: one digest of all of it.
+fn tar(
+    mapped: &Mapped,
     number: usize,
     fetch: &Fetch<'_>,
     report: &mut Report,
     progress: &dyn Progress,
 ) -> Result<(), CheckError> {
-    let mut units: Vec<(usize, &Unit)> = map.units().iter().enumerate().filter(|(_, unit)| is_promised(unit)).collect();
-    units.sort_by_key(|(_, unit)| unit.stored.start());
-    let (mut plain, mut decoder) = (Vec::new(), Decoder::new());
+    let place = format!("blob {}", mapped.map.blob());
+    let watch = |bytes| progress.advance(0, bytes);
+    let blob = &mut report.blobs[number];
+    match tarfile::digested(&mapped.map, fetch.source, fetch.runtime, &watch) {
+        Ok(map) => {
+            blob.verified = map.units().len() as u64;
+            blob.stored_bytes = map.units().iter().map(|unit| unit.stored.len()).sum();
+            blob.decoded_bytes = blob.stored_bytes;
+        }
+        Err(cause @ TarFileError::Unnamed { .. }) => {
+            blob.unchecked = Some(mapped.kind.name().into());
+            report.found.add(Code::BlobUnchecked, place, || cause.to_string());
+        }
+        Err(cause @ TarFileError::Differs { .. }) => {
+            report.found.add(Code::ChunkDamaged, place, || cause.to_string());
+        }
+        Err(TarFileError::Read { cause, .. }) if is_missing(&cause) => {
+            report.found.add(Code::BlobMissing, place, || cause.to_string());
+        }
+        Err(TarFileError::Read { blob, cause }) => return Err(CheckError::Source { blob, cause }),
+    }
+    Ok(())
+}
+
+fn is_missing(cause: &SourceError) -> bool {
+    matches!(cause, SourceError::NotFound { .. } | SourceError::OutOfRange { .. })
+}
+
+/// Decodes every chunk of blob `number` that the image promises something about.
+fn data(
+    mapped: &Mapped,
+    number: usize,
+    fetch: &Fetch<'_>,
+    report: &mut Report,
+    progress: &dyn Progress,
+) -> Result<(), CheckError> {
+    let (map, units) = (&mapped.map, promised(mapped));
+    let (mut plain, mut decoder) = (Vec::new(), maps::decoder(mapped.windows.as_ref()));
+    let mut last = ByteRange::default();
     let mut rest = units.as_slice();
     while let Some((_, first)) = rest.first() {
         let (count, range) = piece(rest, first.stored);
@@ -241,7 +294,10 @@ fn data(
                         Ok(()) => {
                             let blob = &mut report.blobs[number];
                             blob.verified += 1;
-                            blob.stored_bytes += unit.stored.len();
+                            // What several chunks share was read once.
+                            let is_shared = unit.part.is_some() && unit.stored == last;
+                            blob.stored_bytes += if is_shared { 0 } else { unit.stored.len() };
+                            last = unit.stored;
                             blob.decoded_bytes += unit.decoded.len();
                         }
                         Err(cause) => report.found.add(Code::ChunkDamaged, place(), || Chain(&cause).to_string()),
@@ -249,7 +305,7 @@ fn data(
                 }
             }
         }
-        progress.advance(count as u64, now.iter().map(|(_, unit)| unit.stored.len()).sum());
+        progress.advance(count as u64, bytes_of(now.iter().copied()));
     }
     Ok(())
 }

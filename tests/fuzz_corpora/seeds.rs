@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::io::{Cursor, Read};
 use std::num::NonZeroUsize;
 
-use rafsd::build::{Batching, BuildSpec, Compression, Source, build};
+use rafsd::blob::{BlobKey, BlobTables};
+use rafsd::build::{Batching, BuildSpec, Compression, Encryption, Source, build};
 use rafsd::codec::Compressor;
-use rafsd::format::blobfile::Header;
-use rafsd::format::rafs::DigestAlgorithm;
+use rafsd::format::blobfile::{ChunkInfoV2, Header, MAGIC, PartHeader, TocEntry, ZranContext, features};
+use rafsd::format::erofs::{SUPERBLOCK_OFFSET, Superblock};
+use rafsd::format::rafs::{BlobEntry, DigestAlgorithm};
 use rafsd::image::Image;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::bodies;
 use super::support::tree::Random;
@@ -21,13 +23,20 @@ pub(super) fn all() -> Vec<(&'static str, Seeds)> {
     let (mut bootstraps, mut tables, mut archives) = (Seeds::new(), Seeds::new(), Seeds::new());
     for (name, archive) in samples() {
         archives.insert(name.to_owned(), bodies::tar::pack(archive.clone()));
-        for (kit, compression, digest) in [
-            ("zstd", Compression::Zstd { level: 3 }, DigestAlgorithm::Blake3),
-            ("lz4", Compression::Lz4, DigestAlgorithm::Sha256),
-            ("none", Compression::None, DigestAlgorithm::Blake3),
+        let (zstd, blake3) = (Compression::Zstd { level: 3 }, DigestAlgorithm::Blake3);
+        for (kit, compression, digest, batching, encryption) in [
+            ("zstd", zstd, blake3, Batching::Off, Encryption::None),
+            ("lz4", Compression::Lz4, DigestAlgorithm::Sha256, Batching::Off, Encryption::None),
+            ("none", Compression::None, blake3, Batching::Off, Encryption::None),
+            ("batched", zstd, blake3, Batching::Size(4096), Encryption::None),
+            ("encrypted", zstd, blake3, Batching::Off, key()),
+            ("both", zstd, blake3, Batching::Size(4096), key()),
         ] {
-            let image = image(archive.clone(), compression, digest);
-            if kit != "lz4" {
+            let image = image(archive.clone(), |spec| {
+                (spec.compression, spec.digest, spec.batching) = (compression, digest, batching);
+                spec.encryption = encryption;
+            });
+            if matches!(kit, "zstd" | "none") {
                 bootstraps.insert(format!("{name}-{kit}"), bodies::bootstrap::pack(&image.bootstrap));
             }
             if let Some(input) = image.tables() {
@@ -35,7 +44,115 @@ pub(super) fn all() -> Vec<(&'static str, Seeds)> {
             }
         }
     }
-    vec![("bootstrap", bootstraps), ("blob_meta", tables), ("tar", archives), ("codec", streams())]
+    bootstraps.insert("short-blocks".into(), bodies::bootstrap::pack(&short_blocks()));
+    tables.extend(foreign());
+    vec![
+        ("bootstrap", bootstraps),
+        ("blob_meta", tables),
+        ("tar", archives),
+        ("codec", streams()),
+        ("toc", files()),
+        ("lists", lists()),
+    ]
+}
+
+fn key() -> Encryption {
+    let key = BlobKey::new(std::array::from_fn(|at| u8::try_from(at).unwrap()), [7; 16]);
+    Encryption::Key(key.unwrap())
+}
+
+/// An empty image that counts in blocks of 512 bytes, as those of plain tar layers do.
+fn short_blocks() -> Vec<u8> {
+    let (_, archive) = samples().remove(0);
+    let mut bytes = image(archive, |_| ()).bootstrap;
+    let sb = usize::try_from(SUPERBLOCK_OFFSET).unwrap();
+    let (sb, _) = Superblock::mut_from_prefix(&mut bytes[sb..]).unwrap();
+    sb.blkszbits = 9;
+    sb.meta_blkaddr = (sb.meta_blkaddr.get() * 8).into();
+    sb.blocks = (sb.blocks.get() * 8).into();
+    bytes
+}
+
+/// Tables of blobs that we do not write: an index into a gzip file, and a plain tar.
+fn foreign() -> Seeds {
+    let mut entry = BlobEntry::new_zeroed();
+    entry.id = [b'a'; 64];
+    entry.chunk_size = (1 << 20).into();
+    (entry.compressed_size, entry.uncompressed_size) = (5_000_000.into(), 5_000_000.into());
+    entry.features = (features::TARFS | features::CAP_TAR_TOC).into();
+    let empty = Header::new_zeroed();
+    let tar = bodies::blob_meta::pack(entry.as_bytes(), &[], empty.as_bytes(), &[]);
+
+    let rows = [
+        ChunkInfoV2::alone((0, 5000), (10, 0), ChunkInfoV2::ZRAN, None),
+        ChunkInfoV2::alone((8192, 300), (20, 0), ChunkInfoV2::ZRAN, Some(5000)),
+    ];
+    let mut context = ZranContext::new_zeroed();
+    (context.in_offset, context.in_len, context.out_len) = (10.into(), 800.into(), 6000.into());
+    (context.dict_size, context.ctx_bits, context.ctx_byte) = (32.into(), 3, 0xaa);
+    let array = [rows.as_bytes(), context.as_bytes(), &[7; 32]].concat();
+    let len = array.len() as u64;
+    entry.features = (features::ZRAN | features::CHUNK_INFO_V2 | features::CAP_TAR_TOC | features::ALIGNED).into();
+    (entry.chunk_count, entry.uncompressed_size) = (2.into(), 12_288.into());
+    (entry.ci_offset, entry.ci_compressed_size, entry.ci_uncompressed_size) = (1000.into(), len.into(), len.into());
+    let mut header = Header::new_zeroed();
+    (header.magic, header.magic2) = (MAGIC.into(), MAGIC.into());
+    (header.features, header.ci_entries, header.ci_offset) = (entry.features, 2.into(), 1000.into());
+    (header.ci_compressed_size, header.ci_uncompressed_size) = (len.into(), len.into());
+    (header.ci_zran_offset, header.ci_zran_size) = (48.into(), 72.into());
+    header.ci_zran_count = 1.into();
+    let zran = bodies::blob_meta::pack(entry.as_bytes(), &[], header.as_bytes(), &array);
+    Seeds::from([("tar".into(), tar), ("zran".into(), zran)])
+}
+
+/// Inputs of the target `toc`: blob files of a few hundred bytes.
+fn files() -> Seeds {
+    let text = b"a bootstrap, a bootstrap, a bootstrap, a bootstrap".as_slice();
+    let mut compressor = Compressor::zstd(3).unwrap();
+    let packed = compressor.compress(text).unwrap().to_vec();
+    let entry = |name: &str, flags, (at, stored): (usize, usize), plain: &[u8]| {
+        let mut row = TocEntry::new_zeroed();
+        row.name[..name.len()].copy_from_slice(name.as_bytes());
+        row.flags = flags;
+        (row.compressed_offset, row.compressed_size) = ((at as u64).into(), (stored as u64).into());
+        row.uncompressed_size = (plain.len() as u64).into();
+        row.digest = rafsd::codec::sha256(plain).0;
+        row.as_bytes().to_vec()
+    };
+    let file = |parts: &[&[u8]], rows: Vec<Vec<u8>>| {
+        let rows = rows.concat();
+        let header = PartHeader::new("rafs.blob.toc", rows.len() as u64);
+        [parts.concat(), rows, header.as_bytes().to_vec()].concat()
+    };
+    let (plain, zstd) = (TocEntry::PLAIN.into(), TocEntry::ZSTD.into());
+    let short = vec![entry("image.boot", plain, (0, text.len()), text)];
+    let long = vec![
+        entry("image.blob", plain, (1 << 40, 99), b"elsewhere"),
+        entry("blob.meta", zstd, (0, packed.len()), text),
+        entry("blob.digest", plain, (packed.len(), 4), b"1234"),
+    ];
+    let last = PartHeader::new("image.boot", text.len() as u64);
+    Seeds::from([
+        ("plain".into(), file(&[text], short)),
+        ("packed".into(), file(&[&packed, b"1234"], long)),
+        ("bootstrap".into(), [text, last.as_bytes()].concat()),
+    ])
+}
+
+/// Inputs of the target `lists`.
+fn lists() -> Seeds {
+    let texts: [(&str, u8, &[u8]); 9] = [
+        ("hints", 0, b"/usr/bin/sh\n relative\n/etc/\n/etc/passwd\n//usr/./lib\n"),
+        ("hot-text", 1, b"/a\n/b:0+4096,8192+1\n\n/c/d e\n"),
+        ("hot-lines", 1, b"{\"path\":\"/a\",\"ranges\":[[0,4096]]}\n{\"path_hex\":\"2fff\"}\n/x\n"),
+        ("hot-document", 1, b"{\"version\":\"v1\",\"files\":[{\"path\":\"/a\",\"ranges\":[[0,4096],[5,6]]}]}"),
+        ("glob", 2, b"usr/**/*.[a-co]?"),
+        ("set", 2, b"[!]a-c]\\*x/"),
+        ("stars", 2, b"*a*a*a*a*a*b"),
+        ("range", 3, b"1000:0:65536"),
+        ("one", 3, b"4294967295:0"),
+    ];
+    texts.map(|(name, list, text)| (name.to_owned(), bodies::lists::pack(list, text))).into()
 }
 
 struct Made {
@@ -43,12 +160,12 @@ struct Made {
     blob: Option<Vec<u8>>,
 }
 
-fn image(archive: Vec<u8>, compression: Compression, digest: DigestAlgorithm) -> Made {
+fn image(archive: Vec<u8>, change: impl FnOnce(&mut BuildSpec)) -> Made {
     let dir = tempfile::tempdir().unwrap();
     let stream = Box::new(Cursor::new(archive));
     let mut spec = BuildSpec::new(Source::Archive { name: "seed.tar".into(), stream }, dir.path());
-    (spec.compression, spec.digest, spec.batching) = (compression, digest, Batching::Off);
     (spec.chunk_size, spec.threads) = (4096, NonZeroUsize::MIN);
+    change(&mut spec);
     let report = build(spec, &()).unwrap();
     Made {
         bootstrap: std::fs::read(&report.bootstrap).unwrap(),
@@ -67,7 +184,14 @@ impl Made {
         }
         let header = blob.len() - size_of::<Header>();
         let array = usize::try_from(entry.ci_offset.get()).unwrap()..header;
-        Some(bodies::blob_meta::pack(entry.as_bytes(), rows.as_bytes(), &blob[header..], &blob[array]))
+        let tables = BlobTables::new(&entry).unwrap();
+        let clear = |stored: &[u8]| {
+            let mut text = stored.to_vec();
+            tables.key().map_or(Ok(()), |key| key.decrypt(&mut text)).unwrap();
+            text
+        };
+        let (header, array) = (clear(&blob[header..]), clear(&blob[array]));
+        Some(bodies::blob_meta::pack(entry.as_bytes(), rows.as_bytes(), &header, &array))
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rafsd::reader::{Files, OpenError};
 use rafsd::source::LocalSource;
 use tempfile::TempDir;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
 
 use crate::support::{building, tree};
 
@@ -19,6 +19,10 @@ impl Fixture {
     pub(crate) fn new() -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         Self { dir: tempfile::tempdir().unwrap(), runtime }
+    }
+
+    pub(crate) fn runtime(&self) -> &Handle {
+        self.runtime.handle()
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

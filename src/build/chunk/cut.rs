@@ -49,6 +49,14 @@ enum Run {
     Same { cut: u64, count: u64 },
 }
 
+impl Run {
+    fn count(&self) -> u64 {
+        match *self {
+            Self::Distinct { count, .. } | Self::Same { count, .. } => count,
+        }
+    }
+}
+
 impl Content {
     /// Content that was never cut, for tests of what depends on sizes only.
     #[cfg(test)]
@@ -95,6 +103,38 @@ impl Content {
         settled
     }
 
+    /// Bytes that a [`Cutter`] knew to be holes and never read, in chunks of `chunk_size`.
+    pub(in crate::build) fn hole_bytes(&self, chunk_size: u32) -> u64 {
+        let holes = self.placed().filter(|(_, run)| matches!(run, Run::Same { .. }));
+        holes.map(|(at, run)| self.bytes_of(at, run.count(), chunk_size)).sum()
+    }
+
+    /// Bytes that a [`Cutter`] read, in cuts that `is_counted`, of chunks of `chunk_size`.
+    pub(in crate::build) fn read_bytes(&self, chunk_size: u32, is_counted: &dyn Fn(u64) -> bool) -> u64 {
+        let mut bytes = 0;
+        for (at, run) in self.placed() {
+            let Run::Distinct { first, count } = *run else { continue };
+            let counted = (0..count).filter(|i| is_counted(first + i));
+            bytes += counted.map(|i| self.bytes_of(at + i, 1, chunk_size)).sum::<u64>();
+        }
+        bytes
+    }
+
+    /// The runs, each with the number of its first chunk in the file.
+    fn placed(&self) -> impl Iterator<Item = (u64, &Run)> {
+        self.runs.iter().scan(0, |next, run| {
+            let at = *next;
+            *next += run.count();
+            Some((at, run))
+        })
+    }
+
+    /// Bytes of `count` chunks from chunk `at` of the file on; its last one may be shorter.
+    fn bytes_of(&self, at: u64, count: u64, chunk_size: u32) -> u64 {
+        let start = at * u64::from(chunk_size);
+        self.size.min(start.saturating_add(count.saturating_mul(chunk_size.into()))) - start
+    }
+
     fn push(&mut self, cut: u64, fresh: bool) {
         match self.runs.last_mut() {
             Some(Run::Distinct { first, count }) if fresh && *first + *count == cut => *count += 1,
@@ -131,7 +171,6 @@ pub(in crate::build) struct Cutter<'a> {
     /// Cuts of zeros by length, so that holes are stored once and digested once.
     zeros: HashMap<(usize, bool), u64>,
     indexed: u64,
-    hole_bytes: u64,
 }
 
 /// Chunk index entries of all files together: 8 bytes each, in at most 2 GiB of metadata.
@@ -156,7 +195,6 @@ impl<'a> Cutter<'a> {
             next_cut,
             zeros: HashMap::new(),
             indexed: 0,
-            hole_bytes: 0,
         }
     }
 
@@ -188,7 +226,6 @@ impl<'a> Cutter<'a> {
             if body.skip_zeros(len).map_err(CutError::Read)? {
                 let cut = self.zeros(len, joins)?;
                 content.push(cut, false);
-                self.hole_bytes += len;
             } else {
                 let cut = self.add(len, joins, |plain| body.fill(plain))?;
                 content.push(cut, true);
@@ -196,11 +233,6 @@ impl<'a> Cutter<'a> {
             self.progress.advance(0, len);
         }
         Ok(content)
-    }
-
-    /// Bytes of files that were known to be holes and never read.
-    pub(in crate::build) fn hole_bytes(&self) -> u64 {
-        self.hole_bytes
     }
 
     fn zeros(&mut self, len: u64, joins: bool) -> Result<u64, CutError> {
@@ -265,6 +297,18 @@ mod tests {
         }
         assert_eq!(content.cuts().collect::<Vec<_>>(), [0, 1, 2, 2, 3, 5, 2]);
         assert_eq!(content.runs.len(), 5);
+    }
+
+    #[test]
+    fn bytes_of_holes_and_of_cuts_end_with_the_file() {
+        let mut content = Content { size: 5 * 4096 + 100, runs: Vec::new() };
+        for (cut, fresh) in [(7, true), (8, true), (2, false), (2, false), (9, true), (3, false)] {
+            content.push(cut, fresh);
+        }
+
+        assert_eq!(content.hole_bytes(4096), 2 * 4096 + 100);
+        assert_eq!(content.read_bytes(4096, &|_| true), 3 * 4096);
+        assert_eq!(content.read_bytes(4096, &|cut| cut == 8 || cut == 2), 4096);
     }
 
     #[test]

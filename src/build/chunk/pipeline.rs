@@ -53,8 +53,8 @@ pub(in crate::build) struct Stored {
     pub packer: Packer,
     /// The chunk that each cut became: those known before first, then those of the blob.
     pub chunk_of_cut: Vec<u32>,
-    /// Bytes of files that were not stored again because an equal chunk was.
-    pub deduplicated_bytes: u64,
+    /// How many were known before.
+    pub known: u32,
 }
 
 /// Chunks that exist already, in blobs that the image may use.

@@ -46,7 +46,8 @@ pub(super) struct Writer<'a> {
     batch_size: usize,
     /// Batches that may be under way. With more, deciding waits; which bounds memory.
     batch_limit: usize,
-    stored: Decided,
+    /// What became of the cuts so far.
+    chunk_of_cut: Vec<u32>,
     /// Parcels that came before their turn; never more than there are.
     early: BTreeMap<u64, Parcel>,
     next_parcel: u64,
@@ -58,12 +59,6 @@ pub(super) struct Writer<'a> {
     steps: VecDeque<Step>,
     held: VecDeque<Parcel>,
     spare: Vec<Batch>,
-}
-
-/// What became of the cuts so far.
-struct Decided {
-    chunk_of_cut: Vec<u32>,
-    deduplicated_bytes: u64,
 }
 
 impl<'a> Writer<'a> {
@@ -84,7 +79,7 @@ impl<'a> Writer<'a> {
             jobs,
             batch_size,
             batch_limit,
-            stored: Decided { chunk_of_cut: Vec::from_iter(0..known), deduplicated_bytes: 0 },
+            chunk_of_cut: Vec::from_iter(0..known),
             early: BTreeMap::new(),
             next_parcel: 0,
             open: Batch::default(),
@@ -117,8 +112,7 @@ impl<'a> Writer<'a> {
                 }
             }
         }
-        let Decided { chunk_of_cut, deduplicated_bytes } = self.stored;
-        Ok(Stored { blob: self.blob, packer: self.packer, chunk_of_cut, deduplicated_bytes })
+        Ok(Stored { blob: self.blob, packer: self.packer, chunk_of_cut: self.chunk_of_cut, known: self.known })
     }
 
     fn advance(&mut self) -> Result<(), BuildError> {
@@ -142,8 +136,7 @@ impl<'a> Writer<'a> {
             let len = parcel.plain(cut).len();
             let key = (made.digest, len);
             if let Some(chunk) = self.seen.stored(&key) {
-                self.stored.deduplicated_bytes += len as u64;
-                self.stored.chunk_of_cut.push(chunk);
+                self.chunk_of_cut.push(chunk);
                 continue;
             }
             let joins = parcel.cuts[cut].joins;
@@ -153,7 +146,7 @@ impl<'a> Writer<'a> {
             let chunk = self.blob.number(Chunk::new(made.digest, made.crc32c, len))?;
             let position = self.known.checked_add(chunk).ok_or(BuildError::Limit(Limit::Chunks))?;
             self.seen.store(key, position);
-            self.stored.chunk_of_cut.push(position);
+            self.chunk_of_cut.push(position);
             if joins {
                 self.join(parcel.plain(cut), chunk);
                 continue;

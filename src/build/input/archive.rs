@@ -54,8 +54,8 @@ pub(in crate::build) fn archive(
         progress,
     };
     reader.members()?;
-    let Reader { tree, skipped_xattrs, cutter, .. } = reader;
-    Ok(ReadTree { tree, hole_bytes: cutter.hole_bytes(), skipped_xattrs, gzip_bytes: is_gzip.then(|| raw.get()) })
+    let Reader { tree, skipped_xattrs, .. } = reader;
+    Ok(ReadTree { tree, skipped_xattrs, gzip_bytes: is_gzip.then(|| raw.get()) })
 }
 
 /// The archive without its compression, and whether that was gzip.

@@ -56,8 +56,8 @@ pub(in crate::build) fn directory(
         reader.read_ahead(root, hinted.in_order())?;
     }
     walk(root, selection, &mut reader)?;
-    let Reader { tree, skipped_xattrs, cutter, .. } = reader;
-    Ok(Read { tree, hole_bytes: cutter.hole_bytes(), skipped_xattrs, gzip_bytes: None })
+    let Reader { tree, skipped_xattrs, .. } = reader;
+    Ok(Read { tree, skipped_xattrs, gzip_bytes: None })
 }
 
 /// Somebody who is shown every entry: a directory, then all its entries by name, then each of its

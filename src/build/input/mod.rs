@@ -16,7 +16,6 @@ use super::tree::Tree;
 #[derive(Debug)]
 pub(super) struct Read {
     pub tree: Tree,
-    pub hole_bytes: u64,
     pub skipped_xattrs: u64,
     /// Length of the source, if it is a gzip archive.
     pub gzip_bytes: Option<u64>,
