@@ -188,7 +188,7 @@ fn archives_follow_the_rules_where_formats_leave_room() {
         member(b"z/f", b'0', b"", b"z"),
         member(b"m/x//./y", b'0', b"", b"between siblings"),
         member(b"./b/f", b'0', b"", b"second"),
-        member(b"/absolute", b'7', b"", b"contiguous"),
+        member(b"absolute", b'7', b"", b"contiguous"),
         member(b"linked", b'1', b"./b/f", b""),
         member(b"link", b'2', b"b/f", b""),
         member(b"link-again", b'1', b"link", b""),

@@ -23,6 +23,7 @@ use crate::base::{BLOCK, BlobId};
 use crate::codec::xts::BlobKey;
 use crate::format::blobfile::{Header, features};
 use crate::format::rafs::{Algorithm, BlobEntry, DigestAlgorithm, chunk_flags};
+use crate::sys;
 
 /// Most chunks that a reader accepts in one blob.
 const MAX_CHUNKS: u32 = 0xff_ffff - 1;
@@ -340,7 +341,9 @@ impl TemporaryName {
     pub(super) fn rename(&mut self, name: impl AsRef<OsStr>) -> Result<(), BuildError> {
         let path = self.path.with_file_name(name);
         let directory = path.parent().expect("a name in a directory");
-        let moved = fs::rename(&self.path, &path).and_then(|()| File::open(directory)?.sync_all());
+        let moved = sys::files::ensure_replaceable(&path)
+            .and_then(|()| fs::rename(&self.path, &path))
+            .and_then(|()| File::open(directory)?.sync_all());
         moved.map_err(|source| BuildError::Write { path: path.clone(), source })?;
         self.lasting = true;
         Ok(())

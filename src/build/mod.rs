@@ -69,6 +69,7 @@ use chunk::{Packer, Settings, Stored};
 use emit::{Bootstrap, Facts};
 use layout::Layout;
 use load::Agreed;
+use spec::MAX_THREADS;
 use stack::{NoTotal, Reading, Stratum};
 use tree::{NodeId, Tree};
 use verify::Expected;
@@ -85,8 +86,8 @@ pub fn build(mut spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport
     let no_total = NoTotal(progress);
     let progress = if sources.len() > 1 { &no_total } else { progress };
     let blobs = spec.out_dir.join("blobs");
-    fs::create_dir_all(&blobs).map_err(|source| BuildError::Write { path: blobs.clone(), source })?;
     sources.iter().try_for_each(|source| refuse_output_in_source(&spec.out_dir, source))?;
+    fs::create_dir_all(&blobs).map_err(|source| BuildError::Write { path: blobs.clone(), source })?;
     let mut strata = stack::by_blob(sources, spec.one_blob);
     let last = strata.pop().filter(|sources| !sources.is_empty()).ok_or(BuildError::NoSource)?;
     let is_stack = !strata.is_empty();
@@ -122,7 +123,8 @@ pub fn build(mut spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport
         if made.blobs.is_empty() {
             progress.verifying(None);
         }
-        verify::image(made.readable_bootstrap(), &writing.expected(&made.image), &made.blobs, spec.threads)?;
+        let threads = spec.threads.min(MAX_THREADS);
+        verify::image(made.readable_bootstrap(), &writing.expected(&made.image), &made.blobs, threads)?;
     }
     report.encrypted = shape.key.is_some() && !made.blobs.is_empty();
     report.prefetch_entries = if made.image.rows.is_empty() { 0 } else { made.image.prefetch.len() as u64 };
@@ -170,7 +172,7 @@ fn settings(spec: &BuildSpec) -> Result<(Settings, Shape), BuildError> {
         chunk_size,
         batch_size: spec.checked_batch_size(chunk_size)?,
         key,
-        workers: spec.threads,
+        workers: spec.threads.min(MAX_THREADS),
     };
     Ok((settings, shape))
 }
@@ -344,7 +346,10 @@ fn refuse_output_in_source(out_dir: &Path, source: &Source) -> Result<(), BuildE
     let real = |path: &Path| -> Result<PathBuf, BuildError> {
         path.canonicalize().map_err(|source: io::Error| BuildError::Read { path: path.to_owned(), source })
     };
-    if real(out_dir)?.starts_with(real(source_dir)?) {
+    // What is not there yet will be made in the first directory above it that is.
+    let absolute = std::path::absolute(out_dir).map_err(|source| BuildError::Read { path: out_dir.into(), source })?;
+    let above = absolute.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    if real(above)?.starts_with(real(source_dir)?) {
         return Err(BuildError::OutputInSource { out: out_dir.to_owned(), source_dir: source_dir.clone() });
     }
     Ok(())

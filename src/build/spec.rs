@@ -84,7 +84,8 @@ pub struct BuildSpec {
     pub base: Base,
     /// Whether everything is read again and checked before it is published.
     pub verify: bool,
-    /// Threads that compress. One more reads and one writes. The image does not depend on it.
+    /// Threads that compress, at most 256 of them. One more reads and one writes. The image does not
+    /// depend on it.
     pub threads: NonZeroUsize,
 }
 
@@ -172,6 +173,9 @@ pub(super) fn default_batch_size(chunk_size: u32) -> u32 {
     // Entries that know of batches cannot say that such a chunk is stored as it is.
     if chunk_size == LARGEST_CHUNK { 0 } else { chunk_size.min(BuildSpec::DEFAULT_BATCH_SIZE) }
 }
+
+/// More threads than this only cost memory.
+pub(super) const MAX_THREADS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
 
 const LARGEST_CHUNK: u32 = 1 << 24;
 

@@ -66,6 +66,19 @@ pub fn file_system(file: impl AsFd) -> io::Result<String> {
     Ok(name.map_or_else(|| format!("{magic:#x}"), |(_, name)| (*name).to_owned()))
 }
 
+/// Fails if something is at `path` that a new file must not replace: a device, a FIFO or a socket,
+/// a directory, or a symbolic link, behind which people expect their file.
+pub fn ensure_replaceable(path: &std::path::Path) -> io::Result<()> {
+    match std::fs::symlink_metadata(path) {
+        Ok(there) if !there.is_file() => {
+            let what = "there is something else than a regular file already; name another place";
+            Err(io::Error::new(io::ErrorKind::AlreadyExists, what))
+        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

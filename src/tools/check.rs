@@ -9,13 +9,13 @@ use bytes::Bytes;
 use serde::Serialize;
 use tokio::runtime::Handle;
 
-use crate::base::{BlobId, ByteRange, Chain, Class};
+use crate::base::{BLOCK, BlobId, ByteRange, Chain, Class};
 use crate::blob::{BlobKind, BlobTables, Check, TablesError, Unit};
 use crate::build::Progress;
 use crate::image::check::{self, Code};
 use crate::image::{Device, Image};
 use crate::reader::tarfile::{self, TarFileError};
-use crate::reader::{Mapped, maps};
+use crate::reader::{Mapped, ensure_checkable, maps};
 use crate::source::{BlobSource, ReadCtx, SourceError};
 
 /// How long one read may take.
@@ -106,6 +106,13 @@ pub fn check(
     let mut blobs = Vec::new();
     for device in image.devices() {
         blobs.push(tables(image, device, &fetch, &mut report)?);
+    }
+    // Only where everything else is well: a blob that is missing or damaged says enough.
+    if report.found.is_sound() && !report.is_partial() && image.summary().block_size == BLOCK {
+        let all = blobs.iter().map(|mapped| mapped.as_ref().map(|mapped| mapped.map.clone()));
+        if let Some(Err(cause)) = all.collect::<Option<Vec<_>>>().map(|all| ensure_checkable(image, &all)) {
+            report.found.add(Code::Uncheckable, "image".into(), || Chain(&cause).to_string());
+        }
     }
     if depth == Depth::Blob {
         return Ok(report);

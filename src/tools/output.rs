@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::sys;
+
 /// A file being written beside the place where it will be. Removed when dropped unfinished.
 #[derive(Debug)]
 pub(super) struct OutputFile {
@@ -19,6 +21,7 @@ impl OutputFile {
         if place.file_name().is_none() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not the name of a file"));
         }
+        sys::files::ensure_replaceable(place)?;
         let (path, file) = unused(place, |path| File::options().read(true).write(true).create_new(true).open(path))?;
         Ok(Self { file, path, place: place.to_owned(), is_finished: false })
     }

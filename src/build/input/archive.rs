@@ -193,7 +193,12 @@ impl Reader<'_, '_> {
         let sparse_name = extensions.sparse.name.clone();
         let path = sparse_name.or_else(|| extensions.path.clone()).unwrap_or_else(|| header.path());
         self.progress.advance(1, 0);
-        if self.selection.excludes_at_any_level(&self.names(&path)?, member == Member::Directory) {
+        let names = self.names(&path)?;
+        // The root may be called "/"; anything else that starts so was not packed as a layer.
+        if path.starts_with(b"/") && !names.is_empty() {
+            return Err(self.damaged(format!("path {} is absolute; pack it without the '/'", path.escape_ascii())));
+        }
+        if self.selection.excludes_at_any_level(&names, member == Member::Directory) {
             return self.pass_over(member, header, &extensions);
         }
         let meta = self.meta(&path, header, &extensions)?;

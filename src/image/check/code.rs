@@ -154,6 +154,8 @@ codes! {
     BlobMissing = "blob-missing", Error;
     /// The tables of a blob are not those that the image describes.
     BlobDiffers = "blob-differs", Error;
+    /// A file leads to bytes of a blob for which nobody promises anything.
+    Uncheckable = "uncheckable", Error;
     /// A blob is of a kind whose data cannot be looked at.
     BlobUnchecked = "blob-unchecked", Remark;
     /// A chunk does not decode to what the image promises.

@@ -53,6 +53,7 @@ enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
     DotDot,
+    Absolute,
     ParentIsNoDirectory,
     RootIsNoDirectory,
     LinkToNothing,
@@ -72,6 +73,7 @@ impl Refused {
     pub fn named(self) -> &'static str {
         match self {
             Self::DotDot => "'..'",
+            Self::Absolute => "absolute",
             Self::ParentIsNoDirectory => "parent is not a directory",
             Self::RootIsNoDirectory => "called '.'",
             Self::LinkToNothing => "not there",
@@ -116,6 +118,9 @@ impl Model {
     /// Puts one more member in place. After an error the tree means nothing.
     pub fn put(&mut self, member: &Member) -> Result<(), Refused> {
         let path = normal(&member.path)?;
+        if member.path.starts_with(b"/") && !path.is_empty() {
+            return Err(Refused::Absolute);
+        }
         let mut node = Node::of(member)?;
         self.skipped_xattrs += node.drop_unknown_xattrs()?;
         match &member.what {

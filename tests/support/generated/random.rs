@@ -163,10 +163,11 @@ fn path(random: &mut Random, made: &[Vec<u8>]) -> Vec<u8> {
     for _ in 0..random.below(4) {
         path = [path.as_slice(), b"/", &name(random)].concat();
     }
-    match random.below(8) {
-        0 => [b"./".as_slice(), &path].concat(),
-        1 => [b"/".as_slice(), &path].concat(),
-        2 => path.iter().flat_map(|b| if *b == b'/' { b"//./".to_vec() } else { vec![*b] }).collect(),
+    match random.below(800) {
+        // Refused, so rarely.
+        0 => [b"/".as_slice(), &path].concat(),
+        1..=100 => [b"./".as_slice(), &path].concat(),
+        101..=200 => path.iter().flat_map(|b| if *b == b'/' { b"//./".to_vec() } else { vec![*b] }).collect(),
         _ => path,
     }
 }
