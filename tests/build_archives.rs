@@ -222,6 +222,21 @@ fn archives_follow_the_rules_where_formats_leave_room() {
     assert_eq!((mode("m") & 0o7777, mode("b") & 0o7777), (0o755, 0o644));
 }
 
+#[test]
+fn a_long_name_cut_behind_a_slash_is_still_that_of_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let long = [[b'n'; 99].as_slice(), b"/file"].concat();
+    let records = record("path", std::str::from_utf8(&long).unwrap());
+    let gnu = Member { path: b"././@LongLink", kind: b'L', link: b"", content: &long };
+    for extension in [pax(records.as_bytes()), gnu] {
+        let cut = Member { path: &long[..100], ..FILE };
+
+        let report = build_bytes(archive(&[extension, cut]), &dir.path().join("out")).unwrap();
+
+        assert_eq!((report.files, report.directories, report.source_bytes), (1, 2, 7));
+    }
+}
+
 /// The numbers of a report are about the files that are in the image.
 #[test]
 fn replaced_members_are_not_in_the_numbers_of_the_report() {

@@ -1,4 +1,5 @@
-//! Images of generated archives and trees show what an independent model says.
+//! Images of generated archives and trees show what an independent model says, built with options
+//! that come from the seed as well; and so does what some of them are unpacked to.
 //!
 //! A few hundred each time; `RAFSD_TREES=10000 cargo test --release --test generated` makes that
 //! many of each kind, and `RAFSD_SEED=N` starts from another seed.
@@ -14,6 +15,7 @@ use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, OnceLock};
 
 use generated::member::{Item, archive};
 use generated::minimal::minimal;
@@ -21,10 +23,15 @@ use generated::model::Model;
 use generated::random;
 use generated::shown::shown;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use rafsd::build::{self, BuildReport, BuildSpec, Compression, Source};
+use rafsd::blob::BlobKey;
+use rafsd::build::{self, Batching, BuildReport, BuildSpec, Compression, Encryption, Source};
 use rafsd::format::rafs::DigestAlgorithm;
+use rafsd::reader::Files;
+use rafsd::source::LocalSource;
+use rafsd::tools::unpack::{UnpackOptions, to_directory, to_stream};
 use support::tree::Random;
 use support::{building, listing};
+use tokio::runtime::Runtime;
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
@@ -34,42 +41,109 @@ fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
-/// Builds with one of several kits.
-fn build(source: Source, out: &Path, kit: u64) -> Result<BuildReport, build::BuildError> {
+/// What to build with one of several kits.
+fn spec(source: Source, out: &Path, kit: u64) -> BuildSpec {
     let (compression, digest, chunk_size) = [
         (Compression::Lz4, DigestAlgorithm::Blake3, 4096),
         (Compression::None, DigestAlgorithm::Sha256, 4096),
         (Compression::Zstd { level: 1 }, DigestAlgorithm::Blake3, 8192),
         (Compression::Zstd { level: 3 }, DigestAlgorithm::Sha256, 1 << 20),
     ][usize::try_from(kit % 4).unwrap()];
-    let out_dir = out.to_owned();
-    let mut spec = BuildSpec::new(source, out_dir);
+    let mut spec = BuildSpec::new(source, out.to_owned());
     (spec.compression, spec.digest) = (compression, digest);
     (spec.chunk_size, spec.threads) = (chunk_size, NonZeroUsize::MIN);
+    spec
+}
+
+/// Builds with one of several kits.
+fn build(source: Source, out: &Path, kit: u64) -> Result<BuildReport, build::BuildError> {
+    build::build(spec(source, out, kit), &())
+}
+
+/// Builds with a kit and with options that change how the image is read: the same for a seed.
+fn build_any(source: Source, out: &Path, seed: u64) -> Result<BuildReport, build::BuildError> {
+    let mut spec = spec(source, out, seed);
+    let mut random = Random::new(seed ^ 0x6b69_7473);
+    if random.below(3) == 0 {
+        spec.chunk_size = 1 << (12 + random.below(10));
+    }
+    spec.batching = match random.below(4) {
+        0 => Batching::Off,
+        1 => Batching::Size(4096),
+        2 => Batching::Size(spec.chunk_size),
+        _ => Batching::Default,
+    };
+    if random.below(3) == 0 {
+        let bytes = random.noise(48);
+        let key = BlobKey::new(bytes[..32].try_into().unwrap(), bytes[32..].try_into().unwrap());
+        spec.encryption = Encryption::Key(key.expect("halves that differ"));
+    }
+    (spec.blob_toc, spec.inline_bootstrap) = (random.below(3) == 0, random.below(3) == 0);
     build::build(spec, &())
 }
 
+/// The finished image, as tools read it.
+fn open(report: &BuildReport, out: &Path) -> Files {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    let runtime = RUNTIME
+        .get_or_init(|| tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap());
+    let source = Arc::new(LocalSource::new(out.join("blobs")).unwrap());
+    Files::open(Path::new(&report.bootstrap), source, runtime.handle().clone()).expect("our own image opens")
+}
+
+/// Whether the image of this seed is unpacked as well: some of them, and all in a long run.
+fn goes_round(seed: u64) -> bool {
+    std::env::var_os("RAFSD_TREES").is_some() || seed % 3 == 0
+}
+
+/// What is different between the model and the image of the archive of the image.
+fn wrong_with_way_back(model: &Model, report: &BuildReport, out: &Path, seed: u64) -> String {
+    let mut bytes = Vec::new();
+    if let Err(error) = to_stream(&open(report, out), &mut bytes, &()) {
+        return format!("not packed: {error}");
+    }
+    let again = out.join("again");
+    let source = Source::Archive { name: "unpacked.tar".into(), stream: Box::new(Cursor::new(bytes)) };
+    match build_any(source, &again, seed + 1) {
+        Ok(again) => differences(model, &again, 0),
+        Err(error) => format!("our own archive was refused: {error}"),
+    }
+}
+
+/// What is different between the model and the directory that the image is unpacked to.
+fn wrong_with_directory(model: &Model, report: &BuildReport, out: &Path) -> String {
+    let new = out.join("new");
+    match to_directory(&open(report, out), &new, UnpackOptions::default(), &()) {
+        Ok(_) => listing::diff(&model.lines(), &listing::of(&new).unwrap()),
+        Err(error) => format!("not unpacked: {error}"),
+    }
+}
+
 /// What is different between image and model; empty if nothing is.
-fn differences(model: &Model, report: &BuildReport) -> String {
+fn differences(model: &Model, report: &BuildReport, skipped_xattrs: u64) -> String {
     let shown = shown(report);
     let mut out = listing::diff(&model.lines(), &shown.lines);
     if model.groups() != shown.groups {
         writeln!(out, "links: {:?}\n  but: {:?}", model.groups(), shown.groups).unwrap();
     }
-    if model.skipped_xattrs != report.skipped_xattrs {
-        writeln!(out, "{} xattrs left out, not {}", report.skipped_xattrs, model.skipped_xattrs).unwrap();
+    if skipped_xattrs != report.skipped_xattrs {
+        writeln!(out, "{} xattrs left out, not {skipped_xattrs}", report.skipped_xattrs).unwrap();
     }
     out
 }
 
 /// What is wrong with the image of an archive; empty if nothing is.
-fn wrong_with_archive(items: &[Item], out: &Path, kit: u64) -> String {
+fn wrong_with_archive(items: &[Item], out: &Path, seed: u64) -> String {
     let stream = Box::new(Cursor::new(archive(items)));
-    let built =
-        catch_unwind(AssertUnwindSafe(|| build(Source::Archive { name: "generated.tar".into(), stream }, out, kit)));
+    let built = catch_unwind(AssertUnwindSafe(|| {
+        build_any(Source::Archive { name: "generated.tar".into(), stream }, out, seed)
+    }));
     let wrong = match (built, Model::of(items)) {
         (Err(_), _) => "the builder panicked".to_owned(),
-        (Ok(Ok(report)), Ok(model)) => differences(&model, &report),
+        (Ok(Ok(report)), Ok(model)) => {
+            let wrong = differences(&model, &report, model.skipped_xattrs);
+            if !wrong.is_empty() || !goes_round(seed) { wrong } else { wrong_with_way_back(&model, &report, out, seed) }
+        }
         (Ok(Err(_)), Err(_)) if !building::output(out).is_empty() => "a refused archive left files behind".to_owned(),
         (Ok(Err(error)), Err(refused)) if !error.to_string().contains(refused.named()) => {
             format!("refused without naming {:?}: {error}", refused.named())
@@ -83,13 +157,17 @@ fn wrong_with_archive(items: &[Item], out: &Path, kit: u64) -> String {
 }
 
 /// What is wrong with the image of the tree that `items` make; empty if nothing is.
-fn wrong_with_tree(items: &[Item], out: &Path, kit: u64) -> String {
+fn wrong_with_tree(items: &[Item], out: &Path, seed: u64) -> String {
     let Ok(model) = Model::of(items) else { return String::new() };
     let source = out.join("source");
     fs::create_dir_all(&source).unwrap();
     model.write_to(&source).unwrap();
-    let wrong = match build(Source::Directory(source), &out.join("image"), kit) {
-        Ok(report) => differences(&model, &report),
+    let image = out.join("image");
+    let wrong = match build_any(Source::Directory(source), &image, seed) {
+        Ok(report) => {
+            let wrong = differences(&model, &report, model.skipped_xattrs);
+            if !wrong.is_empty() || !goes_round(seed) { wrong } else { wrong_with_directory(&model, &report, &image) }
+        }
         Err(error) => format!("refused: {error}"),
     };
     clear(out);

@@ -333,7 +333,10 @@ mod tests {
     fn a_short_encrypted_batch_that_looks_compressed_is_read_as_it_was_written() {
         // 6 plain bytes are stored as 18: other sizes, so the tables call them compressed.
         let stored = key().encrypt(b"short!");
-        let member = Unit { encrypted: true, ..members(Recipe::Zstd, &stored, b"short!", &[2..6]).remove(0) };
+        let member = Unit {
+            encrypted: true,
+            ..members(Recipe::Zstd, &stored, b"short!", std::slice::from_ref(&(2..6))).remove(0)
+        };
         let mut out = [0; 4096];
         assert_eq!(decode(&member, Some(&key()), &stored, &mut out), Ok(()));
         assert_eq!(out[..5], *b"ort!\0");
@@ -349,7 +352,8 @@ mod tests {
         row.in_len = u32::try_from(stored.len()).unwrap().into();
         row.out_len = u32::try_from(plain.len()).unwrap().into();
         let contexts = Contexts::new(&[row], &[], 1 << 20).unwrap();
-        let chunk = members(Recipe::GzipWindow, &stored, plain, &[100..plain.len() - 100]).remove(0);
+        let chunk =
+            members(Recipe::GzipWindow, &stored, plain, std::slice::from_ref(&(100..plain.len() - 100))).remove(0);
         (Arc::new(contexts), chunk, stored)
     }
 

@@ -109,13 +109,13 @@ impl Bits {
 
     /// Of the fixed code: not the last block, kind 1, end of block.
     fn empty_block_of_10_bits(&mut self) {
-        self.push(0b01_0, 3);
+        self.push(0b010, 3);
         self.push(0, 7);
     }
 
     /// Of a code of its own, by which 255 and the end of the block have one bit, and one distance has.
     fn empty_block_of_91_bits(&mut self) {
-        self.push(0b10_0, 3);
+        self.push(0b100, 3);
         // 257 lengths of literals, 1 of distances, 18 of the code for these.
         self.push(14 << 10, 14);
         // In their odd order: 18, a run of zeros, is the third, and 1 the last; both have one bit.
@@ -200,7 +200,7 @@ mod tests {
 
         /// Repeats the last byte three times, then gives these of ASCII.
         fn fixed_block(&mut self, text: &[u8]) {
-            self.push(0b01_0, 3);
+            self.push(0b010, 3);
             self.code(1, 7);
             self.code(0, 5);
             text.iter().for_each(|byte| self.code(0x30 + u32::from(*byte), 8));
@@ -248,7 +248,7 @@ mod tests {
             stream.push(0, (8 - u32::from(bits)) % 8);
             stream.fixed_block(b"one");
             // The last block: empty, of the fixed code.
-            stream.push(0b01_1, 3);
+            stream.push(0b011, 3);
             stream.code(0, 7);
             let file = [stream.bytes(), vec![9; 8], gzip(b"two")].concat();
             let (byte, stored) = if bits == 0 { (0, &file[..]) } else { (file[0], &file[1..]) };

@@ -130,7 +130,8 @@ impl Reader<'_, '_> {
             }
             ended = false;
             let header = TarHeader::parse(&block).map_err(|e| self.damaged(e))?;
-            let member = header.member().map_err(|e| self.damaged(e))?;
+            let is_named = extensions.path.is_some() || extensions.sparse.name.is_some();
+            let member = header.member(is_named).map_err(|e| self.damaged(e))?;
             match member {
                 Member::Extended => {
                     let records = self.extension(&header, &mut room)?;

@@ -44,10 +44,12 @@ impl<'a> TarHeader<'a> {
         }
     }
 
-    pub(super) fn member(&self) -> Result<Member, String> {
+    /// What the header describes. `is_named` says whether its whole name is told elsewhere.
+    pub(super) fn member(&self, is_named: bool) -> Result<Member, String> {
         Ok(match self.0[156] {
-            // Archives older than the type field mark directories by their name only.
-            0 | b'0' if self.path().ends_with(b"/") => Member::Directory,
+            // Archives older than the type field mark directories by their name only. A name that
+            // was cut to fit says nothing, wherever it was cut.
+            0 | b'0' if !is_named && self.path().ends_with(b"/") => Member::Directory,
             // Contiguous files are files.
             0 | b'0' | b'7' => Member::Regular,
             b'1' => Member::HardLink,

@@ -190,10 +190,14 @@ impl Ustar {
         header
     }
 
-    /// As much of `text` as fits; a PAX record says the rest.
+    /// As much of `text` as fits; a PAX record says the rest. Where it is cut, it does not end in a
+    /// slash, by which some readers know directories.
     fn text(&mut self, (at, len): Field, text: &[u8]) {
-        let len = len.min(text.len());
-        self.0[at..at + len].copy_from_slice(&text[..len]);
+        let mut fits = &text[..len.min(text.len())];
+        while let (true, [start @ .., b'/']) = (fits.len() < text.len(), fits) {
+            fits = start;
+        }
+        self.0[at..at + fits.len()].copy_from_slice(fits);
     }
 
     fn octal(&mut self, (at, len): Field, value: u64) {
@@ -290,5 +294,16 @@ mod tests {
         ] {
             assert_eq!(time(time_of.0, time_of.1), want);
         }
+    }
+
+    #[test]
+    fn a_name_that_is_cut_does_not_end_in_a_slash() {
+        let name = [[b'n'; 98].as_slice(), b"//file"].concat();
+
+        let bytes = header(&name, &inode(0), Member::Regular, &[]);
+
+        let last = &bytes[bytes.len() - RECORD..];
+        assert_eq!(last[..NAME], [[b'n'; 98].as_slice(), &[0; 2]].concat());
+        assert_eq!(header(b"directory/", &inode(0), Member::Directory, &[])[..11], *b"directory/\0");
     }
 }
