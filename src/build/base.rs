@@ -101,8 +101,7 @@ impl Based {
                 }
                 overlay::put_over(&mut tree, NodeId::ROOT, lower, whiteouts);
                 overlay::put_over(&mut tree, NodeId::ROOT, upper, whiteouts);
-                let wanted = wanted.iter().map(|path| path.iter().map(|name| &**name).collect());
-                prefetch = prefetch_nodes(&tree, wanted);
+                prefetch = prefetch_nodes(&tree, wanted.nodes(&tree));
             }
         }
         let rows = blobs.into_used(&first, &tree, &mut chunks, chunk_of_cut);
