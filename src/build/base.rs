@@ -10,7 +10,8 @@ use std::path::PathBuf;
 
 use super::chunk::Chunk;
 use super::error::BuildError;
-use super::load::{Agreed, Layer, Names, Stock};
+use super::hintedpaths::HintedPaths;
+use super::load::{Agreed, Layer, Stock};
 use super::merge::prefetch_nodes;
 use super::overlay::{self, Whiteouts};
 use super::tree::{NodeId, Tree};
@@ -34,7 +35,7 @@ pub(super) struct Based {
     pub stock: Stock,
     whiteouts: Whiteouts,
     /// What the parent wanted to have prefetched.
-    prefetch: Vec<Names>,
+    prefetch: Option<HintedPaths>,
     /// Blobs of the parent.
     kept: u16,
     has_parent: bool,
@@ -66,11 +67,11 @@ impl Based {
     /// Loads a base for an image that agrees with it in what `agreed` says, and has this digest.
     pub(super) fn on(base: &Base, agreed: Agreed, digest: DigestAlgorithm) -> Result<Self, BuildError> {
         let mut stock = Stock::new(Some(agreed));
-        let mut prefetch = Vec::new();
+        let mut prefetch = None;
         if let Some(layer) = &base.parent {
             let added = stock.add(&layer.image, None, |_| false).map_err(|cause| layer.error(cause))?;
             overlay::put_over(&mut stock.tree, NodeId::ROOT, added.root, base.whiteouts);
-            prefetch = added.prefetch;
+            prefetch = Some(added.prefetch);
         }
         let kept = u16::try_from(stock.blobs.rows().len()).expect("an image has at most 254 blobs");
         if let Some(layer) = &base.dictionary {
@@ -133,8 +134,7 @@ impl Based {
             }
         }
         let Stock { tree, mut chunks, blobs, .. } = self.stock;
-        let wanted = self.prefetch.iter().map(|path| path.iter().map(|name| &**name).collect());
-        let prefetch = prefetch_nodes(&tree, wanted);
+        let prefetch = self.prefetch.map_or_else(Vec::new, |wanted| prefetch_nodes(&tree, wanted.nodes(&tree)));
         let rows = blobs.into_used(&first, &tree, &mut chunks, chunk_of_cut);
         Ok(Joined { tree, chunks, rows, prefetch })
     }

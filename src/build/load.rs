@@ -11,12 +11,13 @@ use std::ops::ControlFlow;
 
 use super::chunk::{Chunk, Content, Known};
 use super::error::{BuildError, Limit, Unfit};
+use super::hintedpaths::{HintedPaths, Hints};
 use super::stockblobs::{BlobRows, Contradiction};
 use super::tree::{Kind, Meta, Node, NodeId, Tree};
 use super::xattr::Collector;
 use crate::base::{BLOCK, BlobId};
 use crate::format::blobfile::features;
-use crate::format::erofs::{ChunkIndex, INODE_SLOT};
+use crate::format::erofs::{ChunkIndex, INODE_SLOT, XattrEntry};
 use crate::format::rafs::{BlobEntry, ChunkRecord, DigestAlgorithm, flags};
 use crate::image::{self, Image, ImageError, Inode, Summary};
 
@@ -45,7 +46,9 @@ pub enum LoadError {
     RepeatedBlob,
     #[error("blob {blob} has {problem}")]
     Blob { blob: String, problem: &'static str },
-    #[error("inodes of the tree overlap: together they take more than the {len} bytes of the bootstrap")]
+    #[error(
+        "inodes of the tree overlap or share xattrs: together they take more than the {len} bytes of the bootstrap"
+    )]
     Overlap { len: u64 },
     #[error("blob {blob} has {bytes} decoded bytes, not 4096 to {MAX_DECODED}")]
     Decoded { blob: BlobId, bytes: u64 },
@@ -101,15 +104,11 @@ impl Agreed {
     }
 }
 
-/// Names from the root down.
-pub(super) type Names = Vec<Box<[u8]>>;
-
 /// What the tree of an added image is called, and what it wanted to have prefetched.
 #[derive(Debug)]
 pub(super) struct Added {
     pub root: NodeId,
-    /// The most urgent path first.
-    pub prefetch: Vec<Names>,
+    pub prefetch: HintedPaths,
 }
 
 impl Stock {
@@ -271,9 +270,6 @@ struct Loader<'a> {
     room: u64,
 }
 
-/// Most entries of a prefetch table that are followed: they are hints, and each is remembered.
-const MAX_HINTS: usize = 1 << 16;
-
 impl<'a> Loader<'a> {
     fn tree(mut self) -> Result<Added, LoadError> {
         let image = self.image;
@@ -352,17 +348,28 @@ impl<'a> Loader<'a> {
         if !inode.xattrs.is_empty() {
             let unfit = |problem| LoadError::Entry { path: text(path), problem };
             let (mut xattrs, mut added) = (Collector::default(), Ok(()));
+            // The inode's own are counted with its area; it names shared ones in four bytes each.
+            let (mut counted, len) = (inode.xattrs.len(), self.image.summary().bootstrap_len);
             self.image.xattrs(inode, &mut |xattr| {
-                added = xattrs.add(&xattr.name(), xattr.value);
+                let entry = (size_of::<XattrEntry>() + xattr.suffix.len() + xattr.value.len()) as u64;
+                let own = counted.min(entry);
+                counted -= own;
+                added = match self.room.checked_sub(entry - own) {
+                    Some(room) => {
+                        self.room = room;
+                        xattrs.add(&xattr.name(), xattr.value).map_err(unfit)
+                    }
+                    None => Err(LoadError::Overlap { len }),
+                };
                 if added.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
             })?;
-            added.and_then(|()| xattrs.store(&mut meta)).map_err(unfit)?;
+            added.and_then(|()| xattrs.store(&mut meta).map_err(unfit))?;
         }
         Ok(Node { meta, kind })
     }
 
-    /// Counts what an inode takes. In a sound image no byte belongs to two inodes; where they share
-    /// them, a small file could become very much memory.
+    /// Counts what an inode takes, but for xattrs outside of it. In a sound image no byte belongs
+    /// to two inodes; where they share them, a small file could become very much memory.
     fn account(&mut self, inode: &Inode) -> Result<(), LoadError> {
         let data = match inode.kind {
             image::Kind::Regular => size_of_val(self.image.chunk_array(inode)?) as u64,
@@ -400,36 +407,6 @@ impl<'a> Loader<'a> {
         let (index, block) = (row.index(), row.blkaddr.get());
         let found = self.chunks.find((blob, index, block), guess);
         found.ok_or_else(|| LoadError::NoRecord { path: text(path), chunk, index, blob, block })
-    }
-}
-
-/// The entries of an image's prefetch table that are still to be met on the walk.
-#[derive(Debug)]
-struct Hints {
-    /// Number of the inode and place in the table, sorted.
-    wanted: Vec<(u64, usize)>,
-    found: Vec<Option<Names>>,
-}
-
-impl Hints {
-    fn new(image: &Image) -> Self {
-        let mut wanted: Vec<_> = image.prefetch().take(MAX_HINTS).zip(0..).collect();
-        wanted.sort_unstable();
-        wanted.dedup_by_key(|(nid, _)| *nid);
-        let found = vec![None; wanted.iter().map(|(_, at)| at + 1).max().unwrap_or(0)];
-        Self { wanted, found }
-    }
-
-    /// Remembers the first path of an inode that is hinted at.
-    fn met(&mut self, nid: u64, path: &[&[u8]]) {
-        if let Ok(at) = self.wanted.binary_search_by_key(&nid, |(nid, _)| *nid) {
-            let found = &mut self.found[self.wanted[at].1];
-            found.get_or_insert_with(|| path.iter().map(|name| (*name).into()).collect());
-        }
-    }
-
-    fn paths(self) -> Vec<Names> {
-        self.found.into_iter().flatten().collect()
     }
 }
 

@@ -9,8 +9,9 @@ use serde::Serialize;
 use super::blobwriter::TemporaryName;
 use super::emit::{Bootstrap, Facts};
 use super::error::BuildError;
+use super::hintedpaths::HintedPaths;
 use super::layout;
-use super::load::{Layer, LoadError, Names, Stock};
+use super::load::{Layer, LoadError, Stock};
 use super::overlay::{self, Whiteouts};
 use super::report::count;
 use super::tree::{Kind, NodeId, Tree};
@@ -120,8 +121,8 @@ pub fn merge(spec: MergeSpec, progress: &dyn Progress) -> Result<MergeReport, Bu
     let cuts: Vec<u32> = (0..u32::try_from(chunks.len()).expect("checked as they came")).collect();
     let rows = blobs.into_used(&[], &tree, &mut chunks, &cuts);
     let prefetch = match &spec.prefetch {
-        Some(paths) => prefetch_nodes(&tree, paths.iter().map(|path| split(path))),
-        None => prefetch_nodes(&tree, wishes.paths()),
+        Some(paths) => prefetch_nodes(&tree, paths.iter().filter_map(|path| tree.find(split(path)))),
+        None => prefetch_nodes(&tree, wishes.nodes(&tree)),
     };
     let layout = layout::layout(&tree, agreed.chunk_size)?;
     let bootstrap = Bootstrap {
@@ -202,24 +203,25 @@ pub(super) fn digest(bits: u64) -> DigestAlgorithm {
 /// What layers want to have prefetched.
 #[derive(Debug, Default)]
 struct Wishes {
-    paths: Vec<Names>,
+    /// Those of the lowest layer first.
+    paths: Vec<HintedPaths>,
     layers_with_data: usize,
     layers_that_want_all: usize,
 }
 
 impl Wishes {
-    fn add(&mut self, paths: Vec<Names>, has_data: bool) {
+    fn add(&mut self, paths: HintedPaths, has_data: bool) {
         self.layers_with_data += usize::from(has_data);
-        self.layers_that_want_all += usize::from(has_data && paths.iter().any(Vec::is_empty));
-        self.paths.extend(paths);
+        self.layers_that_want_all += usize::from(has_data && paths.has_root());
+        self.paths.push(paths);
     }
 
-    /// The paths, the most urgent of the lowest layer first. A layer that wants the whole image
-    /// means itself: only if all of them do is that carried over.
-    fn paths(&self) -> impl Iterator<Item = Vec<&[u8]>> {
+    /// What is at the paths now, the most urgent of the lowest layer first. A layer that wants the
+    /// whole image means itself: only if all of them do is that carried over.
+    fn nodes<'a>(&'a self, tree: &'a Tree) -> impl Iterator<Item = NodeId> {
         let all = self.layers_with_data == self.layers_that_want_all;
-        let paths = self.paths.iter().filter(move |path| all || !path.is_empty());
-        paths.map(|path| path.iter().map(|name| &**name).collect())
+        let nodes = self.paths.iter().flat_map(|paths| paths.nodes(tree));
+        nodes.filter(move |node| all || *node != NodeId::ROOT)
     }
 }
 
@@ -228,12 +230,11 @@ pub(super) fn split(path: &[u8]) -> Vec<&[u8]> {
     path.split(|byte| *byte == b'/').filter(|name| !name.is_empty()).collect()
 }
 
-/// The nodes at these paths, each once, as far as there is something to fetch.
-pub(super) fn prefetch_nodes<'p>(tree: &Tree, paths: impl Iterator<Item = Vec<&'p [u8]>>) -> Vec<NodeId> {
+/// Each of these nodes once, as far as there is something to fetch.
+pub(super) fn prefetch_nodes(tree: &Tree, wanted: impl Iterator<Item = NodeId>) -> Vec<NodeId> {
     let mut met = vec![false; tree.len()];
     let mut nodes = Vec::new();
-    for path in paths {
-        let Some(node) = tree.find(path) else { continue };
+    for node in wanted {
         let fetches = match &tree.node(node).kind {
             Kind::Directory(_) => true,
             Kind::Regular(content) => content.size > 0,

@@ -17,6 +17,7 @@ mod chunkdict;
 mod compact;
 mod emit;
 mod error;
+mod hintedpaths;
 mod input;
 mod layout;
 mod load;

@@ -109,7 +109,7 @@ pub fn optimize(spec: &OptimizeSpec<'_>, progress: &dyn Progress) -> Result<Opti
     let hot_bytes = hot_chunks.iter().map(|chunk| u64::from(chunk.plain_len)).sum();
     let encoded_chunks = rewrite.encoded_chunks;
     let tree = &rewrite.stock.tree;
-    let prefetch = merge::prefetch_nodes(tree, spec.hot.iter().map(|hot| merge::split(&hot.path)));
+    let prefetch = merge::prefetch_nodes(tree, spec.hot.iter().filter_map(|hot| tree.find(merge::split(&hot.path))));
     let mut made = rewrite.finish(&first, Some(&prefetch), spec.out_dir)?;
     Ok(OptimizeReport {
         bootstrap: made.bootstrap,

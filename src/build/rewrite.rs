@@ -16,6 +16,7 @@ use super::blobwriter::{BlobWriter, FinishedBlob, Shape, TemporaryName};
 use super::chunk::{Chunk, Compression, Packer};
 use super::emit::{Bootstrap, Facts};
 use super::error::BuildError;
+use super::hintedpaths::HintedPaths;
 use super::load::{LoadError, Stock};
 use super::overlay::{self, Whiteouts};
 use super::repack::Repacker;
@@ -120,7 +121,7 @@ pub(super) struct Rewrite<'a> {
     /// The chunk that each chunk of the image has become.
     chunk_of_cut: Vec<u32>,
     /// Paths that the image wants to have prefetched.
-    prefetch: Vec<Vec<Box<[u8]>>>,
+    prefetch: HintedPaths,
     new: Vec<FinishedBlob>,
     /// Chunks that were stored in another way than they were.
     pub encoded_chunks: u64,
@@ -294,8 +295,8 @@ impl<'a> Rewrite<'a> {
     ) -> Result<Rewritten, BuildError> {
         let agreed = self.stock.agreed().expect("an image was added");
         let Stock { tree, mut chunks, blobs, .. } = self.stock;
-        let wishes = self.prefetch.iter().map(|path| path.iter().map(|name| &**name).collect());
-        let prefetch = prefetch.map_or_else(|| merge::prefetch_nodes(&tree, wishes), <[NodeId]>::to_vec);
+        let wishes = || merge::prefetch_nodes(&tree, self.prefetch.nodes(&tree));
+        let prefetch = prefetch.map_or_else(wishes, <[NodeId]>::to_vec);
         let rows = blobs.into_used(first, &tree, &mut chunks, &self.chunk_of_cut);
         let bits = self.existing.image.summary().flags;
         let layout = layout::layout(&tree, agreed.chunk_size)?;

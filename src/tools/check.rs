@@ -111,7 +111,7 @@ pub fn check(
     if report.found.is_sound() && !report.is_partial() && image.summary().block_size == BLOCK {
         let all = blobs.iter().map(|mapped| mapped.as_ref().map(|mapped| mapped.map.clone()));
         if let Some(Err(cause)) = all.collect::<Option<Vec<_>>>().map(|all| ensure_checkable(image, &all)) {
-            report.found.add(Code::Uncheckable, "image".into(), || Chain(&cause).to_string());
+            report.found.add(Code::Uncheckable, "image", || Chain(&cause).to_string());
         }
     }
     if depth == Depth::Blob {

@@ -73,7 +73,7 @@ impl Sample {
         Self::of_archive(KITS[2], tar.into_inner().unwrap())
     }
 
-    fn of_archive(kit: Kit, archive: Vec<u8>) -> Self {
+    pub(super) fn of_archive(kit: Kit, archive: Vec<u8>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let stream = Box::new(std::io::Cursor::new(archive));
         let mut spec = BuildSpec::new(Source::Archive { name: "sample.tar".into(), stream }, dir.path());
