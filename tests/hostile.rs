@@ -15,6 +15,8 @@ mod archives;
 mod blobs;
 #[path = "hostile/bootstraps.rs"]
 mod bootstraps;
+#[path = "hostile/deep.rs"]
+mod deep;
 #[path = "hostile/full_disk.rs"]
 mod full_disk;
 #[path = "hostile/loading.rs"]

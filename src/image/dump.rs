@@ -6,11 +6,11 @@
 //! the layout itself is what is to be compared. A damaged part of an image is one line that says
 //! so.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 
-use super::{Image, Inode, Kind, Layout, Nid, RecordIndex};
+use super::{FirstPaths, Image, Inode, Kind, Layout, RecordIndex, Visit};
 use crate::base::hex;
 use crate::format::blobfile::features;
 use crate::format::erofs::HOLE;
@@ -32,7 +32,7 @@ pub enum Detail {
 /// If `out` fails.
 pub fn dump(image: &Image, detail: Detail, out: &mut dyn Write) -> io::Result<()> {
     let records = RecordIndex::new(image);
-    let mut dump = Dump { image, records, detail, out, first_names: HashMap::new() };
+    let mut dump = Dump { image, records, detail, out, first_paths: FirstPaths::default() };
     dump.head()?;
     dump.blobs()?;
     dump.tree()?;
@@ -45,11 +45,11 @@ struct Dump<'a> {
     records: RecordIndex,
     detail: Detail,
     out: &'a mut dyn Write,
-    /// The first path of each inode with several.
-    first_names: HashMap<Nid, Vec<u8>>,
+    /// Of inodes with several.
+    first_paths: FirstPaths<'a>,
 }
 
-impl Dump<'_> {
+impl<'a> Dump<'a> {
     fn head(&mut self) -> io::Result<()> {
         let summary = self.image.summary();
         writeln!(self.out, "image block-size {}", summary.block_size)?;
@@ -90,24 +90,21 @@ impl Dump<'_> {
     fn tree(&mut self) -> io::Result<()> {
         let mut walk = self.image.walk();
         while let Some(step) = walk.next_visit() {
-            let step = step.map(|visit| visit.inode);
-            let path = [b"/".as_slice(), &walk.path().join(&b'/')].concat();
-            let name = path.escape_ascii().to_string().replace(' ', "\\x20");
             match step {
-                Err(cause) => writeln!(self.out, "{name} error {cause}")?,
-                Ok(inode) => self.entry(&name, &inode)?,
+                Ok(visit) => self.entry(&visit)?,
+                Err(cause) => writeln!(self.out, "{} error {cause}", name_of(walk.path()))?,
             }
         }
         Ok(())
     }
 
-    fn entry(&mut self, name: &str, inode: &Inode) -> io::Result<()> {
+    fn entry(&mut self, visit: &Visit<'_, 'a>) -> io::Result<()> {
+        let (name, inode) = (&*name_of(visit.path), &visit.inode);
         if inode.kind != Kind::Directory && inode.nlink > 1 {
-            if let Some(first) = self.first_names.get(&inode.nid) {
-                let first = String::from_utf8_lossy(first);
-                return writeln!(self.out, "{name} same-as {first}");
+            if let Some(first) = self.first_paths.get(inode.nid) {
+                return writeln!(self.out, "{name} same-as {}", name_of(&first));
             }
-            self.first_names.insert(inode.nid, name.as_bytes().to_vec());
+            self.first_paths.note(inode.nid, visit.path);
         }
         writeln!(self.out, "{name} kind {}", inode.kind.name())?;
         writeln!(self.out, "{name} mode {:04o}", inode.permissions)?;
@@ -201,16 +198,19 @@ impl Dump<'_> {
             return Ok(());
         }
         // Numbers of inodes change with the layout; paths do not.
-        let mut paths: HashMap<Nid, Vec<u8>> = wanted.iter().map(|nid| (*nid, Vec::new())).collect();
-        for entry in self.image.walk().flatten() {
-            if let Some(path) = paths.get_mut(&entry.inode.nid).filter(|path| path.is_empty()) {
-                *path = [b"/".as_slice(), &entry.path].concat();
+        let known: HashSet<_> = wanted.iter().copied().collect();
+        let (mut paths, mut walk) = (FirstPaths::default(), self.image.walk());
+        while let Some(step) = walk.next_visit() {
+            let Ok(visit) = step else { continue };
+            if known.contains(&visit.inode.nid) {
+                paths.note(visit.inode.nid, visit.path);
             }
         }
         for nid in wanted {
-            match &paths[&nid] {
-                path if path.is_empty() => writeln!(self.out, "prefetch error inode {nid} is not in the tree")?,
-                path => writeln!(self.out, "prefetch {}", path.escape_ascii())?,
+            match paths.get(nid) {
+                _ if nid == self.image.summary().root => writeln!(self.out, "prefetch /")?,
+                Some(path) => writeln!(self.out, "prefetch /{}", path.join(&b'/').escape_ascii())?,
+                None => writeln!(self.out, "prefetch error inode {nid} is not in the tree")?,
             }
         }
         Ok(())
@@ -222,6 +222,11 @@ impl Dump<'_> {
         }
         Ok(())
     }
+}
+
+/// A path as lines begin with it.
+fn name_of(path: &[&[u8]]) -> String {
+    format!("/{}", path.join(&b'/').escape_ascii()).replace(' ', "\\x20")
 }
 
 /// A record of the chunk table in one line.

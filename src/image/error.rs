@@ -36,6 +36,9 @@ pub enum ImageError {
     /// An inode makes no sense.
     #[error("inode {nid} {rule}")]
     Inode { nid: Nid, rule: &'static str },
+    /// A time of an inode has a whole second or more in its nanoseconds.
+    #[error("inode {nid} has mtime_nsec {value}, more than 999999999")]
+    Nanoseconds { nid: Nid, value: u32 },
     /// A directory makes no sense.
     #[error("directory {nid} {rule}")]
     Directory { nid: Nid, rule: &'static str },

@@ -5,6 +5,8 @@ use crate::format::erofs::{
 };
 use crate::format::record_at;
 
+const NANOS_PER_SECOND: u32 = 1_000_000_000;
+
 /// Number of an inode: its place in the metadata area in slots of 32 bytes.
 pub type Nid = u64;
 
@@ -46,7 +48,7 @@ pub struct Inode {
     pub nlink: u32,
     pub uid: u32,
     pub gid: u32,
-    /// Seconds and nanoseconds since 1970; zero for a compact inode.
+    /// Seconds and nanoseconds since 1970, the latter below 10^9; zero for a compact inode.
     pub mtime: (i64, u32),
     /// Device number of a character or block device, as the kernel encodes it.
     pub rdev: u32,
@@ -87,6 +89,10 @@ impl Image {
         let kind = Kind::from_mode(raw.mode).ok_or_else(|| wrong("has an impossible file type"))?;
         if raw.nlink == 0 {
             return Err(wrong("has no links"));
+        }
+        // Whoever computes with it relies on this, and the kernel has other uses for larger values.
+        if raw.mtime.1 >= NANOS_PER_SECOND {
+            return Err(ImageError::Nanoseconds { nid, value: raw.mtime.1 });
         }
         if i64::try_from(raw.size).is_err() {
             return Err(wrong("is impossibly large"));
@@ -189,5 +195,26 @@ impl Kind {
             libc::S_IFSOCK => Self::Socket,
             _ => return None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sample::Patch;
+    use super::*;
+
+    #[test]
+    fn nanoseconds_end_below_a_second() {
+        for (value, is_sound) in [(999_999_999, true), (NANOS_PER_SECOND, false), (0x3fff_ffff, false)] {
+            let mut patch = Patch::new();
+            let image = patch.image();
+            let nid = image.lookup(b"file").unwrap().unwrap().nid;
+            patch.put(image.summary().meta_start + nid * INODE_SLOT + 0x28, &u32::to_le_bytes(value));
+
+            let mtime = patch.image().inode(nid).map(|inode| inode.mtime.1);
+
+            let want = if is_sound { Ok(value) } else { Err(ImageError::Nanoseconds { nid, value }) };
+            assert_eq!(mtime, want);
+        }
     }
 }

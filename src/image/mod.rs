@@ -10,6 +10,7 @@ mod chunks;
 pub mod dump;
 mod error;
 mod extents;
+mod first_paths;
 mod inode;
 mod list;
 mod records;
@@ -22,6 +23,7 @@ mod xattr;
 
 pub use error::ImageError;
 pub use extents::Extent;
+pub use first_paths::FirstPaths;
 pub use inode::{Inode, Kind, Layout, Nid};
 pub use list::DirEntry;
 pub use records::RecordIndex;

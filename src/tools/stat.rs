@@ -28,7 +28,7 @@ pub struct ImageStat {
     /// Bytes of all files, each inode once, holes included.
     pub file_bytes: u64,
     pub hole_bytes: u64,
-    /// Bytes of directories and link targets.
+    /// Bytes of directories and link targets, as their inodes have it. Such sums stop at 2^64 - 1.
     pub directory_bytes: u64,
     pub symlink_bytes: u64,
     /// Bytes of xattr areas.
@@ -165,8 +165,8 @@ fn one(name: &str, image: &Image) -> Result<(ImageStat, HashSet<Chunk>), ImageEr
         stat.xattr_bytes += inode.xattrs.len();
         match inode.kind {
             Kind::Regular => stat.file_bytes = stat.file_bytes.saturating_add(inode.size),
-            Kind::Directory => stat.directory_bytes += inode.size,
-            Kind::Symlink => stat.symlink_bytes += inode.size,
+            Kind::Directory => stat.directory_bytes = stat.directory_bytes.saturating_add(inode.size),
+            Kind::Symlink => stat.symlink_bytes = stat.symlink_bytes.saturating_add(inode.size),
             _ => {}
         }
         let mut at = 0;

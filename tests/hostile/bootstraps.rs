@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use rafsd::blob::BlobTables;
 use rafsd::format::array_at;
 use rafsd::image::{Image, ImageError, Kind};
+use rafsd::tools::stat::stat;
 
 use super::allocations::peak_of;
 use super::mutation::{Mutation, flips, for_each_case, odd_value};
 use super::sample::{KITS, Sample};
-use super::support::skip;
 use super::support::tree::Random;
+use super::support::{building, skip};
 
 /// Most memory that looking at a spoilt copy of the sample may take; a sound one takes below
 /// 100 KiB.
@@ -186,6 +187,28 @@ fn bootstraps_of_several_blobs_may_be_spoilt() {
             assert!(peak < MEMORY, "{peak} bytes of memory");
         });
     }
+}
+
+#[test]
+fn sizes_of_links_and_directories_are_added_up_without_overflow() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    for name in ["a", "b", "c"] {
+        fs::create_dir_all(source.join("directories").join(name)).unwrap();
+        std::os::unix::fs::symlink("target", source.join(name)).unwrap();
+    }
+    let report = building::build(&source, &dir.path().join("image")).unwrap();
+    let mut bytes = fs::read(&report.bootstrap).unwrap();
+    let sound = Image::parse(bytes.clone()).unwrap();
+    for name in ["a", "b", "c"] {
+        let inode = sound.lookup(name.as_bytes()).unwrap().unwrap();
+        let size = usize::try_from(sound.summary().meta_start + inode.nid * 32 + 8).unwrap();
+        bytes[size..size + 8].copy_from_slice(&i64::MAX.to_le_bytes());
+    }
+
+    let stat = stat(&[("image".into(), Image::parse(bytes).unwrap())]).unwrap();
+
+    assert_eq!(stat.images[0].symlink_bytes, u64::MAX);
 }
 
 /// A root directory whose entries all name the same regular file or directory, over and over.

@@ -246,6 +246,17 @@ fn a_damage_that_has_no_consequences_is_the_only_finding() {
 }
 
 #[test]
+fn a_time_that_makes_no_sense_is_found_by_its_own_code() {
+    let mut patch = Patch::new();
+    patch.inode("fifo", 0x28, &2_000_000_000u32.to_le_bytes());
+    let report = check(&patch.image());
+
+    let [finding] = report.findings.as_slice() else { panic!("{:?}", report.findings) };
+    assert_eq!((finding.code, finding.place.as_str()), (Code::Nanoseconds, "/fifo"));
+    assert!(finding.detail.ends_with("has mtime_nsec 2000000000, more than 999999999"), "{}", finding.detail);
+}
+
+#[test]
 fn a_bounded_number_of_findings_is_kept_and_all_are_counted() {
     let mut report = Report::default();
     for number in 0..MAX_FINDINGS + 10 {

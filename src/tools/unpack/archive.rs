@@ -1,5 +1,3 @@
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::io::{self, BufWriter, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -7,7 +5,7 @@ use std::path::Path;
 use super::header::{Member, RECORD, header};
 use super::{UnpackError, UnpackReport, announce, device, path_of};
 use crate::build::Progress;
-use crate::image::{Image, Inode, Kind, Nid};
+use crate::image::{FirstPaths, Image, Inode, Kind, Visit};
 use crate::reader::{FileReader, Files, Piece, ReadError};
 use crate::tools::output::OutputFile;
 
@@ -45,7 +43,7 @@ pub fn to_stream(files: &Files, out: &mut dyn Write, progress: &dyn Progress) ->
         reader: files.reader(),
         out: BufWriter::with_capacity(BUFFER, out),
         progress,
-        linked: HashMap::new(),
+        linked: FirstPaths::default(),
         report: UnpackReport::default(),
     };
     let mut walk = files.image().walk();
@@ -53,7 +51,7 @@ pub fn to_stream(files: &Files, out: &mut dyn Write, progress: &dyn Progress) ->
     while let Some(step) = walk.next_visit() {
         let step = step.map_err(|cause| UnpackError::Image { path: path_of(&[&last]), cause })?;
         last = step.path.join(&b'/');
-        writer.entry(&last, &step.inode)?;
+        writer.entry(&last, &step)?;
         progress.advance(1, 0);
     }
     // Two records of zeros end an archive.
@@ -67,27 +65,27 @@ struct Writer<'a> {
     reader: FileReader<'a>,
     out: BufWriter<&'a mut dyn Write>,
     progress: &'a dyn Progress,
-    /// The first path of each file with several.
-    linked: HashMap<Nid, Box<[u8]>>,
+    /// Of files with several paths.
+    linked: FirstPaths<'a>,
     report: UnpackReport,
 }
 
-impl Writer<'_> {
-    fn entry(&mut self, path: &[u8], inode: &Inode) -> Result<(), UnpackError> {
+impl<'a> Writer<'a> {
+    /// Writes one member; `path` is that of `visit` with slashes.
+    fn entry(&mut self, path: &[u8], visit: &Visit<'_, 'a>) -> Result<(), UnpackError> {
+        let inode = &visit.inode;
         let image = |cause| UnpackError::Image { path: path_of(&[path]), cause };
         if inode.kind == Kind::Socket {
             self.report.skipped.sockets += 1;
             return Ok(());
         }
         if inode.kind != Kind::Directory && inode.nlink > 1 {
-            match self.linked.entry(inode.nid) {
-                Entry::Vacant(entry) => drop(entry.insert(path.into())),
-                Entry::Occupied(first) => {
-                    let header = header(path, inode, Member::Link(first.get()), &[]);
-                    self.report.hard_links += 1;
-                    return self.out.write_all(&header).map_err(UnpackError::Stream);
-                }
+            if let Some(first) = self.linked.get(inode.nid) {
+                let header = header(path, inode, Member::Link(&first.join(&b'/')), &[]);
+                self.report.hard_links += 1;
+                return self.out.write_all(&header).map_err(UnpackError::Stream);
             }
+            self.linked.note(inode.nid, visit.path);
         }
         let mut xattrs = Vec::new();
         let walked = self.image.xattrs(inode, &mut |xattr| {

@@ -1,5 +1,4 @@
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -13,7 +12,7 @@ use super::levels::{Levels, open_beneath};
 use super::staging::Staging;
 use super::{UnpackError, UnpackOptions, UnpackReport, announce, device, path_of};
 use crate::build::Progress;
-use crate::image::{Inode, Kind, Nid, Visit};
+use crate::image::{FirstPaths, Inode, Kind, Nid, Visit};
 use crate::reader::{FileReader, Files, Piece, ReadError};
 use crate::tools::sparse::SparseWriter;
 
@@ -41,7 +40,8 @@ pub fn to_directory(
         options,
         progress,
         levels: Levels::new(root),
-        linked: HashMap::new(),
+        linked: FirstPaths::default(),
+        left_out: HashSet::new(),
         report: UnpackReport::default(),
     };
     let root = writer.write_all()?;
@@ -60,15 +60,17 @@ struct Writer<'a> {
     options: UnpackOptions,
     progress: &'a dyn Progress,
     levels: Levels,
-    /// The first path of each file with several, and whether it was written or left out.
-    linked: HashMap<Nid, (Box<[u8]>, bool)>,
+    /// Of files with several paths.
+    linked: FirstPaths<'a>,
+    /// Those of them that were not written.
+    left_out: HashSet<Nid>,
     report: UnpackReport,
 }
 
 /// Where an entry belongs: its names from the root, of which the last one is its own.
 type Names<'n> = [&'n [u8]];
 
-impl Writer<'_> {
+impl<'a> Writer<'a> {
     /// Writes all but the root itself, which is given back.
     fn write_all(&mut self) -> Result<Inode, UnpackError> {
         let (mut walk, mut root) = (self.files.image().walk(), None);
@@ -89,7 +91,7 @@ impl Writer<'_> {
         Ok(root.expect("a walk begins with the root"))
     }
 
-    fn entry(&mut self, names: &Names<'_>, inode: &Inode) -> Result<(), UnpackError> {
+    fn entry(&mut self, names: &Names<'a>, inode: &Inode) -> Result<(), UnpackError> {
         if inode.kind != Kind::Directory && inode.nlink > 1 && self.is_linked(names, inode)? {
             return Ok(());
         }
@@ -106,8 +108,8 @@ impl Writer<'_> {
             }
             Kind::Character | Kind::Block if self.options.skip_devices => {
                 self.report.skipped.devices += 1;
-                if let Some(first) = self.linked.get_mut(&inode.nid) {
-                    first.1 = false;
+                if inode.nlink > 1 {
+                    self.left_out.insert(inode.nid);
                 }
                 return Ok(());
             }
@@ -121,26 +123,19 @@ impl Writer<'_> {
     }
 
     /// Makes a further name for a file that has one. `false` if this is its first.
-    fn is_linked(&mut self, names: &Names<'_>, inode: &Inode) -> Result<bool, UnpackError> {
-        let first = match self.linked.entry(inode.nid) {
-            Entry::Vacant(entry) => {
-                entry.insert((names.join(&b'/').into(), true));
-                return Ok(false);
-            }
-            Entry::Occupied(entry) => entry.into_mut(),
+    fn is_linked(&mut self, names: &Names<'a>, inode: &Inode) -> Result<bool, UnpackError> {
+        let Some(first) = self.linked.get(inode.nid) else {
+            self.linked.note(inode.nid, names);
+            return Ok(false);
         };
-        if !first.1 {
+        if self.left_out.contains(&inode.nid) {
             self.report.skipped.devices += 1;
             return Ok(true);
         }
-        let first = first.0.clone();
-        let (parents, first_name) = match first.iter().rposition(|b| *b == b'/') {
-            Some(slash) => (&first[..slash], &first[slash + 1..]),
-            None => (&[][..], &*first),
-        };
-        let linked = self.levels.find(parents).and_then(|from| {
+        let (first_name, parents) = first.split_last().expect("not the root");
+        let linked = self.levels.find(&parents.join(&b'/')).and_then(|from| {
             let name = *names.last().expect("not the root");
-            Ok(rustix::fs::linkat(&from, first_name, self.levels.here()?, name, AtFlags::empty())?)
+            Ok(rustix::fs::linkat(&from, *first_name, self.levels.here()?, name, AtFlags::empty())?)
         });
         linked.map_err(|error| self.not_made(names, error))?;
         self.report.hard_links += 1;
