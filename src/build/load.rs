@@ -32,6 +32,8 @@ pub enum LoadError {
     Disagrees { what: &'static str, value: u64, before: u64 },
     #[error(transparent)]
     Contradiction(#[from] Contradiction),
+    #[error("row {row} of the chunk table is a chunk of 0 bytes, 1 is the least")]
+    EmptyRecord { row: usize },
     #[error("row {row} of the chunk table has {field} {value}, {limit} is the limit")]
     Record { row: usize, field: &'static str, value: u64, limit: u64 },
     #[error("chunk {chunk} of /{path} is number {index} of blob {blob} at block {block}: not in the chunk table")]
@@ -253,6 +255,9 @@ fn key(row: usize, record: &ChunkRecord, image: &Image) -> Result<Key, LoadError
     let missing = LoadError::Record { row, field: "blob", value: blob.into(), limit: image.devices().len() as u64 };
     let decoded_len = device.ok_or(missing)?.entry.uncompressed_size.get() / BLOCK * BLOCK;
     limited("number", index.into(), 0xff_ffff)?;
+    if record.uncompressed_size.get() == 0 {
+        return Err(LoadError::EmptyRecord { row });
+    }
     limited("length", record.uncompressed_size.get().into(), image.summary().chunk_size.into())?;
     let at = record.uncompressed_offset.get();
     limited("bytes behind a block boundary", at % BLOCK, 0)?;
