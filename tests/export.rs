@@ -5,7 +5,7 @@ mod support;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -166,4 +166,67 @@ fn damaged_blobs_leave_what_was_there() {
     assert!(error.to_string().contains(&report.blobs[0].id), "{error}");
     assert_eq!(fs::read(&disk).unwrap(), b"before");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "nothing unfinished is left");
+}
+
+/// A small image and the directory it is in.
+fn small(runtime: &Runtime) -> (tempfile::TempDir, Files) {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), "content").unwrap();
+    building::build(&source, &dir.path().join("image")).unwrap();
+    let files = open(&dir.path().join("image"), runtime);
+    (dir, files)
+}
+
+#[test]
+fn the_disk_cannot_be_its_own_hash_file() {
+    let runtime = runtime();
+    let (dir, files) = small(&runtime);
+    let disk = dir.path().join("disk");
+    fs::write(&disk, "before").unwrap();
+
+    for spelled in ["disk", "./disk", "image/../disk"] {
+        let hashes = PathBuf::from(format!("{}/{spelled}", dir.path().display()));
+
+        let error = export(&files, &disk, &Verity::File(hashes.clone()), &()).unwrap_err();
+
+        assert!(matches!(&error, ExportError::SameFile { path } if *path == hashes), "{error:?}");
+        assert!(error.to_string().contains(hashes.to_str().unwrap()), "{error}");
+        assert_eq!(fs::read(&disk).unwrap(), b"before");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "nothing unfinished is left");
+    }
+}
+
+#[test]
+fn a_disk_that_cannot_be_put_in_its_place_leaves_the_old_hash_file() {
+    let runtime = runtime();
+    let (dir, files) = small(&runtime);
+    let (disk, hashes) = (dir.path().join("disk"), dir.path().join("hashes"));
+    fs::create_dir(&disk).unwrap();
+    fs::write(&hashes, "before").unwrap();
+
+    let error = export(&files, &disk, &Verity::File(hashes.clone()), &()).unwrap_err();
+
+    assert!(matches!(&error, ExportError::Write { path, .. } if *path == disk), "{error:?}");
+    assert_eq!(fs::read(&hashes).unwrap(), b"before");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 4, "nothing unfinished is left");
+}
+
+#[test]
+fn a_hash_tree_that_cannot_be_put_in_its_place_says_that_the_disk_was_replaced() {
+    let runtime = runtime();
+    let (dir, files) = small(&runtime);
+    let (disk, hashes) = (dir.path().join("disk"), dir.path().join("hashes"));
+    fs::write(&disk, "before").unwrap();
+    fs::create_dir(&hashes).unwrap();
+
+    let error = export(&files, &disk, &Verity::File(hashes.clone()), &()).unwrap_err();
+
+    let text = error.to_string();
+    assert!(matches!(error, ExportError::HashTree { .. }), "{error:?}");
+    assert_eq!(text, format!("{} was replaced, but its hash tree is not at {}", disk.display(), hashes.display()));
+    assert_eq!(fs::read(&disk).unwrap()[..6], fs::read(dir.path().join("image/bootstrap")).unwrap()[..6]);
+    assert!(fs::metadata(&disk).unwrap().len() > 4096);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 4, "nothing unfinished is left");
 }

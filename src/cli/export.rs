@@ -40,7 +40,8 @@ pub struct ExportArgs {
 const EXAMPLES: &str = "\
 Exit status:
   0  the disk is complete
-  1  something failed; nothing was replaced
+  1  something failed; nothing was replaced, except that the disk was if the message says so:
+     a hash tree in a file of its own gets its name after the disk
   2  wrong command line
 
 Examples:
@@ -54,12 +55,12 @@ fn verity(text: &str) -> Result<Verity, Infallible> {
 /// Exit status: 0 when the disk is complete and synced.
 ///
 /// # Errors
-/// Whatever stopped it; nothing was replaced then.
+/// Whatever stopped it; nothing was replaced then, or the disk alone if it says so.
 pub fn run(args: ExportArgs) -> anyhow::Result<ExitCode> {
     let opened = args.blobs.open(&args.image).context("cannot open the image")?;
     let bar = Bar::on_terminal("exporting");
     let verity = args.verity.unwrap_or(Verity::None);
-    let report = export::export(&opened.files, &args.out, &verity, &bar).context("no disk was made")?;
+    let report = export::export(&opened.files, &args.out, &verity, &bar).context("cannot export the image")?;
     drop(bar);
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { summary(&report) };
     match io::stdout().write_all(text.as_bytes()) {

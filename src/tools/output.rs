@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::sys;
@@ -52,6 +53,14 @@ pub(super) fn parent(place: &Path) -> &Path {
     place.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// Whether two paths name the same place, however they are spelled: the same name in the same
+/// directory. What is at the place does not matter, for it would be replaced.
+pub(super) fn is_same_place(one: &Path, other: &Path) -> bool {
+    let directory = |place: &Path| fs::metadata(parent(place)).map(|meta| (meta.dev(), meta.ino())).ok();
+    // Nothing can be put in a directory that is not there.
+    one.file_name() == other.file_name() && directory(one).is_some_and(|one| directory(other) == Some(one))
+}
+
 /// Makes something beside `place` under a name that says it is unfinished and that nobody uses.
 pub(super) fn unused<T>(place: &Path, mut make: impl FnMut(&Path) -> io::Result<T>) -> io::Result<(PathBuf, T)> {
     let mut attempt = 0u32;
@@ -69,6 +78,24 @@ pub(super) fn unused<T>(place: &Path, mut make: impl FnMut(&Path) -> io::Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_place_is_the_same_however_it_is_spelled() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |path: &str| dir.path().join(path);
+        fs::create_dir(at("sub")).unwrap();
+        std::os::unix::fs::symlink("sub", at("link")).unwrap();
+        for (one, other, is_same) in [
+            ("sub/file", "sub/file", true),
+            ("sub/file", "sub/../sub/./file", true),
+            ("sub/file", "link/file", true),
+            ("sub/file", "sub/other", false),
+            ("sub/file", "file", false),
+        ] {
+            assert_eq!(is_same_place(&at(one), &at(other)), is_same, "{other}");
+        }
+        assert!(is_same_place(Path::new("file"), Path::new("./file")));
+    }
 
     #[test]
     fn an_unfinished_file_never_has_its_name_and_does_not_stay() {

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use self::placement::Placement;
-use super::output::OutputFile;
+use super::output::{OutputFile, is_same_place};
 use super::sparse::SparseWriter;
 use crate::base::BLOCK;
 use crate::blob::Check;
@@ -62,7 +62,7 @@ pub struct VerityReport {
     pub hash_bytes: u64,
 }
 
-/// Why no disk was made.
+/// Why an image was not exported.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     /// The bootstrap makes no sense.
@@ -77,15 +77,22 @@ pub enum ExportError {
     /// The disk or the hash tree could not be written.
     #[error("cannot write {}", path.display())]
     Write { path: PathBuf, source: io::Error },
+    /// One file cannot be both.
+    #[error("{} cannot be the disk and its hash tree; `append` puts the tree behind the data", path.display())]
+    SameFile { path: PathBuf },
+    /// The disk is new, and the file for its hash tree is what it was.
+    #[error("{} was replaced, but its hash tree is not at {}", disk.display(), path.display())]
+    HashTree { disk: PathBuf, path: PathBuf, source: io::Error },
     /// Block numbers have 32 bits.
     #[error("the image takes more than 16 TiB as one disk")]
     TooLong,
 }
 
 /// Writes the image as one disk to the file `disk`, which is replaced when everything is on disk.
+/// A hash tree in a file of its own replaces that file right after.
 ///
 /// # Errors
-/// An [`ExportError`]; nothing was replaced then.
+/// An [`ExportError`]; nothing was replaced then, unless it is [`ExportError::HashTree`].
 pub fn export(
     files: &Files,
     disk: &Path,
@@ -96,14 +103,28 @@ pub fn export(
     ensure_checkable(files.image(), files.maps())?;
     let placement = placement::place(files.image())?;
     let failed = |source| ExportError::Write { path: disk.to_owned(), source };
+    let apart = hash_file(disk, verity)?;
     let output = OutputFile::create(disk).map_err(failed)?;
     write_bootstrap(files, &placement, &output).map_err(failed)?;
     let data_bytes = write_devices(files, &placement, &output, progress, &failed)?;
     output.file().set_len(placement.len).map_err(failed)?;
 
-    let verity = add_verity(&output, disk, placement.len, verity)?;
+    let verity = match (&apart, verity) {
+        (Some((path, tree)), _) => Some(write_tree(&output, placement.len, tree, path, 0)?),
+        (None, Verity::Append) => Some(write_tree(&output, placement.len, &output, disk, placement.len)?),
+        (None, _) => None,
+    };
     let disk_bytes = output.file().metadata().map_err(failed)?.len();
+    if let Some((path, tree)) = &apart {
+        // What can fail for want of room does so before anything is replaced.
+        let synced = tree.file().sync_all();
+        synced.map_err(|source| ExportError::Write { path: (*path).to_owned(), source })?;
+    }
     output.finish().map_err(failed)?;
+    if let Some((path, tree)) = apart {
+        let put = tree.finish();
+        put.map_err(|source| ExportError::HashTree { disk: disk.to_owned(), path: path.to_owned(), source })?;
+    }
     Ok(ExportReport {
         disk: disk.display().to_string(),
         disk_bytes,
@@ -156,35 +177,32 @@ fn write_devices(
     Ok(total)
 }
 
-/// Writes the hash tree over the first `len` bytes of the disk, if one is wanted.
-fn add_verity(
+/// Writes the hash tree over the first `len` bytes of `output` to `tree`, from byte `hash_offset`.
+fn write_tree(
     output: &OutputFile,
-    disk: &Path,
     len: u64,
-    verity: &Verity,
-) -> Result<Option<VerityReport>, ExportError> {
+    tree: &OutputFile,
+    path: &Path,
+    hash_offset: u64,
+) -> Result<VerityReport, ExportError> {
     let data_blocks = len / BLOCK;
-    let write = |path: &Path, tree: &OutputFile, hash_offset| {
-        let root = verity::write_tree(output.file(), data_blocks, tree.file(), hash_offset);
-        let root = root.map_err(|source| ExportError::Write { path: path.to_owned(), source })?;
-        Ok(Some(VerityReport {
-            root_hash: root.to_string(),
-            hash_file: path.display().to_string(),
-            hash_offset,
-            data_blocks,
-            hash_bytes: verity::tree_len(data_blocks),
-        }))
-    };
-    match verity {
-        Verity::None => Ok(None),
-        Verity::Append => write(disk, output, len),
-        Verity::File(path) => {
-            let failed = |source| ExportError::Write { path: path.clone(), source };
-            let tree = OutputFile::create(path).map_err(failed)?;
-            let report = write(path, &tree, 0)?;
-            // Before the disk, so that a disk under its name always finds its tree.
-            tree.finish().map_err(failed)?;
-            Ok(report)
-        }
+    let root = verity::write_tree(output.file(), data_blocks, tree.file(), hash_offset);
+    let root = root.map_err(|source| ExportError::Write { path: path.to_owned(), source })?;
+    Ok(VerityReport {
+        root_hash: root.to_string(),
+        hash_file: path.display().to_string(),
+        hash_offset,
+        data_blocks,
+        hash_bytes: verity::tree_len(data_blocks),
+    })
+}
+
+/// Makes the file for the hash tree, if it is to have one of its own.
+fn hash_file<'v>(disk: &Path, verity: &'v Verity) -> Result<Option<(&'v Path, OutputFile)>, ExportError> {
+    let Verity::File(path) = verity else { return Ok(None) };
+    let failed = |source| ExportError::Write { path: path.clone(), source };
+    if is_same_place(disk, path) {
+        return Err(ExportError::SameFile { path: path.clone() });
     }
+    Ok(Some((path, OutputFile::create(path).map_err(failed)?)))
 }

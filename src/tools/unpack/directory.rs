@@ -45,8 +45,11 @@ pub fn to_directory(
         report: UnpackReport::default(),
     };
     let root = writer.write_all()?;
+    writer.report.count(Kind::Directory, 0);
+    let skipped = writer.report.skipped.clone();
     staging.finish(|directory| {
-        writer.report.count(Kind::Directory, 0);
+        // What was left out of the root counts once, however often this is tried.
+        writer.report.skipped = skipped.clone();
         let applied = writer.apply(&root, Made::Open(directory.as_fd()));
         applied.map_err(|refused| writer.refused(&[], &root, refused))
     })?;
