@@ -17,6 +17,8 @@ mod blobs;
 mod bootstraps;
 #[path = "hostile/full_disk.rs"]
 mod full_disk;
+#[path = "hostile/lists.rs"]
+mod lists;
 #[path = "hostile/loading.rs"]
 mod loading;
 #[path = "hostile/merging.rs"]
