@@ -19,6 +19,8 @@ mod bootstraps;
 mod deep;
 #[path = "hostile/full_disk.rs"]
 mod full_disk;
+#[path = "hostile/lists.rs"]
+mod lists;
 #[path = "hostile/loading.rs"]
 mod loading;
 #[path = "hostile/merging.rs"]

@@ -110,10 +110,11 @@ pub fn dictionary(spec: &DictionarySpec<'_>, progress: &dyn Progress) -> Result<
         },
     };
     let bytes = bootstrap.bytes()?;
-    merge::write(&spec.out, &bytes)?;
+    let bootstrap_bytes = bytes.len() as u64;
+    merge::publish(&spec.out, bytes, &bootstrap.expected())?;
     Ok(DictionaryReport {
         bootstrap: spec.out.display().to_string(),
-        bootstrap_bytes: bytes.len() as u64,
+        bootstrap_bytes,
         images: spec.images.len() as u64,
         distinct_chunks,
         chunks: taken.len() as u64,

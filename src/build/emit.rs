@@ -9,6 +9,7 @@ use super::chunk::{Chunk, Content};
 use super::error::{BuildError, Limit};
 use super::layout::{self, Layout, MAX_METADATA, Place};
 use super::tree::{Kind, Meta, NodeId, Tree};
+use super::verify::Expected;
 use super::xattr;
 use crate::base::BLOCK;
 use crate::format::blobfile::features;
@@ -119,6 +120,17 @@ impl Bootstrap<'_> {
         self.nodes(&mut out)?;
         out.put(chunk_table, records.as_slice())?;
         Ok(out.bytes)
+    }
+
+    /// What it must say when it is read again.
+    pub(super) fn expected(&self) -> Expected<'_> {
+        Expected {
+            tree: self.tree,
+            layout: self.layout,
+            chunks: self.chunks,
+            chunk_of_cut: self.chunk_of_cut,
+            digest: self.facts.digest,
+        }
     }
 
     /// Numbers of the prefetched inodes. Without blobs there is nothing to fetch, and no table.

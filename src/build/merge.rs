@@ -15,7 +15,8 @@ use super::load::{Layer, LoadError, Stock};
 use super::overlay::{self, Whiteouts};
 use super::report::count;
 use super::tree::{Kind, NodeId, Tree};
-use super::{Progress, stockblobs};
+use super::verify::Expected;
+use super::{Progress, recheck, stockblobs};
 use crate::base::{BlobId, Digest};
 use crate::format::blobfile::features;
 use crate::format::rafs::{Algorithm, BlobEntry, DigestAlgorithm, flags};
@@ -141,13 +142,14 @@ pub fn merge(spec: MergeSpec, progress: &dyn Progress) -> Result<MergeReport, Bu
         },
     };
     let bytes = bootstrap.bytes()?;
-    write(&spec.out, &bytes)?;
+    let bootstrap_bytes = bytes.len() as u64;
+    publish(&spec.out, bytes, &bootstrap.expected())?;
 
     let counted = count(&tree);
     let dropped = known.iter().filter(|entry| !rows.iter().any(|row| row.id == entry.id));
     Ok(MergeReport {
         bootstrap: spec.out.display().to_string(),
-        bootstrap_bytes: bytes.len() as u64,
+        bootstrap_bytes,
         blobs: rows.iter().map(stockblobs::id_text).collect(),
         dropped_blobs: dropped.map(stockblobs::id_text).collect(),
         directories: counted.directories,
@@ -247,8 +249,9 @@ pub(super) fn prefetch_nodes(tree: &Tree, wanted: impl Iterator<Item = NodeId>) 
     nodes
 }
 
-/// Writes a file that has its name only when it is complete and synced.
-pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
+/// Writes a bootstrap that has its name only when it was read again, and is complete and synced.
+pub(super) fn publish(path: &Path, bytes: Vec<u8>, expected: &Expected<'_>) -> Result<(), BuildError> {
+    let image = recheck::bootstrap(bytes, expected).map_err(BuildError::Recheck)?;
     let failed = |source| BuildError::Write { path: path.to_owned(), source };
     let missing = || failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not the name of a file"));
     let file_name: &OsStr = path.file_name().ok_or_else(missing)?;
@@ -257,6 +260,59 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
         _ => Path::new("."),
     };
     let (mut file, mut name) = TemporaryName::create(directory)?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
+    file.write_all(image.bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
     name.rename(file_name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::recheck::RecheckError;
+    use crate::build::tree::{Meta, Node};
+
+    /// What publishing makes of the bootstrap of a small tree when `spoil` has been at it, and how
+    /// many files there are then.
+    fn published(spoil: impl FnOnce(&mut [u8])) -> (Result<(), BuildError>, usize) {
+        let mut tree = Tree::new(Meta::implied_directory());
+        for name in [b"first", b"other"] {
+            let node = Node { meta: Meta::implied_directory(), kind: Kind::Symlink(b"target".as_slice().into()) };
+            tree.insert(NodeId::ROOT, name, node).unwrap();
+        }
+        let layout = layout::layout(&tree, 4096).unwrap();
+        let facts = Facts {
+            compression: Algorithm::None,
+            digest: DigestAlgorithm::Blake3,
+            chunk_size: 4096,
+            explicit_ids: true,
+            claim_xattrs: false,
+        };
+        let (blobs, chunks, chunk_of_cut, prefetch) = (&[], &[], &[], &[]);
+        let bootstrap = Bootstrap { tree: &tree, layout: &layout, blobs, chunks, chunk_of_cut, prefetch, facts };
+        let mut bytes = bootstrap.bytes().unwrap();
+        spoil(&mut bytes);
+        let dir = tempfile::tempdir().unwrap();
+        let result = publish(&dir.path().join("merged"), bytes, &bootstrap.expected());
+        (result, std::fs::read_dir(dir.path()).unwrap().count())
+    }
+
+    fn find(bytes: &[u8], text: &[u8]) -> usize {
+        bytes.windows(text.len()).position(|window| window == text).unwrap()
+    }
+
+    #[test]
+    fn a_bootstrap_that_is_not_what_was_meant_gets_no_name() {
+        let (result, files) = published(|_| ());
+        assert!(result.is_ok() && files == 1, "{result:?}");
+        for text in [b"first", b"other", b"targe"] {
+            let (result, files) = published(|bytes| {
+                let at = find(bytes, text);
+                bytes[at] ^= 1;
+            });
+            assert!(matches!(result, Err(BuildError::Recheck(RecheckError::Metadata(_)))), "{result:?}");
+            assert_eq!(files, 0);
+        }
+        let (result, files) = published(|bytes| bytes[1024] ^= 1);
+        assert!(matches!(result, Err(BuildError::Recheck(RecheckError::Image(_)))), "{result:?}");
+        assert_eq!(files, 0);
+    }
 }

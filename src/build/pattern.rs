@@ -84,7 +84,27 @@ impl Pattern {
 
     /// Whether the pattern names the entry at `path`, given as names from the root.
     pub fn matches(&self, path: &[&[u8]], is_directory: bool) -> bool {
-        (is_directory || !self.directories_only) && !path.is_empty() && match_names(&self.names, path)
+        if !is_directory && self.directories_only {
+            return false;
+        }
+        // Where only the last name counts, deep paths need not be searched.
+        let path = match self.names.as_slice() {
+            [Name::Any, Name::Glob(_)] => &path[path.len().saturating_sub(1)..],
+            _ => path,
+        };
+        !path.is_empty() && match_names(&self.names, path, Until::End, match_tokens)
+    }
+
+    /// Whether the pattern names the entry at `path` or a directory above it. Takes no longer than
+    /// to look for one of them.
+    pub fn matches_at_any_level(&self, path: &[&[u8]], is_directory: bool) -> bool {
+        self.matches_above(path, is_directory, match_tokens)
+    }
+
+    fn matches_above(&self, path: &[&[u8]], is_directory: bool, fits: impl FnMut(&[Token], &[u8]) -> bool) -> bool {
+        let directories = if is_directory { path.len() } else { path.len().saturating_sub(1) };
+        let path = if self.directories_only { &path[..directories] } else { path };
+        match_names(&self.names, path, Until::Anywhere, fits)
     }
 }
 
@@ -144,15 +164,24 @@ fn set(mut rest: &[u8]) -> Option<(Token, &[u8])> {
     }
 }
 
+/// How much of a text a pattern must match.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Until {
+    End,
+    /// Any beginning of it will do.
+    Anywhere,
+}
+
 /// Matches with one place to come back to, so that the work is bounded by the product of the
 /// lengths: whatever a later `**` can match, an earlier one need not try.
-fn match_names(pattern: &[Name], path: &[&[u8]]) -> bool {
+fn match_names(pattern: &[Name], path: &[&[u8]], until: Until, mut fits: impl FnMut(&[Token], &[u8]) -> bool) -> bool {
     backtrack(
         pattern,
         path,
+        until,
         |name| matches!(name, Name::Any),
         |name, part| match name {
-            Name::Glob(tokens) => match_tokens(tokens, part),
+            Name::Glob(tokens) => fits(tokens, part),
             Name::Any => unreachable!("asked for above"),
         },
     )
@@ -162,6 +191,7 @@ fn match_tokens(tokens: &[Token], name: &[u8]) -> bool {
     backtrack(
         tokens,
         name,
+        Until::End,
         |token| matches!(token, Token::Many),
         |token, byte| match token {
             Token::Byte(want) => want == byte,
@@ -172,7 +202,13 @@ fn match_tokens(tokens: &[Token], name: &[u8]) -> bool {
     )
 }
 
-fn backtrack<P, T>(pattern: &[P], text: &[T], is_many: impl Fn(&P) -> bool, fits: impl Fn(&P, &T) -> bool) -> bool {
+fn backtrack<P, T>(
+    pattern: &[P],
+    text: &[T],
+    until: Until,
+    is_many: impl Fn(&P) -> bool,
+    mut fits: impl FnMut(&P, &T) -> bool,
+) -> bool {
     let (mut p, mut t) = (0, 0);
     let mut resume = None;
     loop {
@@ -186,7 +222,7 @@ fn backtrack<P, T>(pattern: &[P], text: &[T], is_many: impl Fn(&P) -> bool, fits
                 (p, t) = (p + 1, t + 1);
                 continue;
             }
-            None if t == text.len() => return true,
+            None if until == Until::Anywhere || t == text.len() => return true,
             _ => {}
         }
         match resume {
@@ -255,5 +291,32 @@ mod tests {
     fn work_does_not_explode_with_the_number_of_stars() {
         let pattern = "*a".repeat(60) + "b";
         assert!(!matches(&pattern, &"a".repeat(250)));
+    }
+
+    #[test]
+    fn what_is_below_a_match_is_found_as_by_trying_every_level() {
+        let paths = ["a", "a/b", "a/b/c", "x/a/b", "b/a", "a/x/b/y", "c", "a/a/b"];
+        for pattern in ["a", "a/", "/a/b", "/a/b/", "*b", "a/**/b", "/a/**", "**/b/c", "?/a/"] {
+            let pattern: Pattern = pattern.parse().unwrap();
+            for (path, is_directory) in paths.iter().flat_map(|path| [(path, false), (path, true)]) {
+                let names: Vec<&[u8]> = path.split('/').map(str::as_bytes).collect();
+                let tried = |depth: usize| pattern.matches(&names[..depth], depth < names.len() || is_directory);
+                let want = (1..=names.len()).any(tried);
+                assert_eq!(pattern.matches_at_any_level(&names, is_directory), want, "{pattern:?} {path}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_pattern_without_a_slash_looks_at_each_name_once() {
+        let path = vec![b"a".as_slice(); 16 << 10];
+        for pattern in ["*.pyc", "b/"] {
+            let mut looks = 0;
+            let found = pattern.parse::<Pattern>().unwrap().matches_above(&path, true, |tokens, name| {
+                looks += 1;
+                match_tokens(tokens, name)
+            });
+            assert_eq!((found, looks), (false, path.len()), "{pattern}");
+        }
     }
 }

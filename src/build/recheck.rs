@@ -1,12 +1,12 @@
-//! New blobs, read back through the bootstrap that was made for them before either has its name.
+//! What was made of images that exist, read again before anything of it has its name.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::num::NonZeroUsize;
+use std::thread;
 
 use super::blobwriter::FinishedBlob;
-use crate::base::{BlobId, ByteRange};
-use crate::blob::{BlobTables, DecodeError, Decoder, TablesError};
+use super::verify::{self, Expected, VerifyError};
+use crate::base::BlobId;
+use crate::format::rafs::DigestAlgorithm;
 use crate::image::{Image, ImageError};
 
 /// What is wrong with an image that was just written.
@@ -14,49 +14,36 @@ use crate::image::{Image, ImageError};
 pub enum RecheckError {
     #[error("the bootstrap cannot be read")]
     Image(#[from] ImageError),
+    #[error("the bootstrap does not say what it was made from")]
+    Metadata(#[source] VerifyError),
     #[error("the bootstrap does not name blob {0}")]
     Unnamed(BlobId),
-    #[error("blob {blob} cannot be read")]
-    Read {
+    #[error("blob {blob} cannot be used")]
+    Blob {
         blob: BlobId,
         #[source]
-        cause: io::Error,
-    },
-    #[error("the tables of a blob cannot be used")]
-    Tables(#[from] TablesError),
-    #[error("chunk {chunk} of blob {blob} is damaged")]
-    Chunk {
-        blob: BlobId,
-        chunk: usize,
-        #[source]
-        cause: DecodeError,
+        cause: VerifyError,
     },
 }
 
-/// Reads `bootstrap` as a reader would, and through it every chunk of these blobs.
-pub(super) fn image(bootstrap: &[u8], blobs: &[FinishedBlob]) -> Result<(), RecheckError> {
-    let image = Image::parse(bootstrap.to_vec())?;
-    blobs.iter().try_for_each(|blob| chunks(&image, blob))
+/// Reads `bytes` as a reader would, and compares what they say with what they were made from.
+pub(super) fn bootstrap(bytes: Vec<u8>, expected: &Expected<'_>) -> Result<Image, RecheckError> {
+    let image = Image::parse(bytes)?;
+    verify::metadata(&image, expected).map_err(RecheckError::Metadata)?;
+    Ok(image)
 }
 
-fn chunks(image: &Image, blob: &FinishedBlob) -> Result<(), RecheckError> {
-    let device = image.devices().iter().find(|device| device.blob == blob.id);
-    let device = device.ok_or_else(|| RecheckError::Unnamed(blob.id.clone()))?;
-    let failed = |cause| RecheckError::Read { blob: blob.id.clone(), cause };
-    let file = File::open(blob.temporary_path()).map_err(failed)?;
-    let read = |range: ByteRange, into: &mut Vec<u8>| {
-        into.resize(usize::try_from(range.len()).expect("a table or a chunk that was in memory"), 0);
-        file.read_exact_at(into, range.start()).map_err(failed)
-    };
-    let tables = BlobTables::new(&device.entry)?;
-    let (mut stored, mut plain, mut decoder) = (Vec::new(), Vec::new(), Decoder::new());
-    read(tables.stored(), &mut stored)?;
-    let map = tables.with_digests(&tables.geometry(&stored)?, image.chunk_records().iter())?;
-    for (chunk, unit) in map.units().iter().enumerate() {
-        read(unit.stored, &mut stored)?;
-        plain.resize(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"), 0);
-        let decoded = decoder.decode(map.key(), unit, &stored, &mut plain);
-        decoded.map_err(|cause| RecheckError::Chunk { blob: blob.id.clone(), chunk, cause })?;
+/// The same, and reads every chunk of these blobs through the bootstrap. Each blob keeps the digest
+/// of its own row.
+pub(super) fn image(bytes: Vec<u8>, expected: &Expected<'_>, blobs: &[FinishedBlob]) -> Result<Image, RecheckError> {
+    let image = bootstrap(bytes, expected)?;
+    let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    for blob in blobs {
+        let device = image.devices().iter().find(|device| device.blob == blob.id);
+        let device = device.ok_or_else(|| RecheckError::Unnamed(blob.id.clone()))?;
+        let digest = DigestAlgorithm::from_number(device.entry.digest.get()).unwrap_or(expected.digest);
+        let checked = verify::blob(&image, blob, digest, threads);
+        checked.map_err(|cause| RecheckError::Blob { blob: blob.id.clone(), cause })?;
     }
-    Ok(())
+    Ok(image)
 }

@@ -316,15 +316,15 @@ impl<'a> Rewrite<'a> {
             },
         };
         let bytes = bootstrap.bytes()?;
-        recheck::image(&bytes, &self.new).map_err(BuildError::Recheck)?;
+        let image = recheck::image(bytes, &bootstrap.expected(), &self.new).map_err(BuildError::Recheck)?;
 
         let blobs_dir = out_dir.join("blobs");
         let blobs = self.new.iter().map(|blob| report(blob, &blobs_dir)).collect();
         let prefetched_paths = if rows.is_empty() { 0 } else { prefetch.len() as u64 };
-        publish(out_dir, &mut self.new, &bytes)?;
+        publish(out_dir, &mut self.new, image.bytes())?;
         Ok(Rewritten {
             bootstrap: out_dir.join("bootstrap").display().to_string(),
-            bootstrap_bytes: bytes.len() as u64,
+            bootstrap_bytes: image.bytes().len() as u64,
             blobs,
             rows,
             prefetched_paths,

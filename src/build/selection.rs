@@ -105,8 +105,7 @@ impl Selection {
 
     /// Whether an entry of an archive is left out, be it because something above it is.
     pub(super) fn excludes_at_any_level(&self, path: &[&[u8]], is_directory: bool) -> bool {
-        let excludes = |depth| self.excludes(&path[..depth], depth < path.len() || is_directory);
-        !self.exclude.is_empty() && (1..=path.len()).any(excludes)
+        self.exclude.iter().any(|pattern| pattern.matches_at_any_level(path, is_directory))
     }
 
     /// Whether an entry of a directory source is a whiteout to be left out.

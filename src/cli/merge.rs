@@ -1,4 +1,4 @@
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -7,9 +7,10 @@ use std::str::FromStr;
 use anyhow::Context;
 
 use super::base::{WhiteoutArg, layer};
+use super::list;
 use super::progress::Bar;
 use crate::base::{BlobId, ByteSize, Digest};
-use crate::build::{self, BlobFacts, Layer, MergeReport, MergeSpec};
+use crate::build::{self, BlobFacts, Layer, MAX_HINTS, MergeReport, MergeSpec};
 use crate::image::Image;
 use crate::reader::bootstrap;
 
@@ -150,26 +151,11 @@ pub(super) fn run(args: MergeArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Longest list of paths, in bytes.
-const MAX_LIST: u64 = 64 << 20;
-
 /// The absolute paths in a list; other lines are ignored, as are blanks around them.
 fn prefetch_list(file: &Path) -> anyhow::Result<Vec<Vec<u8>>> {
-    let failed = || format!("cannot read the list {}", file.display());
-    let stream: Box<dyn Read> = if file == Path::new("-") {
-        Box::new(io::stdin())
-    } else {
-        Box::new(std::fs::File::open(file).with_context(failed)?)
-    };
-    let mut paths = Vec::new();
-    for line in BufReader::new(stream.take(MAX_LIST)).split(b'\n') {
-        let line = line.with_context(failed)?;
-        let path = line.trim_ascii();
-        if path.starts_with(b"/") {
-            paths.push(path.to_vec());
-        }
-    }
-    Ok(paths)
+    let list = list::read("prefetch list", file, MAX_HINTS)?;
+    let lines = list.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+    Ok(lines.filter(|line| line.starts_with(b"/")).map(<[u8]>::to_vec).collect())
 }
 
 /// The report for a person.
@@ -205,6 +191,16 @@ mod tests {
             let want = LayerArg { id: id.map(|id| id.parse().unwrap()), path: path.into() };
             assert_eq!(LayerArg::from(std::ffi::OsString::from(text)), want);
         }
+    }
+
+    #[test]
+    fn a_list_is_taken_whole_or_not_at_all() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b" /a \n\nb\n/c").unwrap();
+        assert_eq!(prefetch_list(file.path()).unwrap(), [b"/a", b"/c"]);
+        file.as_file().set_len(MAX_HINTS + 1).unwrap();
+        let error = prefetch_list(file.path()).unwrap_err().to_string();
+        assert!(error.ends_with("has more than 67108864 bytes"), "{error}");
     }
 
     #[test]

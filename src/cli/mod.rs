@@ -15,6 +15,7 @@ mod doctor;
 pub mod export;
 mod inspect;
 mod keeper;
+mod list;
 mod manual;
 mod merge;
 mod mount;

@@ -1,9 +1,10 @@
-use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 
+use super::list;
 use super::opened::BlobsArgs;
 use super::progress::Bar;
 use crate::base::ByteSize;
@@ -66,7 +67,7 @@ Examples:
 /// # Errors
 /// Whatever stopped it; nothing was made then.
 pub(super) fn run(args: OptimizeArgs) -> anyhow::Result<ExitCode> {
-    let hot = hotlist::parse(&list(&args.paths)?).context("cannot use the list")?;
+    let hot = hotlist::parse(&list::read("list", &args.paths, MAX_LIST)?).context("cannot use the list")?;
     let opened = args.blobs.open(&args.image).context("cannot open the image")?;
     let spec = OptimizeSpec {
         existing: Existing { name: &args.image, image: opened.files.image(), chunks: &opened.files },
@@ -82,20 +83,6 @@ pub(super) fn run(args: OptimizeArgs) -> anyhow::Result<ExitCode> {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e).context("cannot write to standard output"),
         _ => Ok(ExitCode::SUCCESS),
     }
-}
-
-/// All of a list.
-fn list(path: &Path) -> anyhow::Result<Vec<u8>> {
-    let failed = || format!("cannot read the list {}", path.display());
-    let stream: Box<dyn Read> = if path == Path::new("-") {
-        Box::new(io::stdin())
-    } else {
-        Box::new(std::fs::File::open(path).with_context(failed)?)
-    };
-    let mut list = Vec::new();
-    stream.take(MAX_LIST + 1).read_to_end(&mut list).with_context(failed)?;
-    ensure!(list.len() as u64 <= MAX_LIST, "the list {} is longer than {} bytes", path.display(), MAX_LIST);
-    Ok(list)
 }
 
 /// Most remarks that a person is shown.

@@ -18,7 +18,9 @@ use crate::build::HotPath;
 /// Most bytes of a list.
 pub const MAX_LIST: u64 = 64 << 20;
 /// Most paths and ranges of a list together: a few bytes of JSON become many of memory.
-const MAX_ITEMS: usize = 4 << 20;
+const MAX_ITEMS: usize = 1 << 20;
+/// Most objects and arrays in JSON: two for each path, one for each range, and those around them.
+const MAX_BRACKETS: usize = 2 * MAX_ITEMS + 2;
 
 /// Why a list cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -73,11 +75,28 @@ struct Entry {
 /// Reads a list of any form. At least one path is in it.
 pub fn parse(list: &[u8]) -> Result<Vec<HotPath>, HotListError> {
     let hot = if serde_json::from_slice::<HasFiles>(list).is_ok() {
+        bounded(list)?;
         document(serde_json::from_slice(list).map_err(HotListError::Document)?)?
     } else {
         lines(list)?
     };
     if hot.is_empty() { Err(HotListError::Empty) } else { Ok(hot) }
+}
+
+/// Refuses JSON that could become too much before its items are counted: what opens an object or
+/// an array outside of strings, in unknown fields too.
+fn bounded(json: &[u8]) -> Result<(), HotListError> {
+    let (mut brackets, mut in_string, mut escaped) = (0, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_string,
+            b'"' => in_string = !in_string,
+            b'{' | b'[' if !in_string => brackets += 1,
+            _ => {}
+        }
+    }
+    if brackets > MAX_BRACKETS { Err(HotListError::TooMany) } else { Ok(()) }
 }
 
 fn document(document: Document) -> Result<Vec<HotPath>, HotListError> {
@@ -94,6 +113,7 @@ fn lines(list: &[u8]) -> Result<Vec<HotPath>, HotListError> {
         match text.trim_ascii() {
             [] => {}
             json @ [b'{', ..] => {
+                bounded(json)?;
                 let entry: Entry = serde_json::from_slice(json).map_err(|cause| HotListError::Json { line, cause })?;
                 hot.push(entry.hot(&mut budget)?);
             }
@@ -191,6 +211,22 @@ mod tests {
         let list =
             "{\"version\": \"v1\",\n \"files\": [\n{\"path\": \"/a\"},\n{\"path\": \"/b\", \"ranges\": [[0, 1]]}]}\n";
         assert_eq!(parse(list.as_bytes()).unwrap(), [hot(b"/a", &[]), hot(b"/b", &[(0, 1)])]);
+    }
+
+    #[test]
+    fn brackets_within_strings_are_not_counted() {
+        let brackets = "[".repeat(MAX_BRACKETS + 1);
+        for (json, sound) in [
+            (format!(r#"{{"path":"/{brackets}"}}"#), true),
+            (format!(r#"{{"path":"/\\\"{brackets}"}}"#), true),
+            (format!(r#"{{"path":"/\\"{brackets}}}"#), false),
+        ] {
+            assert_eq!(bounded(json.as_bytes()).is_ok(), sound, "{}", &json[..20]);
+        }
+        let ranges = |count| "[0,1],".repeat(count);
+        let entry = |count: usize| format!(r#"{{"path":"/a","ranges":[{}[0,1]]}}"#, ranges(count - 1));
+        assert_eq!(parse(entry(MAX_ITEMS - 1).as_bytes()).unwrap()[0].ranges.len(), MAX_ITEMS - 1);
+        assert!(matches!(parse(entry(MAX_ITEMS).as_bytes()), Err(HotListError::TooMany)));
     }
 
     #[test]

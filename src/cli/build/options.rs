@@ -1,16 +1,15 @@
 //! The flags of `rafsd build` that say what goes into an image and in what form.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::ValueEnum;
 
 use crate::base::ByteSize;
 use crate::build::{
     Batching, BuildSpec, Encryption, IdRange, MAX_HINTS, Owners, Pattern, PrefetchHints, Selection, Whiteouts,
 };
+use crate::cli::list;
 
 /// How the blob is written.
 #[derive(Debug, clap::Args)]
@@ -110,14 +109,7 @@ impl PrefetchArgs {
         let Some(path) = self.prefetch_files.as_deref().filter(|_| policy != PrefetchPolicy::None) else {
             return Ok(PrefetchHints::default());
         };
-        let name = || format!("cannot read the prefetch list {}", path.display());
-        let stream: Box<dyn Read> =
-            if self.uses_stdin() { Box::new(io::stdin()) } else { Box::new(File::open(path).with_context(name)?) };
-        let mut text = Vec::new();
-        stream.take(MAX_HINTS + 1).read_to_end(&mut text).with_context(name)?;
-        if text.len() as u64 > MAX_HINTS {
-            bail!("the prefetch list {} has more than {} bytes", path.display(), MAX_HINTS);
-        }
+        let text = list::read("prefetch list", path, MAX_HINTS)?;
         let mut hints = PrefetchHints::parse(&text);
         hints.table = policy == PrefetchPolicy::Fs;
         Ok(hints)
