@@ -180,3 +180,44 @@ fn numbers_of_one_and_of_several_images_are_counted() {
     let text = String::from_utf8(rafsd(&[&"stat", &one.bootstrap(), &other.bootstrap()]).stdout).unwrap();
     assert!(text.contains("share 0 blobs, 1 chunks (16 B)"), "{text}");
 }
+
+#[test]
+fn outputs_replace_neither_what_is_read_nor_what_is_no_file() {
+    let built = Built::new(b"other");
+    let dir = built.dir.path();
+    let fifo = dir.join("fifo");
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    std::os::unix::fs::symlink("nowhere", dir.join("link")).unwrap();
+    let (bootstrap, blob) = (fs::read(built.bootstrap()).unwrap(), fs::read(built.blob()).unwrap());
+
+    for out in [fifo.clone(), dir.join("link"), built.bootstrap().into(), built.blob().into()] {
+        assert_eq!(status(&rafsd(&[&"export", &built.bootstrap(), &"-o", &out])), 1, "{}", out.display());
+    }
+    for out in [&fifo, &dir.join("link")] {
+        assert_eq!(status(&rafsd(&[&"unpack", &built.bootstrap(), &"--tar", out])), 1);
+        assert_eq!(status(&rafsd(&[&"merge", &built.bootstrap(), &"-o", out])), 1);
+        assert_eq!(status(&rafsd(&[&"chunkdict", &"--min-images", &"1", &built.bootstrap(), &"-o", out])), 1);
+    }
+
+    use std::os::unix::fs::FileTypeExt;
+    assert!(fs::symlink_metadata(&fifo).unwrap().file_type().is_fifo());
+    assert!(fs::symlink_metadata(dir.join("link")).unwrap().is_symlink());
+    assert!(fs::read(built.bootstrap()).unwrap() == bootstrap && fs::read(built.blob()).unwrap() == blob);
+}
+
+#[test]
+fn a_chunk_table_with_empty_rows_is_no_dictionary() {
+    let built = Built::new(b"other");
+    let mut bytes = fs::read(built.bootstrap()).unwrap();
+    let at = usize::try_from(u64::from_le_bytes(bytes[0x498..0x4a0].try_into().unwrap())).unwrap();
+    bytes[at..at + 80].fill(0);
+    let damaged = built.dir.path().join("damaged");
+    fs::write(&damaged, bytes).unwrap();
+
+    let output = rafsd(&[&"chunkdict", &"--min-images", &"1", &damaged, &"-o", &built.dir.path().join("dict")]);
+
+    assert_eq!(status(&output), 1);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("row 0 of the chunk table"));
+    assert!(!built.dir.path().join("dict").exists());
+}

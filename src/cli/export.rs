@@ -60,6 +60,10 @@ pub fn run(args: ExportArgs) -> anyhow::Result<ExitCode> {
     let opened = args.blobs.open(&args.image).context("cannot open the image")?;
     let bar = Bar::on_terminal("exporting");
     let verity = args.verity.unwrap_or(Verity::None);
+    let hash_file = if let Verity::File(path) = &verity { Some(path.as_path()) } else { None };
+    for place in std::iter::once(args.out.as_path()).chain(hash_file) {
+        args.blobs.refuse_input(place, &args.image, opened.files.image())?;
+    }
     let report = export::export(&opened.files, &args.out, &verity, &bar).context("cannot export the image")?;
     drop(bar);
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { summary(&report) };

@@ -3,9 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::image::Image;
 use crate::net::{ClientOptions, RetryPolicy};
 use crate::reader::Files;
 use crate::source::{self, BlobSource};
+use crate::sys;
 
 /// Where the blobs of an image are.
 #[derive(Debug, clap::Args)]
@@ -37,6 +39,23 @@ impl BlobsArgs {
         let runtime = runtime()?;
         let files = Files::open(bootstrap, self.source(bootstrap)?, runtime.handle().clone())?;
         Ok(Opened { files, _runtime: runtime })
+    }
+
+    /// Fails if a file that is about to be written is one that is about to be read.
+    pub(super) fn refuse_input(&self, place: &Path, bootstrap: &Path, image: &Image) -> anyhow::Result<()> {
+        let Ok(place_id) = sys::files::inode_id_at(place) else { return Ok(()) };
+        let blobs = match &self.blobs {
+            Some(spec) if spec.contains("://") => None,
+            Some(spec) => Some(PathBuf::from(spec)),
+            None => Some(beside(bootstrap)),
+        };
+        let blobs = blobs.iter().flat_map(|dir| image.devices().iter().map(|device| dir.join(device.blob.as_str())));
+        for input in blobs.chain([bootstrap.to_owned()]) {
+            if sys::files::inode_id_at(&input).is_ok_and(|id| id == place_id) {
+                anyhow::bail!("{} is a part of the image that is read; write somewhere else", place.display());
+            }
+        }
+        Ok(())
     }
 
     /// Where the blobs of the image at `bootstrap` are.

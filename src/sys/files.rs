@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::Path;
 
 use crate::base::ByteRange;
 
@@ -15,6 +16,12 @@ pub struct InodeId {
 /// The identity of the inode behind `file`.
 pub fn inode_id(file: impl AsFd) -> io::Result<InodeId> {
     let stat = nix::sys::stat::fstat(file)?;
+    Ok(InodeId { device: stat.st_dev, inode: stat.st_ino })
+}
+
+/// The identity of the inode at `path`, behind symbolic links.
+pub fn inode_id_at(path: &Path) -> io::Result<InodeId> {
+    let stat = nix::sys::stat::stat(path)?;
     Ok(InodeId { device: stat.st_dev, inode: stat.st_ino })
 }
 
@@ -68,7 +75,7 @@ pub fn file_system(file: impl AsFd) -> io::Result<String> {
 
 /// Fails if something is at `path` that a new file must not replace: a device, a FIFO or a socket,
 /// a directory, or a symbolic link, behind which people expect their file.
-pub fn ensure_replaceable(path: &std::path::Path) -> io::Result<()> {
+pub fn ensure_replaceable(path: &Path) -> io::Result<()> {
     match std::fs::symlink_metadata(path) {
         Ok(there) if !there.is_file() => {
             let what = "there is something else than a regular file already; name another place";
