@@ -191,7 +191,7 @@ fn outputs_replace_neither_what_is_read_nor_what_is_no_file() {
     std::os::unix::fs::symlink("nowhere", dir.join("link")).unwrap();
     let (bootstrap, blob) = (fs::read(built.bootstrap()).unwrap(), fs::read(built.blob()).unwrap());
 
-    for out in [fifo.clone(), dir.join("link"), built.bootstrap().into(), built.blob().into()] {
+    for out in [fifo.clone(), dir.join("link"), built.bootstrap(), built.blob()] {
         assert_eq!(status(&rafsd(&[&"export", &built.bootstrap(), &"-o", &out])), 1, "{}", out.display());
     }
     for out in [&fifo, &dir.join("link")] {
