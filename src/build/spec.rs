@@ -199,7 +199,7 @@ impl Encryption {
     }
 }
 
-/// Somebody who watches a build. Called from the thread that called [`build`].
+/// Somebody who watches a build. Called from the thread that called [`build`](super::build()).
 pub trait Progress {
     /// Whether [`Progress::total`] is worth a walk through the source before the build.
     fn wants_total(&self) -> bool {
