@@ -1,12 +1,13 @@
 //! Images made by Nydus's own builder open here, and every chunk of theirs decodes.
 //!
-//! The images are not part of the project: the folder is `RAFSD_INTEROP`, or `../shared/interop`
-//! beside the checkout. Without it the tests say that they skip.
+//! Without them (`support/interop.rs`) the tests say that they skip.
+
+mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rafsd::base::BlobId;
 use rafsd::blob::{BlobKind, BlobTables, Check, DecodeError, Decoder, UnitMap, decode};
@@ -16,32 +17,7 @@ use rafsd::format::{array_at, record_at};
 use rafsd::image::check::{Code, Severity, check};
 use rafsd::image::{Extent, Image, Kind};
 use rafsd::reader::bootstrap;
-
-/// Images with blobs of their own that can be served. Where there is no bootstrap, it is in the blob.
-const SERVED: [&str; 12] = [
-    "v6-none",
-    "v6-zstd",
-    "v6-lz4_block",
-    "v6-sha256-1m",
-    "v6-prefetch",
-    "v6-tar",
-    "v6-merged",
-    "v6-dict",
-    "v6-batch",
-    "v6-encrypt",
-    "v6-tar-inline",
-    "v6-tar-toc",
-];
-
-fn folder() -> Option<PathBuf> {
-    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/interop");
-    let folder = std::env::var_os("RAFSD_INTEROP").map_or(default, PathBuf::from);
-    if folder.is_dir() {
-        return Some(folder);
-    }
-    eprintln!("SKIPPED: no images of other builders at {}", folder.display());
-    None
-}
+use support::interop::{SERVED, folder};
 
 /// The image in `dir`, by its bootstrap or by the blob that holds it.
 fn open(dir: &Path) -> Image {
@@ -129,7 +105,7 @@ fn listed(listing: &Path) -> BTreeMap<String, String> {
 
 #[test]
 fn every_file_of_every_kind_of_image_is_what_the_listing_says() {
-    let Some(folder) = folder() else { return };
+    let Some(folder) = folder("every_file_of_every_kind_of_image_is_what_the_listing_says") else { return };
     for name in SERVED {
         let dir = folder.join(name);
         let image = open(&dir);
@@ -146,7 +122,7 @@ fn every_file_of_every_kind_of_image_is_what_the_listing_says() {
 
 #[test]
 fn every_bootstrap_of_the_reference_builder_is_sound() {
-    let Some(folder) = folder() else { return };
+    let Some(folder) = folder("every_bootstrap_of_the_reference_builder_is_sound") else { return };
     let names = [
         "v6-none",
         "v6-zstd",
@@ -176,7 +152,7 @@ fn every_bootstrap_of_the_reference_builder_is_sound() {
 
 #[test]
 fn the_kinds_are_what_their_names_say() {
-    let Some(folder) = folder() else { return };
+    let Some(folder) = folder("the_kinds_are_what_their_names_say") else { return };
     let devices = |name: &str| {
         let dir = folder.join(name);
         devices(&open(&dir), &|blob| fs::read(dir.join("blobs").join(blob.as_str())).expect("blob"))
@@ -197,7 +173,7 @@ fn the_kinds_are_what_their_names_say() {
 
 #[test]
 fn the_index_of_a_gzip_layer_is_checked_and_not_served() {
-    let Some(folder) = folder() else { return };
+    let Some(folder) = folder("the_index_of_a_gzip_layer_is_checked_and_not_served") else { return };
     let dir = folder.join("v6-zran");
     let image = open(&dir);
     let layer = fs::read(dir.join("layer.tar.gz")).expect("layer");
@@ -226,7 +202,7 @@ fn the_index_of_a_gzip_layer_is_checked_and_not_served() {
 
 #[test]
 fn a_tar_layer_has_a_map_without_digests_and_is_not_served() {
-    let Some(folder) = folder() else { return };
+    let Some(folder) = folder("a_tar_layer_has_a_map_without_digests_and_is_not_served") else { return };
     // The table alone: the rest of the bootstrap has blocks of another size.
     let bytes = fs::read(folder.join("v6-tarfs/bootstrap")).expect("bootstrap");
     let ext: &ExtSuperblock = record_at(&bytes, 1152, "extended superblock").unwrap();
@@ -246,13 +222,13 @@ fn a_tar_layer_has_a_map_without_digests_and_is_not_served() {
 
 #[test]
 fn images_of_version_5_are_refused() {
-    let Some(folder) = folder() else { return };
+    let Some(folder) = folder("images_of_version_5_are_refused") else { return };
     assert!(bootstrap::load(&folder.join("v5-zstd/bootstrap")).is_err());
 }
 
 #[test]
 fn bootstraps_whose_data_is_a_tar_layer_list_the_same_tree() {
-    let Some(folder) = folder() else { return };
+    let Some(folder) = folder("bootstraps_whose_data_is_a_tar_layer_list_the_same_tree") else { return };
     let tree = |name: &str| {
         let image = Image::open(&folder.join(name).join("bootstrap")).unwrap_or_else(|e| panic!("{name}: {e:?}"));
         let entries = image.walk().map(|entry| entry.unwrap_or_else(|e| panic!("{name}: {e}")));

@@ -1,6 +1,6 @@
 //! Images made by Nydus's own builder, mounted.
 //!
-//! The images are not part of the project; see `tests/interop.rs` for where they are looked for.
+//! The images are not part of the project; see `tests/support/interop.rs` for where they are looked for.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirEntry};
@@ -24,22 +24,7 @@ pub(crate) const CASES: &[Case] = &[Case {
     run: images_of_nydus_show_what_their_listing_says,
 }];
 
-/// Native images: one for each compressor, digest and source, with several blobs, with a dictionary,
-/// batched, encrypted, and two whose bootstrap lies in the blob.
-pub(crate) const IMAGES: [&str; 12] = [
-    "v6-none",
-    "v6-zstd",
-    "v6-lz4_block",
-    "v6-sha256-1m",
-    "v6-prefetch",
-    "v6-tar",
-    "v6-merged",
-    "v6-dict",
-    "v6-batch",
-    "v6-encrypt",
-    "v6-tar-inline",
-    "v6-tar-toc",
-];
+pub(crate) use crate::support::interop::SERVED as IMAGES;
 
 /// Listings that the images must show.
 pub(crate) const LISTINGS: [&str; 2] = ["tree.jsonl", "merged.jsonl"];

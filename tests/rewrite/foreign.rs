@@ -6,17 +6,7 @@ use std::path::{Path, PathBuf};
 use rafsd::build::{self, BuildError, CompactSpec, Existing, Fate, HotPath, OptimizeReport, OptimizeSpec};
 
 use crate::fixture::{Fixture, files_below, hot, shown};
-
-/// The images are not part of the project; see `interop.rs`.
-fn folder() -> Option<PathBuf> {
-    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/interop");
-    let folder = std::env::var_os("RAFSD_INTEROP").map_or(default, PathBuf::from);
-    if folder.is_dir() {
-        return Some(folder);
-    }
-    eprintln!("SKIPPED: no images of other builders at {}", folder.display());
-    None
-}
+use crate::support::interop::folder;
 
 /// Puts the blobs of an image where all are and returns its bootstrap.
 fn adopt(fixture: &Fixture, image: &Path) -> PathBuf {
@@ -53,7 +43,7 @@ const IMAGES: [&str; 9] = [
 
 #[test]
 fn foreign_images_show_the_same_with_a_hot_blob() {
-    let Some(folder) = folder() else { return };
+    let Some(folder) = folder("foreign_images_show_the_same_with_a_hot_blob") else { return };
     for name in IMAGES {
         let fixture = Fixture::new();
         let image = adopt(&fixture, &folder.join(name));
@@ -74,7 +64,7 @@ fn foreign_images_show_the_same_with_a_hot_blob() {
 
 #[test]
 fn foreign_images_show_the_same_when_they_are_compacted() {
-    let Some(folder) = folder() else { return };
+    let Some(folder) = folder("foreign_images_show_the_same_when_they_are_compacted") else { return };
     for name in IMAGES {
         let fixture = Fixture::new();
         let image = adopt(&fixture, &folder.join(name));
@@ -90,7 +80,7 @@ fn foreign_images_show_the_same_when_they_are_compacted() {
 
 #[test]
 fn encrypted_chunks_are_not_stored_plain_unless_allowed() {
-    let Some(folder) = folder() else { return };
+    let Some(folder) = folder("encrypted_chunks_are_not_stored_plain_unless_allowed") else { return };
     let fixture = Fixture::new();
     let image = adopt(&fixture, &folder.join("v6-encrypt"));
     let out = fixture.path("out");

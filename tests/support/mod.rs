@@ -6,6 +6,7 @@
 
 pub mod building;
 pub mod image;
+pub mod interop;
 pub mod layers;
 pub mod listing;
 pub mod tree;

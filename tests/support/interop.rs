@@ -1,0 +1,32 @@
+//! Images made by Nydus's own builder. They are not part of the project: the folder is `RAFSD_INTEROP`,
+//! or `../shared/interop` beside the checkout.
+
+use std::path::{Path, PathBuf};
+
+/// Images with blobs of their own that can be served: one for each compressor, digest and source, with
+/// several blobs, with a dictionary, batched, encrypted, and two whose bootstrap lies in the blob.
+pub const SERVED: [&str; 12] = [
+    "v6-none",
+    "v6-zstd",
+    "v6-lz4_block",
+    "v6-sha256-1m",
+    "v6-prefetch",
+    "v6-tar",
+    "v6-merged",
+    "v6-dict",
+    "v6-batch",
+    "v6-encrypt",
+    "v6-tar-inline",
+    "v6-tar-toc",
+];
+
+/// The folder, if it is there; else says aloud that `test` proves nothing.
+pub fn folder(test: &str) -> Option<PathBuf> {
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/interop");
+    let folder = std::env::var_os("RAFSD_INTEROP").map_or(default, PathBuf::from);
+    if folder.is_dir() {
+        return Some(folder);
+    }
+    super::skip(test, &format!("no images of other builders at {}", folder.display()));
+    None
+}
