@@ -5,6 +5,7 @@ mod directory;
 mod pax;
 mod sparse;
 mod tarheader;
+mod walk;
 
 pub(super) use archive::archive;
 pub(super) use directory::directory;
