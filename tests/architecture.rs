@@ -15,21 +15,22 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("format", &["base"]),
     ("codec", &["base"]),
     ("net", &["base"]),
+    ("telemetry", &["base"]),
     ("image", &["base", "format", "sys"]),
     ("blob", &["base", "format", "codec"]),
-    ("source", &["base", "sys", "net"]),
-    ("cache", &["base", "sys", "codec", "blob", "source"]),
+    ("source", &["base", "sys", "net", "telemetry"]),
+    ("cache", &["base", "sys", "codec", "telemetry", "blob", "source"]),
     ("build", &["base", "sys", "format", "codec", "image", "blob"]),
     ("reader", &["base", "sys", "format", "codec", "image", "blob", "source"]),
     ("tools", &["base", "sys", "format", "codec", "image", "blob", "source", "reader", "build"]),
     // `format` only to write the image of a few hundred bytes with which a host is tried out.
-    ("export", &["base", "sys", "format", "image", "cache"]),
-    ("daemon", &["base", "sys", "net", "image", "blob", "source", "reader", "cache", "export"]),
+    ("export", &["base", "sys", "format", "telemetry", "image", "cache"]),
+    ("daemon", &["base", "sys", "net", "telemetry", "image", "blob", "source", "reader", "cache", "export"]),
     (
         "cli",
         &[
-            "base", "sys", "format", "codec", "net", "image", "blob", "source", "reader", "cache", "build", "tools",
-            "export", "daemon",
+            "base", "sys", "format", "codec", "net", "telemetry", "image", "blob", "source", "reader", "cache", "build",
+            "tools", "export", "daemon",
         ],
     ),
 ];

@@ -7,6 +7,7 @@ mod class;
 mod fault;
 mod id;
 mod range;
+mod request;
 mod size;
 
 pub use chain::Chain;
@@ -14,6 +15,7 @@ pub use class::Class;
 pub use fault::Fault;
 pub use id::{BlobId, Digest, InvalidBlobId, hex};
 pub use range::ByteRange;
+pub use request::RequestId;
 pub use size::{ByteSize, InvalidSize};
 
 /// Bytes in one block of a native RAFS v6 image, and the alignment of every unit in a device

@@ -23,9 +23,10 @@ use super::engine::StoreOptions;
 use super::inflight::Lead;
 use super::lanes::Lanes;
 use super::pool::{Job, Queue, UnitKey};
-use crate::base::{ByteRange, Class, Fault};
+use crate::base::{ByteRange, Class, Fault, RequestId};
 use crate::blob::{Unit, UnitIndex};
 use crate::source::{BlobSource, ReadCtx, SourceError};
+use crate::telemetry::Telemetry;
 
 /// One ranged read and the duty to finish the units it brings.
 pub(super) struct Window {
@@ -35,6 +36,8 @@ pub(super) struct Window {
     pub(super) units: Vec<Led>,
     /// When a reader began to wait; `None` while nobody does.
     pub(super) asked: Option<Instant>,
+    /// The request of the kernel that it was made for or promoted by.
+    pub(super) request: RequestId,
 }
 
 /// A unit on its way, and the duty to finish it.
@@ -66,6 +69,17 @@ impl Window {
         units().min().unwrap_or(0)..=units().max().unwrap_or(0)
     }
 
+    /// Notes that its units are being fetched now, and how long a reader has waited for that.
+    fn start(&mut self, now: Instant, telemetry: &Telemetry) {
+        let mut is_first = true;
+        for led in &mut self.units {
+            is_first &= led.lead.start(now);
+        }
+        if let Some(asked) = self.asked.filter(|_| is_first) {
+            telemetry.fills.queue.observe(now.saturating_duration_since(asked));
+        }
+    }
+
     fn holds(&self, (device, unit): UnitKey) -> bool {
         self.core.id == device && self.units.iter().any(|led| led.lead.unit() == unit)
     }
@@ -76,6 +90,7 @@ pub(super) struct Fetcher {
     options: Arc<StoreOptions>,
     runtime: Handle,
     jobs: Arc<Queue>,
+    telemetry: Telemetry,
     state: Mutex<State>,
 }
 
@@ -114,7 +129,12 @@ enum Turn {
 }
 
 impl Fetcher {
-    pub(super) fn new(options: Arc<StoreOptions>, runtime: Handle, jobs: Arc<Queue>) -> Arc<Self> {
+    pub(super) fn new(
+        options: Arc<StoreOptions>,
+        runtime: Handle,
+        jobs: Arc<Queue>,
+        telemetry: Telemetry,
+    ) -> Arc<Self> {
         let state = State {
             on_demand: Lanes::new(),
             prefetch: VecDeque::new(),
@@ -124,7 +144,7 @@ impl Fetcher {
             pumping: false,
             pump_again: false,
         };
-        Arc::new(Self { options, runtime, jobs, state: Mutex::new(state) })
+        Arc::new(Self { options, runtime, jobs, telemetry, state: Mutex::new(state) })
     }
 
     /// Queues reads by their urgency at this moment, and starts what can start.
@@ -149,11 +169,12 @@ impl Fetcher {
 
     /// Lets the work for `unit` go before prefetch, wherever it is. Its urgency must have been
     /// raised already.
-    pub(super) fn promote(self: &Arc<Self>, unit: UnitKey) {
+    pub(super) fn promote(self: &Arc<Self>, unit: UnitKey, request: RequestId) {
         let mut state = self.state.lock().unwrap();
         let queued = state.prefetch.iter().position(|window| window.holds(unit));
         if let Some(mut window) = queued.and_then(|at| state.prefetch.remove(at)) {
             window.asked = Some(Instant::now());
+            window.request = request;
             state.on_demand.push(window.core.id, window);
         }
         for running in &state.running {
@@ -285,7 +306,11 @@ impl Drop for Slot {
 
 /// Runs one read and hands its units to the pool. Dropping the task cancels the waiters.
 async fn run(mut window: Window, slot: Slot) {
+    let telemetry = &slot.fetcher.telemetry;
+    let (started, class) = (Instant::now(), slot.class);
+    window.start(started, telemetry);
     let Some(outcome) = read(&mut window, &slot).await else { return };
+    telemetry.fills.fetch.at(class).observe(started.elapsed());
     slot.fetched();
     let jobs = Arc::clone(&slot.fetcher.jobs);
     match outcome {
@@ -360,7 +385,8 @@ async fn ask(
     };
     let mut until = share(*deadline);
     core.counters.request();
-    let mut read = source.read(core.blob(), stored, ReadCtx { class: slot.class, deadline: until });
+    let ctx = ReadCtx { class: slot.class, deadline: until, request: window.request };
+    let mut read = source.read(core.blob(), stored, ctx);
     loop {
         tokio::select! {
             outcome = &mut read => {
@@ -385,8 +411,8 @@ async fn ask(
 /// One job per stored range, so that all threads share a window and each unit is answered by
 /// itself, but units that share their stored bytes are decompressed once.
 fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
-    let Window { core, stored, units, asked } = window;
-    let slot = Arc::new(slot);
+    let Window { core, stored, units, asked, request } = window;
+    let (slot, fetched) = (Arc::new(slot), Instant::now());
     for group in groups(units) {
         let cut = |at: u64| usize::try_from(at - stored.start()).expect("a window fits in memory");
         let range = group[0].unit.stored;
@@ -395,7 +421,10 @@ fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
         let units = group.iter().map(|led| (core.id, led.lead.unit())).collect();
         let urgency = group.iter().map(|led| led.lead.urgency().clone()).collect();
         let run = Box::new(move |scratch: &mut _| {
-            core.land(group, asked, &bytes, scratch);
+            let (fills, begun) = (&core.engine.telemetry.fills, Instant::now());
+            fills.decode_queue.at(slot.class).observe(begun.saturating_duration_since(fetched));
+            core.land(group, (asked, request), &bytes, scratch);
+            fills.land.at(slot.class).observe(begun.elapsed());
             drop((bytes, slot));
         });
         jobs.push(Job { units, urgency, run });

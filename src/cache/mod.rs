@@ -18,6 +18,7 @@ mod device;
 mod engine;
 mod fetch;
 mod flush;
+mod health;
 mod inflight;
 mod lanes;
 mod ledger;
@@ -25,6 +26,7 @@ mod plan;
 mod pool;
 mod presence;
 mod readahead;
+mod request;
 mod sink;
 mod sources;
 mod stats;
@@ -32,14 +34,16 @@ mod store;
 
 pub use device::Device;
 pub use engine::{Engine, StoreOptions};
+pub use health::DeviceHealth;
 pub use ledger::FlushError;
+pub use request::Request;
 pub use sink::{FileSink, MAX_PIECE, Sink};
 pub use stats::DeviceStats;
 pub use store::{Store, StoreError};
 
 use std::sync::Arc;
 
-use crate::base::{BlobId, ByteRange, Class, Fault};
+use crate::base::{BlobId, ByteRange, Class, Fault, RequestId};
 use crate::blob::{Check, DecodeError, Unit, UnitIndex};
 use crate::source::SourceError;
 
@@ -54,9 +58,14 @@ pub trait Fill: Send + Sync {
     /// Whether every byte of `decoded` is in the device file. No I/O, no lock.
     fn present(&self, decoded: ByteRange) -> bool;
 
-    /// Makes `decoded` present and then calls `done`. Never blocks: the caller may be the thread
-    /// that answers the kernel. `done` may run before this returns.
-    fn fill(&self, decoded: ByteRange, class: Class, done: Completion);
+    /// Makes `decoded` present for `request` and then calls `done`. Never blocks: the caller may be
+    /// the thread that answers the kernel. `done` may run before this returns.
+    fn fill_for(&self, request: Request, decoded: ByteRange, done: Completion);
+
+    /// The same for a request that is made now and has no number.
+    fn fill(&self, decoded: ByteRange, class: Class, done: Completion) {
+        self.fill_for(Request::new(RequestId::NONE, class), decoded, done);
+    }
 
     /// Tells the device that `decoded` was found present by a reader, so that it can fetch ahead
     /// of a sequential one. Never blocks.

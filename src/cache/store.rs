@@ -34,6 +34,7 @@ use super::sink::FileSink;
 use crate::base::{BlobId, Digest};
 use crate::blob::UnitMap;
 use crate::source::BlobSource;
+use crate::telemetry::Telemetry;
 
 /// Why a store or a device in it could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -82,12 +83,22 @@ impl Store {
     /// Opens the store at `root`, creating it if it is not there, and starts its threads.
     /// Fetches run on `runtime`.
     pub fn open(root: &Path, options: StoreOptions, runtime: Handle) -> Result<Arc<Self>, StoreError> {
+        Self::open_counted(root, options, runtime, Telemetry::default())
+    }
+
+    /// The same, with `telemetry` counting what the store and its devices do.
+    pub fn open_counted(
+        root: &Path,
+        options: StoreOptions,
+        runtime: Handle,
+        telemetry: Telemetry,
+    ) -> Result<Arc<Self>, StoreError> {
         let devices_dir = root.join("v1");
         DirBuilder::new().recursive(true).mode(0o700).create(&devices_dir).map_err(at(&devices_dir))?;
         // Whoever can write to a device file can put anything into a container.
         fs::set_permissions(root, Permissions::from_mode(0o700)).map_err(at(root))?;
         let lock = Arc::new(lock(root)?);
-        let engine = Engine::new(options, runtime).map_err(StoreError::Threads)?;
+        let engine = Engine::counted(options, runtime, telemetry).map_err(StoreError::Threads)?;
         Ok(Arc::new(Self { devices_dir, engine, shelves: Mutex::default(), lock }))
     }
 

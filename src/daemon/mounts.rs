@@ -19,6 +19,7 @@ use crate::cache::{Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
 use crate::export::{AttachError, BackendKind, Backing, LiveImage, MountWatch, WatchId, fanotify};
 use crate::sys::mount::{detach, unmount};
+use crate::telemetry::Telemetry;
 
 /// Where a daemon keeps its things.
 #[derive(Clone, Debug)]
@@ -35,11 +36,13 @@ pub struct Options {
 /// The daemon: one store, its backends, and everything mounted.
 #[derive(Debug)]
 pub struct Daemon {
-    options: Options,
+    pub(super) options: Options,
+    pub(super) started: Instant,
+    pub(super) telemetry: Telemetry,
     runtime: Handle,
     store: Arc<Store>,
-    backends: Backends,
-    keeper: Keeper,
+    pub(super) backends: Backends,
+    pub(super) keeper: Keeper,
     objects: Objects,
     watch: Arc<MountWatch>,
     watcher: Mutex<Option<JoinHandle<()>>>,
@@ -64,8 +67,10 @@ impl Daemon {
     pub fn start(options: Options, runtime: Handle) -> Result<Arc<Self>, DaemonError> {
         let start = |what| move |cause| DaemonError::Start { what, cause };
         Keeper::ensure_none(&options.run).map_err(start("a daemon"))?;
-        let store = Store::open(&options.cache, options.store.clone(), runtime.clone())?;
-        let backends = Backends::examine(&options.cache).map_err(start("the examination of this host"))?;
+        let telemetry = Telemetry::default();
+        let store =
+            Store::open_counted(&options.cache, options.store.clone(), runtime.clone(), telemetry.clone())?;
+        let backends = Backends::examine(&options.cache, telemetry.clone()).map_err(start("the examination of this host"))?;
         let keeper = Keeper::start(&options.program, &options.run).map_err(start("the keeper"))?;
         // A successor must not write to files whose readers still ask our group.
         keeper.hold("store", store.lock_file()).map_err(start("the keeper"))?;
@@ -74,6 +79,8 @@ impl Daemon {
         let objects = Objects::new(options.cache.join("cachefiles-maps"));
         let daemon = Arc::new(Self {
             options,
+            started: Instant::now(),
+            telemetry,
             runtime,
             store,
             backends,
@@ -152,7 +159,7 @@ impl Daemon {
 
     fn prepare(&self, spec: &ImageSpec) -> Result<Prepared, DaemonError> {
         let saved = |blob: &BlobId| self.store.saved_map(blob).or_else(|| self.objects.saved(DOMAIN, blob));
-        prepare(spec, &self.options.cache, &saved, &self.runtime)
+        prepare(spec, (&self.options.cache, &saved), &self.runtime, &self.telemetry)
     }
 
     fn mount_fanotify(

@@ -16,6 +16,7 @@ use crate::image::{Device, Image};
 use crate::net::{ClientOptions, RetryPolicy};
 use crate::reader::{self, ensure_block_size, ensure_checkable, maps};
 use crate::source::{self, BlobSource, LocalSource};
+use crate::telemetry::Telemetry;
 
 /// An image that is ready to be attached to a backend.
 pub(super) struct Prepared {
@@ -39,12 +40,12 @@ impl std::fmt::Debug for Prepared {
 const BOOTSTRAP_UNIT: usize = 1 << 20;
 
 /// Reads everything a mount needs. `saved` knows maps from before, which spare fetching a blob's
-/// tables. Blocks; runs its fetches on `runtime`.
+/// tables. Blocks; runs its fetches on `runtime`, and `telemetry` counts them.
 pub(super) fn prepare(
     spec: &ImageSpec,
-    cache: &Path,
-    saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
+    (cache, saved): (&Path, &dyn Fn(&BlobId) -> Option<UnitMap>),
     runtime: &tokio::runtime::Handle,
+    telemetry: &Telemetry,
 ) -> Result<Prepared, DaemonError> {
     let loaded = reader::bootstrap::load(&spec.bootstrap).map_err(DaemonError::Load)?;
     let (bootstrap, key) = adopt(&loaded.bytes, &cache.join("bootstraps"))?;
@@ -53,7 +54,8 @@ pub(super) fn prepare(
     ensure_block_size(&image)?;
     let mut options = ClientOptions::default();
     options.extra_ca_pem.extend(spec.ca.clone());
-    let source = source::open(&spec.blobs, &options, RetryPolicy::default()).map_err(DaemonError::SourceSpec)?;
+    let source = source::open_counted(&spec.blobs, &options, RetryPolicy::default(), telemetry);
+    let source = source.map_err(DaemonError::SourceSpec)?;
     let maps = image
         .devices()
         .iter()
@@ -171,7 +173,7 @@ mod tests {
             let blobs = dir.path().to_str().unwrap().to_owned();
             let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: false };
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-            let error = prepare(&spec, dir.path(), &|_| None, runtime.handle()).unwrap_err();
+            let error = prepare(&spec, (dir.path(), &|_| None), runtime.handle(), &Telemetry::default()).unwrap_err();
             assert!(matches!(&error, DaemonError::Load(LoadError::Io { path: at, .. }) if at == path), "{error:?}");
         }
         assert!(!bootstraps.exists() || fs::read_dir(&bootstraps).unwrap().next().is_none());

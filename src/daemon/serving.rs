@@ -16,21 +16,23 @@ use crate::export::cachefiles::Cachefiles;
 use crate::export::fanotify::Fanotify;
 use crate::export::host::Host;
 use crate::sys::fanotify::Group;
+use crate::telemetry::Telemetry;
 
 /// Started on first use: a host that only ever uses one backend never opens the other's device.
 #[derive(Debug)]
 pub(super) struct Backends {
     pub(super) host: Host,
     cache: PathBuf,
+    telemetry: Telemetry,
     fanotify: Mutex<Option<(Arc<Fanotify>, JoinHandle<()>)>>,
     cachefiles: Mutex<Option<(Arc<Cachefiles>, JoinHandle<()>)>>,
 }
 
 impl Backends {
-    /// Finds out what this host can do.
-    pub(super) fn examine(cache: &Path) -> io::Result<Self> {
-        let host = Host::examine(cache)?;
-        Ok(Self { host, cache: cache.to_owned(), fanotify: Mutex::default(), cachefiles: Mutex::default() })
+    /// Finds out what this host can do. `telemetry` counts what the backends are asked.
+    pub(super) fn examine(cache: &Path, telemetry: Telemetry) -> io::Result<Self> {
+        let (host, cache) = (Host::examine(cache)?, cache.to_owned());
+        Ok(Self { host, cache, telemetry, fanotify: Mutex::default(), cachefiles: Mutex::default() })
     }
 
     /// The backend to use for `choice` and the reason, or why there is none.
@@ -66,7 +68,7 @@ impl Backends {
         let start = |cause| DaemonError::Start { what: "the fanotify service", cause };
         let group = Arc::new(Group::new().map_err(start)?);
         keeper.hold("group", group.as_fd()).map_err(start)?;
-        let service = Fanotify::new(group).map_err(start)?;
+        let service = Fanotify::new(group, self.telemetry.clone()).map_err(start)?;
         let thread = spawn("fan-0", &service, |service| service.run()).map_err(start)?;
         *slot = Some((service.clone(), thread));
         Ok(service)
@@ -81,7 +83,7 @@ impl Backends {
         let start = |cause| DaemonError::Start { what: "the cachefiles service", cause };
         let root = self.cache.join("cachefiles");
         DirBuilder::new().recursive(true).mode(0o700).create(&root).map_err(start)?;
-        let service = Cachefiles::bind(&root).map_err(start)?;
+        let service = Cachefiles::bind(&root, self.telemetry.clone()).map_err(start)?;
         let thread = spawn("cf-0", &service, |service| service.run()).map_err(start)?;
         *slot = Some((service.clone(), thread));
         Ok(service)

@@ -1,6 +1,10 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use crate::base::RequestId;
+use crate::cache::Request;
+use crate::telemetry::Label;
+
 /// Lets a few lines through per period and counts the rest, so that a failing device does not
 /// drown the log while thousands of readers fail on it.
 #[derive(Debug)]
@@ -36,6 +40,25 @@ impl Limiter {
         }
         state.passed += 1;
         Some(std::mem::take(&mut state.held_back))
+    }
+}
+
+/// What the line about a failed read says of its request.
+#[derive(Debug)]
+pub(super) struct Told {
+    pub(super) request: RequestId,
+    pub(super) class: &'static str,
+    /// Until the fetch that it waited for began.
+    pub(super) queue_ms: u128,
+    /// Since then.
+    pub(super) service_ms: u128,
+}
+
+impl Told {
+    pub(super) fn of(request: &Request) -> Self {
+        let (queue, service) = request.split();
+        let (queue_ms, service_ms) = (queue.as_millis(), service.as_millis());
+        Self { request: request.id(), class: request.class().text(), queue_ms, service_ms }
     }
 }
 

@@ -2,6 +2,7 @@ use std::error::Error;
 use std::future::Future;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -13,6 +14,7 @@ use super::answer::{self, Answer, ContentRange};
 use super::{BlobSource, BoxFuture, OpenError, ReadCtx, SourceError};
 use crate::base::{BlobId, ByteRange};
 use crate::net::{self, Attempt, ClientOptions, RetryPolicy};
+use crate::telemetry::Place;
 
 /// Memory taken for a body before its first byte has come. Larger bodies grow into theirs.
 const FIRST_BUFFER: u64 = 4 << 20;
@@ -29,6 +31,7 @@ pub struct HttpSource {
     base: Url,
     place: String,
     policy: RetryPolicy,
+    counts: Arc<Place>,
 }
 
 impl HttpSource {
@@ -44,7 +47,13 @@ impl HttpSource {
         base.set_fragment(None);
         let client = net::client(options, &base)?;
         let place = without_secrets(&base);
-        Ok(Self { client, base, place, policy })
+        Ok(Self { client, base, place, policy, counts: Arc::default() })
+    }
+
+    /// The same source, with its retries counted there.
+    #[must_use]
+    pub fn counting(self, counts: Arc<Place>) -> Self {
+        Self { counts, ..self }
     }
 
     fn url(&self, blob: &BlobId) -> Url {
@@ -75,7 +84,9 @@ impl HttpSource {
                 let attempt = Attempt { failed, seed, retry_after: failure.retry_after };
                 match self.policy.next(attempt, failure.error.fault(), Instant::now(), ctx.deadline) {
                     Some(pause) => {
-                        tracing::debug!(error = %failure.error, failed, ?pause, "asking again");
+                        let request = ctx.request;
+                        tracing::debug!(%request, error = %failure.error, failed, ?pause, "asking again");
+                        self.counts.retries.inc();
                         tokio::time::sleep(pause).await;
                     }
                     None => return Err(failure.error),

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
 use std::time::Instant;
 
@@ -14,11 +14,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::permission::Permission;
 use crate::base::{BLOCK, ByteRange, Chain, Class};
-use crate::cache::FillError;
-use crate::export::limiter::Limiter;
+use crate::cache::{FillError, Request};
+use crate::export::limiter::{Limiter, Told};
 use crate::export::{AttachError, Backing};
 use crate::sys::fanotify::{Answer, EVENT_BUFFER, Event, Group};
 use crate::sys::files::{InodeId, inode_id};
+use crate::telemetry::{Answer as Answered, Backend, Reads, Telemetry};
 
 /// Longest range of one event that is served, in bytes: far above any read-ahead window.
 const MAX_RANGE: u64 = 64 << 20;
@@ -33,9 +34,7 @@ pub struct Fanotify {
     changing: Mutex<()>,
     /// Held while an image is attached: two probes of one device would take each other's events.
     pub(super) attaching: Mutex<()>,
-    /// Events answered at once, and events that waited for a fill.
-    hits: AtomicU64,
-    misses: AtomicU64,
+    telemetry: Telemetry,
 }
 
 /// A device with its mark.
@@ -76,16 +75,15 @@ impl fmt::Debug for MarkHold {
 }
 
 impl Fanotify {
-    /// A service over `group`, with nothing marked yet.
-    pub fn new(group: Arc<Group>) -> io::Result<Arc<Self>> {
+    /// A service over `group`, with nothing marked yet, whose reads `telemetry` counts.
+    pub fn new(group: Arc<Group>, telemetry: Telemetry) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             group,
             stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             marked: RwLock::default(),
             changing: Mutex::default(),
             attaching: Mutex::default(),
-            hits: AtomicU64::new(0),
-            misses: AtomicU64::new(0),
+            telemetry,
         }))
     }
 
@@ -121,7 +119,14 @@ impl Fanotify {
 
     /// Events answered at once and events that had to wait for data, since the start.
     pub fn counts(&self) -> (u64, u64) {
-        (self.hits.load(Ordering::Relaxed), self.misses.load(Ordering::Relaxed))
+        let reads = self.reads();
+        let count = |answer| reads.answered.at(answer).get();
+        let waiting = u64::try_from(reads.waiting.get()).unwrap_or(0);
+        (count(Answered::AtOnce), count(Answered::Filled) + count(Answered::Denied) + waiting)
+    }
+
+    fn reads(&self) -> &Reads {
+        self.telemetry.reads.at(Backend::Fanotify)
     }
 
     fn handle_contained(&self, event: Event) {
@@ -147,8 +152,9 @@ impl Fanotify {
         let permission = Permission::new(self.group.clone(), file);
         let marked = inode_id(permission.file()).ok().and_then(|id| self.marked.read().unwrap().get(&id).cloned());
         let (Some(marked), Some(range)) = (marked, event.range) else {
-            tracing::error!(pid = event.pid, "an event names no file or range of ours; denied");
-            return permission.answer(Answer::Deny(libc::EIO));
+            let request = self.telemetry.next_request();
+            tracing::error!(%request, pid = event.pid, "an event names no file or range of ours; denied");
+            return self.deny(permission);
         };
         if event.pid.cast_unsigned() == std::process::id() && marked.probing.load(Ordering::Acquire) {
             marked.probe_seen.store(true, Ordering::Release);
@@ -157,29 +163,42 @@ impl Fanotify {
         self.serve(marked, range, event.pid, permission);
     }
 
+    /// Denies a reader that asked for nothing that could be fetched.
+    fn deny(&self, permission: Permission) {
+        self.reads().answered.at(Answered::Denied).inc();
+        permission.answer(Answer::Deny(libc::EIO));
+    }
+
     fn serve(&self, marked: Arc<Marked>, range: ByteRange, pid: i32, permission: Permission) {
         let wanted = range.align_out(BLOCK).unwrap_or(range);
         if wanted.end() > marked.device.decoded_len() || wanted.len() > MAX_RANGE {
             // Not EROFS: it asks for what the image has, a read-ahead window at a time. A backup
             // of the cache must not fetch the image, nor see holes.
-            tracing::warn!(path = %marked.path.display(), pid, decoded = %wanted, "read of a cache file denied");
-            return permission.answer(Answer::Deny(libc::EIO));
+            let request = self.telemetry.next_request();
+            let path = marked.path.display();
+            tracing::warn!(%request, %path, pid, decoded = %wanted, "read of a cache file denied");
+            return self.deny(permission);
         }
         if marked.device.present(wanted) {
-            self.hits.fetch_add(1, Ordering::Relaxed);
+            self.reads().answered.at(Answered::AtOnce).inc();
             permission.answer(Answer::Allow);
             return marked.device.touched(wanted);
         }
-        self.misses.fetch_add(1, Ordering::Relaxed);
-        let (asked, device) = (Instant::now(), marked.device.clone());
+        let request = Request::new(self.telemetry.next_request(), Class::OnDemand);
+        let waiting = self.telemetry.waiting_read(Backend::Fanotify, request.asked());
+        let (asked, device) = (request.clone(), marked.device.clone());
         let done = Box::new(move |result: Result<(), FillError>| match result {
-            Ok(()) => permission.answer(Answer::Allow),
+            Ok(()) => {
+                permission.answer(Answer::Allow);
+                waiting.answered(Answered::Filled);
+            }
             Err(error) => {
                 permission.answer(Answer::Deny(error.errno()));
-                marked.report(&error, wanted, pid, asked);
+                waiting.answered(Answered::Denied);
+                marked.report(&error, wanted, pid, &asked);
             }
         });
-        device.fill(wanted, Class::OnDemand, done);
+        device.fill_for(request, wanted, done);
     }
 
     /// Makes sure that reads of `device` raise events, unless it is settled already.
@@ -253,11 +272,14 @@ fn settle(service: &Weak<Fanotify>, marked: &Weak<Marked>) {
 }
 
 impl Marked {
-    fn report(&self, error: &FillError, range: ByteRange, pid: i32, asked: Instant) {
+    fn report(&self, error: &FillError, range: ByteRange, pid: i32, asked: &Request) {
         if let Some(held_back) = self.log.admit(Instant::now()) {
-            let ms = asked.elapsed().as_millis();
             let path = self.path.display();
-            tracing::warn!(error = %Chain(error), device = %path, decoded = %range, pid, ms, held_back, "read denied");
+            let Told { request, class, queue_ms, service_ms } = Told::of(asked);
+            tracing::warn!(
+                %request, error = %Chain(error), device = %path, decoded = %range, class, pid, queue_ms, service_ms,
+                held_back, "read denied"
+            );
         }
     }
 }
@@ -311,7 +333,7 @@ mod tests {
             false
         }
 
-        fn fill(&self, _: ByteRange, _: Class, done: Completion) {
+        fn fill_for(&self, _: Request, _: ByteRange, done: Completion) {
             done(Err(FillError::Cancelled));
         }
 
@@ -345,7 +367,7 @@ mod tests {
         let path = dir.path().join("data");
         File::create(&path).unwrap().set_len(BLOCK).unwrap();
         let Ok(group) = Group::new() else { return eprintln!("skipped: no pre-content group can be made here") };
-        let service = Fanotify::new(Arc::new(group)).unwrap();
+        let service = Fanotify::new(Arc::new(group), Telemetry::default()).unwrap();
         let device = Arc::new(Scripted { path, settled: AtomicBool::new(false), waiting: Mutex::default() });
         let shared: Arc<dyn Backing> = device.clone();
         let first = match service.mark(&shared) {
