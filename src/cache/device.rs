@@ -199,6 +199,11 @@ impl Device {
         }
     }
 
+    /// Whether the last unit that was wanted did not come, other than by being cancelled.
+    pub fn is_failing(&self) -> bool {
+        self.core.inflight.failures.is_failing()
+    }
+
     /// Readers that wait for data of it now, and since when the first of them has.
     pub fn waiting(&self) -> (usize, Option<Instant>) {
         self.core.inflight.waiting()

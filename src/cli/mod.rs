@@ -16,6 +16,7 @@ pub mod export;
 mod inspect;
 mod keeper;
 mod list;
+mod log;
 mod manual;
 mod merge;
 mod mount;
@@ -26,16 +27,17 @@ mod register;
 mod serve;
 mod serve_blobs;
 mod stat;
+mod status;
+mod top;
 pub mod unpack;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::telemetry::logging::{self, Format, LogControl};
 
 /// Start containers before their images have arrived
 ///
@@ -45,7 +47,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 #[command(name = "rafsd", version, max_term_width = 100, after_help = EXAMPLES)]
 pub struct Cli {
     /// What to log to stderr: error, warn, info, debug, trace, or rules like info,rafsd::cache=debug
-    #[arg(long, global = true, value_name = "LEVEL", env = "RAFSD_LOG", help_heading = "Logging")]
+    #[arg(long, global = true, value_name = "LEVEL", env = "RAFSD_LOG", value_parser = logging::parse, help_heading = "Logging")]
     log: Option<Targets>,
 
     /// How to log
@@ -91,6 +93,9 @@ enum Command {
     Unregister(register::UnregisterArgs),
     Doctor(doctor::DoctorArgs),
     Demo(demo::DemoArgs),
+    Status(status::StatusArgs),
+    Top(top::TopArgs),
+    Log(log::LogArgs),
     Recover(keeper::RecoverArgs),
     #[command(hide = true)]
     Keeper(keeper::KeeperArgs),
@@ -101,7 +106,7 @@ enum Command {
 /// Runs the program: the whole of `main` but the process.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    start_log(&cli);
+    let log = start_log(&cli);
     let outcome = match cli.command {
         Command::Build(args) => build::run(args),
         Command::Merge(args) => merge::run(args),
@@ -116,13 +121,16 @@ pub fn run() -> ExitCode {
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => serve::run(args, log),
         Command::Stop(args) => serve::stop(args),
         Command::ServeBlobs(args) => serve_blobs::run(args),
         Command::Register(args) => register::register(args),
         Command::Unregister(args) => register::unregister(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Demo(args) => demo::run(args),
+        Command::Status(args) => status::run(args),
+        Command::Top(args) => top::run(args),
+        Command::Log(args) => log::run(args),
         Command::Recover(args) => keeper::recover(args),
         Command::Keeper(args) => keeper::keep(args),
         Command::Completions(args) => manual::completions(args),
@@ -141,17 +149,16 @@ pub fn run() -> ExitCode {
     })
 }
 
-fn start_log(cli: &Cli) {
+fn start_log(cli: &Cli) -> LogControl {
     let serves = matches!(cli.command, Command::Serve(_) | Command::Keeper(_));
     let default = if serves { LevelFilter::INFO } else { LevelFilter::WARN };
     let targets =
         cli.log.clone().unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN).with_target("rafsd", default));
-    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
-    let layer = match cli.log_format {
-        LogFormat::Text => layer.boxed(),
-        LogFormat::Json => layer.json().boxed(),
+    let format = match cli.log_format {
+        LogFormat::Text => Format::Text,
+        LogFormat::Json => Format::Json,
     };
-    tracing_subscriber::registry().with(layer.with_filter(targets)).init();
+    LogControl::start(targets, format)
 }
 
 /// Prints `value` as JSON, one line.

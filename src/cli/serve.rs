@@ -1,4 +1,5 @@
 use std::fs::DirBuilder;
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,6 +15,7 @@ use crate::cache::{StoreError, StoreOptions};
 use crate::daemon::control::Control;
 use crate::daemon::{Daemon, DaemonError, Options};
 use crate::sys::process;
+use crate::telemetry::logging::LogControl;
 
 /// Run the daemon that serves mounted images
 ///
@@ -38,16 +40,29 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "SECONDS")]
     exit_when_idle: Option<u64>,
 
+    /// Answer GET /metrics at this address of the loopback interface as well, for Prometheus
+    #[arg(long, value_name = "ADDRESS", env = "RAFSD_METRICS_LISTEN", value_parser = loopback)]
+    metrics_listen: Option<SocketAddr>,
+
     /// Leave the terminal's session and the working directory
     #[arg(long, hide = true)]
     detached: bool,
+}
+
+/// Metrics are told to whoever asks, so nobody outside of this machine may.
+fn loopback(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr = text.parse().map_err(|_| "not an address like 127.0.0.1:9660".to_owned())?;
+    if address.ip().is_loopback() {
+        return Ok(address);
+    }
+    Err("not of the loopback interface; listen at 127.0.0.1 and put a proxy that asks who it is in front".to_owned())
 }
 
 /// How long to wait for a predecessor to leave the cache.
 const HANDOVER: Duration = Duration::from_secs(10);
 
 /// Exit status: 0 after an orderly stop.
-pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: ServeArgs, log: LogControl) -> anyhow::Result<ExitCode> {
     if args.detached {
         process::leave_session().context("cannot leave the session")?;
     }
@@ -71,10 +86,12 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let store = StoreOptions { deadline: Duration::from_secs(args.deadline), ..StoreOptions::default() };
     let program = PathBuf::from("/proc/self/exe");
     let options = Options { cache, run: run.clone(), program, store };
+    let bind = |address| TcpListener::bind(address).with_context(|| format!("cannot listen at {address}"));
+    let metrics = args.metrics_listen.map(bind).transpose()?;
     let idle = args.exit_when_idle.map(Duration::from_secs);
     let stopped = runtime.block_on(async {
         // First, so that two daemons started at once do not both try out the host.
-        let control = Control::bind(&run)?;
+        let control = Control::bind(&run)?.with_log(log).with_metrics(metrics);
         let stop = Arc::new(Notify::new());
         // Before anything is mounted: from here on a signal is an orderly stop.
         watch_signals(stop.clone())?;

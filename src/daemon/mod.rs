@@ -14,6 +14,7 @@ mod error;
 pub mod keeper;
 mod mounts;
 mod objects;
+mod observe;
 mod prepare;
 mod served;
 mod serving;

@@ -9,8 +9,10 @@ use tokio::runtime::Handle;
 
 use super::DaemonError;
 use super::api::{BackendChoice, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest};
+use super::api::observe::millis;
 use super::keeper::Keeper;
 use super::objects::{Object, Objects};
+use super::observe::Occupied;
 use super::prepare::{Prepared, bootstrap_as_blob, prepare};
 use super::served::{Live, Mounted, Served, blob_object};
 use super::serving::{Backends, spawn};
@@ -39,10 +41,11 @@ pub struct Daemon {
     pub(super) options: Options,
     pub(super) started: Instant,
     pub(super) telemetry: Telemetry,
+    pub(super) occupied: Occupied,
     runtime: Handle,
     store: Arc<Store>,
-    pub(super) backends: Backends,
-    pub(super) keeper: Keeper,
+    backends: Backends,
+    keeper: Keeper,
     objects: Objects,
     watch: Arc<MountWatch>,
     watcher: Mutex<Option<JoinHandle<()>>>,
@@ -81,6 +84,7 @@ impl Daemon {
             options,
             started: Instant::now(),
             telemetry,
+            occupied: Occupied::default(),
             runtime,
             store,
             backends,
@@ -102,6 +106,8 @@ impl Daemon {
         Info {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
+            uptime_ms: millis(self.started.elapsed()),
+            keeper_alive: self.keeper.is_alive(),
             cache: self.options.cache.clone(),
             events_hit,
             events_missed,
@@ -124,7 +130,7 @@ impl Daemon {
         ensure_absolute(&request.image)?;
         let _reserved = self.reserve(&dir)?;
         let mounted = self.mount_reserved(request)?;
-        let report = mounted.served.report(Some(&dir));
+        let report = mounted.served.report(Some(&dir), &self.telemetry);
         tracing::info!(dir = %dir.display(), backend = %report.backend, image = report.image, "mounted");
         self.state.lock().unwrap().mounts.insert(dir.clone(), Some(mounted));
         // Somebody may have unmounted it before we could write it down.
@@ -250,7 +256,7 @@ impl Daemon {
         let (_, why) = self.backends.choose(BackendChoice::Cachefiles)?;
         let prepared = Arc::new(self.prepare(&request.image)?);
         let (served, _) = self.serve_cachefiles(&request.image, prepared, &name, why)?;
-        let report = served.report(None);
+        let report = served.report(None, &self.telemetry);
         let mut state = self.state.lock().unwrap();
         if state.stopping {
             return Err(DaemonError::Stopping);
@@ -268,10 +274,17 @@ impl Daemon {
 
     /// Everything that is mounted or registered.
     pub fn list(&self) -> Vec<ImageReport> {
+        // Outside the lock: a report looks at every unit.
+        let report = |(dir, served): (Option<PathBuf>, Served)| served.report(dir.as_ref(), &self.telemetry);
+        self.served().into_iter().map(report).collect()
+    }
+
+    /// Everything that is mounted or registered, with its mount point.
+    pub(super) fn served(&self) -> Vec<(Option<PathBuf>, Served)> {
         let state = self.state.lock().unwrap();
         let mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, mounted.as_ref()?)));
-        let mounts = mounted.map(|(dir, mounted)| mounted.served.report(Some(dir)));
-        mounts.chain(state.registered.values().map(|served| served.report(None))).collect()
+        let mounts = mounted.map(|(dir, mounted)| (Some(dir.clone()), mounted.served.clone()));
+        mounts.chain(state.registered.values().map(|served| (None, served.clone()))).collect()
     }
 
     /// Whether nothing is mounted, being mounted, lingering or registered, by us or by others.
@@ -374,7 +387,7 @@ impl Daemon {
     /// Whether somebody may still ask for data that is missing.
     fn is_in_use(&self) -> bool {
         let state = self.state.lock().unwrap();
-        let mounted = state.mounts.values().flatten().any(|mounted| !mounted.served.report(None).is_complete());
+        let mounted = state.mounts.values().flatten().any(|mounted| !mounted.served.is_complete());
         let being_made = state.mounts.values().any(Option::is_none);
         mounted || being_made || !state.lingering.is_empty()
     }

@@ -2,14 +2,18 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use super::api::{DeviceReport, ImageReport};
+use super::api::observe::ImageState;
 use super::objects::Object;
+use super::observe::source_reports;
 use super::prepare::Prepared;
 use crate::blob::UnitMap;
 use crate::cache::{Device, Engine, Fill};
 use crate::export::cachefiles::{ObjectSpec, Registration};
 use crate::export::{BackendKind, WatchId, fanotify};
+use crate::telemetry::Telemetry;
 
 /// What keeps a mounted image served.
 #[derive(Debug)]
@@ -59,25 +63,65 @@ impl Live {
 }
 
 impl Served {
-    /// What is told about it, mounted at `dir` if anywhere.
-    pub(super) fn report(&self, dir: Option<&PathBuf>) -> ImageReport {
+    /// What is told about it, mounted at `dir` if anywhere. Looks at every unit.
+    pub(super) fn report(&self, dir: Option<&PathBuf>, telemetry: &Telemetry) -> ImageReport {
         let prepared = &self.prepared;
-        let device = |(map, live): (&UnitMap, &Live)| DeviceReport {
-            blob: map.blob().to_string(),
-            decoded_bytes: map.decoded_len(),
-            stored_bytes: map.units().iter().map(|unit| unit.stored.end()).max().unwrap_or(0),
-            stats: live.device().map(|device| device.stats()),
+        let mut sources = vec![prepared.source.describe()];
+        let mut device = |(map, live): (&UnitMap, &Live)| {
+            let device = live.device();
+            let health = device.as_ref().map(|device| device.health());
+            for source in health.iter().flat_map(|health| &health.sources) {
+                if !sources.contains(source) {
+                    sources.push(source.clone());
+                }
+            }
+            DeviceReport {
+                blob: map.blob().to_string(),
+                decoded_bytes: map.decoded_len(),
+                stored_bytes: map.units().iter().map(|unit| unit.stored.end()).max().unwrap_or(0),
+                stats: device.map(|device| device.stats()),
+                health: health.map(Into::into),
+            }
         };
+        let devices = prepared.maps.iter().zip(&self.devices).map(&mut device).collect();
         ImageReport {
             dir: dir.cloned(),
             backend: self.backend,
             why: self.why.clone(),
+            state: self.state(telemetry),
             image: prepared.key.to_string(),
             bootstrap_bytes: prepared.image.summary().bootstrap_len,
             source: prepared.source.describe(),
+            sources: source_reports(sources, telemetry),
             mount_options: self.registration.as_ref().map(|registration| registration.name().mount_options()),
-            devices: prepared.maps.iter().zip(&self.devices).map(device).collect(),
+            devices,
         }
+    }
+
+    /// The devices that somebody has open.
+    pub(super) fn open_devices(&self) -> impl Iterator<Item = Arc<Device>> {
+        self.devices.iter().filter_map(Live::device)
+    }
+
+    /// Whether it needs the daemon, and whether that works.
+    pub(super) fn state(&self, telemetry: &Telemetry) -> ImageState {
+        if self.is_complete() {
+            return ImageState::Complete;
+        }
+        let source = telemetry.find(&self.prepared.source.describe());
+        let failing = source.is_some_and(|place| place.is_failing())
+            || self.open_devices().any(|device| device.is_failing());
+        if failing { ImageState::Degraded } else { ImageState::Lazy }
+    }
+
+    /// Whether the kernel can read all of it without us.
+    pub(super) fn is_complete(&self) -> bool {
+        self.devices.iter().all(|live| live.device().is_some_and(|device| device.is_complete_durable()))
+    }
+
+    /// Since when the first of its waiting readers has waited.
+    pub(super) fn oldest_wait(&self) -> Option<Instant> {
+        self.open_devices().filter_map(|device| device.waiting().1).min()
     }
 }
 

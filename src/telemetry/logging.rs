@@ -8,7 +8,7 @@ use std::fmt;
 use std::io::{self, IsTerminal};
 use std::sync::{Arc, Mutex};
 
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
@@ -54,11 +54,9 @@ impl LogControl {
         Self { filter: None, rules: Arc::default() }
     }
 
-    /// Logs by these rules from now on: a level, or rules like `info,rafsd::cache=debug`. A level
-    /// alone holds for this program; libraries then speak at most at `warn`.
+    /// Logs by these rules from now on; see [`parse`].
     pub fn set(&self, rules: &str) -> Result<(), InvalidRules> {
-        let invalid = || InvalidRules { rules: rules.to_owned() };
-        let targets = parse(rules).ok_or_else(invalid)?;
+        let targets = parse(rules)?;
         let mut current = self.rules.lock().unwrap();
         if let Some(filter) = &self.filter {
             // It fails only when the subscriber is gone, and then nobody logs.
@@ -80,15 +78,18 @@ impl fmt::Display for LogControl {
     }
 }
 
-/// Rules as people write them. The library also takes an empty text, which would mean silence, and
-/// takes a word that is no level for a module to log everything of.
-fn parse(rules: &str) -> Option<Targets> {
-    use tracing_subscriber::filter::LevelFilter;
-    if let Ok(level) = rules.trim().parse::<LevelFilter>() {
-        return Some(Targets::new().with_default(level.min(LevelFilter::WARN)).with_target("rafsd", level));
+/// Rules as people write them: a level, or a list like `info,rafsd::cache=debug`. A level alone holds
+/// for this program; libraries then speak at most at `warn`.
+pub fn parse(rules: &str) -> Result<Targets, InvalidRules> {
+    // The library takes an empty text for `error` here, and for silence below.
+    let is_level = |part: &str| part.trim().parse::<LevelFilter>().ok().filter(|_| !part.trim().is_empty());
+    if let Some(level) = is_level(rules) {
+        return Ok(Targets::new().with_default(level.min(LevelFilter::WARN)).with_target("rafsd", level));
     }
-    let is_rule = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
-    rules.parse().ok().filter(|_| rules.split(',').all(is_rule))
+    // It also takes a word that is no level for a module to log everything of.
+    let is_rule = |part: &str| part.contains('=') || is_level(part).is_some();
+    let parsed = rules.parse().ok().filter(|_| rules.split(',').all(is_rule));
+    parsed.ok_or_else(|| InvalidRules { rules: rules.to_owned() })
 }
 
 #[cfg(test)]

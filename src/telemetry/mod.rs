@@ -143,6 +143,11 @@ impl Telemetry {
         self.places.enter(place)
     }
 
+    /// The counters of the source that is called `place`, if one was ever opened by that name.
+    pub fn find(&self, place: &str) -> Option<Arc<Place>> {
+        self.places.find(place)
+    }
+
     /// All sources that were ever opened, by name.
     pub fn places(&self) -> Vec<(String, Arc<Place>)> {
         self.places.all()

@@ -71,6 +71,10 @@ impl Places {
         places.entry(name.to_owned()).or_default().clone()
     }
 
+    pub(super) fn find(&self, name: &str) -> Option<Arc<Place>> {
+        self.0.lock().unwrap().get(name).cloned()
+    }
+
     pub(super) fn all(&self) -> Vec<(String, Arc<Place>)> {
         self.0.lock().unwrap().iter().map(|(name, place)| (name.clone(), place.clone())).collect()
     }

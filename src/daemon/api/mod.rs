@@ -1,15 +1,23 @@
 //! What goes over the control socket, as JSON.
 
+pub mod observe;
+#[cfg(test)]
+pub(crate) mod samples;
+#[cfg(test)]
+mod schema;
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use self::observe::{HealthReport, ImageState, SourceReport};
 use crate::cache::DeviceStats;
 use crate::export::BackendKind;
 use crate::export::host::Host;
 
 /// Which backend to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum BackendChoice {
     /// The best this host has: cachefiles where it exists, then fanotify
@@ -23,6 +31,7 @@ pub enum BackendChoice {
 
 /// Where an image is and how its blobs are reached.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ImageSpec {
     /// Bootstrap file, absolute.
@@ -39,6 +48,7 @@ pub struct ImageSpec {
 
 /// `POST /v1/mounts`
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MountRequest {
     pub image: ImageSpec,
@@ -50,6 +60,7 @@ pub struct MountRequest {
 
 /// `DELETE /v1/mounts`
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct UnmountRequest {
     /// Mount point, absolute.
@@ -61,6 +72,7 @@ pub struct UnmountRequest {
 
 /// `POST /v1/images`: makes an image mountable by anyone through `mount -t erofs -o fsid=`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RegisterRequest {
     pub image: ImageSpec,
@@ -73,6 +85,7 @@ pub struct RegisterRequest {
 
 /// `DELETE /v1/images`
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct UnregisterRequest {
     pub id: String,
@@ -82,6 +95,7 @@ pub struct UnregisterRequest {
 
 /// One device of a served image.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct DeviceReport {
     /// Blob id.
     pub blob: String,
@@ -91,22 +105,28 @@ pub struct DeviceReport {
     pub stored_bytes: u64,
     /// What has been done for it; absent while nobody has it open.
     pub stats: Option<DeviceStats>,
+    /// How it is doing; absent while nobody has it open.
+    pub health: Option<HealthReport>,
 }
 
 /// One mounted or registered image.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ImageReport {
     /// Mount point; absent for an image that is only registered.
     pub dir: Option<PathBuf>,
     pub backend: BackendKind,
     /// Why this backend.
     pub why: String,
+    pub state: ImageState,
     /// SHA-256 of the bootstrap.
     pub image: String,
     /// Bytes of the bootstrap.
     pub bootstrap_bytes: u64,
     /// Where stored bytes come from.
     pub source: String,
+    /// That source, and those that other images of the same blobs brought.
+    pub sources: Vec<SourceReport>,
     /// Options with which anybody can mount it, for the cachefiles backend.
     pub mount_options: Option<String>,
     pub devices: Vec<DeviceReport>,
@@ -114,10 +134,15 @@ pub struct ImageReport {
 
 /// `GET /v1/info`
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Info {
     pub version: String,
     pub pid: u32,
+    /// Milliseconds since its start.
+    pub uptime_ms: u64,
     pub cache: PathBuf,
+    /// Whether the process lives that keeps readers waiting should this daemon die.
+    pub keeper_alive: bool,
     /// Pre-content events answered at once, and those that had to wait for data.
     pub events_hit: u64,
     pub events_missed: u64,
@@ -129,6 +154,7 @@ pub struct Info {
 
 /// Body of every answer that is not a success.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Failure {
     /// What went wrong, with its causes.
     pub error: String,

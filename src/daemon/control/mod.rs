@@ -1,7 +1,11 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
+mod observe;
+mod peer;
+
 use std::fs;
 use std::io;
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,17 +16,20 @@ use axum::Router;
 use axum::extract::State;
 use axum::extract::rejection::JsonRejection;
 use axum::http::StatusCode;
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, oneshot};
 
+use self::peer::Peer;
 use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest};
 use super::{Daemon, DaemonError};
 use crate::base::Chain;
 use crate::export::AttachError;
 use crate::reader::MapError;
+use crate::telemetry::logging::LogControl;
 
 /// Name of the control socket in the run directory.
 pub const SOCKET: &str = "rafsd.sock";
@@ -35,12 +42,15 @@ pub const GRACE: Duration = Duration::from_secs(5);
 pub struct Control {
     listener: UnixListener,
     path: PathBuf,
+    log: LogControl,
+    metrics: Option<TcpListener>,
 }
 
 #[derive(Clone)]
 struct Shared {
     daemon: Arc<Daemon>,
     stop: Arc<Notify>,
+    log: LogControl,
 }
 
 impl Control {
@@ -60,28 +70,50 @@ impl Control {
         }
         let listener = UnixListener::bind(&path)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-        Ok(Self { listener, path })
+        Ok(Self { listener, path, log: LogControl::silent(), metrics: None })
+    }
+
+    /// Lets clients change what `log` logs.
+    #[must_use]
+    pub fn with_log(self, log: LogControl) -> Self {
+        Self { log, ..self }
+    }
+
+    /// Answers `GET /metrics` on `listener` as well, to whoever asks: it must be of the loopback
+    /// interface.
+    #[must_use]
+    pub fn with_metrics(self, listener: Option<TcpListener>) -> Self {
+        Self { metrics: listener, ..self }
     }
 
     /// Answers requests until `stop` is notified, or, where `idle` is given, until the daemon has
     /// had nothing to serve for that long. Requests under way then have [`GRACE`] to end; another
     /// notice of `stop` cuts that short.
     pub async fn serve(self, daemon: Arc<Daemon>, stop: Arc<Notify>, idle: Option<Duration>) -> io::Result<()> {
-        let shared = Shared { daemon: daemon.clone(), stop: stop.clone() };
+        let shared = Shared { daemon: daemon.clone(), stop: stop.clone(), log: self.log };
         let router = Router::new()
             .route("/v1/info", get(info))
             .route("/v1/mounts", get(list).post(mount).delete(unmount))
             .route("/v1/images", post(register).delete(unregister))
             .route("/v1/stop", post(request_stop))
+            .merge(observe::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
-            .with_state(shared);
+            .layer(middleware::from_fn(peer::admit))
+            .with_state(shared)
+            .into_make_service_with_connect_info::<Peer>();
+        let metrics = async {
+            match self.metrics {
+                Some(listener) => observe::serve_metrics(listener, daemon.clone()).await,
+                None => std::future::pending().await,
+            }
+        };
         let path = self.path;
         let (tell, told) = oneshot::channel();
-        let again = stop.clone();
+        let (again, watched) = (stop.clone(), daemon.clone());
         let until = async move {
             match idle {
-                Some(idle) => tokio::select! { () = stop.notified() => {}, () = idle_for(daemon, idle) => {} },
+                Some(idle) => tokio::select! { () = stop.notified() => {}, () = idle_for(watched, idle) => {} },
                 None => stop.notified().await,
             }
             // Gone before the daemon is: whoever comes now starts another one and waits for us.
@@ -99,6 +131,7 @@ impl Control {
         tokio::select! {
             served = axum::serve(self.listener, router).with_graceful_shutdown(until) => served,
             () = cut => Ok(()),
+            ended = metrics => ended,
         }
     }
 }
