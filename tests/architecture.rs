@@ -29,8 +29,21 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "base", "sys", "format", "codec", "net", "telemetry", "image", "blob", "source", "reader", "cache", "build",
-            "tools", "export", "daemon",
+            "base",
+            "sys",
+            "format",
+            "codec",
+            "net",
+            "telemetry",
+            "image",
+            "blob",
+            "source",
+            "reader",
+            "cache",
+            "build",
+            "tools",
+            "export",
+            "daemon",
         ],
     ),
 ];

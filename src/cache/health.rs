@@ -48,8 +48,7 @@ impl Failures {
         self.by_cause.at(cause).inc();
         self.telemetry.fills.failed.at(cause).inc();
         if cause != Cause::Cancelled {
-            *self.last.lock().unwrap() =
-                Some(Failure { at: Instant::now(), text: Chain(error).to_string() });
+            *self.last.lock().unwrap() = Some(Failure { at: Instant::now(), text: Chain(error).to_string() });
             self.failing.store(true, Ordering::Relaxed);
         }
     }

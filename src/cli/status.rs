@@ -270,7 +270,10 @@ fn overview(info: &Info, activity: &Activity) -> String {
         line("oldest wait", &seconds(ms));
     }
     let causes: Vec<_> = activity.failed_units.wanted().map(|(cause, count)| format!("{cause} {count}")).collect();
-    line("errors", &if causes.is_empty() { "none".to_owned() } else { format!("units by cause: {}", causes.join(", ")) });
+    line(
+        "errors",
+        &if causes.is_empty() { "none".to_owned() } else { format!("units by cause: {}", causes.join(", ")) },
+    );
     for source in activity.sources.iter().filter(|source| source.failing) {
         line("failing", &format!("{} {}", source.source, source.last_error.as_ref().map(told).unwrap_or_default()));
     }
@@ -344,7 +347,9 @@ mod tests {
         assert_eq!(count(dir.path().to_str().unwrap()).unwrap(), 1);
         assert_eq!(count("4708D6").unwrap(), 2, "two mounts of one image");
         assert_eq!(count("4708f").unwrap(), 1);
-        for (name, words) in [("4708", "several images"), ("470", "no image"), ("/nowhere", "no image"), ("", "no image")] {
+        for (name, words) in
+            [("4708", "several images"), ("470", "no image"), ("/nowhere", "no image"), ("", "no image")]
+        {
             assert!(count(name).unwrap_err().to_string().contains(words), "{name}");
         }
     }

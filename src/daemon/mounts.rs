@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::DaemonError;
-use super::api::{BackendChoice, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest};
 use super::api::observe::millis;
+use super::api::{BackendChoice, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest};
 use super::keeper::Keeper;
 use super::objects::{Object, Objects};
 use super::observe::Occupied;
@@ -71,9 +71,9 @@ impl Daemon {
         let start = |what| move |cause| DaemonError::Start { what, cause };
         Keeper::ensure_none(&options.run).map_err(start("a daemon"))?;
         let telemetry = Telemetry::default();
-        let store =
-            Store::open_counted(&options.cache, options.store.clone(), runtime.clone(), telemetry.clone())?;
-        let backends = Backends::examine(&options.cache, telemetry.clone()).map_err(start("the examination of this host"))?;
+        let store = Store::open_counted(&options.cache, options.store.clone(), runtime.clone(), telemetry.clone())?;
+        let backends =
+            Backends::examine(&options.cache, telemetry.clone()).map_err(start("the examination of this host"))?;
         let keeper = Keeper::start(&options.program, &options.run).map_err(start("the keeper"))?;
         // A successor must not write to files whose readers still ask our group.
         keeper.hold("store", store.lock_file()).map_err(start("the keeper"))?;

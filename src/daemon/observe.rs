@@ -115,7 +115,7 @@ impl Daemon {
         let image = |(dir, served): (Option<std::path::PathBuf>, super::served::Served)| ImageActivity {
             dir,
             image: served.prepared.key.to_string(),
-            state: served.state(&self.telemetry),
+            state: served.state(),
             misses: served.open_devices().map(|device| device.stats().misses).sum(),
             waiting: served.open_devices().map(|device| device.waiting().0 as u64).sum(),
         };
@@ -220,7 +220,8 @@ mod tests {
 
         let reports = source_reports(vec!["/a".to_owned(), "/b".to_owned()], &telemetry);
 
-        let told: Vec<_> = reports.iter().map(|r| (r.failing, r.last_error.as_ref().map(|t| t.error.as_str()))).collect();
+        let told: Vec<_> =
+            reports.iter().map(|r| (r.failing, r.last_error.as_ref().map(|t| t.error.as_str()))).collect();
         assert_eq!(told, [(true, Some("gone")), (false, None)]);
     }
 }

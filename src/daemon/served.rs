@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use super::api::{DeviceReport, ImageReport};
 use super::api::observe::ImageState;
+use super::api::{DeviceReport, ImageReport};
 use super::objects::Object;
 use super::observe::source_reports;
 use super::prepare::Prepared;
@@ -88,7 +88,7 @@ impl Served {
             dir: dir.cloned(),
             backend: self.backend,
             why: self.why.clone(),
-            state: self.state(telemetry),
+            state: self.state(),
             image: prepared.key.to_string(),
             bootstrap_bytes: prepared.image.summary().bootstrap_len,
             source: prepared.source.describe(),
@@ -104,14 +104,14 @@ impl Served {
     }
 
     /// Whether it needs the daemon, and whether that works.
-    pub(super) fn state(&self, telemetry: &Telemetry) -> ImageState {
+    pub(super) fn state(&self) -> ImageState {
         if self.is_complete() {
-            return ImageState::Complete;
+            ImageState::Complete
+        } else if self.open_devices().any(|device| device.is_failing()) {
+            ImageState::Degraded
+        } else {
+            ImageState::Lazy
         }
-        let source = telemetry.find(&self.prepared.source.describe());
-        let failing = source.is_some_and(|place| place.is_failing())
-            || self.open_devices().any(|device| device.is_failing());
-        if failing { ImageState::Degraded } else { ImageState::Lazy }
     }
 
     /// Whether the kernel can read all of it without us.

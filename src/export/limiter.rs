@@ -1,7 +1,6 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use crate::base::RequestId;
 use crate::cache::Request;
 use crate::telemetry::Label;
 
@@ -46,19 +45,20 @@ impl Limiter {
 /// What the line about a failed read says of its request.
 #[derive(Debug)]
 pub(super) struct Told {
-    pub(super) request: RequestId,
+    pub(super) request: u64,
     pub(super) class: &'static str,
     /// Until the fetch that it waited for began.
-    pub(super) queue_ms: u128,
+    pub(super) queue_ms: u64,
     /// Since then.
-    pub(super) service_ms: u128,
+    pub(super) service_ms: u64,
 }
 
 impl Told {
     pub(super) fn of(request: &Request) -> Self {
         let (queue, service) = request.split();
-        let (queue_ms, service_ms) = (queue.as_millis(), service.as_millis());
-        Self { request: request.id(), class: request.class().text(), queue_ms, service_ms }
+        let millis = |of: Duration| u64::try_from(of.as_millis()).unwrap_or(u64::MAX);
+        let (queue_ms, service_ms) = (millis(queue), millis(service));
+        Self { request: request.id().number(), class: request.class().text(), queue_ms, service_ms }
     }
 }
 

@@ -27,9 +27,9 @@ impl<S: BlobSource> BlobSource for Counted<S> {
         ctx: ReadCtx,
     ) -> BoxFuture<'a, Result<Bytes, SourceError>> {
         Box::pin(async move {
-            let asked = Asked { place: &self.place, ctx, since: Instant::now(), ended: None };
+            let asked = Asked { place: &self.place, blob, stored, ctx, since: Instant::now(), ended: None };
             let outcome = self.inner.read(blob, stored, ctx).await;
-            asked.end(blob, stored, &outcome);
+            asked.end(&outcome);
             outcome
         })
     }
@@ -42,27 +42,38 @@ impl<S: BlobSource> BlobSource for Counted<S> {
 /// One read. Dropped before its end, it was cut off: by its deadline, or because nobody wanted it.
 struct Asked<'a> {
     place: &'a Place,
+    blob: &'a BlobId,
+    stored: ByteRange,
     ctx: ReadCtx,
     since: Instant,
     ended: Option<Outcome>,
 }
 
 impl Asked<'_> {
-    fn end(mut self, blob: &BlobId, stored: ByteRange, outcome: &Result<Bytes, SourceError>) {
-        let (request, ms) = (self.ctx.request, self.since.elapsed().as_millis());
+    fn end(mut self, outcome: &Result<Bytes, SourceError>) {
         self.ended = Some(match outcome {
             Ok(bytes) => {
-                tracing::debug!(%request, %blob, %stored, ms, "fetched");
+                let (request, ms) = (self.ctx.request.number(), self.millis());
+                tracing::debug!(request, blob = %self.blob, stored = %self.stored, ms, "fetched");
                 self.place.bytes.at(self.ctx.class).add(bytes.len() as u64);
                 self.place.worked();
                 Outcome::Ok
             }
             Err(error) => {
-                tracing::debug!(%request, %blob, %stored, ms, error = %Chain(error), "not fetched");
-                self.place.failed(Chain(error).to_string());
+                self.fail(Chain(error).to_string());
                 outcome_of(error)
             }
         });
+    }
+
+    fn fail(&self, error: String) {
+        let (request, ms) = (self.ctx.request.number(), self.millis());
+        tracing::debug!(request, blob = %self.blob, stored = %self.stored, ms, error, "not fetched");
+        self.place.failed(error);
+    }
+
+    fn millis(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -72,7 +83,7 @@ impl Drop for Asked<'_> {
             if Instant::now() < self.ctx.deadline {
                 return Outcome::Cancelled;
             }
-            self.place.failed("no answer in time".to_owned());
+            self.fail("no answer in time".to_owned());
             Outcome::Late
         });
         self.place.reads.at(self.ctx.class).at(outcome).inc();

@@ -84,8 +84,8 @@ impl HttpSource {
                 let attempt = Attempt { failed, seed, retry_after: failure.retry_after };
                 match self.policy.next(attempt, failure.error.fault(), Instant::now(), ctx.deadline) {
                     Some(pause) => {
-                        let request = ctx.request;
-                        tracing::debug!(%request, error = %failure.error, failed, ?pause, "asking again");
+                        let request = ctx.request.number();
+                        tracing::debug!(request, error = %failure.error, failed, ?pause, "asking again");
                         self.counts.retries.inc();
                         tokio::time::sleep(pause).await;
                     }

@@ -115,15 +115,17 @@ const fn histogram(stem: &'static str, labels: &'static [&'static str], meaning:
 use Stability::{Experimental, Stable};
 use Unit::{Bytes, None};
 
-pub(super) const READS: Metric =
-    counter("rafsd_reads", None, &["backend", "answer"], Stable, "Reads that the kernel asked about, by what they were told");
+pub(super) const READS: Metric = counter(
+    "rafsd_reads",
+    None,
+    &["backend", "answer"],
+    Stable,
+    "Reads that the kernel asked about, by what they were told",
+);
 pub(super) const READS_WAITING: Metric =
     gauge("rafsd_reads_waiting", None, &["backend"], "Reads that wait for their data now");
-pub(super) const READ_DURATION: Metric = histogram(
-    "rafsd_read_duration",
-    &["backend"],
-    "From the kernel's request to its answer, of reads that waited",
-);
+pub(super) const READ_DURATION: Metric =
+    histogram("rafsd_read_duration", &["backend"], "From the kernel's request to its answer, of reads that waited");
 pub(super) const MISSES: Metric =
     counter("rafsd_misses", None, &["class"], Stable, "Ranges asked for that were not all in the cache");
 pub(super) const READ_QUEUE: Metric = histogram(
@@ -170,13 +172,8 @@ pub(super) const DEDUP_UNITS: Metric =
     counter("rafsd_dedup_units", None, &[], Experimental, "Units copied from another blob in the cache, not fetched");
 pub(super) const DEDUP: Metric = counter("rafsd_dedup", Bytes, &[], Experimental, "Decoded bytes of those units");
 pub(super) const IMAGES: Metric = gauge("rafsd_images", None, &["backend"], "Images mounted or registered now");
-pub(super) const ADOPTIONS: Metric = counter(
-    "rafsd_adoptions",
-    None,
-    &[],
-    Experimental,
-    "Whether this daemon took over from another, 1 or 0",
-);
+pub(super) const ADOPTIONS: Metric =
+    counter("rafsd_adoptions", None, &[], Experimental, "Whether this daemon took over from another, 1 or 0");
 pub(super) const ADOPTED_MOUNTS: Metric =
     counter("rafsd_adopted_mounts", None, &[], Experimental, "Mounts that it took over");
 pub(super) const ADOPTED_READS: Metric = counter(
@@ -220,7 +217,8 @@ pub const CATALOGUE: &[Metric] = &[
 
 /// The catalogue as a table, for `docs/METRICS.md`.
 pub fn markdown() -> String {
-    let mut table = String::from("| Name | Kind | Unit | Labels | Stability | Meaning |\n| --- | --- | --- | --- | --- | --- |\n");
+    let mut table =
+        String::from("| Name | Kind | Unit | Labels | Stability | Meaning |\n| --- | --- | --- | --- | --- | --- |\n");
     for metric in CATALOGUE {
         let labels: Vec<_> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
         let (kind, unit, stability) = (metric.kind.text(), metric.unit.text(), metric.stability.text());

@@ -172,12 +172,14 @@ mod tests {
         let text = sample().exposition();
 
         let types: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
-        let expected: Vec<_> = CATALOGUE.iter().map(|m| format!("{}{} {}", m.stem, m.unit.suffix(), m.kind.text())).collect();
+        let expected: Vec<_> =
+            CATALOGUE.iter().map(|m| format!("{}{} {}", m.stem, m.unit.suffix(), m.kind.text())).collect();
         assert_eq!(types, expected);
         for metric in CATALOGUE {
             let suffix = if metric.kind == Kind::Histogram { "_count" } else { "" };
             let name = format!("{}{suffix}", metric.name());
-            let line = text.lines().find(|line| line.strip_prefix(&name).is_some_and(|rest| rest.starts_with([' ', '{'])));
+            let line =
+                text.lines().find(|line| line.strip_prefix(&name).is_some_and(|rest| rest.starts_with([' ', '{'])));
             let line = line.unwrap_or_else(|| panic!("{name} has no line in\n{text}"));
             let labels: Vec<_> = line.split_once('{').map_or(vec![], |(_, rest)| {
                 rest.split("\",").filter_map(|label| label.split_once("=\"")).map(|(name, _)| name).collect()
@@ -207,7 +209,10 @@ mod tests {
     /// Whoever renames a metric breaks somebody's dashboard: this list is to be changed on purpose.
     #[test]
     fn names_are_pinned() {
-        let names: Vec<_> = CATALOGUE.iter().map(|metric| format!("{} {}", metric.name(), metric.labels.join(",")).trim_end().to_owned()).collect();
+        let names: Vec<_> = CATALOGUE
+            .iter()
+            .map(|metric| format!("{} {}", metric.name(), metric.labels.join(",")).trim_end().to_owned())
+            .collect();
         assert_eq!(names.join("\n"), include_str!("names.txt").trim_end());
     }
 

@@ -206,7 +206,12 @@ q quits"
             image.misses = u64::MAX / 200;
             many.images.push(image);
         }
-        for size in [Size::DEFAULT, Size { columns: 20, rows: 5 }, Size { columns: 300, rows: 100 }, Size { columns: 0, rows: 0 }] {
+        for size in [
+            Size::DEFAULT,
+            Size { columns: 20, rows: 5 },
+            Size { columns: 300, rows: 100 },
+            Size { columns: 0, rows: 0 },
+        ] {
             let lines = shown(&many, size);
             assert!(lines.len() <= size.rows.max(1), "{} lines in {size:?}", lines.len());
             for line in lines {

@@ -5,9 +5,7 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Value, json};
 
 use super::observe::{Activity, LogRules};
-use super::{
-    Failure, ImageReport, Info, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, samples,
-};
+use super::{Failure, ImageReport, Info, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, samples};
 
 /// The schema of all types, each below `$defs`.
 fn schema() -> Value {

@@ -203,17 +203,17 @@ impl Cachefiles {
         let asked = Request::new(self.telemetry.next_request(), Class::OnDemand);
         // Counted as denied on every way out but a good one.
         let waiting = self.telemetry.waiting_read(Backend::Cachefiles, asked.asked());
-        let request = asked.id();
+        let request = asked.id().number();
         let Some(object) = self.open.lock().unwrap().get(&object_id).cloned() else {
             // Without the object's descriptor there is no way to answer.
-            tracing::error!(%request, object_id, "the kernel reads an object that is not open here");
+            tracing::error!(request, object_id, "the kernel reads an object that is not open here");
             return;
         };
         let duty = object.duty(msg_id);
         let device = match object.device() {
             Ok(device) => device,
             Err(error) => {
-                tracing::error!(%request, object = object.name, %error, "an object's holes cannot be found");
+                tracing::error!(request, object = object.name, %error, "an object's holes cannot be found");
                 return;
             }
         };
@@ -231,7 +231,7 @@ impl Cachefiles {
             {
                 let Told { request, class, queue_ms, service_ms } = Told::of(&of);
                 tracing::warn!(
-                    %request, error = %Chain(&error), object = name, decoded = %wanted, class, queue_ms, service_ms,
+                    request, error = %Chain(&error), object = name, decoded = %wanted, class, queue_ms, service_ms,
                     held_back, "read failed"
                 );
             }

@@ -152,8 +152,8 @@ impl Fanotify {
         let permission = Permission::new(self.group.clone(), file);
         let marked = inode_id(permission.file()).ok().and_then(|id| self.marked.read().unwrap().get(&id).cloned());
         let (Some(marked), Some(range)) = (marked, event.range) else {
-            let request = self.telemetry.next_request();
-            tracing::error!(%request, pid = event.pid, "an event names no file or range of ours; denied");
+            let request = self.telemetry.next_request().number();
+            tracing::error!(request, pid = event.pid, "an event names no file or range of ours; denied");
             return self.deny(permission);
         };
         if event.pid.cast_unsigned() == std::process::id() && marked.probing.load(Ordering::Acquire) {
@@ -174,9 +174,9 @@ impl Fanotify {
         if wanted.end() > marked.device.decoded_len() || wanted.len() > MAX_RANGE {
             // Not EROFS: it asks for what the image has, a read-ahead window at a time. A backup
             // of the cache must not fetch the image, nor see holes.
-            let request = self.telemetry.next_request();
+            let request = self.telemetry.next_request().number();
             let path = marked.path.display();
-            tracing::warn!(%request, %path, pid, decoded = %wanted, "read of a cache file denied");
+            tracing::warn!(request, %path, pid, decoded = %wanted, "read of a cache file denied");
             return self.deny(permission);
         }
         if marked.device.present(wanted) {
@@ -277,7 +277,7 @@ impl Marked {
             let path = self.path.display();
             let Told { request, class, queue_ms, service_ms } = Told::of(asked);
             tracing::warn!(
-                %request, error = %Chain(error), device = %path, decoded = %range, class, pid, queue_ms, service_ms,
+                request, error = %Chain(error), device = %path, decoded = %range, class, pid, queue_ms, service_ms,
                 held_back, "read denied"
             );
         }
