@@ -165,7 +165,7 @@ impl Daemon {
 
     fn prepare(&self, spec: &ImageSpec) -> Result<Prepared, DaemonError> {
         let saved = |blob: &BlobId| self.store.saved_map(blob).or_else(|| self.objects.saved(DOMAIN, blob));
-        prepare(spec, (&self.options.cache, &saved), &self.runtime, &self.telemetry)
+        prepare(spec, &self.options.cache, &saved, &self.runtime, &self.telemetry)
     }
 
     fn mount_fanotify(

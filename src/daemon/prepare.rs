@@ -43,7 +43,8 @@ const BOOTSTRAP_UNIT: usize = 1 << 20;
 /// tables. Blocks; runs its fetches on `runtime`, and `telemetry` counts them.
 pub(super) fn prepare(
     spec: &ImageSpec,
-    (cache, saved): (&Path, &dyn Fn(&BlobId) -> Option<UnitMap>),
+    cache: &Path,
+    saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     runtime: &tokio::runtime::Handle,
     telemetry: &Telemetry,
 ) -> Result<Prepared, DaemonError> {
@@ -173,7 +174,7 @@ mod tests {
             let blobs = dir.path().to_str().unwrap().to_owned();
             let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: false };
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-            let error = prepare(&spec, (dir.path(), &|_| None), runtime.handle(), &Telemetry::default()).unwrap_err();
+            let error = prepare(&spec, dir.path(), &|_| None, runtime.handle(), &Telemetry::default()).unwrap_err();
             assert!(matches!(&error, DaemonError::Load(LoadError::Io { path: at, .. }) if at == path), "{error:?}");
         }
         assert!(!bootstraps.exists() || fs::read_dir(&bootstraps).unwrap().next().is_none());
