@@ -74,7 +74,7 @@ fn a_complete_image_needs_no_daemon(ctx: &Ctx) -> Outcome {
         stats.peek().is_some() && stats.all(|complete| complete == true)
     })?;
     fixture.server.set_fault(rafsd::net::server::Fault::StallHead);
-    let keeper = fixture.kill()?;
+    let keepers = fixture.kill()?;
     drop_caches()?;
 
     for number in 0..3 {
@@ -82,5 +82,5 @@ fn a_complete_image_needs_no_daemon(ctx: &Ctx) -> Outcome {
     }
     let recovered = fixture.must(&["recover"])?;
     ensure!(recovered.contains("1 mount(s) ended"), "{recovered}");
-    wait_for_exit(keeper)
+    keepers.into_iter().try_for_each(wait_for_exit)
 }

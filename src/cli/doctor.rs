@@ -31,7 +31,7 @@ Exit status: 0 if images can be mounted here, 1 if not.";
 
 /// Exit status: 0 if images can be mounted here, 1 if not.
 pub(super) fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
-    let host = Host::examine(&args.cache).with_context(|| format!("cannot use {}", args.cache.display()))?;
+    let host = Host::examine(&args.cache, false).with_context(|| format!("cannot use {}", args.cache.display()))?;
     if args.json {
         print_json(&host)?;
     } else {

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use super::connect::{Place, block_on};
 use crate::cache::{StoreError, StoreOptions};
 use crate::daemon::control::Control;
-use crate::daemon::{Daemon, DaemonError, Options};
+use crate::daemon::{Daemon, DaemonError, Ending, Options, keeper};
 use crate::sys::process;
 
 /// Run the daemon that serves mounted images
@@ -30,6 +30,15 @@ pub(super) struct ServeArgs {
     #[command(flatten)]
     place: Place,
 
+    /// Who starts another daemon when this one dies: its keepers, or a service manager [default:
+    /// keepers, unless a service manager started this one]
+    #[arg(long, value_enum, value_name = "WHO", env = "RAFSD_RESTART")]
+    restart: Option<Restart>,
+
+    /// Leave mounts as they are on SIGTERM, for the next daemon, instead of unmounting them
+    #[arg(long, env = "RAFSD_KEEP_MOUNTS")]
+    keep_mounts: bool,
+
     /// Seconds that a read may wait for its data before it fails with EIO
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     deadline: u64,
@@ -41,6 +50,15 @@ pub(super) struct ServeArgs {
     /// Leave the terminal's session and the working directory
     #[arg(long, hide = true)]
     detached: bool,
+}
+
+/// Who starts another daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Restart {
+    /// The keepers that hold its descriptors
+    Keepers,
+    /// Somebody else, or nobody
+    Never,
 }
 
 /// How long to wait for a predecessor to leave the cache.
@@ -57,8 +75,11 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         let create = DirBuilder::new().recursive(true).mode(0o700).create(dir);
         create.with_context(|| format!("cannot create {}", dir.display()))?;
     }
+    let deadline = Duration::from_secs(args.deadline);
     let real = |dir: &Path| dir.canonicalize().with_context(|| format!("cannot use {}", dir.display()));
     let (cache, run) = (real(&args.cache)?, real(&args.place.run)?);
+    // Before anything else is opened: numbers of descriptors have a meaning now.
+    let inherited = keeper::inherit(&run).context("cannot take over from the last daemon")?;
     if args.detached {
         // Not to keep busy the file system that a command was started in.
         std::env::set_current_dir("/").context("cannot leave the working directory")?;
@@ -68,9 +89,8 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         .thread_name("net")
         .enable_all()
         .build()?;
-    let store = StoreOptions { deadline: Duration::from_secs(args.deadline), ..StoreOptions::default() };
-    let program = PathBuf::from("/proc/self/exe");
-    let options = Options { cache, run: run.clone(), program, store };
+    let store = StoreOptions { deadline, ..StoreOptions::default() };
+    let options = Options { cache, run: run.clone(), store, keepers: plan(&args, &run)? };
     let idle = args.exit_when_idle.map(Duration::from_secs);
     let stopped = runtime.block_on(async {
         // First, so that two daemons started at once do not both try out the host.
@@ -79,23 +99,45 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         // Before anything is mounted: from here on a signal is an orderly stop.
         watch_signals(stop.clone())?;
         let handle = tokio::runtime::Handle::current();
-        let daemon = tokio::task::spawn_blocking(move || start(&options, &handle)).await??;
+        let daemon = tokio::task::spawn_blocking(move || start(&options, &handle, inherited)).await??;
         tracing::info!(run = %run.display(), choice = ?daemon.info().host.choice, "serving");
         control.serve(daemon.clone(), stop, idle).await?;
         anyhow::Ok(daemon)
     });
     let daemon = stopped?;
     tracing::info!("stopping");
-    daemon.stop();
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    Ok(ExitCode::SUCCESS)
+    match daemon.asked_to() {
+        Some(Ending::Upgrade) => daemon.hand_over(true),
+        None if args.keep_mounts => daemon.hand_over(false),
+        Some(Ending::Stop) | None => {
+            daemon.stop();
+            runtime.shutdown_timeout(Duration::from_secs(1));
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+    // A successor may be at work already: nothing that unwinding would do is wanted now.
+    std::process::exit(0)
+}
+
+/// How the keepers are started, and how they start a daemon in place of this one.
+fn plan(args: &ServeArgs, run: &Path) -> anyhow::Result<keeper::Plan> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let managed = ["NOTIFY_SOCKET", "INVOCATION_ID"].iter().any(|name| std::env::var_os(name).is_some());
+    let restart = args.restart.unwrap_or(if managed { Restart::Never } else { Restart::Keepers });
+    let command = || std::iter::once(program.clone().into()).chain(std::env::args_os().skip(1)).collect();
+    let successor = (restart == Restart::Keepers).then(command);
+    Ok(keeper::Plan { program, run: run.to_owned(), patience: Duration::from_secs(args.deadline), successor })
 }
 
 /// Starts the daemon, waiting a while for one that is just leaving the same cache.
-fn start(options: &Options, handle: &tokio::runtime::Handle) -> anyhow::Result<Arc<Daemon>> {
+fn start(
+    options: &Options,
+    handle: &tokio::runtime::Handle,
+    mut inherited: Option<keeper::Inheritance>,
+) -> anyhow::Result<Arc<Daemon>> {
     let until = Instant::now() + HANDOVER;
     loop {
-        match Daemon::start(options.clone(), handle.clone()) {
+        match Daemon::start(options.clone(), handle.clone(), inherited.take()) {
             Err(DaemonError::Store(StoreError::Locked { .. })) if Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(50));
             }

@@ -70,13 +70,11 @@ impl Stage {
     }
 
     pub(super) fn start_daemon(&self, runtime: &Handle) -> anyhow::Result<Arc<Daemon>> {
-        let options = Options {
-            cache: self.dir("cache")?,
-            run: self.dir("run")?,
-            program: PathBuf::from("/proc/self/exe"),
-            store: StoreOptions::default(),
-        };
-        let daemon = Daemon::start(options, runtime.clone())?;
+        let run = self.dir("run")?;
+        let program = PathBuf::from("/proc/self/exe");
+        let keepers = keeper::Plan { program, run: run.clone(), patience: LINGER, successor: None };
+        let options = Options { cache: self.dir("cache")?, run, store: StoreOptions::default(), keepers };
+        let daemon = Daemon::start(options, runtime.clone(), None)?;
         *self.daemon.lock().unwrap() = Some(daemon.clone());
         Ok(daemon)
     }

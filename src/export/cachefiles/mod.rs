@@ -86,7 +86,7 @@ pub fn mount(name: &FsId, target: &Path, watch: &MountWatch, announce: Announce<
     let mount = context.mount(MountAttrFlags::empty()).map_err(AttachError::Mount)?;
     let at_target = |cause| AttachError::Target { target: target.to_owned(), cause };
     let watch = watch.add(&mount).map_err(at_target)?;
-    announce(&mount).map_err(AttachError::Unkept)?;
+    announce(watch).map_err(AttachError::Unkept)?;
     mount.attach(target).map_err(at_target)?;
     Ok(watch)
 }
