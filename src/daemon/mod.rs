@@ -22,6 +22,7 @@ mod records;
 mod served;
 mod serving;
 mod stop;
+mod unkept;
 
 pub use error::DaemonError;
 pub use mounts::{Daemon, Options};
