@@ -134,7 +134,10 @@ impl<'a> Fixture<'a> {
         let keepers = self.keepers();
         signal(&daemon, nix::sys::signal::Signal::SIGSTOP)?;
         for pid in &keepers {
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(i32::try_from(*pid)?), nix::sys::signal::Signal::SIGKILL)?;
+            nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(i32::try_from(*pid)?),
+                nix::sys::signal::Signal::SIGKILL,
+            )?;
         }
         daemon.kill()?;
         daemon.wait()?;

@@ -45,7 +45,8 @@ fn many_mounts(ctx: &Ctx) -> Outcome {
     let images: Vec<PathBuf> = (0..IMAGES)
         .map(|image| {
             let fill = |dir: &Path| {
-                (0..20).try_for_each(|file| fs::write(dir.join(file.to_string()), content(image * 100 + file, 64 << 10)))
+                (0..20)
+                    .try_for_each(|file| fs::write(dir.join(file.to_string()), content(image * 100 + file, 64 << 10)))
             };
             fixture.build_other(&format!("source-{image}"), fill)
         })

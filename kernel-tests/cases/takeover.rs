@@ -441,7 +441,10 @@ fn mounts_that_nobody_kept_are_ended_and_told(ctx: &Ctx) -> Outcome {
     // All three at once, as `kill -9 -1` would.
     fixture.kill_all()?;
     // The kernel shows holes now: the very thing that must not stay.
-    ensure!(read_byte(&incomplete.join("0"), 0) == Ok(0), "this kernel fails closed; the keepers are not needed any more");
+    ensure!(
+        read_byte(&incomplete.join("0"), 0) == Ok(0),
+        "this kernel fails closed; the keepers are not needed any more"
+    );
 
     fixture.start(&[])?;
 

@@ -216,7 +216,6 @@ impl Daemon {
         }
         Ok(())
     }
-
 }
 
 /// Removes what a crash left half made. Only with the store's lock in hand.
