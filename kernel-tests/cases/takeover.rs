@@ -362,7 +362,7 @@ fn without_a_successor_reads_fail_in_time(ctx: &Ctx) -> Outcome {
     let got = read_byte(&mount.join("0"), 0);
 
     let waited = clock.elapsed();
-    ensure!(got.is_err_and(|errno| is_failure(errno)), "{got:?}");
+    ensure!(got.is_err_and(is_failure), "{got:?}");
     let longest = Duration::from_secs(if ctx.in_guest { 40 } else { 10 });
     ensure!(waited >= Duration::from_millis(1500) && waited < longest, "after {waited:?}");
     fixture.start(&[])?;
