@@ -13,3 +13,5 @@ pub mod files;
 pub mod mmap;
 pub mod mount;
 pub mod process;
+pub mod sandbox;
+pub mod service;
