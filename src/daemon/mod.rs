@@ -7,6 +7,7 @@
 //! * [`keeper`] is the process that holds the kernel descriptors, so that a killed daemon leaves
 //!   readers waiting instead of showing them zeros.
 
+mod alive;
 pub mod api;
 pub mod client;
 pub mod control;
@@ -17,6 +18,8 @@ mod objects;
 mod prepare;
 mod served;
 mod serving;
+pub mod settings;
 
+pub use alive::Stuck;
 pub use error::DaemonError;
 pub use mounts::{Daemon, Options};

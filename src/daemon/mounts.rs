@@ -19,6 +19,7 @@ use crate::cache::{Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
 use crate::export::{AttachError, BackendKind, Backing, LiveImage, MountWatch, WatchId, fanotify};
 use crate::sys::mount::{detach, unmount};
+use crate::sys::sandbox::Sandbox;
 
 /// Where a daemon keeps its things.
 #[derive(Clone, Debug)]
@@ -30,6 +31,10 @@ pub struct Options {
     /// This program, to start the keeper with.
     pub program: PathBuf,
     pub store: StoreOptions,
+    /// Backends in the order of preference where a mount asks for none.
+    pub backends: Vec<BackendKind>,
+    /// The way out of the sandbox that the daemon is started in.
+    pub sandbox: Sandbox,
 }
 
 /// The daemon: one store, its backends, and everything mounted.
@@ -38,7 +43,7 @@ pub struct Daemon {
     options: Options,
     runtime: Handle,
     store: Arc<Store>,
-    backends: Backends,
+    pub(super) backends: Backends,
     keeper: Keeper,
     objects: Objects,
     watch: Arc<MountWatch>,
@@ -64,9 +69,13 @@ impl Daemon {
     pub fn start(options: Options, runtime: Handle) -> Result<Arc<Self>, DaemonError> {
         let start = |what| move |cause| DaemonError::Start { what, cause };
         Keeper::ensure_none(&options.run).map_err(start("a daemon"))?;
-        let store = Store::open(&options.cache, options.store.clone(), runtime.clone())?;
-        let backends = Backends::examine(&options.cache).map_err(start("the examination of this host"))?;
-        let keeper = Keeper::start(&options.program, &options.run).map_err(start("the keeper"))?;
+        let sandbox = options.sandbox.clone();
+        let store_options = StoreOptions { sandbox: sandbox.clone(), ..options.store.clone() };
+        let store = Store::open(&options.cache, store_options, runtime.clone())?;
+        let backends = Backends::examine(&options.cache, &options.backends, sandbox.clone())
+            .map_err(start("the examination of this host"))?;
+        // The keeper unmounts, and so lives outside.
+        let keeper = sandbox.outside(|| Keeper::start(&options.program, &options.run)).map_err(start("the keeper"))?;
         // A successor must not write to files whose readers still ask our group.
         keeper.hold("store", store.lock_file()).map_err(start("the keeper"))?;
         let watch = Arc::new(MountWatch::new().map_err(start("the watch on mounts"))?);
@@ -172,8 +181,8 @@ impl Daemon {
             devices: devices.iter().map(|device| device.clone() as Arc<dyn Backing>).collect(),
         };
         let service = self.backends.fanotify(&self.keeper)?;
-        let attachment =
-            service.attach(&image, &request.dir, &self.watch, &|mount| self.keeper.mounting(&request.dir, mount))?;
+        let announce = |mount: &_| self.keeper.mounting(&request.dir, mount);
+        let attachment = service.attach(&image, &request.dir, &self.watch, &announce, &self.options.sandbox)?;
         if request.image.prefetch {
             devices.iter().for_each(|device| device.complete_in_background());
         }
@@ -204,9 +213,9 @@ impl Daemon {
                 other => break other?,
             }
         };
-        let watch = cachefiles::mount(registration.name(), &request.dir, &self.watch, &|mount| {
-            self.keeper.mounting(&request.dir, mount)
-        })?;
+        let announce = |mount: &_| self.keeper.mounting(&request.dir, mount);
+        let name = registration.name();
+        let watch = cachefiles::mount(name, &request.dir, &self.watch, &announce, &self.options.sandbox)?;
         Ok((watch, served, None))
     }
 
@@ -284,7 +293,7 @@ impl Daemon {
             let mounted = state.mounts.get(dir).and_then(Option::as_ref);
             mounted.map(|mounted| mounted.watch).ok_or_else(|| DaemonError::NotMounted(dir.to_owned()))?
         };
-        let outcome = if lazy { detach(dir) } else { unmount(dir) };
+        let outcome = self.options.sandbox.outside(|| if lazy { detach(dir) } else { unmount(dir) });
         outcome.map_err(|cause| DaemonError::Unmount { dir: dir.to_owned(), cause })?;
         let until = Instant::now() + Duration::from_secs(2);
         while self.watch.is_alive(watch) && Instant::now() < until {

@@ -12,8 +12,10 @@ use tokio::runtime::Handle;
 use super::stop::Stop;
 use crate::base::Chain;
 use crate::cache::StoreOptions;
+use crate::daemon::settings::Settings;
 use crate::daemon::{Daemon, Options, keeper};
 use crate::net::server::{BlobServer, ServerOptions, Stats};
+use crate::sys::sandbox::Sandbox;
 
 /// How long a file system may outlive its mount: a killed program needs a moment to let go of it.
 const LINGER: Duration = Duration::from_secs(5);
@@ -75,6 +77,8 @@ impl Stage {
             run: self.dir("run")?,
             program: PathBuf::from("/proc/self/exe"),
             store: StoreOptions::default(),
+            backends: Settings::default().backend,
+            sandbox: Sandbox::off(),
         };
         let daemon = Daemon::start(options, runtime.clone())?;
         *self.daemon.lock().unwrap() = Some(daemon.clone());

@@ -7,15 +7,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::permission::Permission;
 use crate::base::{BLOCK, ByteRange, Chain, Class};
 use crate::cache::FillError;
 use crate::export::limiter::Limiter;
+use crate::export::pulse::Pulse;
 use crate::export::{AttachError, Backing};
 use crate::sys::fanotify::{Answer, EVENT_BUFFER, Event, Group};
 use crate::sys::files::{InodeId, inode_id};
@@ -26,7 +26,7 @@ const MAX_RANGE: u64 = 64 << 20;
 /// The one pre-content group and the devices marked in it.
 pub struct Fanotify {
     group: Arc<Group>,
-    stop: EventFd,
+    pulse: Pulse,
     /// Read by the event thread for every event, written only when a device comes or goes.
     marked: RwLock<HashMap<InodeId, Arc<Marked>>>,
     /// Serialises changes of marks; never taken by the event thread.
@@ -80,7 +80,7 @@ impl Fanotify {
     pub fn new(group: Arc<Group>) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             group,
-            stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            pulse: Pulse::new()?,
             marked: RwLock::default(),
             changing: Mutex::default(),
             attaching: Mutex::default(),
@@ -94,13 +94,15 @@ impl Fanotify {
     pub fn run(&self) -> io::Result<()> {
         let mut buffer = vec![0; EVENT_BUFFER];
         loop {
-            let mut fds =
-                [PollFd::new(self.group.as_fd(), PollFlags::POLLIN), PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
+            let mut fds = [
+                PollFd::new(self.group.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.pulse.as_fd(), PollFlags::POLLIN),
+            ];
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
-            if self.stop.read().is_ok() {
+            if self.pulse.beat() {
                 return Ok(());
             }
             match self.group.read(&mut buffer) {
@@ -115,8 +117,12 @@ impl Fanotify {
     /// Ends [`Fanotify::run`]. Readers of marked files then wait until the group is read again or
     /// closed.
     pub fn stop(&self) {
-        // The counter cannot overflow from a handful of stops, and a full one wakes as well.
-        let _ = self.stop.write(1);
+        self.pulse.stop();
+    }
+
+    /// Whether the thread that answers comes round within this time. Blocks.
+    pub fn is_responsive(&self, within: Duration) -> bool {
+        self.pulse.is_felt(within)
     }
 
     /// Events answered at once and events that had to wait for data, since the start.
