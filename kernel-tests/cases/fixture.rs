@@ -1,5 +1,6 @@
 //! A daemon of its own for each case, an image, and the server its blobs come from.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -53,9 +54,15 @@ impl<'a> Fixture<'a> {
 
     /// Starts a daemon with these further options and waits until it answers.
     pub(crate) fn start(&mut self, options: &[&str]) -> anyhow::Result<()> {
+        self.start_with(options, &[])
+    }
+
+    /// The same with these environment variables.
+    pub(crate) fn start_with(&mut self, options: &[&str], environment: &[(&str, &OsStr)]) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(self.log_path())?;
         let mut command = Command::new(&self.ctx.rafsd);
         command.arg("serve").arg("--cache").arg(self.cache()).arg("--run").arg(self.run()).args(options);
+        command.envs(environment.iter().copied());
         let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
         self.daemon = Some(child);
         let until = Instant::now() + Duration::from_secs(if self.ctx.in_guest { 60 } else { 20 });

@@ -7,4 +7,5 @@ pub(crate) mod images;
 pub(crate) mod interop;
 pub(crate) mod lifecycle;
 pub(crate) mod reading;
+pub(crate) mod service;
 pub(crate) mod sharing;
