@@ -22,10 +22,33 @@ const fn case(name: &'static str, place: Place, run: fn(&Ctx) -> Outcome) -> Cas
 }
 
 pub(crate) const CASES: &[Case] = &[
+    case("a_link_leads_the_daemon_nowhere", Place::Both, a_link_leads_the_daemon_nowhere),
     case("a_daemon_that_may_read_little_serves_that", Place::Both, a_daemon_that_may_read_little_serves_that),
     case("the_thread_that_answers_the_kernel_is_narrowed", Place::Both, the_thread_that_answers_the_kernel_is_narrowed),
     case("a_stuck_event_thread_starves_the_watchdog", Place::Host, a_stuck_event_thread_starves_the_watchdog),
 ];
+
+/// A link where the daemon writes leads out of its directory; without the sandbox it is followed.
+fn a_link_leads_the_daemon_nowhere(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    let (link, outside) = (fixture.cache().join("bootstraps"), ctx.dir.join("outside"));
+    fs::create_dir(&outside)?;
+    std::os::unix::fs::symlink(&outside, &link)?;
+    let is_empty = || anyhow::Ok(fs::read_dir(&outside)?.next().is_none());
+
+    if rafsd::sys::sandbox::landlock_version().is_some() {
+        let refused = fixture.mount("mnt").err().context("the daemon followed the link")?;
+        ensure!(format!("{refused:#}").contains("Permission denied"), "{refused:#}");
+        ensure!(is_empty()?, "something was written outside");
+    } else {
+        println!("this kernel has no landlock: nothing was refused");
+    }
+    fixture.restart(&["--sandbox", "off"])?;
+    let mount = fixture.mount("mnt")?;
+    ensure!(!is_empty()?, "this proves nothing: nothing is written there");
+    fixture.umount(&mount)?;
+    fixture.finish()
+}
 
 /// Two images of different directories; the daemon may read one of them.
 fn a_daemon_that_may_read_little_serves_that(ctx: &Ctx) -> Outcome {
