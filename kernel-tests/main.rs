@@ -62,6 +62,7 @@ const TABLES: &[&[Case]] = &[
     cases::interop::CASES,
     cases::sharing::CASES,
     cases::faults::CASES,
+    cases::takeover::CASES,
     cases::lifecycle::CASES,
     cases::service::CASES,
 ];

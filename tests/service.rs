@@ -183,14 +183,15 @@ fn every_thread_but_the_one_outside_is_confined() {
     let threads = threads(daemon.0.id());
     let kind = |name: &str| name.split(['-', ' ']).next().unwrap_or_default().to_owned();
     let kinds: std::collections::BTreeSet<_> = threads.keys().map(|name| kind(name)).collect();
-    for wanted in ["rafsd", "net", "decode", "flush", "mnt", "outside"] {
+    for wanted in ["rafsd", "net", "decode", "flush", "mnt", "outside", "keep"] {
         assert!(kinds.contains(wanted), "{threads:?}");
     }
     for (name, about) in &threads {
         // This test may itself run under a filter, as in a container.
         let more = |filters| (1, 2, before.2 + filters);
         let wanted = match kind(name).as_str() {
-            "outside" => before,
+            // Keepers are started by one that is outside itself.
+            "outside" | "keep" => before,
             "decode" => more(2),
             _ => more(1),
         };

@@ -1,6 +1,5 @@
 //! A daemon of its own for each case, an image, and the server its blobs come from.
 
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -24,11 +23,23 @@ pub(crate) struct Fixture<'a> {
     pub(crate) server: BlobServer,
     daemon: Option<Child>,
     cache: PathBuf,
+    environment: Vec<(&'static str, String)>,
 }
 
 impl<'a> Fixture<'a> {
     /// Builds an image of what `fill` puts into an empty directory, and starts a daemon.
     pub(crate) fn new(ctx: &'a Ctx, fill: impl FnOnce(&Path) -> io::Result<()>) -> anyhow::Result<Self> {
+        Self::with(ctx, &[], ServerOptions::default(), &[], fill)
+    }
+
+    /// The same with further options of `rafsd build`, of the server, and of `rafsd serve`.
+    pub(crate) fn with(
+        ctx: &'a Ctx,
+        build: &[&str],
+        server: ServerOptions,
+        daemon: &[&str],
+        fill: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> anyhow::Result<Self> {
         let source = ctx.dir.join("source");
         fs::create_dir(&source)?;
         fill(&source).context("make the source")?;
@@ -39,11 +50,13 @@ impl<'a> Fixture<'a> {
             .arg("-o")
             .arg(&out)
             .args(["--compress", "lz4"])
+            .args(build)
             .output()?;
         ensure!(built.status.success(), "build: {}", String::from_utf8_lossy(&built.stderr));
-        let server = BlobServer::start(out.join("blobs"), ServerOptions::default())?;
-        let mut this = Self { ctx, server, daemon: None, cache: ctx.dir.join("cache") };
-        this.start(&[])?;
+        let server = BlobServer::start(out.join("blobs"), server)?;
+        let cache = ctx.dir.join("cache");
+        let mut this = Self { ctx, server, daemon: None, cache, environment: Vec::new() };
+        this.start(daemon)?;
         Ok(this)
     }
 
@@ -54,15 +67,14 @@ impl<'a> Fixture<'a> {
 
     /// Starts a daemon with these further options and waits until it answers.
     pub(crate) fn start(&mut self, options: &[&str]) -> anyhow::Result<()> {
-        self.start_with(options, &[])
-    }
-
-    /// The same with these environment variables.
-    pub(crate) fn start_with(&mut self, options: &[&str], environment: &[(&str, &OsStr)]) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(self.log_path())?;
         let mut command = Command::new(&self.ctx.rafsd);
-        command.arg("serve").arg("--cache").arg(self.cache()).arg("--run").arg(self.run()).args(options);
-        command.envs(environment.iter().copied());
+        command.arg("serve").arg("--cache").arg(self.cache()).arg("--run").arg(self.run());
+        if !options.contains(&"--restart") {
+            // A case that kills a daemon says itself who starts another one.
+            command.args(["--restart", "never"]);
+        }
+        command.args(options).envs(self.environment.iter().map(|(name, value)| (name, value)));
         let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
         self.daemon = Some(child);
         let until = Instant::now() + Duration::from_secs(if self.ctx.in_guest { 60 } else { 20 });
@@ -96,18 +108,32 @@ impl<'a> Fixture<'a> {
         Ok(())
     }
 
-    /// Kills the daemon by SIGKILL. Gives the process id of the keeper it leaves behind.
-    pub(crate) fn kill(&mut self) -> anyhow::Result<u32> {
+    /// Kills the daemon by SIGKILL. Gives the process ids of the keepers it leaves behind.
+    pub(crate) fn kill(&mut self) -> anyhow::Result<Vec<u32>> {
         let Some(mut daemon) = self.daemon.take() else { bail!("no daemon runs") };
-        let keeper = self.keeper()?;
+        let keepers = self.keepers();
         daemon.kill()?;
         daemon.wait()?;
-        Ok(keeper)
+        Ok(keepers)
     }
 
-    /// Process id of the keeper.
-    pub(crate) fn keeper(&self) -> anyhow::Result<u32> {
-        Ok(rafsd::daemon::keeper::ask(&self.run(), "status")?.pid)
+    /// Process ids of the keepers.
+    pub(crate) fn keepers(&self) -> Vec<u32> {
+        rafsd::daemon::keeper::statuses(&self.run()).iter().map(|status| status.pid).collect()
+    }
+
+    /// Adds a variable to the environment of daemons started from now on.
+    pub(crate) fn set_environment(&mut self, name: &'static str, value: String) {
+        self.environment.retain(|(known, _)| *known != name);
+        self.environment.push((name, value));
+    }
+
+    /// Takes note that somebody else started the daemon that runs now, and ended the last one.
+    pub(crate) fn forget_daemon(&mut self) -> anyhow::Result<()> {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.wait()?;
+        }
+        Ok(())
     }
 
     /// Process id of the daemon.
@@ -224,7 +250,9 @@ impl<'a> Fixture<'a> {
         self.stop()?;
         let left = crate::mounts::below(&self.ctx.dir)?;
         ensure!(left.is_empty(), "mounts are left: {left:?}");
-        ensure!(!self.run().join("keeper.sock").exists(), "the keeper is left");
+        for keeper in rafsd::daemon::keeper::SOCKETS {
+            ensure!(!self.run().join(keeper).exists(), "a keeper is left: {keeper}");
+        }
         ensure!(!self.run().join("rafsd.sock").exists(), "the socket is left");
         Ok(())
     }

@@ -9,3 +9,4 @@ pub(crate) mod lifecycle;
 pub(crate) mod reading;
 pub(crate) mod service;
 pub(crate) mod sharing;
+pub(crate) mod takeover;

@@ -126,7 +126,9 @@ fn a_stuck_event_thread_starves_the_watchdog(ctx: &Ctx) -> Outcome {
     };
     fixture.stop()?;
     let period = PERIOD.as_micros().to_string();
-    fixture.start_with(&[], &[("NOTIFY_SOCKET", path.as_os_str()), ("WATCHDOG_USEC", period.as_ref())])?;
+    fixture.set_environment("NOTIFY_SOCKET", path.display().to_string());
+    fixture.set_environment("WATCHDOG_USEC", period);
+    fixture.start(&[])?;
     let mount = fixture.mount("mnt")?;
     ensure!(socket.recv(&mut [0; 256])? > 0, "ready");
     ensure!(is_fed() && is_fed(), "a daemon that is well feeds it");

@@ -27,6 +27,7 @@ use super::{Completion, Fill, FillError, is_needed};
 use crate::base::{BlobId, ByteRange, Class};
 use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};
 use crate::source::{BlobSource, SourceError};
+use crate::sys::faultpoint;
 
 /// A blob's decoded bytes, brought in when wanted.
 ///
@@ -46,6 +47,8 @@ type Save = dyn Fn(&UnitMap) -> Result<(), StoreError> + Send + Sync;
 pub(super) struct Home {
     /// The file of decoded bytes.
     pub(super) data: PathBuf,
+    /// The same, open for writing since before anybody could mark it.
+    pub(super) file: Arc<File>,
     /// Makes what the map says durable. Presence must not outlive the checks it was won by.
     pub(super) save: Box<Save>,
     /// The right to write there: the store stays locked while a device can write to it.
@@ -149,6 +152,17 @@ impl Device {
     /// The file that holds the decoded bytes; `None` over a foreign sink.
     pub fn data_path(&self) -> Option<&Path> {
         self.home.as_ref().map(|home| home.data.as_path())
+    }
+
+    /// The file that holds the decoded bytes, open for writing since before anybody could mark it;
+    /// `None` over a foreign sink.
+    pub fn data_file(&self) -> Option<&Arc<File>> {
+        self.home.as_ref().map(|home| &home.file)
+    }
+
+    /// Name of the device's directory in its store; `None` over a foreign sink.
+    pub fn directory(&self) -> Option<&str> {
+        self.data_path()?.parent()?.file_name()?.to_str()
     }
 
     /// Opens the file that holds the decoded bytes, for reading.
@@ -454,6 +468,7 @@ impl Core {
         }
         let (index, unit) = (led.lead.unit(), led.unit);
         let room = scratch.room(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"));
+        faultpoint::reach("fetched");
         let outcome = match decoder.decode(self.layout.key(), &unit, stored, room) {
             Err(_) if !led.again => return Some(led),
             Err(cause) => Err(self.corrupt(index, &unit, cause)),

@@ -93,10 +93,12 @@ impl Place {
 
     /// Adds to "no daemon answers" what can be done about it.
     pub(super) fn explain(&self, error: ClientError) -> anyhow::Error {
-        let orphaned = matches!(error, ClientError::NoDaemon { .. }) && keeper::ask(&self.run, "status").is_ok();
+        let orphaned = matches!(error, ClientError::NoDaemon { .. }) && keeper::status(&self.run).is_ok();
         let error = anyhow::Error::new(error);
         if orphaned {
-            return error.context("the daemon has vanished and its readers wait; `rafsd recover` ends that");
+            return error.context(
+                "the daemon has vanished and its readers wait; `rafsd serve` takes over, `rafsd recover` ends the mounts",
+            );
         }
         error
     }

@@ -41,7 +41,7 @@ pub(super) fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
         Some(cache) => cache,
         None => settings_for_clients(args.config.as_deref())?.cache,
     };
-    let mut host = Host::examine(&cache).with_context(|| format!("cannot use {}", cache.display()))?;
+    let mut host = Host::examine(&cache, false).with_context(|| format!("cannot use {}", cache.display()))?;
     host.findings.extend([landlock(), seccomp()]);
     if args.json {
         print_json(&host)?;

@@ -29,6 +29,7 @@ mod serve_blobs;
 mod settings;
 mod stat;
 pub mod unpack;
+mod upgrade;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -92,6 +93,7 @@ enum Command {
     List(mount::ListArgs),
     Serve(serve::ServeArgs),
     Stop(serve::StopArgs),
+    Upgrade(upgrade::UpgradeArgs),
     ServeBlobs(serve_blobs::ServeBlobsArgs),
     Register(register::RegisterArgs),
     Unregister(register::UnregisterArgs),
@@ -128,6 +130,7 @@ pub fn run() -> ExitCode {
         Command::List(args) => mount::list(args),
         Command::Serve(args) => serve::run(args),
         Command::Stop(args) => serve::stop(args),
+        Command::Upgrade(args) => upgrade::run(args),
         Command::ServeBlobs(args) => serve_blobs::run(args),
         Command::Register(args) => register::register(args),
         Command::Unregister(args) => register::unregister(args),

@@ -108,10 +108,9 @@ pub(super) struct UmountArgs {
 /// Exit status: 0 when nothing of the image is mounted there any more.
 pub(super) fn umount(args: UmountArgs) -> anyhow::Result<ExitCode> {
     let request = UnmountRequest { dir: absolute(&args.dir)?, lazy: args.lazy };
-    block_on(async { args.place.client()?.unmount(&request).await.map_err(|e| args.place.explain(e)) })?;
-    // The keeper knows of every superblock; it may have left with the daemon since.
-    let held = keeper::ask(&args.place.run, "status").is_ok_and(|status| status.mounts.contains(&request.dir));
-    if held {
+    let unmounted =
+        block_on(async { args.place.client()?.unmount(&request).await.map_err(|e| args.place.explain(e)) })?;
+    if unmounted.still_served {
         writeln!(io::stdout(), "{}: still served until the last file is closed", request.dir.display())?;
     }
     Ok(ExitCode::SUCCESS)
@@ -134,7 +133,7 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
     use crate::daemon::client::ClientError;
     let images = block_on(async {
         match args.place.client()?.list().await {
-            Err(ClientError::NoDaemon { .. }) if keeper::ask(&args.place.run, "status").is_err() => Ok(Vec::new()),
+            Err(ClientError::NoDaemon { .. }) if keeper::status(&args.place.run).is_err() => Ok(Vec::new()),
             other => other.map_err(|e| args.place.explain(e)),
         }
     })?;

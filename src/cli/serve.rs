@@ -15,8 +15,8 @@ use super::connect::{Place, block_on};
 use super::settings::SettingsArgs;
 use crate::cache::StoreError;
 use crate::daemon::control::Control;
-use crate::daemon::settings::{Origin, Resolved, Settings, TABLE};
-use crate::daemon::{Daemon, DaemonError, Options};
+use crate::daemon::settings::{Origin, Resolved, Restart, Settings, TABLE};
+use crate::daemon::{Daemon, DaemonError, Ending, Options, keeper};
 use crate::sys::process;
 use crate::sys::sandbox::{Policy, Sandbox};
 use crate::sys::service::Supervisor;
@@ -53,7 +53,7 @@ const CONTROL_NAME: &str = "control";
 /// Exit status: 0 after an orderly stop.
 pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     // First, because it takes descriptors that it knows by number.
-    let supervisor = Supervisor::from_environment().context("cannot reach the service manager")?;
+    let supervisor = Supervisor::from_environment();
     let (resolved, file) = args.settings.resolve()?;
     let idle = idle_of(&resolved, args.detached);
     let mut settings = resolved.settings;
@@ -68,6 +68,9 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         create.with_context(|| format!("cannot create {}", dir.display()))?;
         *dir = dir.canonicalize().with_context(|| format!("cannot use {}", dir.display()))?;
     }
+    // Before anything else is opened: numbers of descriptors have a meaning now.
+    let inherited = keeper::inherit(&settings.run).context("cannot take over from the last daemon")?;
+    supervisor.connect().context("cannot reach the service manager")?;
     if args.detached {
         // Not to keep busy the file system that a command was started in.
         std::env::set_current_dir("/").context("cannot leave the working directory")?;
@@ -81,19 +84,28 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         .build()?;
     let file = file.map(|file| file.display().to_string());
     tracing::debug!(file, "settings are known");
-    serve(&runtime, settings, sandbox, idle, &supervisor)?;
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    Ok(ExitCode::SUCCESS)
+    let keep_mounts = settings.keep_mounts;
+    let daemon = serve(&runtime, settings, (sandbox, idle, &supervisor), inherited)?;
+    match daemon.asked_to() {
+        Some(Ending::Upgrade) => daemon.hand_over(true),
+        None if keep_mounts => daemon.hand_over(false),
+        Some(Ending::Stop) | None => {
+            daemon.stop();
+            runtime.shutdown_timeout(Duration::from_secs(1));
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+    // A successor may be at work already: nothing that unwinding would do is wanted now.
+    std::process::exit(0)
 }
 
-/// Serves until asked to stop, and stops in order.
+/// Serves until something ends it, and gives the daemon to be ended.
 fn serve(
     runtime: &Runtime,
     settings: Settings,
-    sandbox: Sandbox,
-    idle: Option<Duration>,
-    supervisor: &Supervisor,
-) -> anyhow::Result<()> {
+    (sandbox, idle, supervisor): (Sandbox, Option<Duration>, &Supervisor),
+    inherited: Option<keeper::Inheritance>,
+) -> anyhow::Result<Arc<Daemon>> {
     let stop = Arc::new(Notify::new());
     // First, so that two daemons started at once do not both try out the host.
     let control = {
@@ -106,26 +118,43 @@ fn serve(
         watch_signals(stop.clone())?;
         control
     };
-    let (store, program) = (settings.store_options(), PathBuf::from("/proc/self/exe"));
+    let (store, keepers) = (settings.store_options(), plan(&settings)?);
     let Settings { cache, run, backend: backends, .. } = settings;
-    let options = Options { cache, run: run.clone(), program, store, backends, sandbox };
-    let daemon = start(&options, runtime.handle())?;
+    let options = Options { cache, run: run.clone(), store, keepers, backends, sandbox };
+    let daemon = start(&options, runtime.handle(), inherited)?;
     let choice = daemon.info().host.choice;
     tracing::info!(run = %run.display(), ?choice, "serving");
     let status = choice.map_or_else(|| "no image can be mounted here".into(), |kind| format!("serving by {kind}"));
-    supervisor.ready(&status).context("cannot reach the service manager")?;
+    if let Err(error) = supervisor.ready(&status) {
+        tracing::warn!(%error, "the service manager does not hear that this daemon is ready");
+    }
     if let Some(period) = supervisor.watchdog() {
         runtime.spawn(feed_watchdog(supervisor.clone(), daemon.clone(), period));
     }
-    // On a thread of the runtime, like what it answers.
-    let served = runtime.block_on(runtime.spawn(control.serve(daemon.clone(), stop, idle)));
-    // Whatever ended it, what is mounted is given back.
-    tracing::info!("stopping");
+    // On a thread of the runtime, like what it answers. Whatever ends it, the daemon is ended in order.
+    match runtime.block_on(runtime.spawn(control.serve(daemon.clone(), stop, idle))) {
+        Ok(Ok(())) => tracing::info!("stopping"),
+        Ok(Err(error)) => tracing::error!(%error, "stopping: the control socket cannot be answered on"),
+        Err(error) => tracing::error!(%error, "stopping: the control socket is not answered on any more"),
+    }
     if let Err(error) = supervisor.stopping() {
         tracing::warn!(%error, "the service manager does not hear that this daemon stops");
     }
-    daemon.stop();
-    served.context("the control socket is not answered any more")?.context("cannot answer on the control socket")
+    Ok(daemon)
+}
+
+/// How the keepers are started, and how they start a daemon in place of this one.
+fn plan(settings: &Settings) -> anyhow::Result<keeper::Plan> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let managed = ["NOTIFY_SOCKET", "INVOCATION_ID"].iter().any(|name| std::env::var_os(name).is_some());
+    let by_keepers = match settings.restart {
+        Restart::Keepers => true,
+        Restart::Never => false,
+        Restart::Auto => !managed,
+    };
+    let command = || std::iter::once(program.clone().into()).chain(std::env::args_os().skip(1)).collect();
+    let successor = by_keepers.then(command);
+    Ok(keeper::Plan { program, run: settings.run.clone(), patience: settings.store.deadline, successor })
 }
 
 /// When to exit for want of work.
@@ -187,10 +216,14 @@ fn certificates() -> impl Iterator<Item = PathBuf> {
 }
 
 /// Starts the daemon, waiting a while for one that is just leaving the same cache.
-fn start(options: &Options, handle: &Handle) -> anyhow::Result<Arc<Daemon>> {
+fn start(
+    options: &Options,
+    handle: &Handle,
+    mut inherited: Option<keeper::Inheritance>,
+) -> anyhow::Result<Arc<Daemon>> {
     let until = Instant::now() + HANDOVER;
     loop {
-        match Daemon::start(options.clone(), handle.clone()) {
+        match Daemon::start(options.clone(), handle.clone(), inherited.take()) {
             Err(DaemonError::Store(StoreError::Locked { .. })) if Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(50));
             }

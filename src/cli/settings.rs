@@ -10,7 +10,7 @@ use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 
-use crate::daemon::settings::{self, DEFAULT_FILE, Given, Origin, Resolved, Setting, Settings, TABLE};
+use crate::daemon::settings::{self, DEFAULT_FILE, Field, Given, Origin, Resolved, Setting, Settings, TABLE};
 
 /// The variable that names the config file.
 const CONFIG_ENV: &str = "RAFSD_CONFIG";
@@ -53,7 +53,7 @@ impl clap::Args for SettingsArgs {
 
 fn arg(setting: &Setting) -> Arg {
     let default = if setting.default.is_empty() { "none" } else { setting.default };
-    Arg::new(setting.key)
+    let arg = Arg::new(setting.key)
         .long(setting.flag())
         .value_name(setting.field.value_name())
         .env(setting.env())
@@ -61,7 +61,12 @@ fn arg(setting: &Setting) -> Arg {
         // Read where the file is read, by the same code.
         .value_parser(OsStringValueParser::new())
         .action(ArgAction::Set)
-        .help(format!("{} [default: {default}]", setting.help))
+        .help(format!("{} [default: {default}]", setting.help));
+    match setting.field {
+        // `--keep-mounts` says enough.
+        Field::Switch(_) => arg.num_args(0..=1).default_missing_value("on"),
+        _ => arg,
+    }
 }
 
 impl FromArgMatches for SettingsArgs {
@@ -165,6 +170,14 @@ mod tests {
         let args = ["--log", "debug", "--log-format", "json"];
         let given = parse(&args).unwrap().given;
         assert_eq!(given.iter().map(|given| given.key).collect::<Vec<_>>(), GLOBAL);
+    }
+
+    #[test]
+    fn a_bare_switch_is_on() {
+        let given = |args: &[&str]| parse(args).unwrap().given.pop().unwrap().text;
+        assert_eq!(given(&["--keep-mounts"]), "on");
+        assert_eq!(given(&["--sandbox", "off"]), "off");
+        assert_eq!(given(&["--sandbox=off"]), "off");
     }
 
     #[test]

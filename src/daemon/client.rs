@@ -8,7 +8,10 @@ use reqwest::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::api::{Failure, ImageReport, Info, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest};
+use super::api::{
+    Failure, ImageReport, Info, MountRequest, RegisterRequest, UnmountRequest, Unmounted, UnregisterRequest,
+    UpgradeRequest,
+};
 use super::control::SOCKET;
 
 /// Talks to the daemon of one run directory.
@@ -78,7 +81,7 @@ impl Client {
     }
 
     /// Unmounts.
-    pub async fn unmount(&self, request: &UnmountRequest) -> Result<(), ClientError> {
+    pub async fn unmount(&self, request: &UnmountRequest) -> Result<Unmounted, ClientError> {
         self.call(Method::DELETE, "mounts", request).await
     }
 
@@ -90,6 +93,11 @@ impl Client {
     /// Makes the cachefiles backend forget an image.
     pub async fn unregister(&self, request: &UnregisterRequest) -> Result<(), ClientError> {
         self.call(Method::DELETE, "images", request).await
+    }
+
+    /// Asks it to make room for another program.
+    pub async fn upgrade(&self, request: &UpgradeRequest) -> Result<(), ClientError> {
+        self.call(Method::POST, "upgrade", request).await
     }
 
     /// Asks it to unmount everything and exit.

@@ -60,6 +60,10 @@ pub enum DaemonError {
         #[source]
         cause: io::Error,
     },
+    #[error("the record of an image that the last daemon left is unusable: {what}")]
+    Record { what: String },
+    #[error("this daemon's keepers start no successor; restart it as it was started, with --keep-mounts")]
+    NoSuccessor,
     #[error("the daemon is stopping")]
     Stopping,
 }

@@ -3,10 +3,12 @@
 //! A [`BlobSource`] answers ranged reads of whole blobs by id and knows nothing of what they mean.
 //! Retries, time-outs and connection reuse live below, in `net`, once for every remote kind.
 
+mod absent;
 mod answer;
 mod http;
 mod local;
 
+pub use absent::AbsentSource;
 pub use http::HttpSource;
 pub use local::LocalSource;
 

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -35,31 +35,40 @@ pub struct Supervisor(Arc<Link>);
 
 #[derive(Debug, Default)]
 struct Link {
-    socket: Option<UnixDatagram>,
+    /// Where it listens.
+    address: Option<String>,
+    socket: OnceLock<UnixDatagram>,
     watchdog: Option<Duration>,
     received: Mutex<Vec<(String, OwnedFd)>>,
 }
 
 impl Supervisor {
     /// Reads what the environment says about the service manager, and takes the descriptors that
-    /// it handed over. To be called first thing, before anything else is opened; a second call in
-    /// one process finds no descriptors.
-    ///
-    /// # Errors
-    /// The notification socket is named but cannot be reached.
-    pub fn from_environment() -> io::Result<Self> {
+    /// it handed over. Opens nothing. To be called first thing, before anything else is opened; a
+    /// second call in one process finds no descriptors.
+    pub fn from_environment() -> Self {
         let var = |name: &str| std::env::var(name).ok();
-        let socket = var("NOTIFY_SOCKET").map(|address| connect(&address)).transpose()?;
         let watchdog = watchdog(var("WATCHDOG_USEC").as_deref(), var("WATCHDOG_PID").as_deref());
         let handed =
             listed(var("LISTEN_PID").as_deref(), var("LISTEN_FDS").as_deref(), var("LISTEN_FDNAMES").as_deref());
         let received = Mutex::new(take_descriptors(handed));
-        Ok(Self(Arc::new(Link { socket, watchdog, received })))
+        Self(Arc::new(Link { address: var("NOTIFY_SOCKET"), watchdog, received, ..Link::default() }))
+    }
+
+    /// Finds the service manager; until then it is told nothing.
+    ///
+    /// # Errors
+    /// Its socket is named but cannot be reached.
+    pub fn connect(&self) -> io::Result<()> {
+        if let Some(address) = &self.0.address {
+            let _ = self.0.socket.set(connect(address)?);
+        }
+        Ok(())
     }
 
     /// How often [`Supervisor::alive`] is expected, if at all.
     pub fn watchdog(&self) -> Option<Duration> {
-        self.0.watchdog.filter(|_| self.0.socket.is_some())
+        self.0.watchdog.filter(|_| self.0.socket.get().is_some())
     }
 
     /// Start-up is over, or a reload is.
@@ -113,7 +122,7 @@ impl Supervisor {
     }
 
     fn tell(&self, message: &str, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        let Some(socket) = &self.0.socket else { return Ok(()) };
+        let Some(socket) = self.0.socket.get() else { return Ok(()) };
         fdpass::send(socket.as_fd(), message.as_bytes(), fd)
     }
 }
@@ -185,12 +194,13 @@ mod tests {
 
     fn pair() -> (Supervisor, OwnedFd) {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
-        (Supervisor(Arc::new(Link { socket: Some(ours), ..Link::default() })), theirs.into())
+        (Supervisor(Arc::new(Link { socket: ours.into(), ..Link::default() })), theirs.into())
     }
 
     fn heard(socket: &OwnedFd) -> (String, Option<OwnedFd>) {
-        let (bytes, fd) = fdpass::receive(socket.as_fd()).unwrap().unwrap();
-        (String::from_utf8(bytes).unwrap(), fd)
+        let mut buffer = [0; 512];
+        let (len, fd) = fdpass::receive(socket.as_fd(), &mut buffer).unwrap().unwrap();
+        (String::from_utf8(buffer[..len].to_vec()).unwrap(), fd)
     }
 
     #[test]

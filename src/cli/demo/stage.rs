@@ -72,15 +72,18 @@ impl Stage {
     }
 
     pub(super) fn start_daemon(&self, runtime: &Handle) -> anyhow::Result<Arc<Daemon>> {
+        let run = self.dir("run")?;
+        let program = PathBuf::from("/proc/self/exe");
+        let keepers = keeper::Plan { program, run: run.clone(), patience: LINGER, successor: None };
         let options = Options {
             cache: self.dir("cache")?,
-            run: self.dir("run")?,
-            program: PathBuf::from("/proc/self/exe"),
+            run,
             store: StoreOptions::default(),
+            keepers,
             backends: Settings::default().backend,
             sandbox: Sandbox::off(),
         };
-        let daemon = Daemon::start(options, runtime.clone())?;
+        let daemon = Daemon::start(options, runtime.clone(), None)?;
         *self.daemon.lock().unwrap() = Some(daemon.clone());
         Ok(daemon)
     }

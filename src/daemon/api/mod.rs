@@ -22,7 +22,7 @@ pub enum BackendChoice {
 }
 
 /// Where an image is and how its blobs are reached.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageSpec {
     /// Bootstrap file, absolute.
@@ -59,6 +59,14 @@ pub struct UnmountRequest {
     pub lazy: bool,
 }
 
+/// The answer to `DELETE /v1/mounts`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unmounted {
+    /// Somebody keeps the file system alive, in another mount namespace or by an open file. It is
+    /// served until that ends.
+    pub still_served: bool,
+}
+
 /// `POST /v1/images`: makes an image mountable by anyone through `mount -t erofs -o fsid=`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -78,6 +86,14 @@ pub struct UnregisterRequest {
     pub id: String,
     #[serde(default)]
     pub domain: Option<String>,
+}
+
+/// `POST /v1/upgrade`: makes room for another program, which goes on with everything.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpgradeRequest {
+    /// The program, absolute.
+    pub program: PathBuf,
 }
 
 /// One device of a served image.
@@ -123,6 +139,9 @@ pub struct Info {
     pub events_missed: u64,
     /// READ requests of the cachefiles backend.
     pub cachefiles_reads: u64,
+    /// Milliseconds that readers waited while this daemon took over from another one; `null` if it
+    /// started from nothing.
+    pub takeover_ms: Option<u64>,
     /// What this host can do, tried when the daemon started.
     pub host: Host,
 }

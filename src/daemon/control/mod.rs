@@ -20,8 +20,8 @@ use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, oneshot};
 
-use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest};
-use super::{Daemon, DaemonError};
+use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, UpgradeRequest};
+use super::{Daemon, DaemonError, Ending};
 use crate::base::Chain;
 use crate::export::AttachError;
 use crate::reader::MapError;
@@ -105,6 +105,7 @@ impl Control {
             .route("/v1/mounts", get(list).post(mount).delete(unmount))
             .route("/v1/images", post(register).delete(unregister))
             .route("/v1/stop", post(request_stop))
+            .route("/v1/upgrade", post(upgrade))
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .with_state(shared);
@@ -180,7 +181,9 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::SourceSpec(_)
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+        DaemonError::NoSuccessor => StatusCode::CONFLICT,
         DaemonError::Io { .. }
+        | DaemonError::Record { .. }
         | DaemonError::Start { .. }
         | DaemonError::Map(MapError::Fetch { .. })
         | DaemonError::Store(_)
@@ -245,7 +248,23 @@ async fn unregister(State(shared): State<Shared>, request: Body<UnregisterReques
     blocking(shared, move |daemon| daemon.unregister(&request.id, request.domain.as_deref())).await
 }
 
+async fn upgrade(State(shared): State<Shared>, request: Body<UpgradeRequest>) -> Response {
+    let request = match body(request) {
+        Ok(request) => request,
+        Err(refusal) => return refusal,
+    };
+    let stop = shared.stop.clone();
+    blocking(shared, move |daemon| {
+        daemon.set_successor(&request.program)?;
+        daemon.ask_to(Ending::Upgrade);
+        stop.notify_one();
+        Ok(())
+    })
+    .await
+}
+
 async fn request_stop(State(shared): State<Shared>) -> Response {
+    shared.daemon.ask_to(Ending::Stop);
     shared.stop.notify_one();
     Json(()).into_response()
 }

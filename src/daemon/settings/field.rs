@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tracing_subscriber::filter::Targets;
 
-use super::{LogFormat, Settings};
+use super::{LogFormat, Restart, Settings};
 use crate::base::{ByteSize, TimeSpan};
 use crate::export::BackendKind;
 
@@ -24,6 +24,7 @@ pub enum Field {
     TimeOrNever(Range<u64>, fn(&mut Settings) -> &mut Option<Duration>),
     Switch(fn(&mut Settings) -> &mut bool),
     Backends(fn(&mut Settings) -> &mut Vec<BackendKind>),
+    Restart(fn(&mut Settings) -> &mut Restart),
     LogRules(fn(&mut Settings) -> &mut String),
     LogFormat(fn(&mut Settings) -> &mut LogFormat),
 }
@@ -157,6 +158,7 @@ impl Field {
             Self::TimeOrNever(..) => "a length of time such as 30s, or never",
             Self::Switch(_) => "on or off",
             Self::Backends(_) => "a list of cachefiles and fanotify",
+            Self::Restart(_) => "auto, keepers or never",
             Self::LogRules(_) => "a level or rules such as info,rafsd::cache=debug",
             Self::LogFormat(_) => "text or json",
         }
@@ -172,6 +174,7 @@ impl Field {
             Self::Time(..) | Self::TimeOrNever(..) => "TIME",
             Self::Switch(_) => "on|off",
             Self::Backends(_) => "BACKEND,...",
+            Self::Restart(_) => "auto|keepers|never",
             Self::LogRules(_) => "LEVEL",
             Self::LogFormat(_) => "text|json",
         }
@@ -222,6 +225,14 @@ impl Field {
                 };
             }
             Self::Backends(at) => *at(settings) = backends(&raw.list(wanted)?, wanted)?,
+            Self::Restart(at) => {
+                *at(settings) = match raw.string(wanted)? {
+                    "auto" => Restart::Auto,
+                    "keepers" => Restart::Keepers,
+                    "never" => Restart::Never,
+                    text => return Err(form(text)),
+                };
+            }
             Self::LogRules(at) => {
                 let text = raw.string(wanted)?;
                 text.parse::<Targets>().map_err(|_| form(text))?;
@@ -253,6 +264,14 @@ impl Field {
             }
             Self::Switch(at) => Raw::Switch(*at(settings)),
             Self::Backends(at) => Raw::Items(at(settings).iter().map(ToString::to_string).collect()),
+            Self::Restart(at) => Raw::Text(
+                match at(settings) {
+                    Restart::Auto => "auto",
+                    Restart::Keepers => "keepers",
+                    Restart::Never => "never",
+                }
+                .to_owned(),
+            ),
             Self::LogRules(at) => Raw::Text(at(settings).clone()),
             Self::LogFormat(at) => Raw::Text(
                 match at(settings) {
@@ -316,6 +335,7 @@ mod tests {
             ("backend", text("fanotify,fanotify"), "\"fanotify\" is given twice"),
             ("cache", text(""), "it must not be empty"),
             ("cache", Raw::Whole(1), "it must be a path, not a number"),
+            ("restart", text("always"), "\"always\" is not auto, keepers or never"),
             ("log_format", text("xml"), "\"xml\" is not text or json"),
             ("log", text("rafsd=loud"), "\"rafsd=loud\" is not a level or rules such as info,rafsd::cache=debug"),
         ] {

@@ -63,6 +63,17 @@ pub enum LogFormat {
     Json,
 }
 
+/// Who starts another daemon when this one dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Restart {
+    /// The keepers, unless a service manager started this one.
+    Auto,
+    /// The keepers that hold its descriptors.
+    Keepers,
+    /// Somebody else, or nobody.
+    Never,
+}
+
 /// The values.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -76,6 +87,9 @@ pub struct Settings {
     pub store: StoreOptions,
     /// Exit after so long without anything to serve; `None` for never.
     pub exit_when_idle: Option<Duration>,
+    pub restart: Restart,
+    /// Whether SIGTERM leaves mounts to the next daemon.
+    pub keep_mounts: bool,
     /// Rules of what is logged, as `tracing`'s targets.
     pub log: String,
     pub log_format: LogFormat,
@@ -94,6 +108,8 @@ impl Default for Settings {
             backend: Vec::new(),
             store: StoreOptions::default(),
             exit_when_idle: None,
+            restart: Restart::Auto,
+            keep_mounts: false,
             log: String::new(),
             log_format: LogFormat::Text,
             sandbox: true,

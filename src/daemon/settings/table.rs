@@ -109,6 +109,18 @@ pub const TABLE: &[Setting] = &[
         "Exit after so long without anything to serve (10s where a mount started the daemon)",
     ),
     setting(
+        "restart",
+        Field::Restart(|s| &mut s.restart),
+        "auto",
+        "Who starts another daemon when this one dies: its keepers, unless a service manager started it",
+    ),
+    setting(
+        "keep_mounts",
+        Field::Switch(|s| &mut s.keep_mounts),
+        "off",
+        "Leave mounts as they are on SIGTERM, for the next daemon, instead of unmounting them",
+    ),
+    setting(
         "log",
         Field::LogRules(|s| &mut s.log),
         "warn,rafsd=info",

@@ -94,7 +94,7 @@ pub fn mount(
     let mount = sandbox.outside(make).map_err(AttachError::Mount)?;
     let at_target = |cause| AttachError::Target { target: target.to_owned(), cause };
     let watch = watch.add(&mount).map_err(at_target)?;
-    announce(&mount).map_err(AttachError::Unkept)?;
+    announce(watch).map_err(AttachError::Unkept)?;
     sandbox.outside(|| mount.attach(target)).map_err(at_target)?;
     Ok(watch)
 }

@@ -1,7 +1,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -73,6 +73,16 @@ impl Cachefiles {
     pub fn bind(root: &Path) -> io::Result<Arc<Self>> {
         let device = Device::open()?;
         device.bind(root, "rafsd")?;
+        Self::over(device)
+    }
+
+    /// Goes on with the bound device of a process that has died. Its images are to be registered
+    /// before [`Cachefiles::run`], and [`Cachefiles::restore`] is to be called after.
+    pub fn adopt(device: OwnedFd) -> io::Result<Arc<Self>> {
+        Self::over(Device::from(device))
+    }
+
+    fn over(device: Device) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             device,
             pulse: Pulse::new()?,
@@ -81,6 +91,22 @@ impl Cachefiles {
             reads: AtomicU64::new(0),
             log: Arc::new(Limiter::new()),
         }))
+    }
+
+    /// The device, to be held by other processes as well.
+    pub fn device(&self) -> io::Result<OwnedFd> {
+        self.device.as_fd().try_clone_to_owned()
+    }
+
+    /// Has the requests delivered again that a dead process had taken.
+    ///
+    /// # Errors
+    /// `Unsupported` where the kernel cannot: their readers then wait until they are killed.
+    pub fn restore(&self) -> io::Result<()> {
+        self.device.restore().map_err(|error| match error.raw_os_error() {
+            Some(libc::EOPNOTSUPP) => io::ErrorKind::Unsupported.into(),
+            _ => error,
+        })
     }
 
     /// Makes an image known: `bootstrap` under its own name, each blob under its id.

@@ -11,10 +11,14 @@
 //!   else takes a mark away, not even a panic;
 //! * before anybody can see the mount, a cold byte is read through it and must raise an event.
 //!
+//! What was taken from the kernel and not answered is written down in a [journal](crate::sys::journal), so that
+//! [`Fanotify::resume`] can go on in the place of a process that died.
+//!
 //! Inodes are marked, never mounts or file systems, and nothing is ever written through the
 //! descriptor of an event.
 
 mod permission;
+mod resume;
 mod service;
 
 pub use service::Fanotify;
@@ -72,6 +76,17 @@ impl Fanotify {
         }
     }
 
+    /// Goes on with an image that a dead process had mounted: makes sure that its devices are marked,
+    /// as they are as long as the group lives. `watch` reports the end of the superblock.
+    pub fn adopt(self: &Arc<Self>, image: &LiveImage, watch: WatchId) -> Result<Attachment, AttachError> {
+        let mut marks = Vec::new();
+        for device in &image.devices {
+            // On failure the marks made so far stay: readers are denied rather than shown holes.
+            marks.push(self.mark(device)?);
+        }
+        Ok(Attachment { watch, marks })
+    }
+
     fn attach_marked(
         self: &Arc<Self>,
         image: &LiveImage,
@@ -90,7 +105,7 @@ impl Fanotify {
             }
         }
         let watched = watch.add(&mount).map_err(|cause| AttachError::Io { path: image.bootstrap.clone(), cause })?;
-        announce(&mount).map_err(AttachError::Unkept)?;
+        announce(watched).map_err(AttachError::Unkept)?;
         sandbox
             .outside(|| mount.attach(target))
             .map_err(|cause| AttachError::Target { target: target.to_owned(), cause })?;

@@ -112,9 +112,10 @@ pub(super) fn narrow() -> Result<Filter, SandboxError> {
     let not_executable = || all_of([argument(2, SeccompCmpOp::MaskedEq(u64::from(libc::PROT_EXEC.unsigned_abs())), 0)]);
     rules.insert(libc::SYS_mmap, vec![not_executable()?]);
     rules.insert(libc::SYS_mprotect, vec![not_executable()?]);
-    // For `abort`: a signal to a thread of this process.
+    // For ends that nothing may follow: signals to this very process.
     let own = u64::from(std::process::id());
     rules.insert(libc::SYS_tgkill, vec![all_of([argument(0, SeccompCmpOp::Eq, own)])?]);
+    rules.insert(libc::SYS_kill, vec![all_of([argument(0, SeccompCmpOp::Eq, own)])?]);
     // For names of threads and of memory.
     let names = [libc::PR_SET_NAME, libc::PR_SET_VMA].map(|name| u64::from(name.unsigned_abs()));
     let name = |value| all_of([argument(0, SeccompCmpOp::Eq, value)]);
@@ -167,6 +168,9 @@ const NARROW: &[i64] = &[
     libc::SYS_faccessat,
     libc::SYS_faccessat2,
     libc::SYS_sendfile,
+    // sockets that are there already: the keepers hear of marks that go
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
     // events
     libc::SYS_ppoll,
     libc::SYS_epoll_ctl,
