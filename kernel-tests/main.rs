@@ -65,6 +65,7 @@ const TABLES: &[&[Case]] = &[
     cases::takeover::CASES,
     cases::many::CASES,
     cases::lifecycle::CASES,
+    cases::service::CASES,
 ];
 
 /// What a case returns; the error's whole chain is printed.

@@ -8,5 +8,6 @@ pub(crate) mod interop;
 pub(crate) mod lifecycle;
 pub(crate) mod many;
 pub(crate) mod reading;
+pub(crate) mod service;
 pub(crate) mod sharing;
 pub(crate) mod takeover;

@@ -212,8 +212,9 @@ const STEPS: &[&str] =
 const TAKEOVER_STEPS: &[&str] = &["adopted-one", "adopting"];
 
 fn readers_survive_a_kill_at_each_step(ctx: &Ctx) -> Outcome {
-    let token = ctx.dir.join("token");
     let mut siege = Siege::begin(ctx, &[])?;
+    // Where a confined daemon may remove it.
+    let token = siege.fixture.run().join("token");
     siege.start_readers(4);
     let host_only = ["taken", "written-down", "answered", "adopting", "synced", "flushed"];
     for step in STEPS.iter().chain(TAKEOVER_STEPS) {

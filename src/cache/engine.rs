@@ -10,6 +10,7 @@ use super::fetch::Fetcher;
 use super::flush::Flusher;
 use super::pool::{Pool, Queue};
 use crate::base::Class;
+use crate::sys::sandbox::Sandbox;
 
 /// Limits of a cache. The defaults suit one host that runs containers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +35,7 @@ pub struct StoreOptions {
     pub fetches: usize,
     /// Ranged reads of prefetch that run at once. Default 4.
     pub prefetch_fetches: usize,
-    /// How long a reader may wait, queues included. Default 30 s.
+    /// How long a reader may wait, queues included. Default 60 s.
     pub deadline: Duration,
     /// How long one prefetch read may take once it runs. Default 120 s.
     pub prefetch_deadline: Duration,
@@ -45,6 +46,8 @@ pub struct StoreOptions {
     pub readahead_most: u64,
     /// How often new presence bits are made durable. Default 2 s.
     pub flush_every: Duration,
+    /// What the decoding threads narrow themselves by. Default: nothing.
+    pub sandbox: Sandbox,
 }
 
 impl Default for StoreOptions {
@@ -59,11 +62,12 @@ impl Default for StoreOptions {
             gap: 64 << 10,
             fetches: 16,
             prefetch_fetches: 4,
-            deadline: Duration::from_secs(30),
+            deadline: Duration::from_secs(60),
             prefetch_deadline: Duration::from_secs(120),
             readahead_first: MIB,
             readahead_most: 16 * MIB,
             flush_every: Duration::from_secs(2),
+            sandbox: Sandbox::off(),
         }
     }
 }
@@ -108,7 +112,7 @@ impl Engine {
     /// If the system has no room for the threads.
     pub fn new(options: StoreOptions, runtime: Handle) -> io::Result<Arc<Self>> {
         let options = Arc::new(options);
-        let pool = Pool::start(options.decode_threads)?;
+        let pool = Pool::start(options.decode_threads, &options.sandbox)?;
         let fetcher = Fetcher::new(Arc::clone(&options), runtime.clone(), Arc::clone(pool.queue()));
         let flusher = Flusher::start(options.flush_every)?;
         Ok(Arc::new(Self { options, runtime, fetcher, flusher, pool, next_device: AtomicU64::new(0) }))

@@ -25,7 +25,7 @@ use super::served::{Mounted, Served};
 use super::serving::{Backends, Legacy, device_file, spawn};
 use super::{DaemonError, records};
 use crate::base::{Chain, Digest};
-use crate::cache::{Device, Store};
+use crate::cache::{Device, Store, StoreOptions};
 use crate::export::cachefiles::FsId;
 use crate::export::{BackendKind, MountWatch, WatchId};
 use crate::sys::faultpoint;
@@ -50,7 +50,9 @@ impl Daemon {
         let take = |kind| inherited.as_ref().and_then(|it| it.take(Name::only(kind)));
         let (lock, instance) = (take(Kind::Lock), take(Kind::Watch));
         let (group, cachefiles) = (take(Kind::Group), take(Kind::Cachefiles));
-        let store = Store::open_locked(&options.cache, options.store.clone(), runtime.clone(), lock.map(File::from))?;
+        let sandbox = options.sandbox.clone();
+        let store_options = StoreOptions { sandbox: sandbox.clone(), ..options.store.clone() };
+        let store = Store::open_locked(&options.cache, store_options, runtime.clone(), lock.map(File::from))?;
         let watch = instance.map_or_else(MountWatch::new, MountWatch::of).map_err(start("the watch on mounts"))?;
         let (events, files) = inherited.as_mut().map_or_else(Default::default, |it| {
             let files = it.devices().filter_map(|name| Some((device_file(name), it.take(name)?))).collect::<Files>();
@@ -60,12 +62,14 @@ impl Daemon {
         let takes_over = inherited.is_some();
         ensure_private(&options.run).map_err(start("the directory of sockets"))?;
         let records = Records::open(&options.run).map_err(start("the records of served images"))?;
-        let keepers = Keepers::start(options.keepers.clone(), inherited).map_err(start("the keepers"))?;
+        // Keepers unmount and start daemons, so they live outside, and so does whoever starts them.
+        let keepers = sandbox.outside(|| Keepers::start(options.keepers.clone(), inherited));
+        let keepers = keepers.map_err(start("the keepers"))?;
         // A successor must not write to files whose readers still ask our group.
         keepers.hold(Name::only(Kind::Lock), store.lock_file().clone()).map_err(start("the keepers"))?;
         keepers.hold(Name::only(Kind::Watch), watch.instance().clone()).map_err(start("the keepers"))?;
         let legacy = Legacy { group: group.zip(journal), cachefiles };
-        let backends = Backends::new(&options.cache, legacy, &keepers)?;
+        let backends = Backends::new(&options, legacy, &keepers)?;
         sweep(&options.cache);
         let objects = Objects::new(options.cache.join("cachefiles-maps"));
         let daemon = Arc::new(Self {
@@ -129,7 +133,7 @@ impl Daemon {
             }
             faultpoint::reach("adopted-one");
         }
-        let (fanotify, cachefiles) = self.backends.inherited();
+        let (fanotify, cachefiles) = self.backends.services();
         if let Some(fanotify) = fanotify {
             for (id, file) in files.iter().filter(|(id, _)| !used.contains(id)) {
                 fanotify.forget(*id, file);

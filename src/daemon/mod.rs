@@ -9,6 +9,7 @@
 //!   mounted, `adopt` takes it over.
 
 mod adopt;
+mod alive;
 pub mod api;
 pub mod client;
 pub mod control;
@@ -21,9 +22,11 @@ mod prepare;
 mod records;
 mod served;
 mod serving;
+pub mod settings;
 mod stop;
 mod unkept;
 
+pub use alive::Stuck;
 pub use error::DaemonError;
 pub use mounts::{Daemon, Options};
 pub use stop::Ending;

@@ -23,6 +23,7 @@ use crate::cache::{Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
 use crate::export::{AttachError, BackendKind, MountWatch, WatchId};
 use crate::sys::mount::{detach, unmount};
+use crate::sys::sandbox::Sandbox;
 
 /// Where a daemon keeps its things.
 #[derive(Clone, Debug)]
@@ -34,6 +35,10 @@ pub struct Options {
     pub store: StoreOptions,
     /// How keepers are started.
     pub keepers: keeper::Plan,
+    /// Backends in the order of preference where a mount asks for none.
+    pub backends: Vec<BackendKind>,
+    /// The way out of the sandbox that the daemon is started in.
+    pub sandbox: Sandbox,
 }
 
 /// The daemon: one store, its backends, and everything mounted.
@@ -156,9 +161,9 @@ impl Daemon {
         let image = prepared.live(&devices);
         let service = self.backends.fanotify(&self.keepers)?;
         let served = Served::by_fanotify(Arc::new(prepared), &devices, why);
-        let attachment = service.attach(&image, &request.dir, &self.watch, &|watch| {
-            self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)))
-        })?;
+        let announce =
+            |watch| self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)));
+        let attachment = service.attach(&image, &request.dir, &self.watch, &announce, &self.options.sandbox)?;
         if request.image.prefetch {
             devices.iter().for_each(|device| device.complete_in_background());
         }
@@ -188,9 +193,10 @@ impl Daemon {
                 other => break other?,
             }
         };
-        let watch = cachefiles::mount(registration.name(), &request.dir, &self.watch, &|watch| {
-            self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)))
-        })?;
+        let announce =
+            |watch| self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)));
+        let name = registration.name();
+        let watch = cachefiles::mount(name, &request.dir, &self.watch, &announce, &self.options.sandbox)?;
         Ok(Mounted { watch, record, served, attachment: None })
     }
 
@@ -274,7 +280,7 @@ impl Daemon {
             let mounted = state.mounts.get(dir).and_then(Option::as_ref);
             mounted.map(|mounted| mounted.watch).ok_or_else(|| DaemonError::NotMounted(dir.to_owned()))?
         };
-        let outcome = if lazy { detach(dir) } else { unmount(dir) };
+        let outcome = self.options.sandbox.outside(|| if lazy { detach(dir) } else { unmount(dir) });
         outcome.map_err(|cause| DaemonError::Unmount { dir: dir.to_owned(), cause })?;
         let until = Instant::now() + Duration::from_secs(2);
         while self.watch.is_alive(watch) && Instant::now() < until {

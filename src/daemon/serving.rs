@@ -4,13 +4,15 @@ use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use super::DaemonError;
 use super::api::BackendChoice;
 use super::keeper::{Held, Keepers, Kind, Name};
+use super::mounts::Options;
 use crate::export::cachefiles::Cachefiles;
 use crate::export::fanotify::Fanotify;
 use crate::export::host::Host;
@@ -18,12 +20,16 @@ use crate::export::{BackendKind, Custody};
 use crate::sys::fanotify::Group;
 use crate::sys::files::InodeId;
 use crate::sys::journal::Journal;
+use crate::sys::sandbox::Sandbox;
 
 /// Started on first use: a host that only ever uses one backend never opens the other's device.
 #[derive(Debug)]
 pub(super) struct Backends {
     host: OnceLock<Host>,
     cache: PathBuf,
+    /// Order of preference where nobody asks for one.
+    order: Vec<BackendKind>,
+    sandbox: Sandbox,
     fanotify: Mutex<Option<Running<Fanotify>>>,
     cachefiles: Mutex<Option<Running<Cachefiles>>>,
 }
@@ -65,14 +71,16 @@ pub(super) fn device_file(name: Name) -> InodeId {
 
 impl Backends {
     /// Backends that go on with what a dead daemon had open, and start what it had not on first use.
-    pub(super) fn new(cache: &Path, legacy: Legacy, keepers: &Arc<Keepers>) -> Result<Self, DaemonError> {
+    pub(super) fn new(options: &Options, legacy: Legacy, keepers: &Arc<Keepers>) -> Result<Self, DaemonError> {
         let fanotify = legacy.group.map(|(group, journal)| Fanotify::new(group.into(), journal, keepers.clone()));
         let fanotify = fanotify.transpose().map_err(start_of("the fanotify service"))?;
         let cachefiles = legacy.cachefiles.map(Cachefiles::adopt).transpose();
         let cachefiles = cachefiles.map_err(start_of("the cachefiles service"))?;
         Ok(Self {
             host: OnceLock::new(),
-            cache: cache.to_owned(),
+            cache: options.cache.clone(),
+            order: options.backends.clone(),
+            sandbox: options.sandbox.clone(),
             fanotify: Mutex::new(fanotify.map(|service| Running { service, thread: None })),
             cachefiles: Mutex::new(cachefiles.map(|service| Running { service, thread: None })),
         })
@@ -81,7 +89,8 @@ impl Backends {
     /// Finds out what this host can do. Takes a moment, in which readers are served already.
     pub(super) fn examine(&self) -> io::Result<()> {
         let bound = self.cachefiles.lock().unwrap().is_some();
-        let host = Host::examine(&self.cache, bound)?;
+        let mut host = self.sandbox.outside(|| Host::examine(&self.cache, bound))?;
+        host.choice = self.order.iter().copied().find(|kind| host.can(*kind));
         let _ = self.host.set(host);
         Ok(())
     }
@@ -91,8 +100,8 @@ impl Backends {
         self.host.get().expect("examined before requests are taken")
     }
 
-    /// The services that go on for a dead daemon, without their threads.
-    pub(super) fn inherited(&self) -> (Option<Arc<Fanotify>>, Option<Arc<Cachefiles>>) {
+    /// The services that there are, such as those that go on for a dead daemon.
+    pub(super) fn services(&self) -> (Option<Arc<Fanotify>>, Option<Arc<Cachefiles>>) {
         let fanotify = self.fanotify.lock().unwrap().as_ref().map(|running| running.service.clone());
         let cachefiles = self.cachefiles.lock().unwrap().as_ref().map(|running| running.service.clone());
         (fanotify, cachefiles)
@@ -103,13 +112,13 @@ impl Backends {
         if let Some(running) = &mut *self.fanotify.lock().unwrap()
             && running.thread.is_none()
         {
-            let thread = spawn("fan-0", &running.service, |service| service.run());
+            let thread = self.spawn_narrow("fan-0", &running.service, Fanotify::run);
             running.thread = Some(thread.map_err(start_of("the fanotify service"))?);
         }
         if let Some(running) = &mut *self.cachefiles.lock().unwrap()
             && running.thread.is_none()
         {
-            let thread = spawn("cf-0", &running.service, |service| service.run());
+            let thread = self.spawn_narrow("cf-0", &running.service, Cachefiles::run);
             running.thread = Some(thread.map_err(start_of("the cachefiles service"))?);
         }
         Ok(())
@@ -121,11 +130,14 @@ impl Backends {
             BackendChoice::Auto => {
                 let host = self.host();
                 let kind = host.choice.ok_or_else(|| {
-                    let say = |kind| format!("{kind}: {}", host.obstacles(kind));
-                    let reasons = [BackendKind::Fanotify, BackendKind::Cachefiles].map(say).join("; ");
+                    let say = |kind: &BackendKind| format!("{kind}: {}", host.obstacles(*kind));
+                    let reasons = self.order.iter().rev().map(say).collect::<Vec<_>>().join("; ");
                     DaemonError::NoBackend { reasons }
                 })?;
                 let why = match kind {
+                    BackendKind::Fanotify if host.can(BackendKind::Cachefiles) => {
+                        "pre-content events passed their self test, and the settings prefer them"
+                    }
                     BackendKind::Cachefiles => "this kernel has on-demand cachefiles, the fastest path",
                     BackendKind::Fanotify => "pre-content events passed their self test, and there is no cachefiles",
                 };
@@ -154,7 +166,7 @@ impl Backends {
         hold(Kind::Journal, journal.as_fd().try_clone_to_owned()).map_err(start)?;
         hold(Kind::Group, group.as_fd().try_clone_to_owned()).map_err(start)?;
         let service = Fanotify::new(group, journal, keepers.clone()).map_err(start)?;
-        let thread = Some(spawn("fan-0", &service, |service| service.run()).map_err(start)?);
+        let thread = Some(self.spawn_narrow("fan-0", &service, Fanotify::run).map_err(start)?);
         *slot = Some(Running { service: service.clone(), thread });
         Ok(service)
     }
@@ -172,9 +184,35 @@ impl Backends {
         let service = Cachefiles::bind(&root).map_err(start)?;
         let device = service.device().map_err(start)?;
         keepers.hold(Name::only(Kind::Cachefiles), Arc::new(device)).map_err(start)?;
-        let thread = Some(spawn("cf-0", &service, |service| service.run()).map_err(start)?);
+        let thread = Some(self.spawn_narrow("cf-0", &service, Cachefiles::run).map_err(start)?);
         *slot = Some(Running { service: service.clone(), thread });
         Ok(service)
+    }
+
+    /// Starts a thread that answers the kernel and can do little else.
+    fn spawn_narrow<T: Send + Sync + 'static>(
+        &self,
+        name: &str,
+        service: &Arc<T>,
+        run: fn(&T) -> io::Result<()>,
+    ) -> io::Result<JoinHandle<()>> {
+        let sandbox = self.sandbox.clone();
+        spawn(name, service, move |service| {
+            sandbox.narrow();
+            run(service)
+        })
+    }
+
+    /// The names of those threads that answer the kernel and do not come round within this time.
+    /// Blocks.
+    pub(super) fn unresponsive(&self, within: Duration) -> Vec<&'static str> {
+        // Asked without the locks: whoever starts or stops a service must not wait for a stuck one.
+        let (fanotify, cachefiles) = self.services();
+        let stuck = [
+            ("fan-0", fanotify.is_some_and(|service| !service.is_responsive(within))),
+            ("cf-0", cachefiles.is_some_and(|service| !service.is_responsive(within))),
+        ];
+        stuck.into_iter().filter(|(_, stuck)| *stuck).map(|(name, _)| name).collect()
     }
 
     /// Events answered at once, events that waited, and READs of cachefiles.
@@ -227,7 +265,7 @@ fn start_of(what: &'static str) -> impl Fn(io::Error) -> DaemonError + Copy {
 pub(super) fn spawn<T: Send + Sync + 'static>(
     name: &str,
     service: &Arc<T>,
-    run: fn(&T) -> io::Result<()>,
+    run: impl FnOnce(&T) -> io::Result<()> + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
     let service = service.clone();
     let thread = name.to_owned();

@@ -47,7 +47,8 @@ impl Daemon {
         }
         let file = std::fs::File::open(program).map_err(unusable)?;
         // It must at least be a program of ours that runs here.
-        let said = Command::new(program).arg("--version").stdin(Stdio::null()).output().map_err(unusable)?;
+        let run = || Command::new(program).arg("--version").stdin(Stdio::null()).output();
+        let said = self.options.sandbox.outside(run).map_err(unusable)?;
         if !said.status.success() || !said.stdout.starts_with(b"rafsd ") {
             return Err(unusable(io::Error::other("it does not answer --version as rafsd does")));
         }

@@ -14,6 +14,7 @@ pub mod fanotify;
 pub mod host;
 mod limiter;
 mod probe;
+mod pulse;
 mod selftest;
 mod watch;
 

@@ -16,4 +16,6 @@ pub mod journal;
 pub mod mmap;
 pub mod mount;
 pub mod process;
+pub mod sandbox;
+pub mod service;
 pub mod spawn;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use axum::extract::rejection::JsonRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, oneshot};
@@ -30,11 +32,23 @@ pub const SOCKET: &str = "rafsd.sock";
 /// How long requests under way have to end once the daemon is asked to stop.
 pub const GRACE: Duration = Duration::from_secs(5);
 
-/// The listening socket. Dropping it removes it.
+/// The listening socket.
 #[derive(Debug)]
 pub struct Control {
     listener: UnixListener,
-    path: PathBuf,
+    file: SocketFile,
+}
+
+/// The socket's name, removed with this value; nothing for a socket of somebody else.
+#[derive(Debug)]
+struct SocketFile(Option<PathBuf>);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -59,8 +73,26 @@ impl Control {
             _ => {}
         }
         let listener = UnixListener::bind(&path)?;
+        let file = SocketFile(Some(path.clone()));
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-        Ok(Self { listener, path })
+        Ok(Self { listener, file })
+    }
+
+    /// Listens on a socket that a service manager made, and that stays its own. Must be called on
+    /// the runtime.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is no listening Unix stream socket.
+    pub fn adopt(socket: OwnedFd) -> io::Result<Self> {
+        let listens = getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false);
+        let is_stream = getsockopt(&socket, sockopt::SockType).is_ok_and(|kind| kind == SockType::Stream);
+        let listener = std::os::unix::net::UnixListener::from(socket);
+        if !listens || !is_stream || listener.local_addr().is_err() {
+            let text = "the socket that was handed over is no listening Unix stream socket";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener: UnixListener::from_std(listener)?, file: SocketFile(None) })
     }
 
     /// Answers requests until `stop` is notified, or, where `idle` is given, until the daemon has
@@ -77,7 +109,7 @@ impl Control {
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .with_state(shared);
-        let path = self.path;
+        let file = self.file;
         let (tell, told) = oneshot::channel();
         let again = stop.clone();
         let until = async move {
@@ -86,7 +118,7 @@ impl Control {
                 None => stop.notified().await,
             }
             // Gone before the daemon is: whoever comes now starts another one and waits for us.
-            let _ = fs::remove_file(&path);
+            drop(file);
             let _ = tell.send(());
         };
         let cut = async move {

@@ -36,7 +36,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use self::post::socket_path;
 use self::wire::{Op, Word};
 use crate::sys::journal::{Journal, Outstanding};
-use crate::sys::{fdpass, process};
+use crate::sys::{fdpass, process, service};
 
 /// Names of the keepers' sockets in the run directory, by rank.
 pub const SOCKETS: [&str; RANKS] = ["keeper.sock", "keeper-spare.sock"];
@@ -389,6 +389,10 @@ impl Keepers {
         let mut command = Command::new(&plan.program);
         command.arg("keeper").arg("--run").arg(&plan.run).arg("--rank").arg(rank.to_string());
         command.arg("--patience").arg(plan.patience.as_millis().to_string());
+        // A successor must not take itself for the process that a service manager started.
+        for name in service::VARIABLES {
+            command.env_remove(name);
+        }
         if let Some(successor) = &plan.successor {
             command.arg("--").args(successor);
         }

@@ -6,10 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::FsId;
 use super::object::{Object, ObjectSpec};
@@ -17,18 +16,22 @@ use crate::base::{BLOCK, ByteRange, Chain, Class};
 use crate::cache::FillError;
 use crate::export::AttachError;
 use crate::export::limiter::Limiter;
+use crate::export::pulse::Pulse;
 use crate::sys::cachefiles::{Device, Open, Request};
 
 /// The bound cache and everything the kernel may ask it for.
 pub struct Cachefiles {
     device: Device,
-    stop: EventFd,
+    pulse: Pulse,
     known: Mutex<Known>,
     /// By the kernel's number for an open object.
     open: Mutex<HashMap<u32, Arc<Object>>>,
     reads: AtomicU64,
     log: Arc<Limiter>,
 }
+
+/// Requests answered before the pulse is looked at again.
+const REQUESTS_AT_ONCE: usize = 256;
 
 /// Volume key and cookie key.
 type ObjectKey = (Vec<u8>, Vec<u8>);
@@ -82,7 +85,7 @@ impl Cachefiles {
     fn over(device: Device) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             device,
-            stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            pulse: Pulse::new()?,
             known: Mutex::default(),
             open: Mutex::default(),
             reads: AtomicU64::new(0),
@@ -142,16 +145,17 @@ impl Cachefiles {
         loop {
             let mut fds = [
                 PollFd::new(self.device.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.pulse.as_fd(), PollFlags::POLLIN),
             ];
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
-            if self.stop.read().is_ok() {
+            if self.pulse.beat() {
                 return Ok(());
             }
-            loop {
+            // Not without end: whoever asks whether this thread is well wants to be heard in between.
+            for _ in 0..REQUESTS_AT_ONCE {
                 match self.device.next() {
                     Ok(Some(request)) => self.handle_contained(request),
                     Ok(None) => break,
@@ -167,8 +171,12 @@ impl Cachefiles {
 
     /// Ends [`Cachefiles::run`].
     pub fn stop(&self) {
-        // The counter cannot overflow from a handful of stops, and a full one wakes as well.
-        let _ = self.stop.write(1);
+        self.pulse.stop();
+    }
+
+    /// Whether the thread that answers comes round within this time. Blocks.
+    pub fn is_responsive(&self, within: Duration) -> bool {
+        self.pulse.is_felt(within)
     }
 
     /// Whether the kernel has objects open: somebody has an image mounted.

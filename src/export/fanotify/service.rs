@@ -10,12 +10,12 @@ use std::sync::{Arc, Mutex, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::permission::{Desk, Permission};
 use crate::base::{BLOCK, ByteRange, Chain, Class};
 use crate::cache::FillError;
 use crate::export::limiter::Limiter;
+use crate::export::pulse::Pulse;
 use crate::export::{AttachError, Backing, Custody};
 use crate::sys::fanotify::{Answer, Event, Group};
 use crate::sys::faultpoint;
@@ -38,7 +38,7 @@ pub struct Fanotify {
     custody: Arc<dyn Custody>,
     /// Most events that wait for data at once. More wait in the kernel, which costs no descriptors.
     capacity: usize,
-    stop: EventFd,
+    pulse: Pulse,
     /// Read by the event thread for every event, written only when a device comes or goes.
     pub(super) marked: RwLock<HashMap<InodeId, Arc<Marked>>>,
     /// Serialises changes of marks; never taken by the event thread.
@@ -105,7 +105,7 @@ impl Fanotify {
             desk: Arc::new(Desk { group, journal, frozen: RwLock::new(false) }),
             custody,
             capacity,
-            stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            pulse: Pulse::new()?,
             marked: RwLock::default(),
             changing: Mutex::default(),
             attaching: Mutex::default(),
@@ -121,7 +121,7 @@ impl Fanotify {
             let Desk { group, journal, .. } = &*self.desk;
             let room = self.capacity.saturating_sub(journal.outstanding());
             let mut fds =
-                [PollFd::new(self.stop.as_fd(), PollFlags::POLLIN), PollFd::new(group.as_fd(), PollFlags::POLLIN)];
+                [PollFd::new(self.pulse.as_fd(), PollFlags::POLLIN), PollFd::new(group.as_fd(), PollFlags::POLLIN)];
             let (fds, timeout) = if room > 0 {
                 (&mut fds[..], PollTimeout::NONE)
             } else {
@@ -131,7 +131,7 @@ impl Fanotify {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
-            if self.stop.read().is_ok() {
+            if self.pulse.beat() {
                 return Ok(());
             }
             if room == 0 {
@@ -164,8 +164,12 @@ impl Fanotify {
     /// Ends [`Fanotify::run`]. Readers of marked files then wait until the group is read again or
     /// closed.
     pub fn stop(&self) {
-        // The counter cannot overflow from a handful of stops, and a full one wakes as well.
-        let _ = self.stop.write(1);
+        self.pulse.stop();
+    }
+
+    /// Whether the thread that answers comes round within this time. Blocks.
+    pub fn is_responsive(&self, within: Duration) -> bool {
+        self.pulse.is_felt(within)
     }
 
     /// Events answered at once and events that had to wait for data, since the start.
