@@ -305,12 +305,14 @@ impl<'a> Fixture<'a> {
 
     /// Unmounts everything and ends the daemon, as a case that passes must.
     pub(crate) fn finish(mut self) -> anyhow::Result<()> {
+        let keepers = self.keepers();
         self.stop()?;
         let left = crate::mounts::below(&self.ctx.dir)?;
         ensure!(left.is_empty(), "mounts are left: {left:?}");
         for keeper in rafsd::daemon::keeper::SOCKETS {
             ensure!(!self.run().join(keeper).exists(), "a keeper is left: {keeper}");
         }
+        keepers.into_iter().try_for_each(wait_for_exit)?;
         ensure!(!self.run().join("rafsd.sock").exists(), "the socket is left");
         Ok(())
     }

@@ -39,6 +39,7 @@ pub(crate) const CASES: &[Case] = &[
     case("what_ends_while_no_daemon_runs_is_forgotten", Place::Host, what_ends_while_no_daemon_runs_is_forgotten),
     case("kept_mounts_are_served_by_the_next_daemon", Place::Both, kept_mounts_are_served_by_the_next_daemon),
     case("mounts_that_nobody_kept_are_ended_and_told", Place::Host, mounts_that_nobody_kept_are_ended_and_told),
+    case("what_a_newer_release_wrote_down_is_denied_not_zeros", Place::Host, what_a_newer_release_wrote_down_is_denied),
     case("a_takeover_needs_no_source", Place::Host, a_takeover_needs_no_source),
 ];
 
@@ -461,6 +462,26 @@ fn mounts_that_nobody_kept_are_ended_and_told(ctx: &Ctx) -> Outcome {
     ensure!(fs::read(complete.join("w"))? == content(5, FILE), "the complete one");
     nix::mount::umount(&complete)?;
     drop(open);
+    let again = fixture.mount("again")?;
+    ensure!(fs::read(again.join("0"))? == content(0, FILE), "mounted again");
+    fixture.umount(&again)?;
+    fixture.finish()
+}
+
+fn what_a_newer_release_wrote_down_is_denied(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 2)?;
+    let mount = fixture.mount("mnt")?;
+    fixture.kill()?;
+    for record in fs::read_dir(fixture.run().join("served"))? {
+        fs::write(record?.path(), br#"{"version": 99, "record": {"something": "else"}}"#)?;
+    }
+    fixture.start(&[])?;
+
+    let got = read_byte(&mount.join("0"), 0);
+
+    ensure!(got == Err(Some(nix::libc::EIO)), "{got:?}");
+    ensure!(fixture.log().contains("version 99"), "{}", fixture.log());
+    nix::mount::umount(&mount)?;
     let again = fixture.mount("again")?;
     ensure!(fs::read(again.join("0"))? == content(0, FILE), "mounted again");
     fixture.umount(&again)?;

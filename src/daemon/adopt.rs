@@ -5,7 +5,7 @@
 //! first new one is read, because a new one may have the same number. What this host can do is tried
 //! out after that: readers wait.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -29,7 +29,7 @@ use crate::cache::{Device, Store, StoreOptions};
 use crate::export::cachefiles::FsId;
 use crate::export::{BackendKind, MountWatch, WatchId};
 use crate::sys::faultpoint;
-use crate::sys::files::InodeId;
+use crate::sys::files::{InodeId, inode_id_at};
 use crate::sys::journal::Outstanding;
 
 /// Events that a dead daemon had taken, with the numbers kept free for them.
@@ -108,7 +108,7 @@ impl Daemon {
         let mut prepared = HashMap::new();
         let start = |what| move |cause| DaemonError::Start { what, cause };
         let living = self.watch.living().map_err(start("the watch on mounts"))?;
-        let mut used = Vec::new();
+        let (mut used, mut known) = (Vec::new(), HashSet::new());
         for (id, record) in self.records.load().map_err(start("the records of served images"))? {
             let record = match record {
                 Ok(record) => record,
@@ -122,21 +122,24 @@ impl Daemon {
                 self.records.remove(id);
                 continue;
             }
+            known.extend(watch);
             used.extend(record.devices.iter().map(records::DeviceFile::file));
             if let Err(error) = self.take_over_one(id, &record, &mut files, &mut prepared) {
                 let dir = record.dir.as_deref().unwrap_or(Path::new("-"));
                 tracing::error!(dir = %dir.display(), error = %Chain(&error), "an image cannot be served any more; its cold reads fail");
-                if let Some(watch) = watch {
-                    self.watch.adopt(watch);
-                    self.state.lock().unwrap().unserved.push((watch, id));
-                }
+                self.leave_unserved(watch, Some(id));
             }
             faultpoint::reach("adopted-one");
         }
+        let strangers: Vec<_> = living.difference(&known).copied().collect();
+        strangers.iter().for_each(|watch| self.leave_unserved(Some(*watch), None));
         let (fanotify, cachefiles) = self.backends.services();
         if let Some(fanotify) = fanotify {
-            for (id, file) in files.iter().filter(|(id, _)| !used.contains(id)) {
-                fanotify.forget(*id, file);
+            let unused = files.iter().filter(|(id, _)| !used.contains(id));
+            if strangers.is_empty() {
+                unused.for_each(|(id, file)| fanotify.forget(*id, file));
+            } else {
+                self.retire(&unused.map(|(id, _)| *id).collect());
             }
             fanotify.resume(events);
         }
@@ -147,6 +150,27 @@ impl Daemon {
         let mounts = self.state.lock().unwrap().mounts.len();
         tracing::info!(mounts, waiting = taken, "goes on with the mounts and readers of the last daemon");
         Ok(())
+    }
+
+    /// Superblocks of which nothing is known may read any of these files: they stay marked, so that
+    /// whoever asks for a hole is denied. Images that are mounted from now on get files of their own.
+    fn retire(&self, files: &BTreeSet<InodeId>) {
+        for name in self.store.directories() {
+            let path = self.store.data_path(&name);
+            if inode_id_at(&path).is_ok_and(|id| files.contains(&id))
+                && let Err(error) = std::fs::remove_file(&path)
+            {
+                tracing::error!(path = %path.display(), %error, "images with this blob cannot be served");
+            }
+        }
+    }
+
+    /// Takes note of a superblock that lives and cannot be served.
+    fn leave_unserved(&self, watch: Option<WatchId>, record: Option<RecordId>) {
+        if let Some(watch) = watch {
+            self.watch.adopt(watch);
+            self.state.lock().unwrap().unserved.push((watch, record));
+        }
     }
 
     fn take_over_one(
@@ -185,7 +209,7 @@ impl Daemon {
                 Served::by_fanotify(Arc::new(image), &devices, record.why.clone())
             }
             BackendKind::Cachefiles => {
-                if self.backends.inherited().1.is_none() {
+                if self.backends.services().1.is_none() {
                     return Err(damaged("its kernel cache went with the last daemon; unmount it and mount it again"));
                 }
                 let name = record.name.as_ref().ok_or_else(|| damaged("no name"))?;

@@ -68,7 +68,7 @@ pub(super) struct State {
     pub(super) lingering: Vec<Mounted>,
     pub(super) registered: BTreeMap<FsId, (Served, RecordId)>,
     /// Superblocks of a dead daemon that could not be taken over: their cold reads fail.
-    pub(super) unserved: Vec<(WatchId, RecordId)>,
+    pub(super) unserved: Vec<(WatchId, Option<RecordId>)>,
 }
 
 /// The domain of this daemon's own mounts on the cachefiles path.
@@ -325,7 +325,7 @@ impl Daemon {
             mounted.release();
             self.records.remove(record);
         }
-        unserved.into_iter().for_each(|(_, record)| self.records.remove(record));
+        unserved.into_iter().filter_map(|(_, record)| record).for_each(|record| self.records.remove(record));
     }
 
     /// Learns of every superblock that goes away, whoever unmounted it.

@@ -208,13 +208,8 @@ impl Fanotify {
             tracing::error!(pid, "an event names no file of ours; denied");
             return permission.answer(Answer::Deny(libc::EIO));
         };
-        if pid.cast_unsigned() == std::process::id() {
-            if marked.probing.load(Ordering::Acquire) {
-                marked.probe_seen.store(true, Ordering::Release);
-            } else {
-                // Through a descriptor that was opened too late. Serving it would wait for itself.
-                tracing::error!(path = %marked.path.display(), "this process asked itself for data; denied");
-            }
+        if pid.cast_unsigned() == std::process::id() && marked.probing.load(Ordering::Acquire) {
+            marked.probe_seen.store(true, Ordering::Release);
             return permission.answer(Answer::Deny(libc::EIO));
         }
         self.serve(marked, range, pid, permission);
