@@ -63,6 +63,7 @@ const TABLES: &[&[Case]] = &[
     cases::sharing::CASES,
     cases::faults::CASES,
     cases::takeover::CASES,
+    cases::many::CASES,
     cases::lifecycle::CASES,
     cases::service::CASES,
 ];

@@ -25,7 +25,6 @@ pub(crate) const CASES: &[Case] = &[
     case("a_waiting_reader_can_be_killed", Place::Both, a_waiting_reader_can_be_killed),
     case("a_source_that_comes_back_serves_again", Place::Both, a_source_that_comes_back_serves_again),
     case("a_killed_daemon_leaves_readers_waiting", Place::Host, a_killed_daemon_leaves_readers_waiting),
-    case("a_killed_daemon_fails_closed", Place::Guest, a_killed_daemon_fails_closed),
     case("a_busy_mount_outlives_sigterm_without_zeros", Place::Host, a_busy_mount_outlives_sigterm_without_zeros),
 ];
 
@@ -116,19 +115,6 @@ fn a_killed_daemon_leaves_readers_waiting(ctx: &Ctx) -> Outcome {
     keepers.into_iter().try_for_each(wait_for_exit)?;
     ensure!(crate::mounts::below(&ctx.dir)?.is_empty(), "still mounted");
     Ok(())
-}
-
-fn a_killed_daemon_fails_closed(ctx: &Ctx) -> Outcome {
-    let mut fixture = Fixture::files(ctx, 2)?;
-    let mount = fixture.mount("mnt")?;
-    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "before");
-    let keepers = fixture.kill()?;
-
-    let got = read_byte(&mount.join("1"), 0);
-
-    ensure!(got.is_err(), "a cold byte after the kill: {got:?}");
-    nix::mount::umount(&mount)?;
-    keepers.into_iter().try_for_each(wait_for_exit)
 }
 
 fn a_busy_mount_outlives_sigterm_without_zeros(ctx: &Ctx) -> Outcome {

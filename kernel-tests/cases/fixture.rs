@@ -24,6 +24,7 @@ pub(crate) struct Fixture<'a> {
     daemon: Option<Child>,
     cache: PathBuf,
     environment: Vec<(&'static str, String)>,
+    descriptors: Option<u64>,
 }
 
 impl<'a> Fixture<'a> {
@@ -55,7 +56,7 @@ impl<'a> Fixture<'a> {
         ensure!(built.status.success(), "build: {}", String::from_utf8_lossy(&built.stderr));
         let server = BlobServer::start(out.join("blobs"), server)?;
         let cache = ctx.dir.join("cache");
-        let mut this = Self { ctx, server, daemon: None, cache, environment: Vec::new() };
+        let mut this = Self { ctx, server, daemon: None, cache, environment: Vec::new(), descriptors: None };
         this.start(daemon)?;
         Ok(this)
     }
@@ -75,7 +76,17 @@ impl<'a> Fixture<'a> {
             command.args(["--restart", "never"]);
         }
         command.args(options).envs(self.environment.iter().map(|(name, value)| (name, value)));
-        let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
+        let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let child = match self.descriptors {
+            // Both limits, because a daemon takes what the hard one allows.
+            Some(limit) => {
+                let mut limited = Command::new("prlimit");
+                limited.arg(format!("--nofile={limit}:{limit}")).arg(child.get_program()).args(child.get_args());
+                let log = File::options().create(true).append(true).open(self.log_path())?;
+                limited.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?
+            }
+            None => child.spawn()?,
+        };
         self.daemon = Some(child);
         let until = Instant::now() + Duration::from_secs(if self.ctx.in_guest { 60 } else { 20 });
         while !self.command(&["list", "--json"])?.status.success() || !self.run().join("rafsd.sock").exists() {
@@ -117,9 +128,56 @@ impl<'a> Fixture<'a> {
         Ok(keepers)
     }
 
+    /// Kills the daemon and both keepers, nobody of whom can do anything in between.
+    pub(crate) fn kill_all(&mut self) -> anyhow::Result<()> {
+        let Some(mut daemon) = self.daemon.take() else { bail!("no daemon runs") };
+        let keepers = self.keepers();
+        signal(&daemon, nix::sys::signal::Signal::SIGSTOP)?;
+        for pid in &keepers {
+            nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(i32::try_from(*pid)?),
+                nix::sys::signal::Signal::SIGKILL,
+            )?;
+        }
+        daemon.kill()?;
+        daemon.wait()?;
+        keepers.into_iter().try_for_each(wait_for_exit)
+    }
+
+    /// Builds an image of what `fill` puts into a directory `name`, in another directory than that of
+    /// the fixture's own, and gives the latter.
+    pub(crate) fn build_other(
+        &self,
+        name: &str,
+        fill: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> anyhow::Result<PathBuf> {
+        let (source, out) = (self.ctx.dir.join(name), self.ctx.dir.join(format!("{name}-image")));
+        fs::create_dir(&source)?;
+        fill(&source).context("make the source")?;
+        let built = Command::new(&self.ctx.rafsd).arg("build").arg(&source).arg("-o").arg(&out).output()?;
+        ensure!(built.status.success(), "build: {}", String::from_utf8_lossy(&built.stderr));
+        Ok(out)
+    }
+
+    /// Mounts an image of [`Fixture::build_other`] at a new directory `name`, its blobs read from disk.
+    pub(crate) fn mount_other(&self, image: &Path, name: &str, options: &[&str]) -> anyhow::Result<PathBuf> {
+        let dir = self.ctx.dir.join(name);
+        fs::create_dir_all(&dir)?;
+        let text = |path: &Path| path.to_str().map(ToOwned::to_owned).context("UTF-8");
+        let (bootstrap, blobs, at) = (text(&image.join("bootstrap"))?, text(&image.join("blobs"))?, text(&dir)?);
+        let fixed = ["mount", &bootstrap, &at, "--blobs", &blobs, "--backend", self.ctx.backend.name()];
+        self.must(&[&fixed[..], options].concat())?;
+        Ok(dir)
+    }
+
     /// Process ids of the keepers.
     pub(crate) fn keepers(&self) -> Vec<u32> {
         rafsd::daemon::keeper::statuses(&self.run()).iter().map(|status| status.pid).collect()
+    }
+
+    /// Limits how many descriptors daemons may have open that are started from now on.
+    pub(crate) fn limit_descriptors(&mut self, limit: u64) {
+        self.descriptors = Some(limit);
     }
 
     /// Adds a variable to the environment of daemons started from now on.

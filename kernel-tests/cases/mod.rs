@@ -6,6 +6,7 @@ mod fixture;
 pub(crate) mod images;
 pub(crate) mod interop;
 pub(crate) mod lifecycle;
+pub(crate) mod many;
 pub(crate) mod reading;
 pub(crate) mod service;
 pub(crate) mod sharing;

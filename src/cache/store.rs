@@ -174,6 +174,28 @@ impl Store {
         Ok(Some(self.shelve(shelves, name, merged, source, (ledger, data))))
     }
 
+    /// Names of the directories of all devices, whether somebody uses them or not.
+    pub fn directories(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.devices_dir).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    }
+
+    /// The file of decoded bytes of the device in directory `name`.
+    pub fn data_path(&self, name: &str) -> PathBuf {
+        self.devices_dir.join(name).join("data")
+    }
+
+    /// Whether everything that can be is in the device in directory `name`, durably. For a device
+    /// that nobody uses.
+    pub fn is_complete(&self, name: &str) -> bool {
+        let dir = self.devices_dir.join(name);
+        let Some(map) = saved(&dir) else { return false };
+        let Ok(data) = File::open(dir.join("data")) else { return false };
+        let Ok(identity) = identify(&data, &map) else { return false };
+        let words = bits::read(&fs::read(dir.join("present")).unwrap_or_default(), &identity);
+        (0..).zip(map.units()).all(|(index, unit)| !is_needed(unit) || bit(&words, index))
+    }
+
     /// The device of a process that has died, in directory `name`. `data` is its file, opened by
     /// that process before the kernel was told to ask about it: opened anew, the device's own
     /// writes would wait for an answer to themselves.

@@ -93,7 +93,7 @@ impl Daemon {
             let _ = daemon.takeover_ms.set(ms);
             tracing::info!(ms, "took over from a daemon that has gone");
         } else {
-            daemon.forget_the_dead();
+            daemon.end_unkept_mounts()?;
         }
         let thread =
             spawn("mnt-0", &daemon, |daemon| daemon.follow_unmounts()).map_err(start("the watch on mounts"))?;
@@ -185,6 +185,9 @@ impl Daemon {
                 Served::by_fanotify(Arc::new(image), &devices, record.why.clone())
             }
             BackendKind::Cachefiles => {
+                if self.backends.inherited().1.is_none() {
+                    return Err(damaged("its kernel cache went with the last daemon; unmount it and mount it again"));
+                }
                 let name = record.name.as_ref().ok_or_else(|| damaged("no name"))?;
                 let name = FsId::new(&name.id, name.domain.as_deref())?;
                 let domain = name.domain.as_deref().unwrap_or(&name.id);
@@ -216,13 +219,6 @@ impl Daemon {
             _ => state.lingering.push(mounted),
         }
         Ok(())
-    }
-
-    /// No keeper is left, so no mount of an earlier daemon is served any more.
-    fn forget_the_dead(&self) {
-        for (id, _) in self.records.load().unwrap_or_default() {
-            self.records.remove(id);
-        }
     }
 }
 

@@ -24,6 +24,7 @@ mod served;
 mod serving;
 pub mod settings;
 mod stop;
+mod unkept;
 
 pub use alive::Stuck;
 pub use error::DaemonError;

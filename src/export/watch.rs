@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rustix::fs::inotify;
 
-use crate::sys::inotify::{Watched, each_watch};
+use crate::sys::inotify::{Watched, device_numbers, each_watch};
 use crate::sys::mount::DetachedMount;
 
 /// Watches superblocks. One thread calls [`MountWatch::wait`]; any thread may add.
@@ -65,9 +65,7 @@ impl MountWatch {
     /// Starts watching the superblock of `mount`.
     pub fn add(&self, mount: &DetachedMount) -> io::Result<WatchId> {
         let root = PathBuf::from(format!("/proc/self/fd/{}", mount.as_fd().as_raw_fd()));
-        let stat = nix::sys::stat::fstat(mount)?;
-        let number = |part: u64| u32::try_from(part).map_err(io::Error::other);
-        let device = (number(nix::sys::stat::major(stat.st_dev))?, number(nix::sys::stat::minor(stat.st_dev))?);
+        let device = device_numbers(nix::sys::stat::fstat(mount)?.st_dev)?;
         // Some event must be asked for; attributes of a read-only root never change.
         let number = inotify::add_watch(&self.instance, &root, inotify::WatchFlags::ATTRIB)?;
         let id = Watched { number, device };

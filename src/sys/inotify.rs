@@ -16,6 +16,12 @@ pub struct Watched {
     pub device: (u32, u32),
 }
 
+/// Major and minor number of a `st_dev`, as a watch has them.
+pub fn device_numbers(st_dev: u64) -> io::Result<(u32, u32)> {
+    let number = |part: u64| u32::try_from(part).map_err(io::Error::other);
+    Ok((number(nix::sys::stat::major(st_dev))?, number(nix::sys::stat::minor(st_dev))?))
+}
+
 /// Longest line that is looked at; the rest of a longer one is passed over.
 const LINE: usize = 256;
 
@@ -92,8 +98,7 @@ mod tests {
             watches.push(instance.add_watch(&path, AddWatchFlags::IN_ATTRIB).unwrap());
         }
         assert_eq!(seen().len(), 40);
-        let dev = std::fs::metadata(dir.path()).unwrap().dev();
-        let device = (nix::sys::stat::major(dev) as u32, nix::sys::stat::minor(dev) as u32);
+        let device = device_numbers(std::fs::metadata(dir.path()).unwrap().dev()).unwrap();
         assert!(seen().iter().all(|watched| watched.device == device), "{:?} {device:?}", seen()[0]);
         let highest = seen().iter().map(|watched| watched.number).max();
         instance.rm_watch(watches.pop().unwrap()).unwrap();

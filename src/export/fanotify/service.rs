@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -208,8 +208,13 @@ impl Fanotify {
             tracing::error!(pid, "an event names no file of ours; denied");
             return permission.answer(Answer::Deny(libc::EIO));
         };
-        if pid.cast_unsigned() == std::process::id() && marked.probing.load(Ordering::Acquire) {
-            marked.probe_seen.store(true, Ordering::Release);
+        if pid.cast_unsigned() == std::process::id() {
+            if marked.probing.load(Ordering::Acquire) {
+                marked.probe_seen.store(true, Ordering::Release);
+            } else {
+                // Through a descriptor that was opened too late. Serving it would wait for itself.
+                tracing::error!(path = %marked.path.display(), "this process asked itself for data; denied");
+            }
             return permission.answer(Answer::Deny(libc::EIO));
         }
         self.serve(marked, range, pid, permission);
@@ -229,6 +234,16 @@ impl Fanotify {
     /// is under way.
     pub fn freeze(&self) {
         *self.desk.frozen.write().unwrap() = true;
+    }
+
+    /// Marks a file that no image is known for: whoever reads it is denied. Until it is forgotten, or
+    /// an image that is known brings it.
+    pub fn guard(&self, id: InodeId, file: BorrowedFd<'_>) -> io::Result<()> {
+        let _changing = self.changing.lock().unwrap();
+        if self.marked.read().unwrap().contains_key(&id) {
+            return Ok(());
+        }
+        self.desk.group.mark(file)
     }
 
     /// Events that wait for data.
