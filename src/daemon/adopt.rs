@@ -185,7 +185,7 @@ impl Daemon {
                 Served::by_fanotify(Arc::new(image), &devices, record.why.clone())
             }
             BackendKind::Cachefiles => {
-                if self.backends.inherited().1.is_none() {
+                if self.backends.services().1.is_none() {
                     return Err(damaged("its kernel cache went with the last daemon; unmount it and mount it again"));
                 }
                 let name = record.name.as_ref().ok_or_else(|| damaged("no name"))?;

@@ -37,7 +37,7 @@ impl Daemon {
                 "the daemon and its keepers were killed while this image was incomplete: whatever read it since may have \
                  read zeros; it is unmounted, restart what uses it"
             );
-            if let Err(error) = detach(&mount.target) {
+            if let Err(error) = self.options.sandbox.outside(|| detach(&mount.target)) {
                 tracing::error!(%dir, %error, "it cannot be unmounted");
             }
             poisoned.extend(incomplete);
@@ -74,7 +74,8 @@ impl Daemon {
                 tracing::error!(path = %path.display(), %error, "open files on an unmounted image still read zeros");
             }
         }
-        if let Err(error) = fs::write("/proc/sys/vm/drop_caches", "1") {
+        let drop_caches = || fs::write("/proc/sys/vm/drop_caches", "1");
+        if let Err(error) = self.options.sandbox.outside(drop_caches) {
             tracing::error!(%error, "zeros may still be in the page cache of open files");
         }
         Ok(())
