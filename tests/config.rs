@@ -41,6 +41,8 @@ fn documented() -> String {
             Field::LogRules(_) => "a level, or rules".to_owned(),
             Field::LogFormat(_) => "`text`, `json`".to_owned(),
             Field::Size(..) => ranged("a size", setting),
+            Field::SizeOrNone(..) => ranged("`none`, or a size", setting),
+            Field::Percent(..) => ranged("a percentage", setting),
             Field::Count(..) => ranged("a number", setting),
             Field::Time(..) => ranged("a time", setting),
             Field::TimeOrNever(..) => ranged("`never`, or a time", setting),

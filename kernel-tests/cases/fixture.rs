@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -89,7 +90,9 @@ impl<'a> Fixture<'a> {
         };
         self.daemon = Some(child);
         let until = Instant::now() + Duration::from_secs(if self.ctx.in_guest { 60 } else { 20 });
-        while !self.command(&["list", "--json"])?.status.success() || !self.run().join("rafsd.sock").exists() {
+        // Somebody has to listen: `list` finds nothing, successfully, behind the socket of a daemon that died.
+        let listens = |run: &Path| UnixStream::connect(run.join("rafsd.sock")).is_ok();
+        while !listens(&self.run()) || !self.command(&["list", "--json"])?.status.success() {
             let gone = self.daemon.as_mut().expect("just started").try_wait()?;
             ensure!(gone.is_none(), "the daemon ended at once: {}", self.log());
             ensure!(Instant::now() < until, "the daemon does not answer: {}", self.log());

@@ -74,7 +74,8 @@ impl Daemon {
                 tracing::error!(path = %path.display(), %error, "open files on an unmounted image still read zeros");
             }
         }
-        if let Err(error) = self.options.sandbox.outside(|| fs::write("/proc/sys/vm/drop_caches", "1")) {
+        let drop_caches = || fs::write("/proc/sys/vm/drop_caches", "1");
+        if let Err(error) = self.options.sandbox.outside(drop_caches) {
             tracing::error!(%error, "zeros may still be in the page cache of open files");
         }
         Ok(())

@@ -17,6 +17,9 @@ pub enum Field {
     Paths(fn(&mut Settings) -> &mut Vec<PathBuf>),
     /// Bytes.
     Size(Range<u64>, fn(&mut Settings) -> &mut u64),
+    /// Bytes, or the word `none`.
+    SizeOrNone(Range<u64>, fn(&mut Settings) -> &mut Option<u64>),
+    Percent(Range<u8>, fn(&mut Settings) -> &mut u8),
     Count(Range<usize>, fn(&mut Settings) -> &mut usize),
     /// Milliseconds.
     Time(Range<u64>, fn(&mut Settings) -> &mut Duration),
@@ -125,6 +128,11 @@ fn within<T: PartialOrd + Copy>(
     Err(ValueError::Range { text: text.to_owned(), least: show(range.0), most: show(range.1) })
 }
 
+fn size(text: &str, range: Range<u64>, wanted: &'static str) -> Result<u64, ValueError> {
+    let size: ByteSize = text.parse().map_err(|_| ValueError::Form { text: text.to_owned(), wanted })?;
+    within(size.0, range, text, |bytes| ByteSize(bytes).exact())
+}
+
 fn time(text: &str, range: Range<u64>, wanted: &'static str) -> Result<Duration, ValueError> {
     let span: TimeSpan = text.parse().map_err(|_| ValueError::Form { text: text.to_owned(), wanted })?;
     let ms = u64::try_from(span.0.as_millis()).unwrap_or(u64::MAX);
@@ -153,6 +161,8 @@ impl Field {
             Self::Path(_) => "a path",
             Self::Paths(_) => "a list of paths",
             Self::Size(..) => "a size such as 64MiB",
+            Self::SizeOrNone(..) => "a size such as 64MiB, or none",
+            Self::Percent(..) => "a percentage",
             Self::Count(..) => "a number",
             Self::Time(..) => "a length of time such as 30s",
             Self::TimeOrNever(..) => "a length of time such as 30s, or never",
@@ -169,7 +179,8 @@ impl Field {
         match self {
             Self::Path(_) => "DIR",
             Self::Paths(_) => "DIR,...",
-            Self::Size(..) => "SIZE",
+            Self::Size(..) | Self::SizeOrNone(..) => "SIZE",
+            Self::Percent(..) => "PERCENT",
             Self::Count(..) => "NUMBER",
             Self::Time(..) | Self::TimeOrNever(..) => "TIME",
             Self::Switch(_) => "on|off",
@@ -183,7 +194,10 @@ impl Field {
     /// The range, where there is one.
     pub fn range(&self) -> Option<(String, String)> {
         match self {
-            Self::Size(range, _) => Some((ByteSize(range.0).exact(), ByteSize(range.1).exact())),
+            Self::Size(range, _) | Self::SizeOrNone(range, _) => {
+                Some((ByteSize(range.0).exact(), ByteSize(range.1).exact()))
+            }
+            Self::Percent(range, _) => Some((format!("{}%", range.0), format!("{}%", range.1))),
             Self::Count(range, _) => Some((range.0.to_string(), range.1.to_string())),
             Self::Time(range, _) | Self::TimeOrNever(range, _) => Some((show_ms(range.0), show_ms(range.1))),
             _ => None,
@@ -199,10 +213,15 @@ impl Field {
             Self::Paths(at) => {
                 *at(settings) = raw.list(wanted)?.iter().map(|item| path(item)).collect::<Result<_, _>>()?;
             }
-            Self::Size(range, at) => {
+            Self::Size(range, at) => *at(settings) = size(&raw.one(wanted)?, range, wanted)?,
+            Self::SizeOrNone(range, at) => {
                 let text = raw.one(wanted)?;
-                let size: ByteSize = text.parse().map_err(|_| form(&text))?;
-                *at(settings) = within(size.0, range, &text, |bytes| ByteSize(bytes).exact())?;
+                *at(settings) = if text == "none" { None } else { Some(size(&text, range, wanted)?) };
+            }
+            Self::Percent(range, at) => {
+                let text = raw.one(wanted)?;
+                let number = text.trim_end_matches('%').parse().map_err(|_| form(&text))?;
+                *at(settings) = within(number, range, &text, |number| format!("{number}%"))?;
             }
             Self::Count(range, at) => {
                 let text = raw.one(wanted)?;
@@ -257,6 +276,10 @@ impl Field {
             Self::Path(at) => Raw::Text(at(settings).to_string_lossy().into_owned()),
             Self::Paths(at) => Raw::Items(at(settings).iter().map(|p| p.to_string_lossy().into_owned()).collect()),
             Self::Size(_, at) => Raw::Text(ByteSize(*at(settings)).exact()),
+            Self::SizeOrNone(_, at) => {
+                Raw::Text(at(settings).map_or_else(|| "none".to_owned(), |bytes| ByteSize(bytes).exact()))
+            }
+            Self::Percent(_, at) => Raw::Whole((*at(settings)).into()),
             Self::Count(_, at) => Raw::Whole(i64::try_from(*at(settings)).unwrap_or(i64::MAX)),
             Self::Time(_, at) => Raw::Text(TimeSpan(*at(settings)).to_string()),
             Self::TimeOrNever(_, at) => {
