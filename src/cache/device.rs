@@ -136,6 +136,10 @@ impl Device {
         Arc::new(Self { core, home, learning: Mutex::default() })
     }
 
+    pub(super) fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
     /// The blob this device holds.
     pub fn blob(&self) -> &BlobId {
         self.core.blob()
@@ -287,6 +291,11 @@ impl Core {
         Arc::clone(&self.map.read().unwrap())
     }
 
+    /// The units that hold `decoded`, if there are units for all of it.
+    pub(super) fn covering(&self, decoded: ByteRange) -> Option<Range<UnitIndex>> {
+        self.layout.covering(decoded)
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
@@ -314,18 +323,21 @@ impl Core {
     pub(super) fn fill(self: &Arc<Self>, units: Range<UnitIndex>, class: Class, done: Completion) {
         let wait = Wait::new(done);
         let map = self.map();
-        let mut leads = Vec::new();
+        let (mut leads, mut urgent) = (Vec::new(), Vec::new());
         let mut hit = true;
         for index in units.clone().filter(|&index| !self.ledger.presence.get(index)) {
             hit = false;
             let unit = &map.units()[index as usize];
             if is_needed(unit) {
-                leads.extend(self.enter(&map, index, units.clone(), class, Some(&wait)));
+                leads.extend(self.enter(&map, index, units.clone(), class, Some(&wait), &mut urgent));
             } else {
                 wait.fail(self.corrupt(index, unit, DecodeError::Unverifiable));
             }
         }
-        self.submit(&map, leads, class);
+        if !urgent.is_empty() {
+            self.engine.fetcher.promote(self.id, &urgent);
+        }
+        self.submit(&map, leads, class, None);
         if class == Class::OnDemand {
             let counter = if hit { &self.counters.hits } else { &self.counters.misses };
             counter.fetch_add(1, Ordering::Relaxed);
@@ -335,14 +347,15 @@ impl Core {
     }
 
     /// Joins or leads the fetch of one absent unit of `wanted`, and what comes with it. Gives what is
-    /// led.
-    fn enter(
+    /// led. A unit that is to be promoted, because a reader joined a prefetch, is added to `urgent`.
+    pub(super) fn enter(
         &self,
         map: &UnitMap,
         index: UnitIndex,
         wanted: Range<UnitIndex>,
         class: Class,
         wait: Option<&Arc<Wait>>,
+        urgent: &mut Vec<UnitIndex>,
     ) -> Vec<Lead> {
         // Those that the caller is about to ask for as well are as urgent at once: raising them later
         // means a search through the queues for each.
@@ -357,7 +370,7 @@ impl Core {
             }
             Role::Joined { promote } => {
                 if promote {
-                    self.engine.fetcher.promote((self.id, index));
+                    urgent.push(index);
                 }
                 Vec::new()
             }
@@ -375,22 +388,30 @@ impl Core {
         before.take(MOST_SIBLINGS).chain(after.take(MOST_SIBLINGS)).filter(can_come)
     }
 
-    /// Gathers led units into ranged reads and queues them.
-    fn submit(self: &Arc<Self>, map: &UnitMap, leads: Vec<Lead>, class: Class) {
+    /// Gathers led units into ranged reads and queues them; by the limits of `bulk` behind everything.
+    pub(super) fn submit(
+        self: &Arc<Self>,
+        map: &UnitMap,
+        leads: Vec<Lead>,
+        class: Class,
+        bulk: Option<PlanLimits>,
+    ) {
         if leads.is_empty() {
             return;
         }
         let options = &self.engine.options;
+        let limits = bulk.unwrap_or(PlanLimits { gap: options.gap, window: options.window(class) });
         let missing = leads.iter().map(|lead| (lead.unit(), map.units()[lead.unit() as usize])).collect();
         let mut leads: HashMap<UnitIndex, Lead> = leads.into_iter().map(|lead| (lead.unit(), lead)).collect();
-        let reads = plan(missing, PlanLimits { gap: options.gap, window: options.window(class) });
+        let reads = plan(missing, limits);
         let windows = reads.into_iter().map(|read| {
             let led = |index| {
                 let lead = leads.remove(&index)?;
                 Some(Led { unit: map.units()[index as usize], lead, again: false })
             };
             let units = read.units.into_iter().filter_map(led).collect();
-            Window { core: Arc::clone(self), stored: read.stored, units, asked: None }
+            let window = Window::new(Arc::clone(self), read.stored, units, None);
+            Window { bulk: bulk.is_some(), ..window }
         });
         self.enqueue(windows.collect());
     }
@@ -426,8 +447,10 @@ impl Core {
     fn prefetch(self: &Arc<Self>, units: Range<UnitIndex>) {
         let map = self.map();
         let absent = units.filter(|&index| !self.ledger.presence.get(index) && is_needed(&map.units()[index as usize]));
-        let leads = absent.flat_map(|index| self.enter(&map, index, index..index + 1, Class::Prefetch, None)).collect();
-        self.submit(&map, leads, Class::Prefetch);
+        // Prefetch that joins a fetch makes nothing urgent.
+        let lead = |index| self.enter(&map, index, index..index + 1, Class::Prefetch, None, &mut Vec::new());
+        let leads = absent.flat_map(lead).collect();
+        self.submit(&map, leads, Class::Prefetch, None);
     }
 
     /// Decodes, checks, writes and publishes the units of one stored range one by one, and tells
@@ -473,11 +496,9 @@ impl Core {
     /// Asks for every stored range of a window alone, because the blob ends before the window does: the
     /// one that an image misplaced must not take its neighbours along.
     pub(super) fn split(self: &Arc<Self>, window: Window) {
-        let alone = |group: Vec<Led>| Window {
-            core: Arc::clone(self),
-            stored: group[0].unit.stored,
-            units: group,
-            asked: window.asked,
+        let alone = |group: Vec<Led>| {
+            let alone = Window::new(Arc::clone(self), group[0].unit.stored, group, window.asked);
+            Window { bulk: window.bulk, ..alone }
         };
         self.enqueue(groups(window.units).into_iter().map(alone).collect());
     }
@@ -487,7 +508,7 @@ impl Core {
     fn refetch(self: &Arc<Self>, damaged: Vec<Led>, asked: Option<Instant>) {
         let stored = damaged[0].unit.stored;
         let units = damaged.into_iter().map(|led| Led { again: true, ..led }).collect();
-        self.enqueue(vec![Window { core: Arc::clone(self), stored, units, asked }]);
+        self.enqueue(vec![Window::new(Arc::clone(self), stored, units, asked)]);
     }
 
     pub(super) fn fetch_failed(&self, led: Led, cause: &Arc<SourceError>) {
@@ -498,7 +519,7 @@ impl Core {
 
     /// Holds a source to its word.
     pub(super) fn whole(&self, bytes: Bytes, stored: ByteRange, place: String) -> Result<Bytes, SourceError> {
-        self.counters.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.counters.received(bytes.len() as u64);
         if bytes.len() as u64 == stored.len() {
             return Ok(bytes);
         }
