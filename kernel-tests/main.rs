@@ -63,6 +63,7 @@ const TABLES: &[&[Case]] = &[
     cases::sharing::CASES,
     cases::faults::CASES,
     cases::lifecycle::CASES,
+    cases::prefetch::CASES,
 ];
 
 /// What a case returns; the error's whole chain is printed.

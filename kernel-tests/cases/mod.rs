@@ -6,5 +6,6 @@ mod fixture;
 pub(crate) mod images;
 pub(crate) mod interop;
 pub(crate) mod lifecycle;
+pub(crate) mod prefetch;
 pub(crate) mod reading;
 pub(crate) mod sharing;

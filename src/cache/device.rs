@@ -17,6 +17,7 @@ use super::inflight::{Inflight, Lead, Role, Wait};
 use super::ledger::{FlushError, Ledger};
 use super::plan::{PlanLimits, plan};
 use super::pool::Job;
+use super::prefetch::Want;
 use super::presence::found;
 use super::readahead::{Reach, Streams};
 use super::sink::{Scratch, Sink};
@@ -206,7 +207,13 @@ impl Device {
     /// faults and past corrupt units; a full disk or a permanent fault ends it, and it may be
     /// started again. Does nothing if it is going on already.
     pub fn complete_in_background(&self) {
-        self.core.background.start(&self.core);
+        self.fetch_in_background(&[], true);
+    }
+
+    /// The same for some ranges, in this order, and then for what else is missing if `rest` is set.
+    pub fn fetch_in_background(&self, decoded: &[ByteRange], rest: bool) {
+        let wants: Vec<_> = decoded.iter().map(|&decoded| Want { device: 0, decoded }).collect();
+        self.core.background.start(&self.core, &wants, rest);
     }
 
     /// Stops what [`Device::complete_in_background`] started; units in flight still arrive.

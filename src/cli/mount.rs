@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 
 use super::connect::{DaemonArgs, Place, block_on};
+use super::prefetch::order;
 use super::print_json;
 use crate::base::ByteSize;
 use crate::daemon::api::{BackendChoice, ImageReport, ImageSpec, MountRequest, UnmountRequest};
@@ -28,9 +29,20 @@ pub(super) struct ImageArgs {
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
 
-    /// Fetch everything in the background, behind all readers
-    #[arg(long)]
-    prefetch: bool,
+    /// What to fetch before anybody asks, behind all readers
+    ///
+    /// hints: what the image's own prefetch table names, if it has one; all: the same and then
+    /// everything else, which is also what --prefetch alone means; none; or a file with a list of
+    /// paths and ranges as `rafsd optimize` takes it, such as a trace.
+    #[arg(
+        long,
+        value_name = "hints|all|none|FILE",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all",
+        default_value = "hints"
+    )]
+    prefetch: PathBuf,
 }
 
 impl ImageArgs {
@@ -39,7 +51,8 @@ impl ImageArgs {
         let blobs =
             if self.blobs.contains("://") { self.blobs } else { utf8(&absolute(Path::new(&self.blobs))?)?.to_owned() };
         let ca = self.ca.as_deref().map(absolute).transpose()?;
-        Ok(ImageSpec { bootstrap: absolute(&self.bootstrap)?, blobs, ca, prefetch: self.prefetch })
+        let prefetch = order(&self.prefetch)?;
+        Ok(ImageSpec { bootstrap: absolute(&self.bootstrap)?, blobs, ca, prefetch })
     }
 }
 
@@ -69,8 +82,9 @@ pub(super) struct MountArgs {
 }
 
 const EXAMPLE: &str = "\
-Example:
-  rafsd mount image/bootstrap /mnt --blobs https://blobs.example/image";
+Examples:
+  rafsd mount image/bootstrap /mnt --blobs https://blobs.example/image
+  rafsd mount image/bootstrap /mnt --blobs https://blobs.example/image --prefetch=start.trace";
 
 /// Exit status: 0 when the mount is usable.
 pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
@@ -171,7 +185,7 @@ fn progress(image: &ImageReport) -> (String, String) {
     (part, ByteSize(fetched).to_string())
 }
 
-fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+pub(super) fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
     path.canonicalize().with_context(|| format!("cannot use {}", path.display()))
 }
 

@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::connect::{Place, block_on};
+use crate::base::{ByteSize, InvalidSize};
 use crate::cache::{StoreError, StoreOptions};
 use crate::daemon::control::Control;
 use crate::daemon::{Daemon, DaemonError, Options};
@@ -34,6 +35,15 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     deadline: u64,
 
+    /// Most bytes per second that prefetch may fetch, such as 10MiB/s [default: as many as come]
+    #[arg(long, value_name = "SIZE/s", env = "RAFSD_PREFETCH_RATE", value_parser = rate)]
+    prefetch_rate: Option<ByteSize>,
+
+    /// Reads of prefetch that run at once
+    #[arg(long, value_name = "N", env = "RAFSD_PREFETCH_READS", default_value_t = 4,
+        value_parser = clap::value_parser!(u16).range(1..=256))]
+    prefetch_reads: u16,
+
     /// Exit after this many seconds without anything to serve
     #[arg(long, value_name = "SECONDS")]
     exit_when_idle: Option<u64>,
@@ -41,6 +51,12 @@ pub(super) struct ServeArgs {
     /// Leave the terminal's session and the working directory
     #[arg(long, hide = true)]
     detached: bool,
+}
+
+/// A size, with or without `/s` behind it; not nothing.
+fn rate(text: &str) -> Result<ByteSize, String> {
+    let size: ByteSize = text.strip_suffix("/s").unwrap_or(text).parse().map_err(|e: InvalidSize| e.to_string())?;
+    if size.0 == 0 { Err("a rate of nothing would never fetch anything".to_owned()) } else { Ok(size) }
 }
 
 /// How long to wait for a predecessor to leave the cache.
@@ -68,7 +84,12 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         .thread_name("net")
         .enable_all()
         .build()?;
-    let store = StoreOptions { deadline: Duration::from_secs(args.deadline), ..StoreOptions::default() };
+    let store = StoreOptions {
+        deadline: Duration::from_secs(args.deadline),
+        prefetch_rate: args.prefetch_rate.map(|rate| rate.0),
+        prefetch_fetches: args.prefetch_reads.into(),
+        ..StoreOptions::default()
+    };
     let program = PathBuf::from("/proc/self/exe");
     let options = Options { cache, run: run.clone(), program, store };
     let idle = args.exit_when_idle.map(Duration::from_secs);

@@ -8,7 +8,10 @@ use reqwest::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::api::{Failure, ImageReport, Info, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest};
+use super::api::{
+    Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, RegisterRequest,
+    UnmountRequest, UnregisterRequest,
+};
 use super::control::SOCKET;
 
 /// Talks to the daemon of one run directory.
@@ -80,6 +83,21 @@ impl Client {
     /// Unmounts.
     pub async fn unmount(&self, request: &UnmountRequest) -> Result<(), ClientError> {
         self.call(Method::DELETE, "mounts", request).await
+    }
+
+    /// Begins a prefetch.
+    pub async fn prefetch(&self, request: &PrefetchRequest) -> Result<PrefetchReport, ClientError> {
+        self.call(Method::POST, "prefetch", request).await
+    }
+
+    /// How a prefetch is getting on.
+    pub async fn get_prefetch(&self, id: u64) -> Result<PrefetchReport, ClientError> {
+        self.call(Method::GET, &format!("prefetch/{id}"), &()).await
+    }
+
+    /// Stops all prefetches of an image; gives those that were under way.
+    pub async fn cancel_prefetch(&self, target: &PrefetchTarget) -> Result<Vec<PrefetchReport>, ClientError> {
+        self.call(Method::DELETE, "prefetch", target).await
     }
 
     /// Makes an image known to the cachefiles backend.

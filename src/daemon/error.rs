@@ -52,6 +52,18 @@ pub enum DaemonError {
     NotMounted(PathBuf),
     #[error("another image in domain {domain} promises other bytes for blob {blob}; use another domain")]
     Contradiction { blob: BlobId, domain: String },
+    #[error("{0:?} names no mounted image; `rafsd list` shows them")]
+    NoImage(String),
+    #[error("{0:?} begins the names of several mounted images; give more digits, or the mount point")]
+    SeveralImages(String),
+    #[error("an image is named either by its mount point or by its digest")]
+    NoTarget,
+    #[error("the kernel does not have blob {0} open")]
+    NotOpen(BlobId),
+    #[error("there are too many prefetches for {} under way; cancel them, or wait", .0.display())]
+    TooManyPrefetches(PathBuf),
+    #[error("there is no prefetch {0}, or it ended a while ago")]
+    NoPrefetch(u64),
     #[error("no image is registered as {0}")]
     NotRegistered(String),
     #[error("cannot unmount {}{}", dir.display(), busy(cause))]

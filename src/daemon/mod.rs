@@ -14,6 +14,8 @@ mod error;
 pub mod keeper;
 mod mounts;
 mod objects;
+mod order;
+mod prefetch;
 mod prepare;
 mod served;
 mod serving;

@@ -8,14 +8,18 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::DaemonError;
-use super::api::{BackendChoice, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest};
+use super::api::{
+    BackendChoice, ImageReport, ImageSpec, Info, MountRequest, PrefetchOrder, PrefetchTarget, RegisterRequest,
+};
 use super::keeper::Keeper;
 use super::objects::{Object, Objects};
+use super::order::plan;
+use super::prefetch::Prefetches;
 use super::prepare::{Prepared, bootstrap_as_blob, prepare};
 use super::served::{Live, Mounted, Served, blob_object};
 use super::serving::{Backends, spawn};
 use crate::base::{BlobId, Chain};
-use crate::cache::{Store, StoreOptions};
+use crate::cache::{Engine, Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
 use crate::export::{AttachError, BackendKind, Backing, LiveImage, MountWatch, WatchId, fanotify};
 use crate::sys::mount::{detach, unmount};
@@ -43,6 +47,7 @@ pub struct Daemon {
     objects: Objects,
     watch: Arc<MountWatch>,
     watcher: Mutex<Option<JoinHandle<()>>>,
+    pub(super) prefetches: Arc<Prefetches>,
     state: Mutex<State>,
 }
 
@@ -81,6 +86,7 @@ impl Daemon {
             objects,
             watch,
             watcher: Mutex::default(),
+            prefetches: Arc::default(),
             state: Mutex::default(),
         });
         let thread =
@@ -119,7 +125,10 @@ impl Daemon {
         let mounted = self.mount_reserved(request)?;
         let report = mounted.served.report(Some(&dir));
         tracing::info!(dir = %dir.display(), backend = %report.backend, image = report.image, "mounted");
+        let (served, watched) = (mounted.served.clone(), mounted.watch);
         self.state.lock().unwrap().mounts.insert(dir.clone(), Some(mounted));
+        self.prefetch_mounted(&dir, &served, watched, &request.image.prefetch);
+        drop(served);
         // Somebody may have unmounted it before we could write it down.
         self.bury();
         Ok(report)
@@ -174,9 +183,6 @@ impl Daemon {
         let service = self.backends.fanotify(&self.keeper)?;
         let attachment =
             service.attach(&image, &request.dir, &self.watch, &|mount| self.keeper.mounting(&request.dir, mount))?;
-        if request.image.prefetch {
-            devices.iter().for_each(|device| device.complete_in_background());
-        }
         let live = devices.iter().map(|device| Live::Stored(Arc::downgrade(device))).collect();
         let served = Served { backend: BackendKind::Fanotify, why, prepared, devices: live, registration: None };
         Ok((attachment.watch, served, Some(attachment)))
@@ -198,7 +204,8 @@ impl Daemon {
         let (served, registration) = loop {
             let domain = numbered(DOMAIN, domain_number);
             let name = FsId::new(&numbered(&short, mount_number), Some(&domain))?;
-            match self.serve_cachefiles(&request.image, prepared.clone(), &name, why.clone()) {
+            // What is wanted ahead of a mount, and followed, is up to `prefetch_mounted`.
+            match self.serve_cachefiles(&PrefetchOrder::None, prepared.clone(), &name, why.clone()) {
                 Err(DaemonError::Attach(AttachError::Taken(_))) => mount_number += 1,
                 Err(DaemonError::Contradiction { .. }) => domain_number += 1,
                 other => break other?,
@@ -212,7 +219,7 @@ impl Daemon {
 
     fn serve_cachefiles(
         &self,
-        spec: &ImageSpec,
+        order: &PrefetchOrder,
         prepared: Arc<Prepared>,
         name: &FsId,
         why: String,
@@ -223,11 +230,13 @@ impl Daemon {
         let size = prepared.image.summary().bootstrap_len;
         // Metadata is read page by page, each read waiting for us: fetch all of it at the first.
         let boot = Arc::new(Object::new(boot_map, boot_source));
-        let boot = blob_object(boot, size, engine, true);
+        let boot = blob_object(boot, size, engine, Vec::new(), true);
         let domain = name.domain.as_deref().unwrap_or(&name.id);
         let objects = self.objects.enter(domain, &prepared.maps, &prepared.source)?;
-        let blobs = prepared.maps.iter().zip(&objects).map(|(map, object)| {
-            (map.blob().to_string(), blob_object(object.clone(), map.decoded_len(), engine, spec.prefetch))
+        let plan = plan(&prepared.image, order);
+        let blobs = prepared.maps.iter().zip(&objects).enumerate().map(|(device, (map, object))| {
+            let wants = plan.wants.iter().filter(|want| want.device == device).map(|want| want.decoded).collect();
+            (map.blob().to_string(), blob_object(object.clone(), map.decoded_len(), engine, wants, plan.rest))
         });
         let registration = Arc::new(service.register(name, boot, blobs.collect())?);
         let registered = Some(registration.clone());
@@ -242,7 +251,7 @@ impl Daemon {
         ensure_absolute(&request.image)?;
         let (_, why) = self.backends.choose(BackendChoice::Cachefiles)?;
         let prepared = Arc::new(self.prepare(&request.image)?);
-        let (served, _) = self.serve_cachefiles(&request.image, prepared, &name, why)?;
+        let (served, _) = self.serve_cachefiles(&request.image.prefetch, prepared, &name, why)?;
         let report = served.report(None);
         let mut state = self.state.lock().unwrap();
         if state.stopping {
@@ -267,6 +276,40 @@ impl Daemon {
         mounts.chain(state.registered.values().map(|served| served.report(None))).collect()
     }
 
+    /// The mounted image that is meant, and where it is mounted.
+    pub(super) fn find(&self, target: &PrefetchTarget) -> Result<(PathBuf, Served), DaemonError> {
+        let state = self.state.lock().unwrap();
+        let mut mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, &mounted.as_ref()?.served)));
+        match (&target.dir, &target.image) {
+            (Some(dir), None) => {
+                let found = mounted.find(|(at, _)| *at == dir).ok_or_else(|| DaemonError::NotMounted(dir.clone()))?;
+                Ok((found.0.clone(), found.1.clone()))
+            }
+            (None, Some(digits)) => {
+                let meant: Vec<_> =
+                    mounted.filter(|(_, served)| served.prepared.key.to_string().starts_with(digits)).collect();
+                let (dir, served) = meant.first().ok_or_else(|| DaemonError::NoImage(digits.clone()))?;
+                if meant.iter().any(|(_, other)| other.prepared.key != served.prepared.key) {
+                    return Err(DaemonError::SeveralImages(digits.clone()));
+                }
+                Ok(((*dir).clone(), (*served).clone()))
+            }
+            _ => Err(DaemonError::NoTarget),
+        }
+    }
+
+    pub(super) fn engine(&self) -> &Arc<Engine> {
+        self.store.engine()
+    }
+
+    pub(super) fn watch(&self) -> &Arc<MountWatch> {
+        &self.watch
+    }
+
+    pub(super) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
     /// Whether nothing is mounted, being mounted, lingering or registered, by us or by others.
     pub fn is_idle(&self) -> bool {
         let state = self.state.lock().unwrap();
@@ -286,6 +329,7 @@ impl Daemon {
         };
         let outcome = if lazy { detach(dir) } else { unmount(dir) };
         outcome.map_err(|cause| DaemonError::Unmount { dir: dir.to_owned(), cause })?;
+        self.prefetches.cancel(Some(dir));
         let until = Instant::now() + Duration::from_secs(2);
         while self.watch.is_alive(watch) && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(2));
@@ -310,6 +354,7 @@ impl Daemon {
             state.mounts.iter().filter(|(_, m)| m.as_ref().is_some_and(is_dead)).map(|(d, _)| d.clone()).collect();
         for dir in dead {
             tracing::info!(dir = %dir.display(), "unmounted");
+            self.prefetches.cancel(Some(&dir));
             gone.extend(state.mounts.remove(&dir).flatten());
         }
         drop(state);
@@ -330,6 +375,7 @@ impl Daemon {
     /// Blocks.
     pub fn stop(&self) {
         self.state.lock().unwrap().stopping = true;
+        self.prefetches.cancel(None);
         self.wait_for_reservations();
         let dirs: Vec<_> = self.state.lock().unwrap().mounts.keys().cloned().collect();
         for dir in dirs {

@@ -158,6 +158,7 @@ pub(super) fn bootstrap_as_blob(prepared: &Prepared) -> Result<(UnitMap, Arc<dyn
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::api::PrefetchOrder;
     use crate::reader::LoadError;
 
     #[test]
@@ -169,7 +170,7 @@ mod tests {
 
         for path in [fifo.as_path(), Path::new("/dev/zero"), dir.path()] {
             let blobs = dir.path().to_str().unwrap().to_owned();
-            let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: false };
+            let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: PrefetchOrder::None };
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let error = prepare(&spec, dir.path(), &|_| None, runtime.handle()).unwrap_err();
             assert!(matches!(&error, DaemonError::Load(LoadError::Io { path: at, .. }) if at == path), "{error:?}");

@@ -1,5 +1,9 @@
 //! What goes over the control socket, as JSON.
 
+mod prefetch;
+
+pub use prefetch::{FileRanges, PrefetchOrder, PrefetchReport, PrefetchRequest, PrefetchTarget};
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -32,9 +36,9 @@ pub struct ImageSpec {
     /// PEM file with further certificate authorities for `https` sources.
     #[serde(default)]
     pub ca: Option<PathBuf>,
-    /// Fetch everything in the background, behind all readers.
+    /// What to fetch before anybody asks, behind all readers.
     #[serde(default)]
-    pub prefetch: bool,
+    pub prefetch: PrefetchOrder,
 }
 
 /// `POST /v1/mounts`

@@ -1,5 +1,7 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
+mod prefetch;
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -9,7 +11,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::extract::rejection::JsonRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -29,6 +31,9 @@ pub const SOCKET: &str = "rafsd.sock";
 
 /// How long requests under way have to end once the daemon is asked to stop.
 pub const GRACE: Duration = Duration::from_secs(5);
+
+/// Most bytes of a request: a list of everything in a large image that is to be prefetched.
+const MOST_BODY: usize = 128 << 20;
 
 /// The listening socket. Dropping it removes it.
 #[derive(Debug)]
@@ -73,8 +78,10 @@ impl Control {
             .route("/v1/mounts", get(list).post(mount).delete(unmount))
             .route("/v1/images", post(register).delete(unregister))
             .route("/v1/stop", post(request_stop))
+            .merge(prefetch::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
+            .layer(DefaultBodyLimit::max(MOST_BODY))
             .with_state(shared);
         let path = self.path;
         let (tell, told) = oneshot::channel();
@@ -132,13 +139,20 @@ fn failure(status: StatusCode, error: String) -> Response {
 
 fn status(error: &DaemonError) -> StatusCode {
     match error {
-        DaemonError::NotMounted(_) | DaemonError::NotRegistered(_) => StatusCode::NOT_FOUND,
+        DaemonError::NotMounted(_)
+        | DaemonError::NotRegistered(_)
+        | DaemonError::NoImage(_)
+        | DaemonError::NoPrefetch(_) => StatusCode::NOT_FOUND,
         DaemonError::Mounted(_)
         | DaemonError::Unmount { .. }
         | DaemonError::Attach(AttachError::Taken(_))
-        | DaemonError::Contradiction { .. } => StatusCode::CONFLICT,
+        | DaemonError::Contradiction { .. }
+        | DaemonError::SeveralImages(_)
+        | DaemonError::NotOpen(_)
+        | DaemonError::TooManyPrefetches(_) => StatusCode::CONFLICT,
         DaemonError::NotADirectory(_)
         | DaemonError::Relative(_)
+        | DaemonError::NoTarget
         | DaemonError::Attach(AttachError::Name { .. })
         | DaemonError::Bootstrap(_)
         | DaemonError::Load(_)

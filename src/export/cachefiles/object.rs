@@ -61,6 +61,11 @@ impl Object {
         Ok(self.device.get_or_init(|| device))
     }
 
+    /// Whether the device has been made.
+    pub(super) fn has_device(&self) -> bool {
+        self.device.get().is_some()
+    }
+
     /// The duty to complete one READ of this object.
     pub(super) fn duty(&self, msg_id: u32) -> ReadDuty {
         ReadDuty { file: self.file.clone(), msg_id }
