@@ -1,15 +1,19 @@
 //! Prefetch: what is fetched before anybody asks, in which order, and what ends it.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rafsd::net::server::Fault;
+use rafsd::tools::hotlist;
 use serde_json::Value;
 
 use super::fixture::{FILE, Fixture, content, drop_caches, is_fanotify, read_byte, wait_for_exit};
+use super::images::{SmallDisk, fill_up};
 use crate::host::Need;
 use crate::{Case, Ctx, Outcome, Place};
 
@@ -20,15 +24,30 @@ const fn case(name: &'static str, place: Place, run: fn(&Ctx) -> Outcome) -> Cas
 }
 
 pub(crate) const CASES: &[Case] = &[
-    case("what_was_prefetched_needs_no_source_and_no_daemon", Place::Both, what_was_prefetched_needs_no_source_and_no_daemon),
-    case("a_list_is_fetched_in_its_order_and_nothing_else_is", Place::Both, a_list_is_fetched_in_its_order_and_nothing_else_is),
+    case(
+        "what_was_prefetched_needs_no_source_and_no_daemon",
+        Place::Both,
+        what_was_prefetched_needs_no_source_and_no_daemon,
+    ),
+    case(
+        "a_list_is_fetched_in_its_order_and_nothing_else_is",
+        Place::Both,
+        a_list_is_fetched_in_its_order_and_nothing_else_is,
+    ),
     case("a_mount_fetches_what_its_image_hints_at", Place::Both, a_mount_fetches_what_its_image_hints_at),
     case("a_prefetch_waits_for_a_source_that_went_away", Place::Both, a_prefetch_waits_for_a_source_that_went_away),
+    case(
+        "a_trace_says_what_was_read_first_and_is_taken_as_it_is",
+        Place::Both,
+        a_trace_says_what_was_read_first_and_is_taken_as_it_is,
+    ),
+    case("a_mount_that_traces_sees_complete_blobs_too", Place::Host, a_mount_that_traces_sees_complete_blobs_too),
+    case("a_full_disk_ends_a_prefetch_and_is_named", Place::Host, a_full_disk_ends_a_prefetch_and_is_named),
     case("unmounting_and_stopping_end_a_prefetch_at_once", Place::Both, unmounting_and_stopping_end_a_prefetch_at_once),
 ];
 
 /// Runs `rafsd prefetch` on what is mounted at `dir`; whether it succeeded, and what it printed.
-fn prefetch(fixture: &Fixture<'_>, dir: &std::path::Path, options: &[&str]) -> anyhow::Result<(bool, Value)> {
+fn prefetch(fixture: &Fixture<'_>, dir: &Path, options: &[&str]) -> anyhow::Result<(bool, Value)> {
     let fixed = ["prefetch", dir.to_str().context("UTF-8")?, "--json"];
     let output = fixture.command(&[&fixed[..], options].concat())?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -167,4 +186,103 @@ fn unmounting_and_stopping_end_a_prefetch_at_once(ctx: &Ctx) -> Outcome {
     ends("stop", &mut || fixture.stop())?;
     fixture.start(&[])?;
     fixture.finish()
+}
+
+/// The entries of a trace: path and parts.
+fn entries(trace: &Path) -> anyhow::Result<Vec<(String, Vec<(u64, u64)>)>> {
+    let hot = hotlist::parse(&fs::read(trace)?)?;
+    hot.into_iter().map(|hot| Ok((String::from_utf8(hot.path)?, hot.ranges))).collect()
+}
+
+fn text(path: &Path) -> anyhow::Result<&str> {
+    path.to_str().context("UTF-8")
+}
+
+fn a_trace_says_what_was_read_first_and_is_taken_as_it_is(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 4)?;
+    let dir = fixture.mount("mnt")?;
+    let (trace, hot) = (ctx.dir.join("start.trace"), ctx.dir.join("hot"));
+    fixture.must(&["trace", "start", text(&dir)?, "-o", text(&trace)?])?;
+    let again = fixture.command(&["trace", "start", text(&dir)?])?;
+    ensure!(String::from_utf8_lossy(&again.stderr).contains("recorded already"), "{again:?}");
+
+    ensure!(fs::read(dir.join("2"))? == content(2, FILE), "file 2");
+    let mut some = [0; 8192];
+    File::open(dir.join("0"))?.read_exact_at(&mut some, 2 << 20)?;
+    ensure!(some[..] == content(0, FILE)[2 << 20..][..8192], "a part of file 0");
+    fixture.must(&["trace", "stop", text(&dir)?])?;
+    fs::read(dir.join("1"))?;
+
+    let found = entries(&trace)?;
+    let parts =
+        |name: &'static str| found.iter().filter(move |(path, _)| path == name).flat_map(|(_, ranges)| ranges.clone());
+    ensure!(found[0].0 == "/2" && parts("/2").map(|(_, len)| len).sum::<u64>() == FILE as u64, "{found:?}");
+    ensure!(parts("/0").any(|(at, len)| at <= 2 << 20 && at + len >= (2 << 20) + 8192), "{found:?}");
+    ensure!(parts("/0").all(|(at, _)| at >= 1 << 20) && parts("/1").next().is_none(), "{found:?}");
+
+    let blobs = ctx.dir.join("image/blobs");
+    let optimize =
+        ["optimize", text(&fixture.bootstrap())?, "--paths", text(&trace)?, "-o", text(&hot)?].map(str::to_owned);
+    let made = std::process::Command::new(&ctx.rafsd).args(&optimize).arg("--blobs").arg(&blobs).output()?;
+    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    fixture.umount(&dir)?;
+    fixture.stop()?;
+    fixture.use_cache(&ctx.dir.join("another-cache"));
+    fixture.start(&[])?;
+    let dir = fixture.mount_with("again", &[&format!("--prefetch={}", text(&trace)?)])?;
+    fixture.wait_for_list("prefetched", |images| images[0]["devices"][0]["stats"]["units_present"] == 4)?;
+    fixture.server.set_fault(Fault::Status { code: 404, retry_after: None });
+    ensure!(fs::read(dir.join("2"))? == content(2, FILE), "file 2, prefetched");
+    ensure!(read_byte(&dir.join("0"), 2 << 20) == Ok(content(0, FILE)[2 << 20]), "the part of file 0");
+    fixture.umount(&dir)?;
+    fixture.finish()
+}
+
+fn a_mount_that_traces_sees_complete_blobs_too(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 3)?;
+    let dir = fixture.mount("mnt")?;
+    let (done, report) = prefetch(&fixture, &dir, &["--all", "--wait"])?;
+    ensure!(done, "{report}");
+    let blind = fixture.command(&["trace", "start", text(&dir)?])?;
+    ensure!(String::from_utf8_lossy(&blind.stderr).contains("mount with --trace"), "{blind:?}");
+    fixture.must(&["trace", "stop", text(&dir)?])?;
+
+    let trace = ctx.dir.join("start.trace");
+    let traced = fixture.mount_with("traced", &["--trace", text(&trace)?])?;
+    drop_caches()?;
+    ensure!(fs::read(traced.join("1"))? == content(1, FILE), "file 1");
+    ensure!(fs::read(traced.join("0"))? == content(0, FILE), "file 0");
+    fixture.umount(&traced)?;
+
+    let found = entries(&trace)?;
+    ensure!(found.iter().map(|(path, _)| path.as_str()).collect::<Vec<_>>() == ["/1", "/0"], "{found:?}");
+    // The other mount is as it was: the kernel reads it alone.
+    drop_caches()?;
+    let before = fixture.info()?;
+    ensure!(fs::read(dir.join("2"))? == content(2, FILE), "file 2");
+    let after = fixture.info()?;
+    ensure!((before.events_hit, before.events_missed) == (after.events_hit, after.events_missed), "{after:?}");
+    fixture.finish()
+}
+
+fn a_full_disk_ends_a_prefetch_and_is_named(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 4)?;
+    fixture.stop()?;
+    let disk = SmallDisk::new(ctx, 32)?;
+    fixture.use_cache(&disk.0.join("cache"));
+    fixture.start(&[])?;
+    let dir = fixture.mount("mnt")?;
+    let ballast = disk.0.join("ballast");
+    fill_up(&ballast)?;
+
+    let (done, report) = prefetch(&fixture, &dir, &["--all", "--wait"])?;
+
+    ensure!(!done && report["state"] == "failed", "{report}");
+    ensure!(report["failures"].to_string().contains("no room left"), "{report}");
+    fs::remove_file(&ballast)?;
+    let (done, report) = prefetch(&fixture, &dir, &["--all", "--wait"])?;
+    ensure!(done, "after there is room again: {report}");
+    fixture.stop()?;
+    drop(disk);
+    Ok(())
 }

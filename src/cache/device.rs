@@ -24,6 +24,7 @@ use super::sink::{Scratch, Sink};
 use super::sources::Sources;
 use super::stats::{Counters, DeviceStats};
 use super::store::StoreError;
+use super::trace::Trace;
 use super::{Completion, Fill, FillError, is_needed};
 use crate::base::{BlobId, ByteRange, Class};
 use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};
@@ -78,6 +79,10 @@ pub(super) struct Core {
     pub(super) counters: Counters,
     completeness: Completeness,
     pub(super) background: Background,
+    /// Whether anybody is in `traces`: asked for every read.
+    is_traced: AtomicBool,
+    /// Who wants to know what is read, and which of its devices this is.
+    traces: Mutex<Vec<(Arc<Trace>, usize)>>,
     closed: AtomicBool,
     /// The last flush failed; said once, not every two seconds.
     flush_failed: AtomicBool,
@@ -129,6 +134,8 @@ impl Device {
             counters: Counters::default(),
             completeness: Completeness::default(),
             background: Background::default(),
+            is_traced: AtomicBool::new(false),
+            traces: Mutex::default(),
             closed: AtomicBool::new(false),
             flush_failed: AtomicBool::new(false),
         });
@@ -187,11 +194,34 @@ impl Device {
         self.core.completeness.reached.load(Ordering::Acquire)
     }
 
-    /// Calls `callback` once, when [`Device::is_complete_durable`] becomes true: at once, or later
-    /// on the flush thread. The callback must not block; this call may wait for a flush.
+    /// Whether it is complete and durable, and nobody wants to see its reads: whoever reads it need
+    /// not ask.
+    pub fn is_settled(&self) -> bool {
+        self.is_complete_durable() && !self.core.is_traced()
+    }
+
+    /// Tells `trace` of all reads from now on, as those of its device `number`.
+    pub fn start_trace(&self, trace: &Arc<Trace>, number: usize) {
+        self.core.traces.lock().unwrap().push((Arc::clone(trace), number));
+        // Under the lock under which devices are found settled.
+        let _callbacks = self.core.completeness.callbacks.lock().unwrap();
+        self.core.is_traced.store(true, Ordering::Release);
+    }
+
+    /// Tells `trace` no more. May run what waits for the device to settle.
+    pub fn stop_trace(&self, trace: &Arc<Trace>) {
+        let mut traces = self.core.traces.lock().unwrap();
+        traces.retain(|(other, _)| !Arc::ptr_eq(other, trace));
+        self.core.is_traced.store(!traces.is_empty(), Ordering::Release);
+        drop(traces);
+        self.core.note_completeness();
+    }
+
+    /// Calls `callback` once, when [`Device::is_settled`] becomes true: at once, or later on the
+    /// thread that flushes or ends a trace. It must not block; this call may wait for a flush.
     pub fn on_complete(&self, callback: Box<dyn FnOnce() + Send>) {
         let mut callbacks = self.core.completeness.callbacks.lock().unwrap();
-        if !self.is_complete_durable() {
+        if !self.is_settled() {
             return callbacks.push(callback);
         }
         drop(callbacks);
@@ -277,12 +307,16 @@ impl Fill for Device {
     }
 
     fn fill(&self, decoded: ByteRange, class: Class, done: Completion) {
+        if class == Class::OnDemand {
+            self.core.note_read(decoded);
+        }
         let wait = Wait::new(done);
         self.core.fill_range(decoded, class, wait);
     }
 
     fn touched(&self, decoded: ByteRange) {
         self.core.counters.hits.fetch_add(1, Ordering::Relaxed);
+        self.core.note_read(decoded);
         if let Some(units) = self.core.layout.covering(decoded) {
             self.core.observe(units);
         }
@@ -296,6 +330,17 @@ impl Core {
 
     pub(super) fn map(&self) -> Arc<UnitMap> {
         Arc::clone(&self.map.read().unwrap())
+    }
+
+    fn is_traced(&self) -> bool {
+        self.is_traced.load(Ordering::Acquire)
+    }
+
+    /// A reader asked for this.
+    fn note_read(&self, decoded: ByteRange) {
+        if self.is_traced() {
+            self.traces.lock().unwrap().iter().for_each(|(trace, number)| trace.note(*number, decoded));
+        }
     }
 
     /// The units that hold `decoded`, if there are units for all of it.
@@ -396,13 +441,7 @@ impl Core {
     }
 
     /// Gathers led units into ranged reads and queues them; by the limits of `bulk` behind everything.
-    pub(super) fn submit(
-        self: &Arc<Self>,
-        map: &UnitMap,
-        leads: Vec<Lead>,
-        class: Class,
-        bulk: Option<PlanLimits>,
-    ) {
+    pub(super) fn submit(self: &Arc<Self>, map: &UnitMap, leads: Vec<Lead>, class: Class, bulk: Option<PlanLimits>) {
         if leads.is_empty() {
             return;
         }
@@ -585,7 +624,7 @@ impl Core {
         let enough = (needed > 0 || map.count() == 0) && self.ledger.presence.count() >= needed;
         let complete = enough && self.ledger.holds_all(&map);
         self.completeness.reached.store(complete, Ordering::Release);
-        let due = if complete { std::mem::take(&mut *callbacks) } else { Vec::new() };
+        let due = if complete && !self.is_traced() { std::mem::take(&mut *callbacks) } else { Vec::new() };
         drop(callbacks);
         due.into_iter().for_each(|callback| callback());
     }

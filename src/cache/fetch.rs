@@ -9,23 +9,19 @@
 //!
 //! Locking: nothing is spawned, dropped or completed under the queue lock.
 
-use std::collections::VecDeque;
 use std::ops::RangeInclusive;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
 
-use super::admission::{Admission, STUCK};
-use super::budget::Budget;
 use super::device::Core;
 use super::engine::StoreOptions;
 use super::inflight::Lead;
-use super::lanes::Lanes;
 use super::pool::{Job, Queue};
+use super::queues::{Queues, Running, Signal};
 use super::stream;
 use crate::base::{ByteRange, Class, Fault};
 use crate::blob::{Unit, UnitIndex};
@@ -67,7 +63,7 @@ impl Window {
 
     /// Parts of which each is wholly urgent or wholly bulk, in order. What has come of the first is
     /// kept if it is bulk; a reader's read brings its own.
-    fn split_by_urgency(self) -> Vec<Self> {
+    pub(super) fn split_by_urgency(self) -> Vec<Self> {
         let Self { core, units, mut head, .. } = self;
         let longest = core.engine.options.window;
         let mut parts: Vec<Self> = Vec::new();
@@ -89,7 +85,7 @@ impl Window {
         parts
     }
 
-    fn class(&self) -> Class {
+    pub(super) fn class(&self) -> Class {
         let classes = self.units.iter().map(|led| led.lead.urgency().class());
         classes.min().unwrap_or(Class::Prefetch)
     }
@@ -104,12 +100,12 @@ impl Window {
         self.units.iter().any(|led| led.unit.stored != self.stored)
     }
 
-    fn span(&self) -> RangeInclusive<UnitIndex> {
+    pub(super) fn span(&self) -> RangeInclusive<UnitIndex> {
         let units = || self.units.iter().map(|led| led.lead.unit());
         units().min().unwrap_or(0)..=units().max().unwrap_or(0)
     }
 
-    fn holds(&self, device: u64, unit: UnitIndex) -> bool {
+    pub(super) fn holds(&self, device: u64, unit: UnitIndex) -> bool {
         self.core.id == device && self.units.iter().any(|led| led.lead.unit() == unit)
     }
 }
@@ -119,99 +115,7 @@ pub(super) struct Fetcher {
     pub(super) options: Arc<StoreOptions>,
     runtime: Handle,
     pub(super) jobs: Arc<Queue>,
-    state: Mutex<State>,
-}
-
-struct State {
-    on_demand: Lanes<Window>,
-    prefetch: VecDeque<Window>,
-    bulk: VecDeque<Window>,
-    running: Vec<Running>,
-    budget: Budget,
-    admission: Admission,
-    /// When somebody will look again whether bulk may begin.
-    wake: Option<Instant>,
-    next_ticket: u64,
-    /// Some thread is starting windows; others only note that there may be more to start.
-    pumping: bool,
-    pump_again: bool,
-}
-
-/// A read that occupies a slot.
-struct Running {
-    ticket: u64,
-    device: u64,
-    units: RangeInclusive<UnitIndex>,
-    class: Class,
-    bulk: bool,
-    /// A reader waits for one of its units.
-    urgent: bool,
-    began: Instant,
-    signal: Arc<Signal>,
-}
-
-impl Running {
-    /// Whether a reader waits for it, or soon will, so that bulk must not begin.
-    fn is_for_readers(&self) -> bool {
-        !self.bulk || self.urgent
-    }
-}
-
-/// What a running read may be told.
-#[derive(Default)]
-pub(super) struct Signal {
-    pub(super) told: Notify,
-    pub(super) cancelled: AtomicBool,
-    /// Readers need the link: for bulk.
-    pub(super) give_way: AtomicBool,
-}
-
-impl State {
-    /// Where a window waits, by its urgency at this moment. Readers make running bulk give way.
-    fn queue(&mut self, mut window: Window) {
-        // Read under the lock: a promotion either came before and is seen, or finds the window.
-        match window.class() {
-            Class::OnDemand => {
-                window.asked.get_or_insert_with(Instant::now);
-                window.bulk = false;
-                self.on_demand.push(window.core.id, window);
-            }
-            Class::Prefetch if window.bulk => return self.bulk.push_back(window),
-            Class::Prefetch => {
-                window.asked = None;
-                self.prefetch.push_back(window);
-            }
-        }
-        self.disturb(|_| true);
-    }
-
-    /// A reader has come: the running bulk that is `meant` gives way.
-    fn disturb(&mut self, meant: impl Fn(&Running) -> bool) {
-        self.admission.disturb(Instant::now());
-        for running in self.running.iter().filter(|running| running.bulk && meant(running)) {
-            running.signal.give_way.store(true, Ordering::Release);
-            running.signal.told.notify_one();
-        }
-    }
-
-    fn end(&mut self, ticket: u64) {
-        let ended = self.running.iter().position(|running| running.ticket == ticket);
-        if ended.is_some_and(|at| self.running.swap_remove(at).is_for_readers()) {
-            self.admission.disturb(Instant::now());
-        }
-    }
-
-    /// Until when bulk must not even be considered, if a reader waits.
-    fn readers_wait(&self, now: Instant) -> Option<Instant> {
-        let reads = || self.running.iter().filter(|running| running.is_for_readers());
-        if let Some(youngest) = reads().map(|running| running.began).max() {
-            // Bulk of other servers goes on beside readers whose server does not answer.
-            return Some(youngest + STUCK).filter(|&later| later > now);
-        }
-        // They begin at the next turn, or when memory is free; either comes here again.
-        let queued = !self.on_demand.is_empty() || !self.prefetch.is_empty();
-        queued.then_some(now + STUCK)
-    }
+    state: Mutex<Queues>,
 }
 
 /// What the queue lock decides about the next window.
@@ -225,18 +129,7 @@ enum Turn {
 
 impl Fetcher {
     pub(super) fn new(options: Arc<StoreOptions>, runtime: Handle, jobs: Arc<Queue>) -> Arc<Self> {
-        let state = State {
-            on_demand: Lanes::new(),
-            prefetch: VecDeque::new(),
-            bulk: VecDeque::new(),
-            running: Vec::new(),
-            budget: Budget::new(options.memory, options.memory_reserve),
-            admission: Admission::new(options.prefetch_calm, options.prefetch_rate),
-            wake: None,
-            next_ticket: 0,
-            pumping: false,
-            pump_again: false,
-        };
+        let state = Queues::new(&options);
         Arc::new(Self { options, runtime, jobs, state: Mutex::new(state) })
     }
 
@@ -248,16 +141,19 @@ impl Fetcher {
         self.pump();
     }
 
-    /// Puts what is left of a bulk read that gave way where it came from. What readers wait for by
-    /// now becomes reads of their own.
-    pub(super) fn give_back(self: &Arc<Self>, rest: Window) {
+    /// Puts what is left of a bulk read that gave way where it came from, unless it is `abandoned`.
+    /// What readers wait for by now becomes reads of their own.
+    pub(super) fn give_back(self: &Arc<Self>, rest: Window, abandoned: bool) {
         let (core, missing) = (Arc::clone(&rest.core), rest.stored.len().saturating_sub(rest.head.len() as u64));
+        let (bulk, urgent): (Vec<_>, Vec<_>) = rest.split_by_urgency().into_iter().partition(|part| part.bulk);
         let mut state = self.state.lock().unwrap();
         state.admission.refund(missing);
-        for part in rest.split_by_urgency().into_iter().rev() {
-            if part.bulk { state.bulk.push_front(part) } else { state.queue(part) }
-        }
+        urgent.into_iter().for_each(|part| state.queue(part));
+        let (kept, dropped) = if abandoned { (Vec::new(), bulk) } else { (bulk, Vec::new()) };
+        kept.into_iter().rev().for_each(|part| state.bulk.push_front(part));
         drop(state);
+        // Not under the lock: it cancels who waits.
+        drop(dropped);
         // A device that closed in between has already removed its windows and missed these.
         if core.is_closed() {
             self.remove(core.id);
@@ -265,32 +161,18 @@ impl Fetcher {
         self.pump();
     }
 
+    /// Gives up the bulk of a device; its leads cancel who waits. Readers who have joined are served.
+    pub(super) fn abandon(self: &Arc<Self>, device: u64) {
+        let abandoned = self.state.lock().unwrap().abandon(device);
+        drop(abandoned);
+        self.pump();
+    }
+
     /// Lets the work for these units go before prefetch, wherever it is. Their urgency must have been
     /// raised already.
     pub(super) fn promote(self: &Arc<Self>, device: u64, units: &[UnitIndex]) {
         let mut state = self.state.lock().unwrap();
-        for &unit in units {
-            let queued = state.prefetch.iter().position(|window| window.holds(device, unit));
-            if let Some(window) = queued.and_then(|at| state.prefetch.remove(at)) {
-                state.queue(Window { asked: Some(Instant::now()), ..window });
-            }
-        }
-        for window in std::mem::take(&mut state.bulk) {
-            if window.core.id == device && window.class() == Class::OnDemand {
-                window.split_by_urgency().into_iter().for_each(|part| state.queue(part));
-            } else {
-                state.bulk.push_back(window);
-            }
-        }
-        let carries = |running: &Running| {
-            running.device == device && units.iter().any(|unit| running.units.contains(unit))
-        };
-        // Those judge for themselves whether the reader is served best by going on.
-        for running in state.running.iter_mut().filter(|running| carries(running)) {
-            running.urgent = true;
-            running.signal.told.notify_one();
-        }
-        state.disturb(|running| !carries(running));
+        state.promote(device, units);
         drop(state);
         units.iter().for_each(|&unit| self.jobs.promote((device, unit)));
         self.pump();
@@ -299,17 +181,9 @@ impl Fetcher {
     /// Drops what is queued for a device and stops what runs; the leads cancel their waiters.
     pub(super) fn remove(self: &Arc<Self>, device: u64) {
         let mut state = self.state.lock().unwrap();
-        let readers = state.on_demand.remove(device);
-        let (prefetch, kept): (Vec<_>, Vec<_>) = state.prefetch.drain(..).partition(|window| window.core.id == device);
-        state.prefetch = kept.into();
-        let (bulk, kept): (Vec<_>, Vec<_>) = state.bulk.drain(..).partition(|window| window.core.id == device);
-        state.bulk = kept.into();
-        for running in state.running.iter().filter(|running| running.device == device) {
-            running.signal.cancelled.store(true, Ordering::Release);
-            running.signal.told.notify_one();
-        }
+        let dropped = state.remove(device);
         drop(state);
-        drop((readers, prefetch, bulk));
+        drop(dropped);
     }
 
     /// Starts reads until slots, memory or windows run out.
@@ -342,12 +216,12 @@ impl Fetcher {
         }
     }
 
-    fn next_turn(self: &Arc<Self>, state: &mut State) -> Option<Turn> {
+    fn next_turn(self: &Arc<Self>, state: &mut Queues) -> Option<Turn> {
         let late = state.on_demand.find(|_, window| window.is_late(self.options.deadline)).map(|(device, _)| device);
         if let Some(device) = late {
             return state.on_demand.take(device).map(Turn::Expired);
         }
-        let Some((class, device, bytes)) = self.choose(state) else { return self.next_bulk(state) };
+        let Some((class, device, bytes)) = state.choose(&self.options) else { return self.next_bulk(state) };
         if !state.budget.try_take(class, bytes) {
             return None;
         }
@@ -359,7 +233,7 @@ impl Fetcher {
     }
 
     /// The next read that is behind everything else, or when to look again.
-    fn next_bulk(self: &Arc<Self>, state: &mut State) -> Option<Turn> {
+    fn next_bulk(self: &Arc<Self>, state: &mut Queues) -> Option<Turn> {
         let bytes = state.bulk.front()?.stored.len();
         let held = state.running.iter().filter(|running| running.bulk).count();
         if held >= self.options.fetches(Class::Prefetch) {
@@ -383,7 +257,7 @@ impl Fetcher {
     }
 
     /// Gives a window a slot; its memory has been taken.
-    fn begin(self: &Arc<Self>, state: &mut State, window: Window, class: Class) -> Turn {
+    fn begin(self: &Arc<Self>, state: &mut Queues, window: Window, class: Class) -> Turn {
         let signal = Arc::<Signal>::default();
         let ticket = state.next_ticket;
         state.next_ticket += 1;
@@ -410,26 +284,6 @@ impl Fetcher {
                 fetcher.pump();
             }
         }));
-    }
-
-    /// Whose turn it is, if there is a slot for it, and how many bytes it wants.
-    fn choose(&self, state: &State) -> Option<(Class, u64, u64)> {
-        let held = |class| state.running.iter().filter(move |running| running.class == class && !running.bulk);
-        let free = |class| held(class).count() < self.options.fetches(class);
-        if !state.on_demand.is_empty() {
-            if !free(Class::OnDemand) {
-                return None;
-            }
-            let most = self.options.fetches_per_device();
-            let may = |device| held(Class::OnDemand).filter(|running| running.device == device).count() < most;
-            if let Some((device, window)) = state.on_demand.find(|device, _| may(device)) {
-                return Some((Class::OnDemand, device, window.stored.len()));
-            }
-        }
-        let window = state.prefetch.front().filter(|_| free(Class::Prefetch))?;
-        let device = window.core.id;
-        // Readers who wait for one of their own device's slots still go before its prefetch.
-        (!state.on_demand.has(device)).then_some((Class::Prefetch, device, window.stored.len()))
     }
 
     /// Fails a window whose readers' time is over. On the pool, where completions may run.

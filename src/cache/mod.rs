@@ -26,12 +26,14 @@ mod plan;
 mod pool;
 mod prefetch;
 mod presence;
+mod queues;
 mod readahead;
 mod sink;
 mod sources;
 mod stats;
 mod store;
 mod stream;
+mod trace;
 
 pub use device::Device;
 pub use engine::{Engine, StoreOptions};
@@ -40,6 +42,7 @@ pub use prefetch::{Prefetch, PrefetchState, PrefetchStats, Want};
 pub use sink::{FileSink, MAX_PIECE, Sink};
 pub use stats::DeviceStats;
 pub use store::{Store, StoreError};
+pub use trace::{MOST_READS, Recorded, Trace};
 
 use std::sync::Arc;
 

@@ -81,7 +81,7 @@ impl PrefetchState {
     }
 }
 
-/// A prefetch under way. Dropping it stops it; reads that have begun still arrive.
+/// A prefetch under way. Dropping it stops it, with the reads it has begun.
 pub struct Prefetch {
     shared: Arc<Shared>,
     task: JoinHandle<()>,
@@ -173,9 +173,13 @@ impl Prefetch {
     pub fn cancel(&self) {
         self.task.abort();
         let mut progress = self.shared.progress.lock().unwrap();
-        if !progress.state.is_end() {
-            progress.state = PrefetchState::Cancelled;
+        if progress.state.is_end() {
+            return;
         }
+        progress.state = PrefetchState::Cancelled;
+        drop(progress);
+        // Another prefetch of the device asks again for what it joined.
+        self.shared.devices.iter().filter_map(Weak::upgrade).for_each(|core| core.engine.fetcher.abandon(core.id));
     }
 
     /// Whether nothing more will happen.
@@ -232,9 +236,18 @@ impl Shared {
     fn absent(&self) -> u64 {
         let absent = |(core, wanted): (Arc<Core>, &Vec<u64>)| {
             let present = core.ledger.presence.snapshot();
-            wanted.iter().zip(&present).map(|(wanted, present)| u64::from((wanted & !present).count_ones())).sum::<u64>()
+            wanted
+                .iter()
+                .zip(&present)
+                .map(|(wanted, present)| u64::from((wanted & !present).count_ones()))
+                .sum::<u64>()
         };
-        self.devices.iter().zip(&self.wanted).filter_map(|(core, wanted)| Some((core.upgrade()?, wanted))).map(absent).sum()
+        self.devices
+            .iter()
+            .zip(&self.wanted)
+            .filter_map(|(core, wanted)| Some((core.upgrade()?, wanted)))
+            .map(absent)
+            .sum()
     }
 
     /// Asks for everything that is absent once, in order, with some `reads` queued at a time.
@@ -274,6 +287,8 @@ impl Shared {
                         away[device] = true;
                         self.progress.lock().unwrap().trouble = Some(Chain(&error).to_string());
                     }
+                    // What it had joined was given up by who had begun it.
+                    Fault::Cancelled if self.is_open(device) => interrupted = true,
                     Fault::Permanent | Fault::Cancelled => {
                         away[device] = true;
                         self.note(&error, Some(device));
@@ -281,6 +296,10 @@ impl Shared {
                 },
             }
         }
+    }
+
+    fn is_open(&self, device: usize) -> bool {
+        self.devices[device].upgrade().is_some_and(|core| !core.is_closed())
     }
 
     /// Something came: whatever was wrong has passed.

@@ -29,6 +29,8 @@ enum End {
     Whole,
     /// Readers need the link.
     GaveWay,
+    /// Nobody wants it but readers who have joined.
+    Abandoned,
     /// The device is gone.
     Cancelled,
     Failed(SourceError),
@@ -44,7 +46,8 @@ pub(super) async fn run(window: Window, slot: Slot) {
     let rest = intake.into_inner().expect("nothing panics while it is held").rest();
     let Some(rest) = rest else { return slot.fetched() };
     match end {
-        End::GaveWay => slot.fetcher.give_back(rest),
+        End::GaveWay => slot.fetcher.give_back(rest, false),
+        End::Abandoned => slot.fetcher.give_back(rest, true),
         End::Failed(SourceError::OutOfRange { .. }) if rest.is_divisible() => core.split(rest),
         End::Failed(error) => fail(&jobs, rest, error),
         // What has come whole leaves no rest.
@@ -121,6 +124,9 @@ async fn pour_from(
             () = slot.signal.told.notified() => {
                 if slot.signal.cancelled.load(Ordering::Acquire) {
                     return End::Cancelled;
+                }
+                if slot.signal.abandoned.load(Ordering::Acquire) {
+                    return End::Abandoned;
                 }
                 let waited_for = intake.lock().unwrap().last_urgent();
                 let far = waited_for.is_some_and(|distance| distance > NEAR);
@@ -232,7 +238,11 @@ impl Intake {
             return Ok(());
         }
         let (came, asked) = (self.received() - self.stored.start(), self.stored.len());
-        let detail = if self.overrun { "more bytes came than were asked for".to_owned() } else { format!("{came} bytes came instead of {asked}") };
+        let detail = if self.overrun {
+            "more bytes came than were asked for".to_owned()
+        } else {
+            format!("{came} bytes came instead of {asked}")
+        };
         Err(SourceError::Unavailable { blob: self.core.blob().clone(), place, detail })
     }
 

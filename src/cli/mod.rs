@@ -27,6 +27,7 @@ mod register;
 mod serve;
 mod serve_blobs;
 mod stat;
+mod trace;
 pub mod unpack;
 
 use std::io::{self, IsTerminal, Write};
@@ -86,6 +87,7 @@ enum Command {
     #[command(visible_alias = "ls")]
     List(mount::ListArgs),
     Prefetch(prefetch::PrefetchArgs),
+    Trace(trace::TraceArgs),
     Serve(serve::ServeArgs),
     Stop(serve::StopArgs),
     ServeBlobs(serve_blobs::ServeBlobsArgs),
@@ -119,6 +121,7 @@ pub fn run() -> ExitCode {
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),
         Command::Prefetch(args) => prefetch::run(args),
+        Command::Trace(args) => trace::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Stop(args) => serve::stop(args),
         Command::ServeBlobs(args) => serve_blobs::run(args),

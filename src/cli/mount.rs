@@ -6,7 +6,7 @@ use anyhow::Context;
 
 use super::connect::{DaemonArgs, Place, block_on};
 use super::prefetch::order;
-use super::print_json;
+use super::{print_json, trace};
 use crate::base::ByteSize;
 use crate::daemon::api::{BackendChoice, ImageReport, ImageSpec, MountRequest, UnmountRequest};
 use crate::daemon::keeper;
@@ -69,6 +69,11 @@ pub(super) struct MountArgs {
     #[arg(value_name = "DIR")]
     dir: PathBuf,
 
+    /// Record what is read from the first moment on, of complete blobs too; `rafsd umount` and
+    /// `rafsd trace stop` write it here
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+
     /// How cold reads reach the daemon
     #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
     backend: BackendChoice,
@@ -90,7 +95,8 @@ Examples:
 pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
     let dir = absolute(&args.dir)?;
     utf8(&dir)?;
-    let request = MountRequest { image: args.image.spec()?, dir, backend: args.backend };
+    let trace = args.trace.as_deref().map(trace::place).transpose()?;
+    let request = MountRequest { image: args.image.spec()?, dir, backend: args.backend, trace };
     let report = block_on(async {
         let client = args.daemon.connect().await?;
         Ok(client.mount(&request).await?)
@@ -122,7 +128,11 @@ pub(super) struct UmountArgs {
 /// Exit status: 0 when nothing of the image is mounted there any more.
 pub(super) fn umount(args: UmountArgs) -> anyhow::Result<ExitCode> {
     let request = UnmountRequest { dir: absolute(&args.dir)?, lazy: args.lazy };
-    block_on(async { args.place.client()?.unmount(&request).await.map_err(|e| args.place.explain(e)) })?;
+    block_on(async {
+        let client = args.place.client()?;
+        client.unmount(&request).await.map_err(|e| args.place.explain(e))?;
+        trace::finish(&client, &request.dir).await
+    })?;
     // The keeper knows of every superblock; it may have left with the daemon since.
     let held = keeper::ask(&args.place.run, "status").is_ok_and(|status| status.mounts.contains(&request.dir));
     if held {

@@ -163,7 +163,9 @@ pub(super) fn target(image: &Path) -> anyhow::Result<PrefetchTarget> {
     }
     match image.to_str().filter(|text| text.len() >= 4 && text.bytes().all(|byte| byte.is_ascii_hexdigit())) {
         Some(digits) => Ok(PrefetchTarget { dir: None, image: Some(digits.to_ascii_lowercase()) }),
-        None => bail!("{} is neither a mount point nor four digits or more of an image in `rafsd list`", image.display()),
+        None => {
+            bail!("{} is neither a mount point nor four digits or more of an image in `rafsd list`", image.display())
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 
 use super::api::{
     Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, RegisterRequest,
-    UnmountRequest, UnregisterRequest,
+    TraceReport, TraceRequest, TraceResult, UnmountRequest, UnregisterRequest,
 };
 use super::control::SOCKET;
 
@@ -98,6 +98,21 @@ impl Client {
     /// Stops all prefetches of an image; gives those that were under way.
     pub async fn cancel_prefetch(&self, target: &PrefetchTarget) -> Result<Vec<PrefetchReport>, ClientError> {
         self.call(Method::DELETE, "prefetch", target).await
+    }
+
+    /// Begins a trace.
+    pub async fn start_trace(&self, request: &TraceRequest) -> Result<TraceReport, ClientError> {
+        self.call(Method::POST, "trace", request).await
+    }
+
+    /// The traces under way.
+    pub async fn list_traces(&self) -> Result<Vec<TraceReport>, ClientError> {
+        self.call(Method::GET, "trace", &()).await
+    }
+
+    /// Ends a trace; gives what it recorded.
+    pub async fn stop_trace(&self, target: &PrefetchTarget) -> Result<TraceResult, ClientError> {
+        self.call(Method::DELETE, "trace", target).await
     }
 
     /// Makes an image known to the cachefiles backend.

@@ -5,7 +5,7 @@ use crate::base::BlobId;
 use crate::blob::TablesError;
 use crate::cache::StoreError;
 use crate::export::AttachError;
-use crate::image::OpenError as ImageOpenError;
+use crate::image::{ImageError, OpenError as ImageOpenError};
 use crate::reader::{LoadError, MapError, ReachError};
 use crate::source::OpenError;
 
@@ -62,6 +62,14 @@ pub enum DaemonError {
     NotOpen(BlobId),
     #[error("there are too many prefetches for {} under way; cancel them, or wait", .0.display())]
     TooManyPrefetches(PathBuf),
+    #[error("reads of {} are being recorded already; `rafsd trace stop` ends that", .0.display())]
+    Traced(PathBuf),
+    #[error("no reads of {} are being recorded", .0.display())]
+    NotTraced(PathBuf),
+    #[error("there are too many traces; stop one first")]
+    TooManyTraces,
+    #[error("the image is damaged")]
+    Image(#[source] ImageError),
     #[error("there is no prefetch {0}, or it ended a while ago")]
     NoPrefetch(u64),
     #[error("no image is registered as {0}")]

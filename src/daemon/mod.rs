@@ -8,6 +8,7 @@
 //!   readers waiting instead of showing them zeros.
 
 pub mod api;
+mod attribution;
 pub mod client;
 pub mod control;
 mod error;
@@ -19,6 +20,7 @@ mod prefetch;
 mod prepare;
 mod served;
 mod serving;
+mod trace;
 
 pub use error::DaemonError;
 pub use mounts::{Daemon, Options};

@@ -14,10 +14,11 @@ use super::api::{
 use super::keeper::Keeper;
 use super::objects::{Object, Objects};
 use super::order::plan;
-use super::prefetch::Prefetches;
+use super::prefetch::{Prefetches, devices};
 use super::prepare::{Prepared, bootstrap_as_blob, prepare};
 use super::served::{Live, Mounted, Served, blob_object};
 use super::serving::{Backends, spawn};
+use super::trace::Traces;
 use crate::base::{BlobId, Chain};
 use crate::cache::{Engine, Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
@@ -48,6 +49,7 @@ pub struct Daemon {
     watch: Arc<MountWatch>,
     watcher: Mutex<Option<JoinHandle<()>>>,
     pub(super) prefetches: Arc<Prefetches>,
+    pub(super) traces: Traces,
     state: Mutex<State>,
 }
 
@@ -87,6 +89,7 @@ impl Daemon {
             watch,
             watcher: Mutex::default(),
             prefetches: Arc::default(),
+            traces: Traces::default(),
             state: Mutex::default(),
         });
         let thread =
@@ -122,7 +125,7 @@ impl Daemon {
         let request = &MountRequest { dir: dir.clone(), ..request.clone() };
         ensure_absolute(&request.image)?;
         let _reserved = self.reserve(&dir)?;
-        let mounted = self.mount_reserved(request)?;
+        let mounted = self.mount_reserved(request).inspect_err(|error| self.forget_trace(request, error))?;
         let report = mounted.served.report(Some(&dir));
         tracing::info!(dir = %dir.display(), backend = %report.backend, image = report.image, "mounted");
         let (served, watched) = (mounted.served.clone(), mounted.watch);
@@ -132,6 +135,13 @@ impl Daemon {
         // Somebody may have unmounted it before we could write it down.
         self.bury();
         Ok(report)
+    }
+
+    /// A mount that failed is not recorded. The trace that it was refused for is another one's.
+    fn forget_trace(&self, request: &MountRequest, error: &DaemonError) {
+        if request.trace.is_some() && !matches!(error, DaemonError::Traced(_)) {
+            self.traces.discard(&request.dir);
+        }
     }
 
     fn reserve<'a>(&'a self, dir: &'a Path) -> Result<Reservation<'a>, DaemonError> {
@@ -180,6 +190,10 @@ impl Daemon {
             bootstrap: prepared.bootstrap.clone(),
             devices: devices.iter().map(|device| device.clone() as Arc<dyn Backing>).collect(),
         };
+        if let Some(output) = &request.trace {
+            // Before any mark, so that complete blobs get one too.
+            self.traces.start(&request.dir, &prepared.image, &devices, Some(output.clone()), Vec::new())?;
+        }
         let service = self.backends.fanotify(&self.keeper)?;
         let attachment =
             service.attach(&image, &request.dir, &self.watch, &|mount| self.keeper.mounting(&request.dir, mount))?;
@@ -214,6 +228,14 @@ impl Daemon {
         let watch = cachefiles::mount(registration.name(), &request.dir, &self.watch, &|mount| {
             self.keeper.mounting(&request.dir, mount)
         })?;
+        if let Some(output) = &request.trace {
+            let trace = |devices: Vec<_>| {
+                let image = &served.prepared.image;
+                self.traces.start(&request.dir, image, &devices, Some(output.clone()), Vec::new())
+            };
+            // Nobody has been told of the mount yet.
+            devices(&served).and_then(trace).inspect_err(|_| drop(unmount(&request.dir)))?;
+        }
         Ok((watch, served, None))
     }
 

@@ -129,7 +129,7 @@ impl Prefetches {
 }
 
 /// The devices of an image. Those in the kernel's own cache are there once it has set them up.
-fn devices(served: &Served) -> Result<Vec<Arc<Device>>, DaemonError> {
+pub(super) fn devices(served: &Served) -> Result<Vec<Arc<Device>>, DaemonError> {
     let until = Instant::now() + SET_UP;
     let mut devices = Vec::new();
     for (map, live) in served.prepared.maps.iter().zip(&served.devices) {
@@ -194,7 +194,9 @@ impl Daemon {
         let (dir, served, order) = (dir.to_owned(), served.clone(), order.clone());
         let start = move || {
             match prefetches.start(&dir, &served, &engine, &order) {
-                Ok(report) => tracing::info!(dir = %dir.display(), bytes = report.stats.bytes, "prefetching {}", report.order),
+                Ok(report) => {
+                    tracing::info!(dir = %dir.display(), bytes = report.stats.bytes, "prefetching {}", report.order)
+                }
                 Err(error) => tracing::warn!(dir = %dir.display(), %error, "nothing is prefetched"),
             }
             // Unmounted meanwhile: whoever did it found nothing to stop.

@@ -1,8 +1,10 @@
 //! What goes over the control socket, as JSON.
 
 mod prefetch;
+mod trace;
 
 pub use prefetch::{FileRanges, PrefetchOrder, PrefetchReport, PrefetchRequest, PrefetchTarget};
+pub use trace::{TraceReport, TraceRequest, TraceResult};
 
 use std::path::PathBuf;
 
@@ -50,6 +52,10 @@ pub struct MountRequest {
     pub dir: PathBuf,
     #[serde(default)]
     pub backend: BackendChoice,
+    /// Record what is read from the first moment on, of complete blobs too. Where whoever stops the
+    /// trace is to write it, an absolute path.
+    #[serde(default)]
+    pub trace: Option<PathBuf>,
 }
 
 /// `DELETE /v1/mounts`

@@ -1,6 +1,7 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
 mod prefetch;
+mod trace;
 
 use std::fs;
 use std::io;
@@ -11,8 +12,8 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, State};
 use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -79,6 +80,7 @@ impl Control {
             .route("/v1/images", post(register).delete(unregister))
             .route("/v1/stop", post(request_stop))
             .merge(prefetch::routes())
+            .merge(trace::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .layer(DefaultBodyLimit::max(MOST_BODY))
@@ -142,17 +144,21 @@ fn status(error: &DaemonError) -> StatusCode {
         DaemonError::NotMounted(_)
         | DaemonError::NotRegistered(_)
         | DaemonError::NoImage(_)
-        | DaemonError::NoPrefetch(_) => StatusCode::NOT_FOUND,
+        | DaemonError::NoPrefetch(_)
+        | DaemonError::NotTraced(_) => StatusCode::NOT_FOUND,
         DaemonError::Mounted(_)
         | DaemonError::Unmount { .. }
         | DaemonError::Attach(AttachError::Taken(_))
         | DaemonError::Contradiction { .. }
         | DaemonError::SeveralImages(_)
         | DaemonError::NotOpen(_)
-        | DaemonError::TooManyPrefetches(_) => StatusCode::CONFLICT,
+        | DaemonError::TooManyPrefetches(_)
+        | DaemonError::Traced(_)
+        | DaemonError::TooManyTraces => StatusCode::CONFLICT,
         DaemonError::NotADirectory(_)
         | DaemonError::Relative(_)
         | DaemonError::NoTarget
+        | DaemonError::Image(_)
         | DaemonError::Attach(AttachError::Name { .. })
         | DaemonError::Bootstrap(_)
         | DaemonError::Load(_)

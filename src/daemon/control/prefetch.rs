@@ -9,9 +9,7 @@ use super::{Body, Shared, blocking, body};
 use crate::daemon::api::{PrefetchRequest, PrefetchTarget};
 
 pub(super) fn routes() -> Router<Shared> {
-    Router::new()
-        .route("/v1/prefetch", get(list).post(start).delete(cancel))
-        .route("/v1/prefetch/{id}", get(one))
+    Router::new().route("/v1/prefetch", get(list).post(start).delete(cancel)).route("/v1/prefetch/{id}", get(one))
 }
 
 async fn start(State(shared): State<Shared>, request: Body<PrefetchRequest>) -> Response {
