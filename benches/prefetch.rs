@@ -69,7 +69,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<()> {
     let scratch = tempfile::Builder::new().prefix("rafsd-bench-").tempdir_in(&args.scratch)?;
-    let (reads, bytes, turns) = if args.quick { (30, 32 * MIB, 1) } else { (400, 256 * MIB, 3) };
+    let (reads, bytes, turns) = if args.quick { (30, 32 * MIB, 1) } else { (300, 256 * MIB, 3) };
     foreground(scratch.path(), reads)?;
     completion(scratch.path(), bytes, turns)
 }
@@ -138,7 +138,7 @@ fn foreground(scratch: &Path, reads: u64) -> anyhow::Result<()> {
             std::thread::sleep(Duration::from_millis(100));
         }
         // As a program that does something with what it reads.
-        std::thread::sleep(Duration::from_millis(30));
+        std::thread::sleep(Duration::from_millis(80));
         let unit = read * 617 % (2 * reads);
         let range = ByteRange::at(unit * SMALL, SMALL).context("a small file")?;
         if device.present(range) {

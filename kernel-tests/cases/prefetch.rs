@@ -188,8 +188,11 @@ fn unmounting_and_stopping_end_a_prefetch_at_once(ctx: &Ctx) -> Outcome {
     fixture.finish()
 }
 
-/// The entries of a trace: path and parts.
-fn entries(trace: &Path) -> anyhow::Result<Vec<(String, Vec<(u64, u64)>)>> {
+/// Offset and length.
+type Parts = Vec<(u64, u64)>;
+
+/// The entries of a trace.
+fn entries(trace: &Path) -> anyhow::Result<Vec<(String, Parts)>> {
     let hot = hotlist::parse(&fs::read(trace)?)?;
     hot.into_iter().map(|hot| Ok((String::from_utf8(hot.path)?, hot.ranges))).collect()
 }

@@ -5,7 +5,7 @@ use axum::extract::{Path, State};
 use axum::response::Response;
 use axum::routing::get;
 
-use super::{Body, Shared, blocking, body};
+use super::{Body, Shared, blocking, body, nowhere};
 use crate::daemon::api::{PrefetchRequest, PrefetchTarget};
 
 pub(super) fn routes() -> Router<Shared> {
@@ -24,7 +24,9 @@ async fn list(State(shared): State<Shared>) -> Response {
     blocking(shared, |daemon| Ok(daemon.list_prefetches())).await
 }
 
-async fn one(State(shared): State<Shared>, Path(id): Path<u64>) -> Response {
+async fn one(State(shared): State<Shared>, Path(id): Path<String>) -> Response {
+    // Anything else than a number is the name of nothing.
+    let Ok(id) = id.parse() else { return nowhere().await };
     blocking(shared, move |daemon| daemon.get_prefetch(id)).await
 }
 
