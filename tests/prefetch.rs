@@ -2,7 +2,7 @@
 //! clock: sources answer when they are told to.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -37,6 +37,8 @@ struct Gated {
     /// One permit for each read of a reader.
     reads: Semaphore,
     log: Mutex<Vec<(Class, ByteRange)>>,
+    /// Streams under way.
+    active: AtomicUsize,
     down: AtomicBool,
     missing: AtomicBool,
 }
@@ -49,6 +51,7 @@ impl Gated {
             streams: Semaphore::new(streams),
             reads: Semaphore::new(reads),
             log: Mutex::default(),
+            active: AtomicUsize::new(0),
             down: AtomicBool::new(false),
             missing: AtomicBool::new(false),
         })
@@ -58,6 +61,11 @@ impl Gated {
     fn log(&self, class: Class) -> Vec<ByteRange> {
         let log = self.log.lock().unwrap();
         log.iter().filter(|(of, _)| *of == class).map(|(_, range)| *range).collect()
+    }
+
+    /// Waits until the stream under way has been broken off.
+    fn await_break(&self) {
+        eventually("the end of the stream", || self.active.load(Ordering::SeqCst) == 0);
     }
 
     fn begin(&self, blob: &BlobId, stored: ByteRange, class: Class) -> Result<Bytes, SourceError> {
@@ -101,6 +109,8 @@ impl BlobSource for Gated {
     ) -> BoxFuture<'a, Result<(), SourceError>> {
         Box::pin(async move {
             let mut bytes = self.begin(blob, stored, ctx.class)?;
+            self.active.fetch_add(1, Ordering::SeqCst);
+            let _end = Active(&self.active);
             while !bytes.is_empty() {
                 self.streams.acquire().await.unwrap().forget();
                 take(bytes.split_to(bytes.len().min(usize::try_from(UNIT).unwrap())));
@@ -111,6 +121,15 @@ impl BlobSource for Gated {
 
     fn describe(&self) -> String {
         self.name.to_owned()
+    }
+}
+
+/// A stream under way.
+struct Active<'a>(&'a AtomicUsize);
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -288,6 +307,7 @@ fn a_stream_gives_way_to_a_reader_and_goes_on_where_it_was() {
     let reader = read(&other, units(7, 8));
 
     eventually("the reader's request", || source.log(Class::OnDemand) == [units(7, 8)]);
+    source.await_break();
     // Whatever the link carries now is for the reader.
     source.streams.add_permits(1000);
     settle();
@@ -345,6 +365,7 @@ fn a_reader_of_what_is_queued_for_later_is_served_now() {
     let reader = read(&device, units(15, 16));
 
     eventually("the reader's request", || source.log(Class::OnDemand) == [units(15, 16)]);
+    source.await_break();
     source.reads.add_permits(1);
     assert!(answer(&reader).is_ok());
     source.streams.add_permits(1000);
@@ -411,6 +432,7 @@ fn it_ends_with_its_device_and_when_it_is_told_to() {
     eventually("its request", || source.log(Class::Prefetch).len() == 2);
     prefetch.cancel();
     assert_eq!(prefetch.stats().state, PrefetchState::Cancelled);
+    source.await_break();
     source.streams.add_permits(1000);
     settle();
     assert_eq!((prefetch.stats().state, prefetch.stats().bytes_present), (PrefetchState::Cancelled, 0));
