@@ -66,6 +66,7 @@ const TABLES: &[&[Case]] = &[
     cases::many::CASES,
     cases::lifecycle::CASES,
     cases::service::CASES,
+    cases::prefetch::CASES,
 ];
 
 /// What a case returns; the error's whole chain is printed.

@@ -67,6 +67,25 @@ impl<'a> Fixture<'a> {
         Self::new(ctx, |dir| (0..count).try_for_each(|i| fs::write(dir.join(i.to_string()), content(i, FILE))))
     }
 
+    /// Builds the image again with these further options, from the same source. Only while nothing is
+    /// mounted.
+    pub(crate) fn rebuild(&self, options: &[&str]) -> anyhow::Result<()> {
+        let out = self.ctx.dir.join("image");
+        fs::remove_file(out.join("bootstrap"))?;
+        let mut build = Command::new(&self.ctx.rafsd);
+        build.arg("build").arg(self.source()).arg("-o").arg(&out).args(["--compress", "lz4"]).args(options);
+        let built = build.output()?;
+        ensure!(built.status.success(), "build: {}", String::from_utf8_lossy(&built.stderr));
+        Ok(())
+    }
+
+    /// Facts about the daemon.
+    pub(crate) fn info(&self) -> anyhow::Result<rafsd::daemon::api::Info> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let client = rafsd::daemon::client::Client::new(&self.run())?;
+        Ok(runtime.block_on(client.info())?)
+    }
+
     /// Starts a daemon with these further options and waits until it answers.
     pub(crate) fn start(&mut self, options: &[&str]) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(self.log_path())?;

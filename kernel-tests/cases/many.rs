@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use rafsd::daemon::api::{BackendChoice, ImageSpec, MountRequest, UnmountRequest};
+use rafsd::daemon::api::{BackendChoice, ImageSpec, MountRequest, PrefetchOrder, UnmountRequest};
 use rafsd::daemon::client::Client;
 
 use super::fixture::{Fixture, content};
@@ -58,8 +58,8 @@ fn many_mounts(ctx: &Ctx) -> Outcome {
         fs::create_dir_all(dir)?;
         let image = &images[number % IMAGES];
         let blobs = image.join("blobs").to_str().context("UTF-8")?.to_owned();
-        let image = ImageSpec { bootstrap: image.join("bootstrap"), blobs, ca: None, prefetch: false };
-        let request = MountRequest { image, dir: dir.clone(), backend: BackendChoice::Fanotify };
+        let image = ImageSpec { bootstrap: image.join("bootstrap"), blobs, ca: None, prefetch: PrefetchOrder::None };
+        let request = MountRequest { image, dir: dir.clone(), backend: BackendChoice::Fanotify, trace: None };
         runtime.block_on(client.mount(&request)).with_context(|| format!("mount {number}"))?;
     }
     println!("{count} mounts in {:?}", began.elapsed());

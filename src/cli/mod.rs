@@ -22,12 +22,14 @@ mod merge;
 mod mount;
 mod opened;
 mod optimize;
+mod prefetch;
 pub mod progress;
 mod register;
 mod serve;
 mod serve_blobs;
 mod settings;
 mod stat;
+mod trace;
 pub mod unpack;
 mod upgrade;
 
@@ -91,6 +93,8 @@ enum Command {
     Umount(mount::UmountArgs),
     #[command(visible_alias = "ls")]
     List(mount::ListArgs),
+    Prefetch(prefetch::PrefetchArgs),
+    Trace(trace::TraceArgs),
     Serve(serve::ServeArgs),
     Stop(serve::StopArgs),
     Upgrade(upgrade::UpgradeArgs),
@@ -128,6 +132,8 @@ pub fn run() -> ExitCode {
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),
+        Command::Prefetch(args) => prefetch::run(args),
+        Command::Trace(args) => trace::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Stop(args) => serve::stop(args),
         Command::Upgrade(args) => upgrade::run(args),

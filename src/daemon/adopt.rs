@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use tokio::runtime::Handle;
 
+use super::api::PrefetchOrder;
 use super::keeper::{Inheritance, Keepers, Kind, Name};
 use super::mounts::{Daemon, Options, State};
 use super::objects::Objects;
@@ -23,6 +24,7 @@ use super::prepare::{Prepared, resume};
 use super::records::{Record, RecordId, Records, ensure_private};
 use super::served::{Mounted, Served};
 use super::serving::{Backends, Legacy, device_file, spawn};
+use super::trace::Traces;
 use super::{DaemonError, records};
 use crate::base::{Chain, Digest};
 use crate::cache::{Device, Store, StoreOptions};
@@ -86,6 +88,8 @@ impl Daemon {
             state: Mutex::new(State::default()),
             ending: OnceLock::new(),
             takeover_ms: OnceLock::new(),
+            prefetches: Arc::default(),
+            traces: Traces::default(),
         });
         if takes_over {
             daemon.take_over(files, events)?;
@@ -109,6 +113,7 @@ impl Daemon {
         let start = |what| move |cause| DaemonError::Start { what, cause };
         let living = self.watch.living().map_err(start("the watch on mounts"))?;
         let (mut used, mut known) = (Vec::new(), HashSet::new());
+        let mut prefetches = Vec::new();
         for (id, record) in self.records.load().map_err(start("the records of served images"))? {
             let record = match record {
                 Ok(record) => record,
@@ -129,6 +134,7 @@ impl Daemon {
                 tracing::error!(dir = %dir.display(), error = %Chain(&error), "an image cannot be served any more; its cold reads fail");
                 self.leave_unserved(watch, Some(id));
             }
+            prefetches.extend(self.wanted_prefetch(&record));
             faultpoint::reach("adopted-one");
         }
         let strangers: Vec<_> = living.difference(&known).copied().collect();
@@ -144,12 +150,23 @@ impl Daemon {
             fanotify.resume(events);
         }
         self.backends.go_on()?;
+        for (dir, served, watch, order) in prefetches {
+            self.prefetch_mounted(&dir, &served, watch, &order);
+        }
         if let Some(Err(error)) = cachefiles.map(|service| service.restore()) {
             tracing::error!(%error, "this kernel does not deliver again what the last daemon had taken: readers that waited then have to be killed");
         }
         let mounts = self.state.lock().unwrap().mounts.len();
         tracing::info!(mounts, waiting = taken, "goes on with the mounts and readers of the last daemon");
         Ok(())
+    }
+
+    /// What a mount that was taken over still wants to have fetched.
+    fn wanted_prefetch(&self, record: &Record) -> Option<(PathBuf, Served, WatchId, PrefetchOrder)> {
+        let dir = record.dir.clone().filter(|_| !record.lingering)?;
+        let state = self.state.lock().unwrap();
+        let mounted = state.mounts.get(&dir)?.as_ref()?;
+        Some((dir, mounted.served.clone(), mounted.watch, record.spec.prefetch.clone()))
     }
 
     /// Superblocks of which nothing is known may read any of these files: they stay marked, so that
@@ -219,7 +236,9 @@ impl Daemon {
                 let maps = maps.map(|map| map.map(Arc::new)).collect::<Option<Vec<_>>>();
                 image.maps = maps.ok_or_else(|| damaged("the map of a blob is lost"))?;
                 let image = Arc::new(image);
-                let served = self.serve_cachefiles(&record.spec, image, &name, record.why.clone())?.0;
+                // Of a mount it is asked for afterwards.
+                let order = if watch.is_none() { record.spec.prefetch.clone() } else { PrefetchOrder::None };
+                let served = self.serve_cachefiles(&order, image, &name, record.why.clone())?.0;
                 if watch.is_none() {
                     self.state.lock().unwrap().registered.insert(name, (served, id));
                     return Ok(());

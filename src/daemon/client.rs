@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::api::{
-    Failure, ImageReport, Info, MountRequest, RegisterRequest, UnmountRequest, Unmounted, UnregisterRequest,
-    UpgradeRequest,
+    Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, RegisterRequest,
+    TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest,
 };
 use super::control::SOCKET;
 
@@ -83,6 +83,36 @@ impl Client {
     /// Unmounts.
     pub async fn unmount(&self, request: &UnmountRequest) -> Result<Unmounted, ClientError> {
         self.call(Method::DELETE, "mounts", request).await
+    }
+
+    /// Begins a prefetch.
+    pub async fn prefetch(&self, request: &PrefetchRequest) -> Result<PrefetchReport, ClientError> {
+        self.call(Method::POST, "prefetch", request).await
+    }
+
+    /// How a prefetch is getting on.
+    pub async fn get_prefetch(&self, id: u64) -> Result<PrefetchReport, ClientError> {
+        self.call(Method::GET, &format!("prefetch/{id}"), &()).await
+    }
+
+    /// Stops all prefetches of an image; gives those that were under way.
+    pub async fn cancel_prefetch(&self, target: &PrefetchTarget) -> Result<Vec<PrefetchReport>, ClientError> {
+        self.call(Method::DELETE, "prefetch", target).await
+    }
+
+    /// Begins a trace.
+    pub async fn start_trace(&self, request: &TraceRequest) -> Result<TraceReport, ClientError> {
+        self.call(Method::POST, "trace", request).await
+    }
+
+    /// The traces under way.
+    pub async fn list_traces(&self) -> Result<Vec<TraceReport>, ClientError> {
+        self.call(Method::GET, "trace", &()).await
+    }
+
+    /// Ends a trace; gives what it recorded.
+    pub async fn stop_trace(&self, target: &PrefetchTarget) -> Result<TraceResult, ClientError> {
+        self.call(Method::DELETE, "trace", target).await
     }
 
     /// Makes an image known to the cachefiles backend.

@@ -11,19 +11,23 @@
 mod adopt;
 mod alive;
 pub mod api;
+mod attribution;
 pub mod client;
 pub mod control;
 mod error;
 pub mod keeper;
 mod mounts;
 mod objects;
+mod order;
 mod origins;
+mod prefetch;
 mod prepare;
 mod records;
 mod served;
 mod serving;
 pub mod settings;
 mod stop;
+mod trace;
 mod unkept;
 
 pub use alive::Stuck;

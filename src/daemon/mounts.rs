@@ -8,18 +8,24 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::DaemonError;
-use super::api::{BackendChoice, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest, Unmounted};
+use super::api::{
+    BackendChoice, ImageReport, ImageSpec, Info, MountRequest, PrefetchOrder, PrefetchTarget, RegisterRequest,
+    Unmounted,
+};
 use super::keeper::{self, Keepers};
 use super::objects::{Object, Objects};
+use super::order::plan;
 use super::origins::Origins;
+use super::prefetch::{Prefetches, devices};
 use super::prepare::{Prepared, bootstrap_as_blob, prepare};
 use super::records::{Record, RecordId, Records};
 use super::served::{Live, Mounted, Served, blob_object};
 use super::serving::Backends;
 use super::stop::Ending;
+use super::trace::Traces;
 use crate::base::BlobId;
 use crate::blob::UnitMap;
-use crate::cache::{Store, StoreOptions};
+use crate::cache::{Engine, Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
 use crate::export::{AttachError, BackendKind, MountWatch, WatchId};
 use crate::sys::mount::{detach, unmount};
@@ -57,6 +63,8 @@ pub struct Daemon {
     pub(super) state: Mutex<State>,
     pub(super) ending: OnceLock<Ending>,
     pub(super) takeover_ms: OnceLock<u64>,
+    pub(super) prefetches: Arc<Prefetches>,
+    pub(super) traces: Traces,
 }
 
 #[derive(Debug, Default)]
@@ -103,13 +111,23 @@ impl Daemon {
         let request = &MountRequest { dir: dir.clone(), ..request.clone() };
         ensure_absolute(&request.image)?;
         let _reserved = self.reserve(&dir)?;
-        let mounted = self.mount_reserved(request)?;
+        let mounted = self.mount_reserved(request).inspect_err(|error| self.forget_trace(request, error))?;
         let report = mounted.served.report(Some(&dir));
         tracing::info!(dir = %dir.display(), backend = %report.backend, image = report.image, "mounted");
+        let (served, watched) = (mounted.served.clone(), mounted.watch);
         self.state.lock().unwrap().mounts.insert(dir.clone(), Some(mounted));
+        self.prefetch_mounted(&dir, &served, watched, &request.image.prefetch);
+        drop(served);
         // Somebody may have unmounted it before we could write it down.
         self.bury();
         Ok(report)
+    }
+
+    /// A mount that failed is not recorded. The trace that it was refused for is another one's.
+    fn forget_trace(&self, request: &MountRequest, error: &DaemonError) {
+        if request.trace.is_some() && !matches!(error, DaemonError::Traced(_)) {
+            self.traces.discard(&request.dir);
+        }
     }
 
     fn reserve<'a>(&'a self, dir: &'a Path) -> Result<Reservation<'a>, DaemonError> {
@@ -159,14 +177,15 @@ impl Daemon {
         // One copy of each map, whatever the number of images that share it.
         prepared.maps = devices.iter().map(|device| device.map()).collect();
         let image = prepared.live(&devices);
+        if let Some(output) = &request.trace {
+            // Before any mark, so that complete blobs get one too.
+            self.traces.start(&request.dir, &prepared.image, &devices, Some(output.clone()), Vec::new())?;
+        }
         let service = self.backends.fanotify(&self.keepers)?;
         let served = Served::by_fanotify(Arc::new(prepared), &devices, why);
         let announce =
             |watch| self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)));
         let attachment = service.attach(&image, &request.dir, &self.watch, &announce, &self.options.sandbox)?;
-        if request.image.prefetch {
-            devices.iter().for_each(|device| device.complete_in_background());
-        }
         Ok(Mounted { watch: attachment.watch, record, served, attachment: Some(attachment) })
     }
 
@@ -187,7 +206,8 @@ impl Daemon {
         let (served, registration) = loop {
             let domain = numbered(DOMAIN, domain_number);
             let name = FsId::new(&numbered(&short, mount_number), Some(&domain))?;
-            match self.serve_cachefiles(&request.image, prepared.clone(), &name, why.clone()) {
+            // What is wanted ahead of a mount, and followed, is up to `prefetch_mounted`.
+            match self.serve_cachefiles(&PrefetchOrder::None, prepared.clone(), &name, why.clone()) {
                 Err(DaemonError::Attach(AttachError::Taken(_))) => mount_number += 1,
                 Err(DaemonError::Contradiction { .. }) => domain_number += 1,
                 other => break other?,
@@ -197,12 +217,21 @@ impl Daemon {
             |watch| self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)));
         let name = registration.name();
         let watch = cachefiles::mount(name, &request.dir, &self.watch, &announce, &self.options.sandbox)?;
+        if let Some(output) = &request.trace {
+            let trace = |devices: Vec<_>| {
+                let image = &served.prepared.image;
+                self.traces.start(&request.dir, image, &devices, Some(output.clone()), Vec::new())
+            };
+            let undo = || self.options.sandbox.outside(|| unmount(&request.dir));
+            // Nobody has been told of the mount yet.
+            devices(&served).and_then(trace).inspect_err(|_| drop(undo()))?;
+        }
         Ok(Mounted { watch, record, served, attachment: None })
     }
 
     pub(super) fn serve_cachefiles(
         &self,
-        spec: &ImageSpec,
+        order: &PrefetchOrder,
         prepared: Arc<Prepared>,
         name: &FsId,
         why: String,
@@ -213,11 +242,13 @@ impl Daemon {
         let size = prepared.image.summary().bootstrap_len;
         // Metadata is read page by page, each read waiting for us: fetch all of it at the first.
         let boot = Arc::new(Object::new(boot_map, boot_source));
-        let boot = blob_object(boot, size, engine, true);
+        let boot = blob_object(boot, size, engine, Vec::new(), true);
         let domain = name.domain.as_deref().unwrap_or(&name.id);
         let objects = self.objects.enter(domain, &prepared.maps, &prepared.source)?;
-        let blobs = prepared.maps.iter().zip(&objects).map(|(map, object)| {
-            (map.blob().to_string(), blob_object(object.clone(), map.decoded_len(), engine, spec.prefetch))
+        let plan = plan(&prepared.image, order);
+        let blobs = prepared.maps.iter().zip(&objects).enumerate().map(|(device, (map, object))| {
+            let wants = plan.wants.iter().filter(|want| want.device == device).map(|want| want.decoded).collect();
+            (map.blob().to_string(), blob_object(object.clone(), map.decoded_len(), engine, wants, plan.rest))
         });
         let registration = Arc::new(service.register(name, boot, blobs.collect())?);
         let registered = Some(registration.clone());
@@ -232,7 +263,7 @@ impl Daemon {
         ensure_absolute(&request.image)?;
         let (_, why) = self.backends.choose(BackendChoice::Cachefiles)?;
         let prepared = Arc::new(self.prepare(&request.image)?);
-        let (served, _) = self.serve_cachefiles(&request.image, prepared, &name, why)?;
+        let (served, _) = self.serve_cachefiles(&request.image.prefetch, prepared, &name, why)?;
         let report = served.report(None);
         let mut state = self.state.lock().unwrap();
         if state.stopping {
@@ -262,6 +293,40 @@ impl Daemon {
         mounts.chain(state.registered.values().map(|(served, _)| served.report(None))).collect()
     }
 
+    /// The mounted image that is meant, and where it is mounted.
+    pub(super) fn find(&self, target: &PrefetchTarget) -> Result<(PathBuf, Served), DaemonError> {
+        let state = self.state.lock().unwrap();
+        let mut mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, &mounted.as_ref()?.served)));
+        match (&target.dir, &target.image) {
+            (Some(dir), None) => {
+                let found = mounted.find(|(at, _)| *at == dir).ok_or_else(|| DaemonError::NotMounted(dir.clone()))?;
+                Ok((found.0.clone(), found.1.clone()))
+            }
+            (None, Some(digits)) => {
+                let meant: Vec<_> =
+                    mounted.filter(|(_, served)| served.prepared.key.to_string().starts_with(digits)).collect();
+                let (dir, served) = meant.first().ok_or_else(|| DaemonError::NoImage(digits.clone()))?;
+                if meant.iter().any(|(_, other)| other.prepared.key != served.prepared.key) {
+                    return Err(DaemonError::SeveralImages(digits.clone()));
+                }
+                Ok(((*dir).clone(), (*served).clone()))
+            }
+            _ => Err(DaemonError::NoTarget),
+        }
+    }
+
+    pub(super) fn engine(&self) -> &Arc<Engine> {
+        self.store.engine()
+    }
+
+    pub(super) fn watch(&self) -> &Arc<MountWatch> {
+        &self.watch
+    }
+
+    pub(super) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
     /// Whether nothing is mounted, being mounted, lingering or registered, by us or by others.
     pub fn is_idle(&self) -> bool {
         let state = self.state.lock().unwrap();
@@ -282,6 +347,7 @@ impl Daemon {
         };
         let outcome = self.options.sandbox.outside(|| if lazy { detach(dir) } else { unmount(dir) });
         outcome.map_err(|cause| DaemonError::Unmount { dir: dir.to_owned(), cause })?;
+        self.prefetches.cancel(Some(dir));
         let until = Instant::now() + Duration::from_secs(2);
         while self.watch.is_alive(watch) && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(2));
@@ -315,6 +381,7 @@ impl Daemon {
             state.mounts.iter().filter(|(_, m)| m.as_ref().is_some_and(is_dead)).map(|(d, _)| d.clone()).collect();
         for dir in dead {
             tracing::info!(dir = %dir.display(), "unmounted");
+            self.prefetches.cancel(Some(&dir));
             gone.extend(state.mounts.remove(&dir).flatten());
         }
         let unserved: Vec<_> = state.unserved.extract_if(.., |(watch, _)| !self.watch.is_alive(*watch)).collect();

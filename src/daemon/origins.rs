@@ -51,10 +51,16 @@ impl Origins {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::api::PrefetchOrder;
 
     #[test]
     fn images_of_one_server_share_a_source_for_as_long_as_one_uses_it() {
-        let spec = |blobs: &str| ImageSpec { bootstrap: "/b".into(), blobs: blobs.into(), ca: None, prefetch: false };
+        let spec = |blobs: &str| ImageSpec {
+            bootstrap: "/b".into(),
+            blobs: blobs.into(),
+            ca: None,
+            prefetch: PrefetchOrder::None,
+        };
         let origins = Origins::default();
         crate::net::install_tls();
         let first = origins.open(&spec("http://127.0.0.1:9/a")).unwrap();
@@ -67,7 +73,8 @@ mod tests {
 
     #[test]
     fn a_source_that_is_gone_fails_reads_and_nothing_else() {
-        let spec = ImageSpec { bootstrap: "/b".into(), blobs: "/nowhere".into(), ca: None, prefetch: false };
+        let spec =
+            ImageSpec { bootstrap: "/b".into(), blobs: "/nowhere".into(), ca: None, prefetch: PrefetchOrder::None };
         let source = Origins::default().open_or_absent(&spec);
         assert!(source.describe().contains("/nowhere"));
     }

@@ -182,6 +182,7 @@ pub(super) fn bootstrap_as_blob(prepared: &Prepared) -> Result<(UnitMap, Arc<dyn
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::api::PrefetchOrder;
     use crate::reader::LoadError;
 
     #[test]
@@ -193,7 +194,7 @@ mod tests {
 
         for path in [fifo.as_path(), Path::new("/dev/zero"), dir.path()] {
             let blobs = dir.path().to_str().unwrap().to_owned();
-            let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: false };
+            let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: PrefetchOrder::None };
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let source = Arc::new(LocalSource::new(dir.path()).unwrap());
             let error = prepare(&spec, source, dir.path(), &|_| None, runtime.handle()).unwrap_err();

@@ -7,6 +7,7 @@ use super::api::{DeviceReport, ImageReport, ImageSpec};
 use super::objects::Object;
 use super::prepare::Prepared;
 use super::records::{CacheName, DeviceFile, Record, RecordId};
+use crate::base::ByteRange;
 use crate::blob::UnitMap;
 use crate::cache::{Device, Engine, Fill};
 use crate::export::cachefiles::{ObjectSpec, Registration};
@@ -54,7 +55,8 @@ pub(super) enum Live {
 }
 
 impl Live {
-    fn device(&self) -> Option<Arc<Device>> {
+    /// The device, if there is one now.
+    pub(super) fn device(&self) -> Option<Arc<Device>> {
         match self {
             Self::Stored(device) => device.upgrade(),
             Self::Object(object) => object.device(),
@@ -128,7 +130,15 @@ impl ImageReport {
 }
 
 /// An object of the kernel's cache of `size` bytes.
-pub(super) fn blob_object(object: Arc<Object>, size: u64, engine: &Arc<Engine>, eager: bool) -> ObjectSpec {
+///
+/// Once the kernel reads it, `wants` are fetched, in order, and then all of it if it is `eager`.
+pub(super) fn blob_object(
+    object: Arc<Object>,
+    size: u64,
+    engine: &Arc<Engine>,
+    wants: Vec<ByteRange>,
+    eager: bool,
+) -> ObjectSpec {
     let engine = engine.clone();
     ObjectSpec {
         size,
@@ -136,8 +146,8 @@ pub(super) fn blob_object(object: Arc<Object>, size: u64, engine: &Arc<Engine>, 
             let (map, source) = object.known();
             let device = Device::with_sink(map, source, sink, present, engine.clone());
             object.opened(&device);
-            if eager {
-                device.complete_in_background();
+            if eager || !wants.is_empty() {
+                device.fetch_in_background(&wants, eager);
             }
             device as Arc<dyn Fill>
         }),

@@ -61,6 +61,7 @@ impl Daemon {
     /// Blocks.
     pub fn stop(&self) {
         self.state.lock().unwrap().stopping = true;
+        self.prefetches.cancel(None);
         self.wait_for_reservations();
         let dirs: Vec<_> = self.state.lock().unwrap().mounts.keys().cloned().collect();
         for dir in dirs {
@@ -91,6 +92,7 @@ impl Daemon {
     /// `start_another`, else one that somebody else starts. Readers wait meanwhile. Blocks.
     pub fn hand_over(&self, start_another: bool) {
         self.state.lock().unwrap().stopping = true;
+        self.prefetches.cancel(None);
         self.wait_for_reservations();
         // While readers are still served: afterwards there is little left to make durable.
         self.flush();

@@ -60,8 +60,8 @@ pub trait Backing: Fill {
     /// event.
     fn file(&self) -> Arc<File>;
 
-    /// Whether every byte an image can ask for is in the file and synced: the kernel can read it
-    /// without us from now on.
+    /// Whether every byte an image can ask for is in the file and synced, and nobody wants to know what
+    /// is read: the kernel can read it without us from now on.
     fn is_settled(&self) -> bool;
 
     /// Calls `then` once when [`Backing::is_settled`] becomes true, or at once if it is.
@@ -78,7 +78,7 @@ impl Backing for Device {
     }
 
     fn is_settled(&self) -> bool {
-        self.is_complete_durable()
+        self.is_settled()
     }
 
     fn when_settled(&self, then: Box<dyn FnOnce() + Send>) {

@@ -1,5 +1,11 @@
 //! What goes over the control socket, as JSON.
 
+mod prefetch;
+mod trace;
+
+pub use prefetch::{FileRanges, PrefetchOrder, PrefetchReport, PrefetchRequest, PrefetchTarget};
+pub use trace::{TraceReport, TraceRequest, TraceResult};
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -32,9 +38,9 @@ pub struct ImageSpec {
     /// PEM file with further certificate authorities for `https` sources.
     #[serde(default)]
     pub ca: Option<PathBuf>,
-    /// Fetch everything in the background, behind all readers.
+    /// What to fetch before anybody asks, behind all readers.
     #[serde(default)]
-    pub prefetch: bool,
+    pub prefetch: PrefetchOrder,
 }
 
 /// `POST /v1/mounts`
@@ -46,6 +52,10 @@ pub struct MountRequest {
     pub dir: PathBuf,
     #[serde(default)]
     pub backend: BackendChoice,
+    /// Record what is read from the first moment on, of complete blobs too. Where whoever stops the
+    /// trace is to write it, an absolute path.
+    #[serde(default)]
+    pub trace: Option<PathBuf>,
 }
 
 /// `DELETE /v1/mounts`

@@ -1,5 +1,8 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
+mod prefetch;
+mod trace;
+
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -10,8 +13,8 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::Router;
-use axum::extract::State;
 use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -33,6 +36,9 @@ pub const SOCKET: &str = "rafsd.sock";
 pub const GRACE: Duration = Duration::from_secs(5);
 
 /// The listening socket.
+/// Most bytes of a request: a list of everything in a large image that is to be prefetched.
+const MOST_BODY: usize = 128 << 20;
+
 #[derive(Debug)]
 pub struct Control {
     listener: UnixListener,
@@ -106,8 +112,11 @@ impl Control {
             .route("/v1/images", post(register).delete(unregister))
             .route("/v1/stop", post(request_stop))
             .route("/v1/upgrade", post(upgrade))
+            .merge(prefetch::routes())
+            .merge(trace::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
+            .layer(DefaultBodyLimit::max(MOST_BODY))
             .with_state(shared);
         let file = self.file;
         let (tell, told) = oneshot::channel();
@@ -165,13 +174,24 @@ fn failure(status: StatusCode, error: String) -> Response {
 
 fn status(error: &DaemonError) -> StatusCode {
     match error {
-        DaemonError::NotMounted(_) | DaemonError::NotRegistered(_) => StatusCode::NOT_FOUND,
+        DaemonError::NotMounted(_)
+        | DaemonError::NotRegistered(_)
+        | DaemonError::NoImage(_)
+        | DaemonError::NoPrefetch(_)
+        | DaemonError::NotTraced(_) => StatusCode::NOT_FOUND,
         DaemonError::Mounted(_)
         | DaemonError::Unmount { .. }
         | DaemonError::Attach(AttachError::Taken(_))
-        | DaemonError::Contradiction { .. } => StatusCode::CONFLICT,
+        | DaemonError::Contradiction { .. }
+        | DaemonError::SeveralImages(_)
+        | DaemonError::NotOpen(_)
+        | DaemonError::TooManyPrefetches(_)
+        | DaemonError::Traced(_)
+        | DaemonError::TooManyTraces => StatusCode::CONFLICT,
         DaemonError::NotADirectory(_)
         | DaemonError::Relative(_)
+        | DaemonError::NoTarget
+        | DaemonError::Image(_)
         | DaemonError::Attach(AttachError::Name { .. })
         | DaemonError::Bootstrap(_)
         | DaemonError::Load(_)

@@ -49,6 +49,12 @@ pub const TABLE: &[Setting] = &[
         "Ranged reads of prefetch that run at once",
     ),
     setting(
+        "prefetch_rate",
+        Field::SizeOrNone(Range(KIB, 1024 * GIB), |s| &mut s.store.prefetch_rate),
+        "none",
+        "Bytes per second that prefetch may fetch, what is fetched ahead of readers aside",
+    ),
+    setting(
         "window",
         Field::Size(Range(4 * KIB, GIB), |s| &mut s.store.window),
         "4MiB",

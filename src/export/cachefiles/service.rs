@@ -207,8 +207,7 @@ impl Cachefiles {
 
     /// Answered from memory alone: the kernel holds a worker of a shared queue until then.
     fn opened(&self, open: Open) {
-        let name =
-            format!("{}/{}", String::from_utf8_lossy(&open.volume_key), String::from_utf8_lossy(&open.cookie_key));
+        let name = object_name(&open.volume_key, &open.cookie_key);
         let spec =
             self.known.lock().unwrap().objects.get(&(open.volume_key, open.cookie_key)).map(|(spec, _)| spec.clone());
         let answer = match &spec {
@@ -266,7 +265,21 @@ impl Cachefiles {
     }
 }
 
+/// What to call an object.
+fn object_name(volume_key: &[u8], cookie_key: &[u8]) -> String {
+    format!("{}/{}", String::from_utf8_lossy(volume_key), String::from_utf8_lossy(cookie_key))
+}
+
 impl Registration {
+    /// Makes the device of `blob` before the kernel reads any of it, so that it can be filled ahead.
+    /// Gives whether the device is there; if not, the kernel does not have the object open yet, or is
+    /// still setting it up.
+    pub fn wake(&self, blob: &str) -> bool {
+        let name = object_name(&self.name.volume_key(), blob.as_bytes());
+        let object = self.service.open.lock().unwrap().values().find(|object| object.name == name).cloned();
+        object.is_some_and(|object| object.has_device() || object.device().is_ok())
+    }
+
     /// The names.
     pub fn name(&self) -> &FsId {
         &self.name
