@@ -62,7 +62,11 @@ const TABLES: &[&[Case]] = &[
     cases::interop::CASES,
     cases::sharing::CASES,
     cases::faults::CASES,
+    cases::takeover::CASES,
+    cases::many::CASES,
     cases::lifecycle::CASES,
+    cases::service::CASES,
+    cases::prefetch::CASES,
     cases::observing::CASES,
 ];
 

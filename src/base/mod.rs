@@ -9,6 +9,7 @@ mod id;
 mod range;
 mod request;
 mod size;
+mod span;
 
 pub use chain::Chain;
 pub use class::Class;
@@ -17,6 +18,7 @@ pub use id::{BlobId, Digest, InvalidBlobId, hex};
 pub use range::ByteRange;
 pub use request::RequestId;
 pub use size::{ByteSize, InvalidSize};
+pub use span::{InvalidSpan, TimeSpan};
 
 /// Bytes in one block of a native RAFS v6 image, and the alignment of every unit in a device
 /// (`rafs-v6.md` section 2: `blkszbits` 12).

@@ -16,6 +16,7 @@ use super::bits::{self, Identity};
 use super::presence::{Presence, bit};
 use super::sink::{Sink, write_blocks};
 use crate::blob::{Unit, UnitIndex, UnitMap};
+use crate::sys::faultpoint;
 
 /// Why bits did not become durable.
 #[derive(Debug, thiserror::Error)]
@@ -70,8 +71,12 @@ impl Ledger {
     /// Writes the checked blocks of a unit and makes it present. Tells whether it was absent.
     pub(super) fn land(&self, index: UnitIndex, unit: &Unit, blocks: &[u8]) -> io::Result<bool> {
         let _landing = self.landing.read().unwrap();
+        faultpoint::reach("decoded");
         write_blocks(&*self.sink, blocks, unit.blocks().start())?;
-        Ok(self.publish(index))
+        faultpoint::reach("landed");
+        let fresh = self.publish(index);
+        faultpoint::reach("published");
+        Ok(fresh)
     }
 
     fn publish(&self, index: UnitIndex) -> bool {
@@ -102,6 +107,7 @@ impl Ledger {
             self.presence.withdraw(&durable.words);
             return Err(FlushError::Data(error));
         }
+        faultpoint::reach("synced");
         let before = &durable.words;
         if let Some(copy) = &durable.copy
             && let Err(error) = bits::write_changed(&*copy.file, &copy.identity, before, &words)
@@ -109,6 +115,7 @@ impl Ledger {
             self.dirty.store(true, Ordering::Release);
             return Err(FlushError::Bits(error));
         }
+        faultpoint::reach("flushed");
         durable.words = words;
         Ok(())
     }

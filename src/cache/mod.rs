@@ -11,6 +11,7 @@
 //! reads and runs them on the network threads, `pool` decodes and checks, `ledger` writes and
 //! publishes, and the last unit to settle runs the completion.
 
+mod admission;
 mod background;
 mod bits;
 mod budget;
@@ -24,22 +25,28 @@ mod lanes;
 mod ledger;
 mod plan;
 mod pool;
+mod prefetch;
 mod presence;
+mod queues;
 mod readahead;
 mod request;
 mod sink;
 mod sources;
 mod stats;
 mod store;
+mod stream;
+mod trace;
 
 pub use device::Device;
 pub use engine::{Engine, StoreOptions};
 pub use health::DeviceHealth;
 pub use ledger::FlushError;
+pub use prefetch::{Prefetch, PrefetchState, PrefetchStats, Want};
 pub use request::Request;
 pub use sink::{FileSink, MAX_PIECE, Sink};
 pub use stats::DeviceStats;
 pub use store::{Store, StoreError};
+pub use trace::{MOST_READS, Recorded, Trace};
 
 use std::sync::Arc;
 

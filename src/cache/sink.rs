@@ -1,6 +1,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use crate::base::BLOCK;
 
@@ -23,12 +24,12 @@ pub const MAX_PIECE: usize = 1 << 20;
 
 /// An ordinary file.
 #[derive(Debug)]
-pub struct FileSink(File);
+pub struct FileSink(Arc<File>);
 
 impl FileSink {
     /// Writes to `file`, which must be open for writing.
-    pub fn new(file: File) -> Self {
-        Self(file)
+    pub fn new(file: impl Into<Arc<File>>) -> Self {
+        Self(file.into())
     }
 }
 

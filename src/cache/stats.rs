@@ -44,4 +44,8 @@ impl Counters {
     pub(super) fn failed(&self) {
         self.errors.fetch_add(1, Ordering::Relaxed);
     }
+
+    pub(super) fn received(&self, bytes: u64) {
+        self.fetched.fetch_add(bytes, Ordering::Relaxed);
+    }
 }

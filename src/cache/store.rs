@@ -15,8 +15,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
@@ -34,6 +33,7 @@ use super::sink::FileSink;
 use crate::base::{BlobId, Digest};
 use crate::blob::UnitMap;
 use crate::source::BlobSource;
+use crate::sys::files::{inode_id, inode_id_at};
 use crate::telemetry::Telemetry;
 
 /// Why a store or a device in it could not be opened.
@@ -49,6 +49,12 @@ pub enum StoreError {
         #[source]
         cause: io::Error,
     },
+    /// A lock was handed over, of another store.
+    #[error("what a daemon left behind belongs to another cache than {}", root.display())]
+    ForeignLock { root: PathBuf },
+    /// Nothing is known of a device that a process used before it died.
+    #[error("{} has no unit map that can be read", dir.display())]
+    Unknown { dir: PathBuf },
     /// Two maps with the same fingerprint prefix disagree: one of them was made to.
     #[error("the cache holds another blob {blob} that contradicts this one")]
     Contradiction { blob: BlobId },
@@ -77,35 +83,46 @@ pub struct Store {
 struct Shelf {
     device: Weak<Device>,
     ledger: Weak<Ledger>,
+    /// What the ledger writes to.
+    data: Arc<File>,
 }
 
 impl Store {
     /// Opens the store at `root`, creating it if it is not there, and starts its threads.
     /// Fetches run on `runtime`.
     pub fn open(root: &Path, options: StoreOptions, runtime: Handle) -> Result<Arc<Self>, StoreError> {
-        Self::open_counted(root, options, runtime, Telemetry::default())
+        Self::open_locked(root, options, runtime, None, Telemetry::default())
     }
 
-    /// The same, with `telemetry` counting what the store and its devices do.
-    pub fn open_counted(
+    /// The same with the lock of a process that has died, if there is one: it is still held.
+    /// `telemetry` counts what the store and its devices do.
+    ///
+    /// # Errors
+    /// `ForeignLock` if it is the lock of another store.
+    pub fn open_locked(
         root: &Path,
         options: StoreOptions,
         runtime: Handle,
+        held: Option<File>,
         telemetry: Telemetry,
     ) -> Result<Arc<Self>, StoreError> {
         let devices_dir = root.join("v1");
         DirBuilder::new().recursive(true).mode(0o700).create(&devices_dir).map_err(at(&devices_dir))?;
         // Whoever can write to a device file can put anything into a container.
         fs::set_permissions(root, Permissions::from_mode(0o700)).map_err(at(root))?;
-        let lock = Arc::new(lock(root)?);
+        let lock = match held {
+            Some(held) => take_over(root, held)?,
+            None => lock(root)?,
+        };
+        let lock = Arc::new(lock);
         let engine = Engine::counted(options, runtime, telemetry).map_err(StoreError::Threads)?;
         Ok(Arc::new(Self { devices_dir, engine, shelves: Mutex::default(), lock }))
     }
 
     /// The open lock. Whoever keeps a copy of it keeps every other process out of the store, even
     /// when this one has died.
-    pub fn lock_file(&self) -> BorrowedFd<'_> {
-        self.lock.as_fd()
+    pub fn lock_file(&self) -> &Arc<File> {
+        &self.lock
     }
 
     /// The threads and limits, for devices over foreign sinks.
@@ -148,20 +165,79 @@ impl Store {
         if let Some(device) = shelf.and_then(|shelf| shelf.device.upgrade()) {
             return Ok(device.try_learn(map, Arc::clone(source))?.then_some(device));
         }
-        let ledger = shelf.and_then(|shelf| shelf.ledger.upgrade());
+        let opened = shelf.and_then(|shelf| Some((shelf.ledger.upgrade()?, Arc::clone(&shelf.data))));
         let Some(merged) = settle_map(&dir, map)? else { return Ok(None) };
-        let ledger = match ledger {
-            Some(ledger) => ledger,
-            None => Arc::new(open_ledger(&dir, &merged)?),
+        let (ledger, data) = match opened {
+            Some(opened) => opened,
+            None => {
+                let data = open_data(&dir, &merged)?;
+                (Arc::new(open_ledger(&dir, &merged, &data)?), data)
+            }
         };
-        let weak = Arc::downgrade(&ledger);
-        let home =
-            Home { data: dir.join("data"), save: Box::new(move |map| save(&dir, map)), _lock: Arc::clone(&self.lock) };
-        let device =
-            Device::assemble(Arc::new(merged), Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
+        Ok(Some(self.shelve(shelves, name, merged, source, (ledger, data))))
+    }
+
+    /// Names of the directories of all devices, whether somebody uses them or not.
+    pub fn directories(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.devices_dir).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    }
+
+    /// The file of decoded bytes of the device in directory `name`.
+    pub fn data_path(&self, name: &str) -> PathBuf {
+        self.devices_dir.join(name).join("data")
+    }
+
+    /// Whether everything that can be is in the device in directory `name`, durably. For a device
+    /// that nobody uses.
+    pub fn is_complete(&self, name: &str) -> bool {
+        let dir = self.devices_dir.join(name);
+        let Some(map) = saved(&dir) else { return false };
+        let Ok(data) = File::open(dir.join("data")) else { return false };
+        let Ok(identity) = identify(&data, &map) else { return false };
+        let words = bits::read(&fs::read(dir.join("present")).unwrap_or_default(), &identity);
+        (0..).zip(map.units()).all(|(index, unit)| !is_needed(unit) || bit(&words, index))
+    }
+
+    /// The device of a process that has died, in directory `name`. `data` is its file, opened by
+    /// that process before the kernel was told to ask about it: opened anew, the device's own
+    /// writes would wait for an answer to themselves.
+    ///
+    /// # Errors
+    /// `Unknown` if the store has lost the map of the device.
+    pub fn adopt(&self, name: &str, data: File, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
+        let mut shelves = self.shelves.lock().unwrap();
+        if let Some(device) = shelves.get(name).and_then(|shelf| shelf.device.upgrade()) {
+            device.try_learn(&device.map(), source)?;
+            return Ok(device);
+        }
+        let dir = self.devices_dir.join(name);
+        let map = saved(&dir).ok_or_else(|| StoreError::Unknown { dir: dir.clone() })?;
+        let data = Arc::new(data);
+        let ledger = Arc::new(open_ledger(&dir, &map, &data)?);
+        Ok(self.shelve(&mut shelves, name, map, &source, (ledger, data)))
+    }
+
+    fn shelve(
+        &self,
+        shelves: &mut HashMap<String, Shelf>,
+        name: &str,
+        map: UnitMap,
+        source: &Arc<dyn BlobSource>,
+        (ledger, file): (Arc<Ledger>, Arc<File>),
+    ) -> Arc<Device> {
+        let dir = self.devices_dir.join(name);
+        let (weak, data) = (Arc::downgrade(&ledger), Arc::clone(&file));
+        let home = Home {
+            data: dir.join("data"),
+            file,
+            save: Box::new(move |map| save(&dir, map)),
+            _lock: Arc::clone(&self.lock),
+        };
+        let device = Device::assemble(Arc::new(map), Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
         shelves.retain(|_, shelf| shelf.ledger.strong_count() > 0);
-        shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak });
-        Ok(Some(device))
+        shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak, data });
+        device
     }
 
     /// Makes everything present in all devices durable. Waits for the disk. Devices stay usable.
@@ -210,6 +286,18 @@ fn lock(root: &Path) -> Result<File, StoreError> {
     Ok(file)
 }
 
+/// Goes on with a lock that is held already, if it is the one of `root`.
+fn take_over(root: &Path, mut held: File) -> Result<File, StoreError> {
+    let path = root.join("lock");
+    let same = inode_id_at(&path).and_then(|there| Ok(there == inode_id(&held)?)).unwrap_or(false);
+    if !same {
+        return Err(StoreError::ForeignLock { root: root.to_owned() });
+    }
+    // Only for people, so a failure to write it is no failure.
+    let _ = held.set_len(0).and_then(|()| held.rewind()).and_then(|()| writeln!(held, "{}", std::process::id()));
+    Ok(held)
+}
+
 /// The map saved in `dir`, if there is a sound one.
 fn saved(dir: &Path) -> Option<UnitMap> {
     UnitMap::from_bytes(&fs::read(dir.join("units")).ok()?).ok()
@@ -241,16 +329,19 @@ fn settle_map(dir: &Path, map: &UnitMap) -> Result<Option<UnitMap>, StoreError> 
     Ok(Some(map.clone()))
 }
 
-/// Opens `data` and `present`, creating or replacing what is missing or does not fit.
-fn open_ledger(dir: &Path, map: &UnitMap) -> Result<Ledger, StoreError> {
+/// Opens `data` for writing, creating or replacing what is missing or does not fit.
+fn open_data(dir: &Path, map: &UnitMap) -> Result<Arc<File>, StoreError> {
     let data_path = dir.join("data");
     let fits = fs::symlink_metadata(&data_path).is_ok_and(|meta| meta.is_file() && meta.len() == map.decoded_len());
     if !fits {
         replace(dir, "data", |file| file.set_len(map.decoded_len()))?;
     }
-    let data = OpenOptions::new().write(true).open(&data_path).map_err(at(&data_path))?;
-    let identity = identify(&data, map).map_err(at(&data_path))?;
+    Ok(Arc::new(OpenOptions::new().write(true).open(&data_path).map_err(at(&data_path))?))
+}
 
+/// Opens `present`, creating or replacing it if it is missing or does not fit to `data`.
+fn open_ledger(dir: &Path, map: &UnitMap, data: &Arc<File>) -> Result<Ledger, StoreError> {
+    let identity = identify(data, map).map_err(at(&dir.join("data")))?;
     let present_path = dir.join("present");
     let bytes = fs::read(&present_path).unwrap_or_default();
     let fresh = bits::empty(&identity);
@@ -266,7 +357,7 @@ fn open_ledger(dir: &Path, map: &UnitMap) -> Result<Ledger, StoreError> {
     }
     let file = OpenOptions::new().write(true).open(&present_path).map_err(at(&present_path))?;
     let copy = DurableCopy { file: Box::new(FileSink::new(file)), identity };
-    Ok(Ledger::new(Box::new(FileSink::new(data)), words, Some(copy)))
+    Ok(Ledger::new(Box::new(FileSink::new(Arc::clone(data))), words, Some(copy)))
 }
 
 fn identify(data: &File, map: &UnitMap) -> io::Result<Identity> {

@@ -9,6 +9,7 @@ pub mod build;
 mod check;
 mod chunkdict;
 mod compact;
+mod config;
 mod connect;
 mod demo;
 mod doctor;
@@ -22,22 +23,28 @@ mod merge;
 mod mount;
 mod opened;
 mod optimize;
+mod prefetch;
 pub mod progress;
 mod register;
 mod serve;
 mod serve_blobs;
+mod settings;
 mod stat;
 mod status;
 mod top;
+mod trace;
 pub mod unpack;
+mod upgrade;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::telemetry::logging::{self, Format, LogControl};
+
+use crate::daemon::settings::LogFormat;
 
 /// Start containers before their images have arrived
 ///
@@ -51,7 +58,15 @@ pub struct Cli {
     log: Option<Targets>,
 
     /// How to log
-    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, help_heading = "Logging")]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        value_name = "FORMAT",
+        env = "RAFSD_LOG_FORMAT",
+        default_value_t = LogFormat::Text,
+        help_heading = "Logging"
+    )]
     log_format: LogFormat,
 
     #[command(subcommand)]
@@ -62,12 +77,6 @@ const EXAMPLES: &str = "\
 Examples:
   rafsd build rootfs/ -o image/
   rafsd mount image/bootstrap /mnt --blobs image/blobs";
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum LogFormat {
-    Text,
-    Json,
-}
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -86,12 +95,16 @@ enum Command {
     Umount(mount::UmountArgs),
     #[command(visible_alias = "ls")]
     List(mount::ListArgs),
+    Prefetch(prefetch::PrefetchArgs),
+    Trace(trace::TraceArgs),
     Serve(serve::ServeArgs),
     Stop(serve::StopArgs),
+    Upgrade(upgrade::UpgradeArgs),
     ServeBlobs(serve_blobs::ServeBlobsArgs),
     Register(register::RegisterArgs),
     Unregister(register::UnregisterArgs),
     Doctor(doctor::DoctorArgs),
+    Config(config::ConfigArgs),
     Demo(demo::DemoArgs),
     Status(status::StatusArgs),
     Top(top::TopArgs),
@@ -106,7 +119,10 @@ enum Command {
 /// Runs the program: the whole of `main` but the process.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    let log = start_log(&cli);
+    // A daemon's config file has a say in its log.
+    if !matches!(cli.command, Command::Serve(_)) {
+        start_log(cli.log.clone().unwrap_or_else(|| quiet(&cli.command)), cli.log_format);
+    }
     let outcome = match cli.command {
         Command::Build(args) => build::run(args),
         Command::Merge(args) => merge::run(args),
@@ -121,12 +137,16 @@ pub fn run() -> ExitCode {
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),
-        Command::Serve(args) => serve::run(args, log),
+        Command::Prefetch(args) => prefetch::run(args),
+        Command::Trace(args) => trace::run(args),
+        Command::Serve(args) => serve::run(args),
         Command::Stop(args) => serve::stop(args),
+        Command::Upgrade(args) => upgrade::run(args),
         Command::ServeBlobs(args) => serve_blobs::run(args),
         Command::Register(args) => register::register(args),
         Command::Unregister(args) => register::unregister(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Config(args) => config::run(args),
         Command::Demo(args) => demo::run(args),
         Command::Status(args) => status::run(args),
         Command::Top(args) => top::run(args),
@@ -149,12 +169,15 @@ pub fn run() -> ExitCode {
     })
 }
 
-fn start_log(cli: &Cli) -> LogControl {
-    let serves = matches!(cli.command, Command::Serve(_) | Command::Keeper(_));
-    let default = if serves { LevelFilter::INFO } else { LevelFilter::WARN };
-    let targets =
-        cli.log.clone().unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN).with_target("rafsd", default));
-    let format = match cli.log_format {
+/// What is logged where nobody says what.
+fn quiet(command: &Command) -> Targets {
+    let default = if matches!(command, Command::Keeper(_)) { LevelFilter::INFO } else { LevelFilter::WARN };
+    Targets::new().with_default(LevelFilter::WARN).with_target("rafsd", default)
+}
+
+/// Begins to log. Once per process.
+fn start_log(targets: Targets, format: LogFormat) -> LogControl {
+    let format = match format {
         LogFormat::Text => Format::Text,
         LogFormat::Json => Format::Json,
     };

@@ -29,7 +29,27 @@ impl<S: BlobSource> BlobSource for Counted<S> {
         Box::pin(async move {
             let asked = Asked { place: &self.place, blob, stored, ctx, since: Instant::now(), ended: None };
             let outcome = self.inner.read(blob, stored, ctx).await;
-            asked.end(&outcome);
+            asked.end(outcome.as_ref().map(|bytes| bytes.len() as u64));
+            outcome
+        })
+    }
+
+    fn stream<'a>(
+        &'a self,
+        blob: &'a BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+        take: &'a mut (dyn FnMut(Bytes) + Send),
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
+        Box::pin(async move {
+            let asked = Asked { place: &self.place, blob, stored, ctx, since: Instant::now(), ended: None };
+            // As they arrive: what has come is used even if the rest does not.
+            let mut counting = |piece: Bytes| {
+                self.place.bytes.at(ctx.class).add(piece.len() as u64);
+                take(piece);
+            };
+            let outcome = self.inner.stream(blob, stored, ctx, &mut counting).await;
+            asked.end(outcome.as_ref().map(|()| 0));
             outcome
         })
     }
@@ -50,12 +70,13 @@ struct Asked<'a> {
 }
 
 impl Asked<'_> {
-    fn end(mut self, outcome: &Result<Bytes, SourceError>) {
+    /// `outcome` is how many bytes came that were not counted yet.
+    fn end(mut self, outcome: Result<u64, &SourceError>) {
         self.ended = Some(match outcome {
             Ok(bytes) => {
                 let (request, ms) = (self.ctx.request.number(), self.millis());
                 tracing::debug!(request, blob = %self.blob, stored = %self.stored, ms, "fetched");
-                self.place.bytes.at(self.ctx.class).add(bytes.len() as u64);
+                self.place.bytes.at(self.ctx.class).add(bytes);
                 self.place.worked();
                 Outcome::Ok
             }
@@ -162,5 +183,59 @@ mod tests {
         assert_eq!(counts, [&expected[..], &[("cancelled", 1)]].concat());
         assert_eq!((place.bytes.at(class).get(), place.bytes.at(Class::OnDemand).get()), (4, 0));
         assert_eq!(place.last_failure().unwrap().text, "no answer in time");
+    }
+
+    /// Hands on a part, and then fails or never ends.
+    struct Breaking;
+
+    impl BlobSource for Breaking {
+        fn len<'a>(&'a self, _: &'a BlobId, _: ReadCtx) -> BoxFuture<'a, Result<u64, SourceError>> {
+            unreachable!("nobody asks")
+        }
+
+        fn read<'a>(&'a self, _: &'a BlobId, _: ByteRange, _: ReadCtx) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+            unreachable!("it is streamed")
+        }
+
+        fn stream<'a>(
+            &'a self,
+            blob: &'a BlobId,
+            stored: ByteRange,
+            _: ReadCtx,
+            take: &'a mut (dyn FnMut(Bytes) + Send),
+        ) -> BoxFuture<'a, Result<(), SourceError>> {
+            Box::pin(async move {
+                take(Bytes::from_static(b"abc"));
+                match stored.start() {
+                    0 => Err(SourceError::NotFound { blob: blob.clone(), place: "p".to_owned() }),
+                    _ => std::future::pending().await,
+                }
+            })
+        }
+
+        fn describe(&self) -> String {
+            "p".to_owned()
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_stream_brought_is_counted_even_if_it_breaks() {
+        let place = Telemetry::default().place("p");
+        let source = Counted { inner: Breaking, place: place.clone() };
+        let blob: BlobId = "b".parse().unwrap();
+        let ctx = ReadCtx::new(Class::Prefetch, Instant::now() + Duration::from_secs(60));
+        let range = |start| ByteRange::new(start, start + 4).unwrap();
+        let mut came = Vec::new();
+        let mut take = |piece: Bytes| came.extend_from_slice(&piece);
+
+        source.stream(&blob, range(0), ctx, &mut take).await.unwrap_err();
+        let mut given_up = source.stream(&blob, range(1), ctx, &mut take);
+        let polled = std::future::poll_fn(|cx| std::task::Poll::Ready(given_up.as_mut().poll(cx).is_pending()));
+        assert!(polled.await);
+        drop(given_up);
+
+        let outcomes = place.reads.at(Class::Prefetch);
+        assert_eq!((outcomes.at(Outcome::Refused).get(), outcomes.at(Outcome::Cancelled).get()), (1, 1));
+        assert_eq!((place.bytes.at(Class::Prefetch).get(), came.as_slice()), (6, &b"abcabc"[..]));
     }
 }

@@ -134,7 +134,15 @@ impl Telemetry {
     /// Counts a read of `backend` that has to wait, since `since`.
     pub fn waiting_read(&self, backend: Backend, since: Instant) -> WaitingRead {
         self.reads.at(backend).waiting.step(1);
-        WaitingRead { telemetry: self.clone(), backend, since, answer: Answer::Denied }
+        WaitingRead { telemetry: self.clone(), backend, since, answer: Answer::Denied, is_adopted: false }
+    }
+
+    /// Counts a read that was answered, and that a predecessor had taken if it `is_adopted`.
+    pub fn note_answer(&self, backend: Backend, answer: Answer, is_adopted: bool) {
+        self.reads.at(backend).answered.at(answer).inc();
+        if is_adopted {
+            self.adoption.reads.at(answer).inc();
+        }
     }
 
     /// The counters of the source that is called `place` in messages. Takes a lock: for whoever opens
@@ -209,9 +217,17 @@ pub struct WaitingRead {
     backend: Backend,
     since: Instant,
     answer: Answer,
+    is_adopted: bool,
 }
 
 impl WaitingRead {
+    /// The same for a read that a predecessor had taken, if it `is_adopted`.
+    #[must_use]
+    pub fn adopted(mut self, is_adopted: bool) -> Self {
+        self.is_adopted = is_adopted;
+        self
+    }
+
     /// Notes what the reader was told.
     pub fn answered(mut self, answer: Answer) {
         self.answer = answer;
@@ -222,7 +238,7 @@ impl Drop for WaitingRead {
     fn drop(&mut self) {
         let reads = self.telemetry.reads.at(self.backend);
         reads.waiting.step(-1);
-        reads.answered.at(self.answer).inc();
+        self.telemetry.note_answer(self.backend, self.answer, self.is_adopted);
         reads.duration.observe(self.since.elapsed());
     }
 }
@@ -281,7 +297,21 @@ mod tests {
         assert_eq!(reads.waiting.get(), 0);
         let counts = Answer::ALL.iter().map(|answer| reads.answered.at(*answer).get()).collect::<Vec<_>>();
         assert_eq!(counts, [0, 1, 1]);
+        assert_eq!(telemetry.adoption.reads.sum(), 0);
         assert_eq!(reads.duration.snapshot().count(), 2);
+    }
+
+    #[test]
+    fn what_a_predecessor_had_taken_is_counted_twice_over() {
+        let telemetry = Telemetry::default();
+        telemetry.waiting_read(Backend::Fanotify, Instant::now()).adopted(true).answered(Answer::Filled);
+        telemetry.note_answer(Backend::Fanotify, Answer::AtOnce, true);
+        telemetry.note_answer(Backend::Fanotify, Answer::AtOnce, false);
+
+        let counts =
+            |answers: &Family<Answer, Counter>| answers.iter().map(|(_, count)| count.get()).collect::<Vec<_>>();
+        assert_eq!(counts(&telemetry.reads.at(Backend::Fanotify).answered), [2, 1, 0]);
+        assert_eq!(counts(&telemetry.adoption.reads), [1, 1, 0]);
     }
 
     #[test]

@@ -78,6 +78,7 @@ pub(crate) fn info() -> Info {
         events_hit: 31,
         events_missed: 7,
         cachefiles_reads: 0,
+        takeover_ms: Some(41),
         host: Host {
             kernel: "6.18.0".to_owned(),
             cache_file_system: "ext4".to_owned(),

@@ -5,7 +5,10 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Value, json};
 
 use super::observe::{Activity, LogRules};
-use super::{Failure, ImageReport, Info, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, samples};
+use super::{
+    Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, RegisterRequest,
+    TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest, samples,
+};
 
 /// The schema of all types, each below `$defs`.
 fn schema() -> Value {
@@ -14,12 +17,20 @@ fn schema() -> Value {
     request::<UnmountRequest>(&mut generator);
     request::<RegisterRequest>(&mut generator);
     request::<UnregisterRequest>(&mut generator);
+    request::<PrefetchRequest>(&mut generator);
+    request::<PrefetchTarget>(&mut generator);
+    request::<TraceRequest>(&mut generator);
+    request::<UpgradeRequest>(&mut generator);
     // What may be left out of a request is always in an answer.
     let mut answers = SchemaSettings::draft2020_12().for_serialize().into_generator();
     request::<LogRules>(&mut answers);
     request::<ImageReport>(&mut answers);
     request::<Info>(&mut answers);
     request::<Activity>(&mut answers);
+    request::<Unmounted>(&mut answers);
+    request::<PrefetchReport>(&mut answers);
+    request::<TraceReport>(&mut answers);
+    request::<TraceResult>(&mut answers);
     request::<Failure>(&mut answers);
     let mut definitions = generator.take_definitions(true);
     definitions.append(&mut answers.take_definitions(true));
@@ -78,6 +89,12 @@ fn requests_need_no_more_than_is_documented() {
     assert!(is_valid("UnmountRequest", &json!({"dir": "/mnt"})));
     assert!(is_valid("RegisterRequest", &json!({"image": {"bootstrap": "/b", "blobs": "/c"}, "id": "x"})));
     assert!(is_valid("LogRules", &json!({"level": "debug"})));
+    for order in [json!(true), json!("hints"), json!({"files": [{"path": "/a", "ranges": [[0, 4096]]}]})] {
+        assert!(is_valid("PrefetchRequest", &json!({"target": {"dir": "/mnt"}, "order": order})), "{order}");
+    }
+    assert!(!is_valid("PrefetchRequest", &json!({"target": {"dir": "/mnt"}, "order": "most"})));
+    assert!(is_valid("TraceRequest", &json!({"target": {"image": "4708"}})));
+    assert!(is_valid("UpgradeRequest", &json!({"program": "/usr/bin/rafsd"})));
     assert!(!is_valid("MountRequest", &json!({"dir": "/mnt"})));
     assert!(!is_valid("UnmountRequest", &json!({"dir": "/mnt", "force": true})));
 }
