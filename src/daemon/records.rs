@@ -196,6 +196,7 @@ pub(super) fn ensure_private(run: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::api::PrefetchOrder;
 
     fn record() -> Record {
         Record {
@@ -256,6 +257,8 @@ mod tests {
             "ca":null,"prefetch":false},"key":"0000000000000000000000000000000000000000000000000000000000000000",
             "devices":[{"directory":"ab","device":1,"inode":2}],"name":null}}"#;
         fs::write(dir.path().join("served/1.json"), text).unwrap();
-        assert_eq!(records.load().unwrap()[0].1.as_ref().unwrap(), &record());
+        let mut expected = record();
+        expected.spec.prefetch = PrefetchOrder::None;
+        assert_eq!(records.load().unwrap()[0].1.as_ref().unwrap(), &expected);
     }
 }
