@@ -31,6 +31,7 @@ pub(crate) const CASES: &[Case] = &[
     case("answers_are_as_the_schema_says", Place::Both, answers_are_as_the_schema_says),
     case("metrics_count_what_happened", Place::Both, metrics_count_what_happened),
     case("metrics_are_told_on_the_loopback_only", Place::Host, metrics_are_told_on_the_loopback_only),
+    case("a_successor_counts_what_it_took_over", Place::Host, a_successor_counts_what_it_took_over),
     case("a_failed_read_is_one_line_with_its_request", Place::Both, a_failed_read_is_one_line_with_its_request),
     case("the_log_level_changes_while_running", Place::Host, the_log_level_changes_while_running),
     case("nothing_told_holds_a_secret", Place::Both, nothing_told_holds_a_secret),
@@ -230,6 +231,33 @@ fn metrics_count_what_happened(ctx: &Ctx) -> Outcome {
     let denied = number(&after, &format!("rafsd_reads_total{{backend=\"{backend}\",answer=\"denied\"}}"))?;
     ensure!(of["denied"].as_f64() == Some(denied), "{of} and {denied}");
     fixture.server.set_fault(Fault::None);
+    fixture.finish()
+}
+
+fn a_successor_counts_what_it_took_over(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    let mount = fixture.mount("mnt")?;
+    let counts = |run: &Path| {
+        let (_, metrics) = get(run, "/metrics")?;
+        let filled = "rafsd_adopted_reads_total{answer=\"filled\"}";
+        let series = ["rafsd_adoptions_total", "rafsd_adopted_mounts_total", filled];
+        series.iter().map(|series| number(&metrics, series)).collect::<anyhow::Result<Vec<_>>>()
+    };
+    ensure!(counts(&fixture.run())? == [0.0, 0.0, 0.0], "before: {:?}", counts(&fixture.run())?);
+    fixture.server.set_fault(Fault::StallHead);
+    let path = mount.join("0");
+    let reader = std::thread::spawn(move || read_byte(&path, 0));
+    let waits = |images: &[Value]| images[0]["devices"][0]["health"]["waiting"].as_u64() >= Some(1);
+    fixture.wait_for_list("a waiting reader", waits)?;
+    fixture.kill()?;
+    fixture.server.set_fault(Fault::None);
+
+    fixture.start(&[])?;
+
+    ensure!(reader.join().expect("a reader") == Ok(content(0, FILE)[0]), "served by the successor");
+    let after = counts(&fixture.run())?;
+    ensure!(after[..2] == [1.0, 1.0] && after[2] >= 1.0, "after: {after:?}");
+    fixture.umount(&mount)?;
     fixture.finish()
 }
 
