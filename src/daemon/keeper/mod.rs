@@ -335,7 +335,9 @@ impl Keepers {
             // Held as long as the name is, the inode cannot have become another one.
             return Ok(());
         }
-        if let Err(error) = self.plan.supervisor.store(&name.label(), fd.as_fd()) {
+        // What fails closed must be free to do so when nobody serves it in time.
+        let may_outlive_all = name.kind != Kind::Cachefiles;
+        if may_outlive_all && let Err(error) = self.plan.supervisor.store(&name.label(), fd.as_fd()) {
             tracing::warn!(%error, "the service manager does not hold a descriptor");
         }
         self.tell_all(&mut state, Word::about(Op::Hold, name), Some(&fd)).inspect_err(|_| {

@@ -320,6 +320,10 @@ impl Post {
         if !is_needed && (late || !self.absence.wants_successor && self.get(Kind::Cachefiles).is_none()) {
             return true;
         }
+        if late {
+            // The kernel fails whoever waits there once nobody holds it, neither this one nor the other.
+            let _ = self.carry_out(Word::about(Op::Release, Name::only(Kind::Cachefiles)), None);
+        }
         if self.orders.rank > 0 && fdpass::connect(&self.sibling).is_ok() {
             return false;
         }
@@ -327,8 +331,6 @@ impl Post {
         if late && !self.denying {
             tracing::error!("no daemon has come back in time; cold reads fail until one does");
             self.denying = true;
-            // The kernel fails whoever waits there once nobody holds it.
-            let _ = self.carry_out(Word::about(Op::Release, Name::only(Kind::Cachefiles)), None);
         }
         if self.denying {
             self.deny();
