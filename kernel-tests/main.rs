@@ -67,6 +67,7 @@ const TABLES: &[&[Case]] = &[
     cases::lifecycle::CASES,
     cases::service::CASES,
     cases::prefetch::CASES,
+    cases::observing::CASES,
 ];
 
 /// What a case returns; the error's whole chain is printed.

@@ -16,4 +16,5 @@ pub mod net;
 pub mod reader;
 pub mod source;
 pub mod sys;
+pub mod telemetry;
 pub mod tools;

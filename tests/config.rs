@@ -40,6 +40,7 @@ fn documented() -> String {
             Field::Restart(_) => "`auto`, `keepers`, `never`".to_owned(),
             Field::LogRules(_) => "a level, or rules".to_owned(),
             Field::LogFormat(_) => "`text`, `json`".to_owned(),
+            Field::LoopbackOrNone(_) => "`none`, or an address of the loopback interface".to_owned(),
             Field::Size(..) => ranged("a size", setting),
             Field::SizeOrNone(..) => ranged("`none`, or a size", setting),
             Field::Percent(..) => ranged("a percentage", setting),

@@ -87,7 +87,7 @@ fn source(url: &str) -> HttpSource {
 }
 
 fn within(time: Duration) -> ReadCtx {
-    ReadCtx { class: Class::OnDemand, deadline: Instant::now() + time }
+    ReadCtx::new(Class::OnDemand, Instant::now() + time)
 }
 
 fn patient() -> ReadCtx {

@@ -65,7 +65,7 @@ fn unpack(bootstrap: &Path, blobs: &Path, dir: &Path) -> anyhow::Result<Vec<Path
     let mut paths = Vec::new();
     for device in image.devices() {
         let tables = BlobTables::new(&device.entry)?;
-        let ctx = ReadCtx { class: Class::OnDemand, deadline: Instant::now() + Duration::from_secs(30) };
+        let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + Duration::from_secs(30));
         let stored = runtime.block_on(source.read(&device.blob, tables.stored(), ctx))?;
         let map = tables.with_digests(&tables.geometry(&stored)?, image.chunk_records().iter())?;
         let device = store.device(map, source.clone())?;

@@ -7,6 +7,7 @@ pub(crate) mod images;
 pub(crate) mod interop;
 pub(crate) mod lifecycle;
 pub(crate) mod many;
+pub(crate) mod observing;
 pub(crate) mod prefetch;
 pub(crate) mod reading;
 pub(crate) mod service;

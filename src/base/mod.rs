@@ -7,6 +7,7 @@ mod class;
 mod fault;
 mod id;
 mod range;
+mod request;
 mod size;
 mod span;
 
@@ -15,6 +16,7 @@ pub use class::Class;
 pub use fault::Fault;
 pub use id::{BlobId, Digest, InvalidBlobId, hex};
 pub use range::ByteRange;
+pub use request::RequestId;
 pub use size::{ByteSize, InvalidSize};
 pub use span::{InvalidSpan, TimeSpan};
 

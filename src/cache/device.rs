@@ -13,6 +13,7 @@ use bytes::Bytes;
 use super::background::Background;
 use super::engine::Engine;
 use super::fetch::{Led, Window, groups};
+use super::health::DeviceHealth;
 use super::inflight::{Inflight, Lead, Role, Wait};
 use super::ledger::{FlushError, Ledger};
 use super::plan::{PlanLimits, plan};
@@ -25,8 +26,8 @@ use super::sources::Sources;
 use super::stats::{Counters, DeviceStats};
 use super::store::StoreError;
 use super::trace::Trace;
-use super::{Completion, Fill, FillError, is_needed};
-use crate::base::{BlobId, ByteRange, Class};
+use super::{Completion, Fill, FillError, Request, is_needed};
+use crate::base::{BlobId, ByteRange, Class, RequestId};
 use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};
 use crate::source::{BlobSource, SourceError};
 use crate::sys::faultpoint;
@@ -131,7 +132,7 @@ impl Device {
             map: RwLock::new(Arc::clone(&map)),
             sources: Sources::new(source),
             ledger,
-            inflight: Arc::default(),
+            inflight: Arc::new(Inflight::new(engine.telemetry.clone())),
             streams: Mutex::default(),
             engine: Arc::clone(&engine),
             counters: Counters::default(),
@@ -200,6 +201,38 @@ impl Device {
             errors: read(&counters.errors),
             complete: self.is_complete_durable(),
         }
+    }
+
+    /// How the device is doing. Looks at every unit: for people who ask, not for each read.
+    pub fn health(&self) -> DeviceHealth {
+        let (core, map) = (&self.core, self.map());
+        let (waiting, since) = core.inflight.waiting();
+        let failures = &core.inflight.failures;
+        let (mut needed_bytes, mut present_bytes) = (0, 0);
+        for (index, unit) in (0..).zip(map.units()).filter(|(_, unit)| is_needed(unit)) {
+            needed_bytes += unit.decoded.len();
+            present_bytes += if core.ledger.presence.get(index) { unit.decoded.len() } else { 0 };
+        }
+        DeviceHealth {
+            waiting,
+            oldest_wait: since.map(|since| since.elapsed()),
+            failed: failures.by_cause.iter().map(|(cause, count)| (cause, count.get())).collect(),
+            is_failing: failures.is_failing(),
+            last_failure: failures.last(),
+            sources: core.sources.all().iter().map(|source| source.describe()).collect(),
+            needed_bytes,
+            present_bytes,
+        }
+    }
+
+    /// Whether the last unit that was wanted did not come, other than by being cancelled.
+    pub fn is_failing(&self) -> bool {
+        self.core.inflight.failures.is_failing()
+    }
+
+    /// Readers that wait for data of it now, and since when the first of them has.
+    pub fn waiting(&self) -> (usize, Option<Instant>) {
+        self.core.inflight.waiting()
     }
 
     /// Whether every unit whose check is known is present and on stable storage. Never true while
@@ -320,12 +353,12 @@ impl Fill for Device {
         self.core.layout.covering(decoded).is_some_and(|units| self.core.ledger.presence.all(units))
     }
 
-    fn fill(&self, decoded: ByteRange, class: Class, done: Completion) {
-        if class == Class::OnDemand {
+    fn fill_for(&self, request: Request, decoded: ByteRange, done: Completion) {
+        if request.class() == Class::OnDemand {
             self.core.note_read(decoded);
         }
-        let wait = Wait::new(done);
-        self.core.fill_range(decoded, class, wait);
+        let wait = Wait::of(request, done);
+        self.core.fill_range(decoded, wait);
     }
 
     fn touched(&self, decoded: ByteRange) {
@@ -367,27 +400,31 @@ impl Core {
     }
 
     /// Makes `decoded` present a step after the other, then settles `wait`.
-    fn fill_range(self: &Arc<Self>, decoded: ByteRange, class: Class, wait: Arc<Wait>) {
+    fn fill_range(self: &Arc<Self>, decoded: ByteRange, wait: Arc<Wait>) {
+        let request = wait.request().clone();
         let step = decoded.clamp_end(decoded.start().saturating_add(STEP));
         let Some(units) = self.layout.covering(step) else {
-            return wait.settle(&Err(FillError::Unmapped { blob: self.blob().clone(), decoded: step }));
+            let error = FillError::Unmapped { blob: self.blob().clone(), decoded: step };
+            self.inflight.failures.note(&error);
+            return wait.settle(&Err(error));
         };
         let rest = ByteRange::new(step.end(), decoded.end()).expect("a step ends in its range");
-        let core = Arc::clone(self);
+        let (core, class) = (Arc::clone(self), request.class());
         let done = move |outcome: Result<(), FillError>| {
             if outcome.is_err() || rest.is_empty() {
                 return wait.settle(&outcome);
             }
             // A job, because the caller may be the thread that must not block.
             let engine = Arc::clone(&core.engine);
-            engine.jobs().push(Job::new(class, move |_| core.fill_range(rest, class, wait)));
+            engine.jobs().push(Job::new(class, move |_| core.fill_range(rest, wait)));
         };
-        self.fill(units, class, Box::new(done));
+        self.fill_for(request, units, Box::new(done));
     }
 
-    /// Makes `units` present, then calls `done`.
-    pub(super) fn fill(self: &Arc<Self>, units: Range<UnitIndex>, class: Class, done: Completion) {
-        let wait = Wait::new(done);
+    /// Makes `units` present for `request`, then calls `done`.
+    fn fill_for(self: &Arc<Self>, request: Request, units: Range<UnitIndex>, done: Completion) {
+        let (class, id) = (request.class(), request.id());
+        let wait = Wait::of(request, done);
         let map = self.map();
         let (mut leads, mut urgent) = (Vec::new(), Vec::new());
         let mut hit = true;
@@ -397,13 +434,18 @@ impl Core {
             if is_needed(unit) {
                 leads.extend(self.enter(&map, index, units.clone(), class, Some(&wait), &mut urgent));
             } else {
-                wait.fail(self.corrupt(index, unit, DecodeError::Unverifiable));
+                let error = self.corrupt(index, unit, DecodeError::Unverifiable);
+                self.inflight.failures.note(&error);
+                wait.fail(error);
             }
         }
         if !urgent.is_empty() {
-            self.engine.fetcher.promote(self.id, &urgent);
+            self.engine.fetcher.promote(self.id, &urgent, id);
         }
-        self.submit(&map, leads, class, None);
+        self.submit(&map, leads, class, id, None);
+        if !hit {
+            self.engine.telemetry.fills.misses.at(class).inc();
+        }
         if class == Class::OnDemand {
             let counter = if hit { &self.counters.hits } else { &self.counters.misses };
             counter.fetch_add(1, Ordering::Relaxed);
@@ -454,8 +496,16 @@ impl Core {
         before.take(MOST_SIBLINGS).chain(after.take(MOST_SIBLINGS)).filter(can_come)
     }
 
-    /// Gathers led units into ranged reads and queues them; by the limits of `bulk` behind everything.
-    pub(super) fn submit(self: &Arc<Self>, map: &UnitMap, leads: Vec<Lead>, class: Class, bulk: Option<PlanLimits>) {
+    /// Gathers led units into ranged reads and queues them, for `request`; by the limits of `bulk` behind
+    /// everything.
+    pub(super) fn submit(
+        self: &Arc<Self>,
+        map: &UnitMap,
+        leads: Vec<Lead>,
+        class: Class,
+        request: RequestId,
+        bulk: Option<PlanLimits>,
+    ) {
         if leads.is_empty() {
             return;
         }
@@ -471,7 +521,7 @@ impl Core {
             };
             let units = read.units.into_iter().filter_map(led).collect();
             let window = Window::new(Arc::clone(self), read.stored, units, None);
-            Window { bulk: bulk.is_some(), ..window }
+            Window { request, bulk: bulk.is_some(), ..window }
         });
         self.enqueue(windows.collect());
     }
@@ -510,15 +560,15 @@ impl Core {
         // Prefetch that joins a fetch makes nothing urgent.
         let lead = |index| self.enter(&map, index, index..index + 1, Class::Prefetch, None, &mut Vec::new());
         let leads = absent.flat_map(lead).collect();
-        self.submit(&map, leads, Class::Prefetch, None);
+        self.submit(&map, leads, Class::Prefetch, RequestId::NONE, None);
     }
 
     /// Decodes, checks, writes and publishes the units of one stored range one by one, and tells
-    /// everyone who waits. `asked` as in [`Window`].
+    /// everyone who waits. `asked`, by whom and when, as in [`Window`].
     pub(super) fn land(
         self: &Arc<Self>,
         group: Vec<Led>,
-        asked: Option<Instant>,
+        asked: (Option<Instant>, RequestId),
         stored: &[u8],
         scratch: &mut Scratch,
     ) {
@@ -544,9 +594,9 @@ impl Core {
             Ok(()) => self.ledger.land(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
         };
         match &outcome {
-            Ok(_) => self.counters.filled.fetch_add(1, Ordering::Relaxed),
-            Err(_) => self.counters.errors.fetch_add(1, Ordering::Relaxed),
-        };
+            Ok(_) => self.note_filled(&unit, led.lead.urgency().class()),
+            Err(_) => self.counters.failed(),
+        }
         led.lead.finish(&outcome.map(drop));
         if self.ledger.presence.count() >= self.completeness.needed.load(Ordering::Acquire) {
             self.engine.flusher.kick();
@@ -554,28 +604,37 @@ impl Core {
         None
     }
 
+    fn note_filled(&self, unit: &Unit, class: Class) {
+        self.counters.filled.fetch_add(1, Ordering::Relaxed);
+        let fills = &self.engine.telemetry.fills;
+        fills.filled.at(class).inc();
+        fills.filled_bytes.at(class).add(unit.decoded.len());
+    }
+
     /// Asks for every stored range of a window alone, because the blob ends before the window does: the
     /// one that an image misplaced must not take its neighbours along.
     pub(super) fn split(self: &Arc<Self>, window: Window) {
         let alone = |group: Vec<Led>| {
             let alone = Window::new(Arc::clone(self), group[0].unit.stored, group, window.asked);
-            Window { bulk: window.bulk, ..alone }
+            Window { request: window.request, bulk: window.bulk, ..alone }
         };
         self.enqueue(groups(window.units).into_iter().map(alone).collect());
     }
 
     /// Asks once more for a stored range whose bytes were damaged, alone: a proxy may have mixed up
     /// a long range, and its neighbours were fine. Who waits does not wait any longer for that.
-    fn refetch(self: &Arc<Self>, damaged: Vec<Led>, asked: Option<Instant>) {
+    fn refetch(self: &Arc<Self>, damaged: Vec<Led>, (asked, request): (Option<Instant>, RequestId)) {
+        self.engine.telemetry.fills.refetched.inc();
         let stored = damaged[0].unit.stored;
         let units = damaged.into_iter().map(|led| Led { again: true, ..led }).collect();
-        self.enqueue(vec![Window::new(Arc::clone(self), stored, units, asked)]);
+        self.enqueue(vec![Window { request, ..Window::new(Arc::clone(self), stored, units, asked) }]);
     }
 
     pub(super) fn fetch_failed(&self, led: Led, cause: &Arc<SourceError>) {
-        self.counters.errors.fetch_add(1, Ordering::Relaxed);
         let (blob, unit, stored) = (self.blob().clone(), led.lead.unit(), led.unit.stored);
-        led.lead.finish(&Err(FillError::Source { blob, unit, stored, cause: Arc::clone(cause) }));
+        let error = FillError::Source { blob, unit, stored, cause: Arc::clone(cause) };
+        self.counters.failed();
+        led.lead.finish(&Err(error));
     }
 
     /// Holds a source to its word.

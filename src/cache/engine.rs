@@ -12,6 +12,7 @@ use super::plan::PlanLimits;
 use super::pool::{Pool, Queue};
 use crate::base::Class;
 use crate::sys::sandbox::Sandbox;
+use crate::telemetry::Telemetry;
 
 /// Limits of a cache. The defaults suit one host that runs containers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,6 +122,7 @@ impl StoreOptions {
 /// Lives as long as its last device. Dropping it ends its threads.
 pub struct Engine {
     pub(super) options: Arc<StoreOptions>,
+    pub(super) telemetry: Telemetry,
     pub(super) runtime: Handle,
     pub(super) fetcher: Arc<Fetcher>,
     pub(super) flusher: Flusher,
@@ -134,11 +136,16 @@ impl Engine {
     /// # Errors
     /// If the system has no room for the threads.
     pub fn new(options: StoreOptions, runtime: Handle) -> io::Result<Arc<Self>> {
+        Self::counted(options, runtime, Telemetry::default())
+    }
+
+    /// The same, with `telemetry` counting what its devices do.
+    pub fn counted(options: StoreOptions, runtime: Handle, telemetry: Telemetry) -> io::Result<Arc<Self>> {
         let options = Arc::new(options);
         let pool = Pool::start(options.decode_threads, &options.sandbox)?;
-        let fetcher = Fetcher::new(Arc::clone(&options), runtime.clone(), Arc::clone(pool.queue()));
+        let fetcher = Fetcher::new(Arc::clone(&options), runtime.clone(), Arc::clone(pool.queue()), telemetry.clone());
         let flusher = Flusher::start(options.flush_every)?;
-        Ok(Arc::new(Self { options, runtime, fetcher, flusher, pool, next_device: AtomicU64::new(0) }))
+        Ok(Arc::new(Self { options, telemetry, runtime, fetcher, flusher, pool, next_device: AtomicU64::new(0) }))
     }
 
     pub(super) fn jobs(&self) -> &Queue {

@@ -23,9 +23,10 @@ use super::inflight::Lead;
 use super::pool::{Job, Queue};
 use super::queues::{Queues, Running, Signal};
 use super::stream;
-use crate::base::{ByteRange, Class, Fault};
+use crate::base::{ByteRange, Class, Fault, RequestId};
 use crate::blob::{Unit, UnitIndex};
 use crate::source::{BlobSource, ReadCtx, SourceError};
+use crate::telemetry::Telemetry;
 
 /// One ranged read and the duty to finish the units it brings.
 pub(super) struct Window {
@@ -35,6 +36,8 @@ pub(super) struct Window {
     pub(super) units: Vec<Led>,
     /// When a reader began to wait; `None` while nobody does.
     pub(super) asked: Option<Instant>,
+    /// The request of the kernel that it was made for or promoted by.
+    pub(super) request: RequestId,
     /// Whether it is part of a prefetch that gives way to everything else. No more so once a reader
     /// waits for one of its units.
     pub(super) bulk: bool,
@@ -53,7 +56,7 @@ pub(super) struct Led {
 impl Window {
     /// A read of its own for `units`, for readers or ahead of one.
     pub(super) fn new(core: Arc<Core>, stored: ByteRange, units: Vec<Led>, asked: Option<Instant>) -> Self {
-        Self { core, stored, units, asked, bulk: false, head: BytesMut::new() }
+        Self { core, stored, units, asked, request: RequestId::NONE, bulk: false, head: BytesMut::new() }
     }
 
     /// The same for a prefetch behind everybody.
@@ -64,7 +67,7 @@ impl Window {
     /// Parts of which each is wholly urgent or wholly bulk, in order. What has come of the first is
     /// kept if it is bulk; a reader's read brings its own.
     pub(super) fn split_by_urgency(self) -> Vec<Self> {
-        let Self { core, units, mut head, .. } = self;
+        let Self { core, units, request, mut head, .. } = self;
         let longest = core.engine.options.window;
         let mut parts: Vec<Self> = Vec::new();
         for group in groups(units) {
@@ -78,7 +81,7 @@ impl Window {
                 _ => {
                     let head = std::mem::take(&mut head);
                     let part = Self::new(Arc::clone(&core), stored, group, is_urgent.then(Instant::now));
-                    parts.push(if is_urgent { part } else { Self { bulk: true, head, ..part } });
+                    parts.push(if is_urgent { Self { request, ..part } } else { Self { bulk: true, head, ..part } });
                 }
             }
         }
@@ -105,6 +108,17 @@ impl Window {
         units().min().unwrap_or(0)..=units().max().unwrap_or(0)
     }
 
+    /// Notes that its units are being fetched now, and how long a reader has waited for that.
+    pub(super) fn start(&mut self, now: Instant, telemetry: &Telemetry) {
+        let mut is_first = true;
+        for led in &mut self.units {
+            is_first &= led.lead.start(now);
+        }
+        if let Some(asked) = self.asked.filter(|_| is_first) {
+            telemetry.fills.queue.observe(now.saturating_duration_since(asked));
+        }
+    }
+
     pub(super) fn holds(&self, device: u64, unit: UnitIndex) -> bool {
         self.core.id == device && self.units.iter().any(|led| led.lead.unit() == unit)
     }
@@ -115,6 +129,7 @@ pub(super) struct Fetcher {
     pub(super) options: Arc<StoreOptions>,
     runtime: Handle,
     pub(super) jobs: Arc<Queue>,
+    pub(super) telemetry: Telemetry,
     state: Mutex<Queues>,
 }
 
@@ -128,9 +143,14 @@ enum Turn {
 }
 
 impl Fetcher {
-    pub(super) fn new(options: Arc<StoreOptions>, runtime: Handle, jobs: Arc<Queue>) -> Arc<Self> {
+    pub(super) fn new(
+        options: Arc<StoreOptions>,
+        runtime: Handle,
+        jobs: Arc<Queue>,
+        telemetry: Telemetry,
+    ) -> Arc<Self> {
         let state = Queues::new(&options);
-        Arc::new(Self { options, runtime, jobs, state: Mutex::new(state) })
+        Arc::new(Self { options, runtime, jobs, telemetry, state: Mutex::new(state) })
     }
 
     /// Queues reads by their urgency at this moment, and starts what can start.
@@ -170,9 +190,9 @@ impl Fetcher {
 
     /// Lets the work for these units go before prefetch, wherever it is. Their urgency must have been
     /// raised already.
-    pub(super) fn promote(self: &Arc<Self>, device: u64, units: &[UnitIndex]) {
+    pub(super) fn promote(self: &Arc<Self>, device: u64, units: &[UnitIndex], request: RequestId) {
         let mut state = self.state.lock().unwrap();
-        state.promote(device, units);
+        state.promote(device, units, request);
         drop(state);
         units.iter().for_each(|&unit| self.jobs.promote((device, unit)));
         self.pump();
@@ -322,7 +342,11 @@ impl Drop for Slot {
 
 /// Runs one read and hands its units to the pool. Dropping the task cancels the waiters.
 async fn run(mut window: Window, slot: Slot) {
+    let telemetry = &slot.fetcher.telemetry;
+    let (started, class) = (Instant::now(), slot.class);
+    window.start(started, telemetry);
     let Some(outcome) = read(&mut window, &slot).await else { return };
+    telemetry.fills.fetch.at(class).observe(started.elapsed());
     slot.fetched();
     let jobs = Arc::clone(&slot.fetcher.jobs);
     match outcome {
@@ -398,7 +422,8 @@ async fn ask(
     };
     let mut until = share(*deadline);
     core.counters.request();
-    let mut read = source.read(core.blob(), stored, ReadCtx { class: slot.class, deadline: until });
+    let ctx = ReadCtx { class: slot.class, deadline: until, request: window.request };
+    let mut read = source.read(core.blob(), stored, ctx);
     loop {
         tokio::select! {
             outcome = &mut read => {
@@ -423,23 +448,32 @@ async fn ask(
 /// One job per stored range, so that all threads share a window and each unit is answered by
 /// itself, but units that share their stored bytes are decompressed once.
 fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
-    let Window { core, stored, units, asked, .. } = window;
+    let Window { core, stored, units, asked, request, .. } = window;
     let slot = Arc::new(slot);
     for group in groups(units) {
         let cut = |at: u64| usize::try_from(at - stored.start()).expect("a window fits in memory");
         let range = group[0].unit.stored;
         let bytes = bytes.slice(cut(range.start())..cut(range.end()));
-        jobs.push(job(&core, group, asked, bytes, &slot));
+        jobs.push(job(&core, group, (asked, request), bytes, &slot));
     }
 }
 
-/// The work for one stored range whose bytes have come.
-pub(super) fn job(core: &Arc<Core>, group: Vec<Led>, asked: Option<Instant>, bytes: Bytes, slot: &Arc<Slot>) -> Job {
-    let (core, slot) = (Arc::clone(core), Arc::clone(slot));
+/// The work for one stored range whose bytes have come now. `asked`, by whom and when, as in [`Window`].
+pub(super) fn job(
+    core: &Arc<Core>,
+    group: Vec<Led>,
+    asked: (Option<Instant>, RequestId),
+    bytes: Bytes,
+    slot: &Arc<Slot>,
+) -> Job {
+    let (core, slot, fetched) = (Arc::clone(core), Arc::clone(slot), Instant::now());
     let units = group.iter().map(|led| (core.id, led.lead.unit())).collect();
     let urgency = group.iter().map(|led| led.lead.urgency().clone()).collect();
     let run = Box::new(move |scratch: &mut _| {
+        let (fills, begun) = (&core.engine.telemetry.fills, Instant::now());
+        fills.decode_queue.at(slot.class).observe(begun.saturating_duration_since(fetched));
         core.land(group, asked, &bytes, scratch);
+        fills.land.at(slot.class).observe(begun.elapsed());
         drop((bytes, slot));
     });
     Job { units, urgency, run }

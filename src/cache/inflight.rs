@@ -11,16 +11,22 @@ use std::collections::hash_map::Entry;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
-use super::{Completion, FillError};
+use super::health::Failures;
+use super::{Completion, FillError, Request};
 use crate::base::Class;
 use crate::blob::UnitIndex;
+use crate::telemetry::Telemetry;
 
 /// One caller of `fill`, waiting for all units of its range.
 ///
 /// The completion is called exactly once: by the last [`Wait::settle`], or with
 /// [`FillError::Cancelled`] when the last owner drops it unsettled.
-pub(super) struct Wait(Mutex<Waiting>);
+pub(super) struct Wait {
+    request: Request,
+    state: Mutex<Waiting>,
+}
 
 struct Waiting {
     /// Units not settled yet, plus one while the caller is still adding units.
@@ -31,17 +37,28 @@ struct Waiting {
 
 impl Wait {
     /// Starts with one open share, which the caller settles when it has added all units.
+    pub(super) fn of(request: Request, done: Completion) -> Arc<Self> {
+        Arc::new(Self { request, state: Mutex::new(Waiting { open: 1, failed: None, done: Some(done) }) })
+    }
+
+    /// For a reader without a number.
+    #[cfg(test)]
     pub(super) fn new(done: Completion) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Waiting { open: 1, failed: None, done: Some(done) })))
+        Self::of(Request::new(crate::base::RequestId::NONE, Class::OnDemand), done)
+    }
+
+    /// The request it is for.
+    pub(super) fn request(&self) -> &Request {
+        &self.request
     }
 
     fn add(&self) {
-        self.0.lock().unwrap().open += 1;
+        self.state.lock().unwrap().open += 1;
     }
 
     /// Notes the outcome of one share; the first error is the one that is told.
     pub(super) fn settle(&self, outcome: &Result<(), FillError>) {
-        let mut waiting = self.0.lock().unwrap();
+        let mut waiting = self.state.lock().unwrap();
         if let Err(error) = outcome {
             waiting.failed.get_or_insert_with(|| error.clone());
         }
@@ -58,13 +75,13 @@ impl Wait {
 
     /// Notes a failure that belongs to no unit in flight.
     pub(super) fn fail(&self, error: FillError) {
-        self.0.lock().unwrap().failed.get_or_insert(error);
+        self.state.lock().unwrap().failed.get_or_insert(error);
     }
 }
 
 impl Drop for Wait {
     fn drop(&mut self) {
-        let done = self.0.get_mut().ok().and_then(|waiting| waiting.done.take());
+        let done = self.state.get_mut().ok().and_then(|waiting| waiting.done.take());
         if let Some(done) = done {
             tell(done, Err(FillError::Cancelled));
         }
@@ -100,7 +117,11 @@ impl Urgency {
 
 /// Units being fetched, with everyone who waits for them.
 #[derive(Default)]
-pub(super) struct Inflight(Mutex<HashMap<UnitIndex, Fetch>>);
+pub(super) struct Inflight {
+    fetches: Mutex<HashMap<UnitIndex, Fetch>>,
+    /// Of units that were led and did not come.
+    pub(super) failures: Failures,
+}
 
 struct Fetch {
     urgency: Urgency,
@@ -118,6 +139,11 @@ pub(super) enum Role {
 }
 
 impl Inflight {
+    /// An empty table whose failures `telemetry` counts.
+    pub(super) fn new(telemetry: Telemetry) -> Self {
+        Self { failures: Failures::new(telemetry), ..Self::default() }
+    }
+
     /// Joins the fetch of `unit`, or starts one. `wait`, if any, is settled with the outcome.
     ///
     /// Whoever becomes the leader also leads those of `siblings`, which come with the unit, that
@@ -134,7 +160,7 @@ impl Inflight {
             wait.add();
         }
         let waits = wait.cloned();
-        let mut fetches = self.0.lock().unwrap();
+        let mut fetches = self.fetches.lock().unwrap();
         let slot = match fetches.entry(unit) {
             Entry::Occupied(mut fetch) => {
                 fetch.get_mut().waits.extend(waits);
@@ -142,7 +168,7 @@ impl Inflight {
             }
             Entry::Vacant(slot) => slot,
         };
-        let lead = |unit, urgency| Lead { table: Arc::clone(self), unit, urgency, finished: false };
+        let lead = |unit, urgency| Lead { table: Arc::clone(self), unit, urgency, started: None, finished: false };
         let urgency = Urgency::new(class);
         slot.insert(Fetch { urgency: urgency.clone(), waits: waits.into_iter().collect() });
         let mut leads = vec![lead(unit, urgency)];
@@ -156,11 +182,29 @@ impl Inflight {
         Role::Lead(leads)
     }
 
-    fn leave(&self, unit: UnitIndex, outcome: &Result<(), FillError>) {
-        let fetch = self.0.lock().unwrap().remove(&unit);
+    fn leave(&self, unit: UnitIndex, started: Option<Instant>, outcome: &Result<(), FillError>) {
+        match outcome {
+            Ok(()) => self.failures.heal(),
+            Err(error) => self.failures.note(error),
+        }
+        let fetch = self.fetches.lock().unwrap().remove(&unit);
         for wait in fetch.into_iter().flat_map(|fetch| fetch.waits) {
+            if let Some(started) = started {
+                wait.request.note_start(started);
+            }
             wait.settle(outcome);
         }
+    }
+
+    /// How many readers wait, and since when the first of them has. Looks at every unit in flight.
+    pub(super) fn waiting(&self) -> (usize, Option<Instant>) {
+        let fetches = self.fetches.lock().unwrap();
+        let waits = fetches.values().flat_map(|fetch| &fetch.waits);
+        let on_demand = |wait: &&Arc<Wait>| wait.request.class() == Class::OnDemand;
+        // A reader of several units is in the table once for each.
+        let readers: HashMap<_, _> =
+            waits.filter(on_demand).map(|wait| (Arc::as_ptr(wait), wait.request.asked())).collect();
+        (readers.len(), readers.into_values().min())
     }
 }
 
@@ -169,6 +213,8 @@ pub(super) struct Lead {
     table: Arc<Inflight>,
     unit: UnitIndex,
     urgency: Urgency,
+    /// When the fetch began; `None` while it is queued.
+    started: Option<Instant>,
     finished: bool,
 }
 
@@ -181,17 +227,24 @@ impl Lead {
         &self.urgency
     }
 
+    /// Notes that the fetch begins. Tells whether it is the first attempt.
+    pub(super) fn start(&mut self, now: Instant) -> bool {
+        let is_first = self.started.is_none();
+        self.started.get_or_insert(now);
+        is_first
+    }
+
     /// Tells everyone who waits. The unit must have been published before an `Ok`.
     pub(super) fn finish(mut self, outcome: &Result<(), FillError>) {
         self.finished = true;
-        self.table.leave(self.unit, outcome);
+        self.table.leave(self.unit, self.started, outcome);
     }
 }
 
 impl Drop for Lead {
     fn drop(&mut self) {
         if !self.finished {
-            self.table.leave(self.unit, &Err(FillError::Cancelled));
+            self.table.leave(self.unit, self.started, &Err(FillError::Cancelled));
         }
     }
 }
@@ -199,8 +252,11 @@ impl Drop for Lead {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Receiver, TryRecvError, channel};
+    use std::time::Duration;
 
     use super::*;
+    use crate::base::RequestId;
+    use crate::telemetry::Cause;
 
     fn watched() -> (Arc<Wait>, Receiver<Result<(), i32>>) {
         let (tx, rx) = channel();
@@ -298,6 +354,44 @@ mod tests {
         leader.finish(&Ok(()));
 
         assert_eq!(told.try_recv(), Ok(Ok(())));
+    }
+
+    #[test]
+    fn readers_are_counted_once_and_prefetch_is_not() {
+        let table = Arc::new(Inflight::default());
+        let request = |class| Request::new(RequestId::NONE, class);
+        let reader = Wait::of(request(Class::OnDemand), Box::new(drop));
+        let leads = [1, 2].map(|unit| lead(enter(&table, unit, Class::OnDemand, Some(&reader))));
+        let first = Some(reader.request().asked());
+        let other = Wait::of(request(Class::OnDemand), Box::new(drop));
+        let prefetch = Wait::of(request(Class::Prefetch), Box::new(drop));
+        for wait in [&other, &prefetch] {
+            assert!(matches!(enter(&table, 1, Class::Prefetch, Some(wait)), Role::Joined { .. }));
+        }
+
+        assert_eq!(table.waiting(), (2, first));
+        drop(leads);
+        assert_eq!(table.waiting(), (0, None));
+        assert_eq!(table.failures.by_cause.at(Cause::Cancelled).get(), 2);
+        assert!(!table.failures.is_failing(), "cancelling is no fault of the device");
+    }
+
+    #[test]
+    fn who_joins_a_fetch_under_way_has_not_queued_for_it() {
+        let table = Arc::new(Inflight::default());
+        let early = Request::new(RequestId::NONE, Class::OnDemand);
+        let wait = Wait::of(early.clone(), Box::new(drop));
+        let mut leader = lead(enter(&table, 1, Class::OnDemand, Some(&wait)));
+        assert!(leader.start(early.asked() + Duration::from_nanos(5)));
+        assert!(!leader.start(Instant::now()), "a second attempt is no new start");
+        let late = Request::new(RequestId::NONE, Class::OnDemand);
+        let joined = Wait::of(late.clone(), Box::new(drop));
+        assert!(!promoted(&enter(&table, 1, Class::OnDemand, Some(&joined))));
+
+        leader.finish(&Ok(()));
+
+        assert_eq!(early.split().0, Duration::from_nanos(5));
+        assert_eq!(late.split().0, Duration::ZERO);
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod device;
 mod engine;
 mod fetch;
 mod flush;
+mod health;
 mod inflight;
 mod lanes;
 mod ledger;
@@ -28,6 +29,7 @@ mod prefetch;
 mod presence;
 mod queues;
 mod readahead;
+mod request;
 mod sink;
 mod sources;
 mod stats;
@@ -37,8 +39,10 @@ mod trace;
 
 pub use device::Device;
 pub use engine::{Engine, StoreOptions};
+pub use health::DeviceHealth;
 pub use ledger::FlushError;
 pub use prefetch::{Prefetch, PrefetchState, PrefetchStats, Want};
+pub use request::Request;
 pub use sink::{FileSink, MAX_PIECE, Sink};
 pub use stats::DeviceStats;
 pub use store::{Store, StoreError};
@@ -46,7 +50,7 @@ pub use trace::{MOST_READS, Recorded, Trace};
 
 use std::sync::Arc;
 
-use crate::base::{BlobId, ByteRange, Class, Fault};
+use crate::base::{BlobId, ByteRange, Class, Fault, RequestId};
 use crate::blob::{Check, DecodeError, Unit, UnitIndex};
 use crate::source::SourceError;
 
@@ -61,9 +65,14 @@ pub trait Fill: Send + Sync {
     /// Whether every byte of `decoded` is in the device file. No I/O, no lock.
     fn present(&self, decoded: ByteRange) -> bool;
 
-    /// Makes `decoded` present and then calls `done`. Never blocks: the caller may be the thread
-    /// that answers the kernel. `done` may run before this returns.
-    fn fill(&self, decoded: ByteRange, class: Class, done: Completion);
+    /// Makes `decoded` present for `request` and then calls `done`. Never blocks: the caller may be
+    /// the thread that answers the kernel. `done` may run before this returns.
+    fn fill_for(&self, request: Request, decoded: ByteRange, done: Completion);
+
+    /// The same for a request that is made now and has no number.
+    fn fill(&self, decoded: ByteRange, class: Class, done: Completion) {
+        self.fill_for(Request::new(RequestId::NONE, class), decoded, done);
+    }
 
     /// Tells the device that `decoded` was found present by a reader, so that it can fetch ahead
     /// of a sequential one. Never blocks.

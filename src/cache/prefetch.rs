@@ -19,8 +19,8 @@ use super::engine::Engine;
 use super::inflight::Wait;
 use super::plan::{PlanLimits, extends};
 use super::presence::{bit, set_bit, words_for};
-use super::{FillError, is_needed};
-use crate::base::{ByteRange, Chain, Class, Fault};
+use super::{FillError, Request, is_needed};
+use crate::base::{ByteRange, Chain, Class, Fault, RequestId};
 use crate::blob::UnitIndex;
 
 /// Most units of one read. Each costs memory beside its stored bytes, and a hostile image could
@@ -44,6 +44,7 @@ pub struct Want {
 
 /// How a prefetch is getting on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PrefetchStats {
     pub state: PrefetchState,
     /// Decoded bytes of all units that are wanted, whoever fetches them.
@@ -60,6 +61,7 @@ pub struct PrefetchStats {
 
 /// Where a prefetch stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum PrefetchState {
     /// It fetches, or waits for readers to be done.
@@ -404,14 +406,15 @@ fn told(device: usize, tx: UnboundedSender<Outcome>) -> super::Completion {
 impl Core {
     /// Makes `units` present behind everything else, then calls `done`.
     fn fill_bulk(self: &Arc<Self>, units: &[UnitIndex], limits: PlanLimits, done: super::Completion) {
-        let wait = Wait::new(done);
+        let wait = Wait::of(Request::new(RequestId::NONE, Class::Prefetch), done);
+        self.engine.telemetry.fills.misses.at(Class::Prefetch).inc();
         let map = self.map();
         // Prefetch that joins a fetch makes nothing urgent.
         let lead = |&index: &UnitIndex| {
             self.enter(&map, index, index..index + 1, Class::Prefetch, Some(&wait), &mut Vec::new())
         };
         let leads = units.iter().flat_map(lead).collect();
-        self.submit(&map, leads, Class::Prefetch, Some(limits));
+        self.submit(&map, leads, Class::Prefetch, RequestId::NONE, Some(limits));
         wait.settle(&Ok(()));
     }
 }

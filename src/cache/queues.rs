@@ -15,7 +15,7 @@ use super::budget::Budget;
 use super::engine::StoreOptions;
 use super::fetch::Window;
 use super::lanes::Lanes;
-use crate::base::Class;
+use crate::base::{Class, RequestId};
 use crate::blob::UnitIndex;
 
 /// Reads that wait for their turn, and those that run.
@@ -127,17 +127,18 @@ impl Queues {
         queued.then_some(now + STUCK)
     }
 
-    /// Lets reads for these units go before prefetch. Their urgency must have been raised already.
-    pub(super) fn promote(&mut self, device: u64, units: &[UnitIndex]) {
+    /// Lets reads for these units go before prefetch, for `request`. Their urgency must have been raised
+    /// already.
+    pub(super) fn promote(&mut self, device: u64, units: &[UnitIndex], request: RequestId) {
         for &unit in units {
             let queued = self.prefetch.iter().position(|window| window.holds(device, unit));
             if let Some(window) = queued.and_then(|at| self.prefetch.remove(at)) {
-                self.queue(Window { asked: Some(Instant::now()), ..window });
+                self.queue(Window { asked: Some(Instant::now()), request, ..window });
             }
         }
         for window in std::mem::take(&mut self.bulk) {
             if window.core.id == device && window.class() == Class::OnDemand {
-                window.split_by_urgency().into_iter().for_each(|part| self.queue(part));
+                Window { request, ..window }.split_by_urgency().into_iter().for_each(|part| self.queue(part));
             } else {
                 self.bulk.push_back(window);
             }

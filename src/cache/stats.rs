@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What a device has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct DeviceStats {
     /// Units the image has, those it names no check for left out.
     pub units: u32,
@@ -38,6 +39,10 @@ pub(super) struct Counters {
 impl Counters {
     pub(super) fn request(&self) {
         self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn failed(&self) {
+        self.errors.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn received(&self, bytes: u64) {

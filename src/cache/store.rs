@@ -34,6 +34,7 @@ use crate::base::{BlobId, Digest};
 use crate::blob::UnitMap;
 use crate::source::BlobSource;
 use crate::sys::files::{inode_id, inode_id_at};
+use crate::telemetry::Telemetry;
 
 /// Why a store or a device in it could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -90,10 +91,11 @@ impl Store {
     /// Opens the store at `root`, creating it if it is not there, and starts its threads.
     /// Fetches run on `runtime`.
     pub fn open(root: &Path, options: StoreOptions, runtime: Handle) -> Result<Arc<Self>, StoreError> {
-        Self::open_locked(root, options, runtime, None)
+        Self::open_locked(root, options, runtime, None, Telemetry::default())
     }
 
     /// The same with the lock of a process that has died, if there is one: it is still held.
+    /// `telemetry` counts what the store and its devices do.
     ///
     /// # Errors
     /// `ForeignLock` if it is the lock of another store.
@@ -102,6 +104,7 @@ impl Store {
         options: StoreOptions,
         runtime: Handle,
         held: Option<File>,
+        telemetry: Telemetry,
     ) -> Result<Arc<Self>, StoreError> {
         let devices_dir = root.join("v1");
         DirBuilder::new().recursive(true).mode(0o700).create(&devices_dir).map_err(at(&devices_dir))?;
@@ -112,7 +115,7 @@ impl Store {
             None => lock(root)?,
         };
         let lock = Arc::new(lock);
-        let engine = Engine::new(options, runtime).map_err(StoreError::Threads)?;
+        let engine = Engine::counted(options, runtime, telemetry).map_err(StoreError::Threads)?;
         Ok(Arc::new(Self { devices_dir, engine, shelves: Mutex::default(), lock }))
     }
 

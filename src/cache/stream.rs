@@ -15,7 +15,7 @@ use bytes::{Bytes, BytesMut};
 use super::device::Core;
 use super::fetch::{Led, Slot, Window, fail, groups, hope, job};
 use super::pool::Queue;
-use crate::base::{ByteRange, Class, Fault};
+use crate::base::{ByteRange, Class, Fault, RequestId};
 use crate::source::{BlobSource, ReadCtx, SourceError};
 
 /// A reader of a stream's unit waits for the stream if no more than this has to come before the unit.
@@ -38,11 +38,16 @@ enum End {
 
 /// Runs one read and hands each unit to the pool when it has come. Dropping the task cancels the
 /// waiters.
-pub(super) async fn run(window: Window, slot: Slot) {
+pub(super) async fn run(mut window: Window, slot: Slot) {
+    let started = Instant::now();
+    window.start(started, &slot.fetcher.telemetry);
     let (core, slot) = (Arc::clone(&window.core), Arc::new(slot));
     let jobs = Arc::clone(&slot.fetcher.jobs);
     let intake = Mutex::new(Intake::new(window, Arc::clone(&jobs), Arc::clone(&slot)));
     let end = pour(&core, &intake, &slot).await;
+    if matches!(end, End::Whole | End::Failed(_)) {
+        slot.fetcher.telemetry.fills.fetch.at(Class::Prefetch).observe(started.elapsed());
+    }
     let rest = intake.into_inner().expect("nothing panics while it is held").rest();
     let Some(rest) = rest else { return slot.fetched() };
     match end {
@@ -108,7 +113,7 @@ async fn pour_from(
     let missing = intake.lock().unwrap().missing();
     core.counters.request();
     let mut take = |piece| intake.lock().unwrap().take(piece);
-    let ctx = ReadCtx { class: Class::Prefetch, deadline: until };
+    let ctx = ReadCtx::new(Class::Prefetch, until);
     let mut stream = source.stream(core.blob(), missing, ctx, &mut take);
     loop {
         tokio::select! {
@@ -215,7 +220,7 @@ impl Intake {
             } else {
                 Bytes::copy_from_slice(&self.buffer[..len])
             };
-            self.jobs.push(job(&self.core, group, None, bytes, &self.slot));
+            self.jobs.push(job(&self.core, group, (None, RequestId::NONE), bytes, &self.slot));
         }
     }
 

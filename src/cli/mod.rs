@@ -17,6 +17,7 @@ pub mod export;
 mod inspect;
 mod keeper;
 mod list;
+mod log;
 mod manual;
 mod merge;
 mod mount;
@@ -29,18 +30,19 @@ mod serve;
 mod serve_blobs;
 mod settings;
 mod stat;
+mod status;
+mod top;
 mod trace;
 pub mod unpack;
 mod upgrade;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::telemetry::logging::{self, Format, LogControl};
 
 use crate::daemon::settings::LogFormat;
 
@@ -52,7 +54,7 @@ use crate::daemon::settings::LogFormat;
 #[command(name = "rafsd", version, max_term_width = 100, after_help = EXAMPLES)]
 pub struct Cli {
     /// What to log to stderr: error, warn, info, debug, trace, or rules like info,rafsd::cache=debug
-    #[arg(long, global = true, value_name = "LEVEL", env = "RAFSD_LOG", help_heading = "Logging")]
+    #[arg(long, global = true, value_name = "LEVEL", env = "RAFSD_LOG", value_parser = logging::parse, help_heading = "Logging")]
     log: Option<Targets>,
 
     /// How to log
@@ -104,6 +106,9 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     Config(config::ConfigArgs),
     Demo(demo::DemoArgs),
+    Status(status::StatusArgs),
+    Top(top::TopArgs),
+    Log(log::LogArgs),
     Recover(keeper::RecoverArgs),
     #[command(hide = true)]
     Keeper(keeper::KeeperArgs),
@@ -116,7 +121,7 @@ pub fn run() -> ExitCode {
     let cli = Cli::parse();
     // A daemon's config file has a say in its log.
     if !matches!(cli.command, Command::Serve(_)) {
-        start_log(&cli.log.clone().unwrap_or_else(|| quiet(&cli.command)), cli.log_format);
+        start_log(cli.log.clone().unwrap_or_else(|| quiet(&cli.command)), cli.log_format);
     }
     let outcome = match cli.command {
         Command::Build(args) => build::run(args),
@@ -143,6 +148,9 @@ pub fn run() -> ExitCode {
         Command::Doctor(args) => doctor::run(args),
         Command::Config(args) => config::run(args),
         Command::Demo(args) => demo::run(args),
+        Command::Status(args) => status::run(args),
+        Command::Top(args) => top::run(args),
+        Command::Log(args) => log::run(args),
         Command::Recover(args) => keeper::recover(args),
         Command::Keeper(args) => keeper::keep(args),
         Command::Completions(args) => manual::completions(args),
@@ -167,13 +175,13 @@ fn quiet(command: &Command) -> Targets {
     Targets::new().with_default(LevelFilter::WARN).with_target("rafsd", default)
 }
 
-fn start_log(targets: &Targets, format: LogFormat) {
-    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
-    let layer = match format {
-        LogFormat::Text => layer.boxed(),
-        LogFormat::Json => layer.json().boxed(),
+/// Begins to log. Once per process.
+fn start_log(targets: Targets, format: LogFormat) -> LogControl {
+    let format = match format {
+        LogFormat::Text => Format::Text,
+        LogFormat::Json => Format::Json,
     };
-    tracing_subscriber::registry().with(layer.with_filter(targets.clone())).init();
+    LogControl::start(targets, format)
 }
 
 /// Prints `value` as JSON, one line.

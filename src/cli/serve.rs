@@ -1,5 +1,6 @@
 use std::fs::DirBuilder;
 use std::io;
+use std::net::TcpListener;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -20,6 +21,7 @@ use crate::daemon::{Daemon, DaemonError, Ending, Options, keeper};
 use crate::sys::process;
 use crate::sys::sandbox::{Policy, Sandbox};
 use crate::sys::service::Supervisor;
+use crate::telemetry::logging::{self, LogControl};
 
 /// Run the daemon that serves mounted images
 ///
@@ -57,7 +59,8 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let (resolved, file) = args.settings.resolve()?;
     let idle = idle_of(&resolved, args.detached);
     let mut settings = resolved.settings;
-    super::start_log(&settings.log.parse().context("cannot use the rules of the log")?, settings.log_format);
+    let rules = logging::parse(&settings.log).context("cannot use the rules of the log")?;
+    let log = super::start_log(rules, settings.log_format);
     if args.detached {
         process::leave_session().context("cannot leave the session")?;
     }
@@ -86,7 +89,7 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let file = file.map(|file| file.display().to_string());
     tracing::debug!(file, "settings are known");
     let keep_mounts = settings.keep_mounts;
-    let daemon = serve(&runtime, settings, (sandbox, idle, &supervisor), inherited)?;
+    let daemon = serve(&runtime, settings, (sandbox, log, idle, &supervisor), inherited)?;
     match daemon.asked_to() {
         Some(Ending::Upgrade) => daemon.hand_over(true),
         None if keep_mounts => daemon.hand_over(false),
@@ -104,7 +107,7 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
 fn serve(
     runtime: &Runtime,
     settings: Settings,
-    (sandbox, idle, supervisor): (Sandbox, Option<Duration>, &Supervisor),
+    (sandbox, log, idle, supervisor): (Sandbox, LogControl, Option<Duration>, &Supervisor),
     inherited: Option<keeper::Inheritance>,
 ) -> anyhow::Result<Arc<Daemon>> {
     let stop = Arc::new(Notify::new());
@@ -115,6 +118,7 @@ fn serve(
             Some(socket) => Control::adopt(socket).context("cannot use the control socket")?,
             None => Control::bind(&settings.run)?,
         };
+        let control = control.with_log(log).with_metrics(metrics_listener(&settings, inherited.is_some())?);
         // Before anything is mounted: from here on a signal is an orderly stop.
         watch_signals(stop.clone())?;
         control
@@ -142,6 +146,19 @@ fn serve(
         tracing::warn!(%error, "the service manager does not hear that this daemon stops");
     }
     Ok(daemon)
+}
+
+/// Where metrics are answered besides the control socket, if anywhere. Readers of a daemon that has
+/// gone do not wait for somebody to free an address: a successor does without.
+fn metrics_listener(settings: &Settings, takes_over: bool) -> anyhow::Result<Option<TcpListener>> {
+    let Some(address) = settings.metrics_listen else { return Ok(None) };
+    match TcpListener::bind(address) {
+        Err(error) if takes_over => {
+            tracing::error!(%address, %error, "metrics are answered on the control socket only");
+            Ok(None)
+        }
+        outcome => outcome.map(Some).with_context(|| format!("cannot listen at {address}")),
+    }
 }
 
 /// How the keepers are started, and how they start a daemon in place of this one.

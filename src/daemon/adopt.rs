@@ -19,6 +19,7 @@ use super::api::PrefetchOrder;
 use super::keeper::{Inheritance, Keepers, Kind, Name};
 use super::mounts::{Daemon, Options, State};
 use super::objects::Objects;
+use super::observe::Occupied;
 use super::origins::Origins;
 use super::prepare::{Prepared, resume};
 use super::records::{Record, RecordId, Records, ensure_private};
@@ -33,6 +34,7 @@ use crate::export::{BackendKind, MountWatch, WatchId};
 use crate::sys::faultpoint;
 use crate::sys::files::{InodeId, inode_id_at};
 use crate::sys::journal::Outstanding;
+use crate::telemetry::Telemetry;
 
 /// Events that a dead daemon had taken, with the numbers kept free for them.
 type Events = Vec<(Outstanding, Option<OwnedFd>)>;
@@ -54,7 +56,9 @@ impl Daemon {
         let (group, cachefiles) = (take(Kind::Group), take(Kind::Cachefiles));
         let sandbox = options.sandbox.clone();
         let store_options = StoreOptions { sandbox: sandbox.clone(), ..options.store.clone() };
-        let store = Store::open_locked(&options.cache, store_options, runtime.clone(), lock.map(File::from))?;
+        let telemetry = Telemetry::default();
+        let lock = lock.map(File::from);
+        let store = Store::open_locked(&options.cache, store_options, runtime.clone(), lock, telemetry.clone())?;
         let watch = instance.map_or_else(MountWatch::new, MountWatch::of).map_err(start("the watch on mounts"))?;
         let (events, files) = inherited.as_mut().map_or_else(Default::default, |it| {
             let files = it.devices().filter_map(|name| Some((device_file(name), it.take(name)?))).collect::<Files>();
@@ -71,18 +75,21 @@ impl Daemon {
         keepers.hold(Name::only(Kind::Lock), store.lock_file().clone()).map_err(start("the keepers"))?;
         keepers.hold(Name::only(Kind::Watch), watch.instance().clone()).map_err(start("the keepers"))?;
         let legacy = Legacy { group: group.zip(journal), cachefiles };
-        let backends = Backends::new(&options, legacy, &keepers)?;
+        let backends = Backends::new(&options, legacy, &keepers, telemetry.clone())?;
         sweep(&options.cache);
         let objects = Objects::new(options.cache.join("cachefiles-maps"));
         let daemon = Arc::new(Self {
             options,
+            started: began,
+            origins: Origins::new(telemetry.clone()),
+            telemetry,
+            occupied: Occupied::default(),
             runtime,
             store,
             backends,
             keepers,
             records,
             objects,
-            origins: Origins::default(),
             watch: Arc::new(watch),
             watcher: Mutex::default(),
             state: Mutex::new(State::default()),
@@ -157,6 +164,8 @@ impl Daemon {
             tracing::error!(%error, "this kernel does not deliver again what the last daemon had taken: readers that waited then have to be killed");
         }
         let mounts = self.state.lock().unwrap().mounts.len();
+        self.telemetry.adoption.adoptions.inc();
+        self.telemetry.adoption.mounts.add(mounts as u64);
         tracing::info!(mounts, waiting = taken, "goes on with the mounts and readers of the last daemon");
         Ok(())
     }

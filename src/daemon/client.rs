@@ -8,6 +8,7 @@ use reqwest::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::api::observe::{Activity, LogRules};
 use super::api::{
     Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, RegisterRequest,
     TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest,
@@ -123,6 +124,21 @@ impl Client {
     /// Makes the cachefiles backend forget an image.
     pub async fn unregister(&self, request: &UnregisterRequest) -> Result<(), ClientError> {
         self.call(Method::DELETE, "images", request).await
+    }
+
+    /// What happened since its start, in numbers.
+    pub async fn activity(&self) -> Result<Activity, ClientError> {
+        self.call(Method::GET, "activity", &()).await
+    }
+
+    /// The rules by which it logs.
+    pub async fn log_rules(&self) -> Result<LogRules, ClientError> {
+        self.call(Method::GET, "log", &()).await
+    }
+
+    /// Lets it log by other rules; gives them back as it understood them.
+    pub async fn set_log_rules(&self, rules: &LogRules) -> Result<LogRules, ClientError> {
+        self.call(Method::PUT, "log", rules).await
     }
 
     /// Asks it to make room for another program.

@@ -18,6 +18,7 @@ mod error;
 pub mod keeper;
 mod mounts;
 mod objects;
+mod observe;
 mod order;
 mod origins;
 mod prefetch;

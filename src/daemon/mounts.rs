@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::DaemonError;
+use super::api::observe::millis;
 use super::api::{
     BackendChoice, ImageReport, ImageSpec, Info, MountRequest, PrefetchOrder, PrefetchTarget, RegisterRequest,
     Unmounted,
 };
 use super::keeper::{self, Keepers};
 use super::objects::{Object, Objects};
+use super::observe::Occupied;
 use super::order::plan;
 use super::origins::Origins;
 use super::prefetch::{Prefetches, devices};
@@ -30,6 +32,7 @@ use crate::export::cachefiles::{self, FsId, Registration};
 use crate::export::{AttachError, BackendKind, MountWatch, WatchId};
 use crate::sys::mount::{detach, unmount};
 use crate::sys::sandbox::Sandbox;
+use crate::telemetry::Telemetry;
 
 /// Where a daemon keeps its things.
 #[derive(Clone, Debug)]
@@ -51,6 +54,9 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Daemon {
     pub(super) options: Options,
+    pub(super) started: Instant,
+    pub(super) telemetry: Telemetry,
+    pub(super) occupied: Occupied,
     pub(super) runtime: Handle,
     pub(super) store: Arc<Store>,
     pub(super) backends: Backends,
@@ -89,6 +95,8 @@ impl Daemon {
         Info {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
+            uptime_ms: millis(self.started.elapsed()),
+            keeper_alive: self.keepers.is_alive(),
             cache: self.options.cache.clone(),
             events_hit,
             events_missed,
@@ -112,7 +120,7 @@ impl Daemon {
         ensure_absolute(&request.image)?;
         let _reserved = self.reserve(&dir)?;
         let mounted = self.mount_reserved(request).inspect_err(|error| self.forget_trace(request, error))?;
-        let report = mounted.served.report(Some(&dir));
+        let report = mounted.served.report(Some(&dir), &self.telemetry);
         tracing::info!(dir = %dir.display(), backend = %report.backend, image = report.image, "mounted");
         let (served, watched) = (mounted.served.clone(), mounted.watch);
         self.state.lock().unwrap().mounts.insert(dir.clone(), Some(mounted));
@@ -264,7 +272,7 @@ impl Daemon {
         let (_, why) = self.backends.choose(BackendChoice::Cachefiles)?;
         let prepared = Arc::new(self.prepare(&request.image)?);
         let (served, _) = self.serve_cachefiles(&request.image.prefetch, prepared, &name, why)?;
-        let report = served.report(None);
+        let report = served.report(None, &self.telemetry);
         let mut state = self.state.lock().unwrap();
         if state.stopping {
             return Err(DaemonError::Stopping);
@@ -287,10 +295,17 @@ impl Daemon {
 
     /// Everything that is mounted or registered.
     pub fn list(&self) -> Vec<ImageReport> {
+        // Outside the lock: a report looks at every unit.
+        let report = |(dir, served): (Option<PathBuf>, Served)| served.report(dir.as_ref(), &self.telemetry);
+        self.served().into_iter().map(report).collect()
+    }
+
+    /// Everything that is mounted or registered, with its mount point.
+    pub(super) fn served(&self) -> Vec<(Option<PathBuf>, Served)> {
         let state = self.state.lock().unwrap();
         let mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, mounted.as_ref()?)));
-        let mounts = mounted.map(|(dir, mounted)| mounted.served.report(Some(dir)));
-        mounts.chain(state.registered.values().map(|(served, _)| served.report(None))).collect()
+        let mounts = mounted.map(|(dir, mounted)| (Some(dir.clone()), mounted.served.clone()));
+        mounts.chain(state.registered.values().map(|(served, _)| (None, served.clone()))).collect()
     }
 
     /// The mounted image that is meant, and where it is mounted.

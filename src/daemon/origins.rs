@@ -8,13 +8,17 @@ use std::sync::{Arc, Mutex, Weak};
 use super::api::ImageSpec;
 use crate::net::{ClientOptions, RetryPolicy};
 use crate::source::{self, AbsentSource, BlobSource, OpenError};
+use crate::telemetry::Telemetry;
 
 /// What a source is opened from.
 type Spec = (String, Option<PathBuf>);
 
 /// Open sources. One stays open as long as an image uses it.
 #[derive(Default)]
-pub(super) struct Origins(Mutex<HashMap<Spec, Weak<dyn BlobSource>>>);
+pub(super) struct Origins {
+    open: Mutex<HashMap<Spec, Weak<dyn BlobSource>>>,
+    telemetry: Telemetry,
+}
 
 impl std::fmt::Debug for Origins {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -23,16 +27,21 @@ impl std::fmt::Debug for Origins {
 }
 
 impl Origins {
+    /// No source yet; `telemetry` counts what all of them are asked.
+    pub(super) fn new(telemetry: Telemetry) -> Self {
+        Self { telemetry, ..Self::default() }
+    }
+
     /// The source that `spec` names. Connects to nobody yet.
     pub(super) fn open(&self, spec: &ImageSpec) -> Result<Arc<dyn BlobSource>, OpenError> {
         let key = (spec.blobs.clone(), spec.ca.clone());
-        if let Some(open) = self.0.lock().unwrap().get(&key).and_then(Weak::upgrade) {
+        if let Some(open) = self.open.lock().unwrap().get(&key).and_then(Weak::upgrade) {
             return Ok(open);
         }
         let mut options = ClientOptions::default();
         options.extra_ca_pem.extend(spec.ca.clone());
-        let source = source::open(&spec.blobs, &options, RetryPolicy::default())?;
-        let mut open = self.0.lock().unwrap();
+        let source = source::open_counted(&spec.blobs, &options, RetryPolicy::default(), &self.telemetry)?;
+        let mut open = self.open.lock().unwrap();
         open.retain(|_, source| source.strong_count() > 0);
         open.insert(key, Arc::downgrade(&source));
         Ok(source)
@@ -68,7 +77,7 @@ mod tests {
         assert!(!Arc::ptr_eq(&first, &origins.open(&spec("http://127.0.0.1:9/b")).unwrap()));
         drop(first);
         origins.open(&spec("http://127.0.0.1:9/c")).unwrap();
-        assert!(origins.0.lock().unwrap().values().filter(|source| source.strong_count() > 0).count() == 0);
+        assert!(origins.open.lock().unwrap().values().filter(|source| source.strong_count() > 0).count() == 0);
     }
 
     #[test]

@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
+use super::api::observe::ImageState;
 use super::api::{DeviceReport, ImageReport, ImageSpec};
 use super::objects::Object;
+use super::observe::source_reports;
 use super::prepare::Prepared;
 use super::records::{CacheName, DeviceFile, Record, RecordId};
 use crate::base::ByteRange;
@@ -13,6 +16,7 @@ use crate::cache::{Device, Engine, Fill};
 use crate::export::cachefiles::{ObjectSpec, Registration};
 use crate::export::{BackendKind, WatchId, fanotify};
 use crate::sys::files::inode_id;
+use crate::telemetry::Telemetry;
 
 /// What keeps a mounted image served.
 #[derive(Debug)]
@@ -100,25 +104,65 @@ impl Served {
         }
     }
 
-    /// What is told about it, mounted at `dir` if anywhere.
-    pub(super) fn report(&self, dir: Option<&PathBuf>) -> ImageReport {
+    /// What is told about it, mounted at `dir` if anywhere. Looks at every unit.
+    pub(super) fn report(&self, dir: Option<&PathBuf>, telemetry: &Telemetry) -> ImageReport {
         let prepared = &self.prepared;
-        let device = |(map, live): (&Arc<UnitMap>, &Live)| DeviceReport {
-            blob: map.blob().to_string(),
-            decoded_bytes: map.decoded_len(),
-            stored_bytes: map.units().iter().map(|unit| unit.stored.end()).max().unwrap_or(0),
-            stats: live.device().map(|device| device.stats()),
+        let mut sources = vec![prepared.source.describe()];
+        let mut device = |(map, live): (&Arc<UnitMap>, &Live)| {
+            let device = live.device();
+            let health = device.as_ref().map(|device| device.health());
+            for source in health.iter().flat_map(|health| &health.sources) {
+                if !sources.contains(source) {
+                    sources.push(source.clone());
+                }
+            }
+            DeviceReport {
+                blob: map.blob().to_string(),
+                decoded_bytes: map.decoded_len(),
+                stored_bytes: map.units().iter().map(|unit| unit.stored.end()).max().unwrap_or(0),
+                stats: device.map(|device| device.stats()),
+                health: health.map(Into::into),
+            }
         };
+        let devices = prepared.maps.iter().zip(&self.devices).map(&mut device).collect();
         ImageReport {
             dir: dir.cloned(),
             backend: self.backend,
             why: self.why.clone(),
+            state: self.state(),
             image: prepared.key.to_string(),
             bootstrap_bytes: prepared.image.summary().bootstrap_len,
             source: prepared.source.describe(),
+            sources: source_reports(sources, telemetry),
             mount_options: self.registration.as_ref().map(|registration| registration.name().mount_options()),
-            devices: prepared.maps.iter().zip(&self.devices).map(device).collect(),
+            devices,
         }
+    }
+
+    /// The devices that somebody has open.
+    pub(super) fn open_devices(&self) -> impl Iterator<Item = Arc<Device>> {
+        self.devices.iter().filter_map(Live::device)
+    }
+
+    /// Whether it needs the daemon, and whether that works.
+    pub(super) fn state(&self) -> ImageState {
+        if self.is_complete() {
+            ImageState::Complete
+        } else if self.open_devices().any(|device| device.is_failing()) {
+            ImageState::Degraded
+        } else {
+            ImageState::Lazy
+        }
+    }
+
+    /// Whether the kernel can read all of it without us.
+    pub(super) fn is_complete(&self) -> bool {
+        self.devices.iter().all(|live| live.device().is_some_and(|device| device.is_complete_durable()))
+    }
+
+    /// Since when the first of its waiting readers has waited.
+    pub(super) fn oldest_wait(&self) -> Option<Instant> {
+        self.open_devices().filter_map(|device| device.waiting().1).min()
     }
 }
 

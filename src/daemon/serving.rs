@@ -21,6 +21,7 @@ use crate::sys::fanotify::Group;
 use crate::sys::files::InodeId;
 use crate::sys::journal::Journal;
 use crate::sys::sandbox::Sandbox;
+use crate::telemetry::Telemetry;
 
 /// Started on first use: a host that only ever uses one backend never opens the other's device.
 #[derive(Debug)]
@@ -30,6 +31,7 @@ pub(super) struct Backends {
     /// Order of preference where nobody asks for one.
     order: Vec<BackendKind>,
     sandbox: Sandbox,
+    telemetry: Telemetry,
     fanotify: Mutex<Option<Running<Fanotify>>>,
     cachefiles: Mutex<Option<Running<Cachefiles>>>,
 }
@@ -71,16 +73,25 @@ pub(super) fn device_file(name: Name) -> InodeId {
 
 impl Backends {
     /// Backends that go on with what a dead daemon had open, and start what it had not on first use.
-    pub(super) fn new(options: &Options, legacy: Legacy, keepers: &Arc<Keepers>) -> Result<Self, DaemonError> {
-        let fanotify = legacy.group.map(|(group, journal)| Fanotify::new(group.into(), journal, keepers.clone()));
-        let fanotify = fanotify.transpose().map_err(start_of("the fanotify service"))?;
-        let cachefiles = legacy.cachefiles.map(Cachefiles::adopt).transpose();
+    /// `telemetry` counts what they are asked.
+    pub(super) fn new(
+        options: &Options,
+        legacy: Legacy,
+        keepers: &Arc<Keepers>,
+        telemetry: Telemetry,
+    ) -> Result<Self, DaemonError> {
+        let go_on = |(group, journal): (OwnedFd, Journal)| {
+            Fanotify::new(group.into(), journal, keepers.clone(), telemetry.clone())
+        };
+        let fanotify = legacy.group.map(go_on).transpose().map_err(start_of("the fanotify service"))?;
+        let cachefiles = legacy.cachefiles.map(|device| Cachefiles::adopt(device, telemetry.clone())).transpose();
         let cachefiles = cachefiles.map_err(start_of("the cachefiles service"))?;
         Ok(Self {
             host: OnceLock::new(),
             cache: options.cache.clone(),
             order: options.backends.clone(),
             sandbox: options.sandbox.clone(),
+            telemetry,
             fanotify: Mutex::new(fanotify.map(|service| Running { service, thread: None })),
             cachefiles: Mutex::new(cachefiles.map(|service| Running { service, thread: None })),
         })
@@ -165,7 +176,7 @@ impl Backends {
         // The journal first: a group in the hands of a successor is of no use without it.
         hold(Kind::Journal, journal.as_fd().try_clone_to_owned()).map_err(start)?;
         hold(Kind::Group, group.as_fd().try_clone_to_owned()).map_err(start)?;
-        let service = Fanotify::new(group, journal, keepers.clone()).map_err(start)?;
+        let service = Fanotify::new(group, journal, keepers.clone(), self.telemetry.clone()).map_err(start)?;
         let thread = Some(self.spawn_narrow("fan-0", &service, Fanotify::run).map_err(start)?);
         *slot = Some(Running { service: service.clone(), thread });
         Ok(service)
@@ -181,7 +192,7 @@ impl Backends {
         let start = start_of("the cachefiles service");
         let root = self.cache.join("cachefiles");
         DirBuilder::new().recursive(true).mode(0o700).create(&root).map_err(start)?;
-        let service = Cachefiles::bind(&root).map_err(start)?;
+        let service = Cachefiles::bind(&root, self.telemetry.clone()).map_err(start)?;
         let device = service.device().map_err(start)?;
         keepers.hold(Name::only(Kind::Cachefiles), Arc::new(device)).map_err(start)?;
         let thread = Some(self.spawn_narrow("cf-0", &service, Cachefiles::run).map_err(start)?);

@@ -18,6 +18,7 @@ use crate::sys::mount::FsContext;
 
 /// One thing that was tried.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Finding {
     /// Stable name for scripts.
     pub name: String,
@@ -31,6 +32,7 @@ pub struct Finding {
 
 /// Everything that was tried.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Host {
     /// Release of the running kernel, for people; nothing is decided by it.
     pub kernel: String,

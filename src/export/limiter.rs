@@ -1,6 +1,9 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use crate::cache::Request;
+use crate::telemetry::Label;
+
 /// Lets a few lines through per period and counts the rest, so that a failing device does not
 /// drown the log while thousands of readers fail on it.
 #[derive(Debug)]
@@ -36,6 +39,26 @@ impl Limiter {
         }
         state.passed += 1;
         Some(std::mem::take(&mut state.held_back))
+    }
+}
+
+/// What the line about a failed read says of its request.
+#[derive(Debug)]
+pub(super) struct Told {
+    pub(super) request: u64,
+    pub(super) class: &'static str,
+    /// Until the fetch that it waited for began.
+    pub(super) queue_ms: u64,
+    /// Since then.
+    pub(super) service_ms: u64,
+}
+
+impl Told {
+    pub(super) fn of(request: &Request) -> Self {
+        let (queue, service) = request.split();
+        let millis = |of: Duration| u64::try_from(of.as_millis()).unwrap_or(u64::MAX);
+        let (queue_ms, service_ms) = (millis(queue), millis(service));
+        Self { request: request.id().number(), class: request.class().text(), queue_ms, service_ms }
     }
 }
 

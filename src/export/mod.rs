@@ -34,6 +34,7 @@ use crate::sys::mount::MountError;
 
 /// Which way cold reads take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum BackendKind {
     /// Pre-content events over file-backed EROFS.

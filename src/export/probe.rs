@@ -96,9 +96,8 @@ mod tests {
     use zerocopy::IntoBytes;
 
     use super::*;
-    use crate::base::Class;
     use crate::build::{BuildSpec, Compression, Source, build};
-    use crate::cache::{Completion, Fill};
+    use crate::cache::{Completion, Fill, Request};
     use crate::format::erofs::{Dirent, InodeExtended};
     use crate::image::Layout;
 
@@ -119,7 +118,7 @@ mod tests {
             self.cold != Some(decoded.start())
         }
 
-        fn fill(&self, _: ByteRange, _: Class, done: Completion) {
+        fn fill_for(&self, _: Request, _: ByteRange, done: Completion) {
             done(Ok(()));
         }
 

@@ -77,7 +77,7 @@ impl Fetcher {
 }
 
 async fn read(source: &dyn BlobSource, blob: &BlobId, stored: ByteRange) -> Result<Bytes, SourceError> {
-    let ctx = ReadCtx { class: Class::OnDemand, deadline: Instant::now() + DEADLINE };
+    let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + DEADLINE);
     source.read(blob, stored, ctx).await
 }
 

@@ -63,7 +63,7 @@ pub fn map(
     let stored = if tables.stored().is_empty() {
         bytes::Bytes::new()
     } else {
-        let ctx = ReadCtx { class: Class::OnDemand, deadline: Instant::now() + DEADLINE };
+        let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + DEADLINE);
         let fetched = runtime.block_on(source.read(tables.home(), tables.stored(), ctx));
         fetched.map_err(|cause| MapError::Fetch { blob: tables.home().clone(), cause })?
     };

@@ -47,7 +47,7 @@ pub fn digested(
     let blob = map.blob();
     let want = Digest::from_hex(blob.as_str()).ok_or_else(|| TarFileError::Unnamed { blob: blob.clone() })?;
     let failed = |cause| TarFileError::Read { blob: blob.clone(), cause };
-    let ctx = || ReadCtx { class: Class::OnDemand, deadline: Instant::now() + DEADLINE };
+    let ctx = || ReadCtx::new(Class::OnDemand, Instant::now() + DEADLINE);
     let len = runtime.block_on(source.len(blob, ctx())).map_err(failed)?;
     let mut whole = Sha256::new();
     let mut read = |range: ByteRange| {

@@ -2,6 +2,7 @@ use std::error::Error;
 use std::future::Future;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -13,6 +14,7 @@ use super::answer::{self, Answer, ContentRange};
 use super::{BlobSource, BoxFuture, OpenError, ReadCtx, SourceError};
 use crate::base::{BlobId, ByteRange};
 use crate::net::{self, Attempt, ClientOptions, RetryPolicy};
+use crate::telemetry::Place;
 
 /// Memory taken for a body before its first byte has come. Larger bodies grow into theirs.
 const FIRST_BUFFER: u64 = 4 << 20;
@@ -29,6 +31,7 @@ pub struct HttpSource {
     base: Url,
     place: String,
     policy: RetryPolicy,
+    counts: Arc<Place>,
 }
 
 impl HttpSource {
@@ -44,7 +47,13 @@ impl HttpSource {
         base.set_fragment(None);
         let client = net::client(options, &base)?;
         let place = without_secrets(&base);
-        Ok(Self { client, base, place, policy })
+        Ok(Self { client, base, place, policy, counts: Arc::default() })
+    }
+
+    /// The same source, with its retries counted there.
+    #[must_use]
+    pub fn counting(self, counts: Arc<Place>) -> Self {
+        Self { counts, ..self }
     }
 
     fn url(&self, blob: &BlobId) -> Url {
@@ -112,8 +121,8 @@ impl HttpSource {
             .unwrap_or_else(|_| Err(SourceError::Deadline { blob: blob.clone(), place: self.place.clone(), range }))
     }
 
-    fn patience(&self, blob: &BlobId, range: ByteRange, ctx: ReadCtx) -> Patience {
-        Patience { policy: self.policy, seed: seed(blob, range), failed: 0, deadline: ctx.deadline }
+    fn patience(&self, blob: &BlobId, range: ByteRange, ctx: ReadCtx) -> Patience<'_> {
+        Patience { policy: self.policy, seed: seed(blob, range), failed: 0, ctx, counts: &self.counts }
     }
 
     /// One attempt to fetch `stored`, which is not empty.
@@ -289,14 +298,15 @@ impl std::fmt::Debug for HttpSource {
 const FIRST_BYTE: ByteRange = ByteRange::new(0, 1).expect("ordered");
 
 /// How often has been asked, and how often still may be.
-struct Patience {
+struct Patience<'a> {
     policy: RetryPolicy,
     seed: u64,
     failed: u32,
-    deadline: Instant,
+    ctx: ReadCtx,
+    counts: &'a Place,
 }
 
-impl Patience {
+impl Patience<'_> {
     /// Waits until it makes sense to ask again.
     ///
     /// # Errors
@@ -304,9 +314,11 @@ impl Patience {
     async fn pause(&mut self, failure: Failure) -> Result<(), SourceError> {
         self.failed += 1;
         let attempt = Attempt { failed: self.failed, seed: self.seed, retry_after: failure.retry_after };
-        match self.policy.next(attempt, failure.error.fault(), Instant::now(), self.deadline) {
+        match self.policy.next(attempt, failure.error.fault(), Instant::now(), self.ctx.deadline) {
             Some(pause) => {
-                tracing::debug!(error = %failure.error, failed = self.failed, ?pause, "asking again");
+                let (request, failed) = (self.ctx.request.number(), self.failed);
+                tracing::debug!(request, error = %failure.error, failed, ?pause, "asking again");
+                self.counts.retries.inc();
                 tokio::time::sleep(pause).await;
                 Ok(())
             }

@@ -152,7 +152,7 @@ mod tests {
     use crate::base::Class;
 
     fn soon() -> ReadCtx {
-        ReadCtx { class: Class::OnDemand, deadline: Instant::now() + Duration::from_secs(60) }
+        ReadCtx::new(Class::OnDemand, Instant::now() + Duration::from_secs(60))
     }
 
     fn id(text: &str) -> BlobId {

@@ -5,6 +5,7 @@
 
 mod absent;
 mod answer;
+mod counted;
 mod http;
 mod local;
 
@@ -20,8 +21,10 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use crate::base::{BlobId, ByteRange, Class, Fault};
+use self::counted::Counted;
+use crate::base::{BlobId, ByteRange, Class, Fault, RequestId};
 use crate::net::{ClientError, ClientOptions, RetryPolicy};
+use crate::telemetry::{Place, Telemetry};
 
 /// An owned future, so that the trait below can be made into an object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -33,6 +36,15 @@ pub struct ReadCtx {
     pub class: Class,
     /// Give up at this moment, retries included.
     pub deadline: Instant,
+    /// For log lines: the request of the kernel that this read is for.
+    pub request: RequestId,
+}
+
+impl ReadCtx {
+    /// A read that no request of the kernel asked for.
+    pub fn new(class: Class, deadline: Instant) -> Self {
+        Self { class, deadline, request: RequestId::NONE }
+    }
 }
 
 /// Answers ranged reads of blobs.
@@ -121,15 +133,33 @@ impl SourceError {
 ///
 /// `options` and `policy` apply to remote sources only.
 pub fn open(spec: &str, options: &ClientOptions, policy: RetryPolicy) -> Result<Arc<dyn BlobSource>, OpenError> {
+    open_counted(spec, options, policy, &Telemetry::default())
+}
+
+/// The same, with everything that is asked of the source counted.
+pub fn open_counted(
+    spec: &str,
+    options: &ClientOptions,
+    policy: RetryPolicy,
+    telemetry: &Telemetry,
+) -> Result<Arc<dyn BlobSource>, OpenError> {
+    let place = |name: String| telemetry.place(&name);
+    let local = |source: LocalSource| counted(place(source.describe()), source);
     let Some((scheme, _)) = spec.split_once("://") else {
-        return Ok(Arc::new(LocalSource::new(spec)?));
+        return Ok(local(LocalSource::new(spec)?));
     };
     if !scheme.eq_ignore_ascii_case("file") {
-        return Ok(Arc::new(HttpSource::new(spec, options, policy)?));
+        let source = HttpSource::new(spec, options, policy)?;
+        let place = place(source.describe());
+        return Ok(counted(place.clone(), source.counting(place)));
     }
     let url = reqwest::Url::parse(spec).map_err(|error| OpenError::Url { detail: error.to_string() })?;
     let dir = url.to_file_path().map_err(|()| OpenError::Url { detail: "not a path on this host".into() })?;
-    Ok(Arc::new(LocalSource::new(dir)?))
+    Ok(local(LocalSource::new(dir)?))
+}
+
+fn counted(place: Arc<Place>, inner: impl BlobSource) -> Arc<dyn BlobSource> {
+    Arc::new(Counted { inner, place })
 }
 
 /// Why there is no source to ask.

@@ -163,7 +163,7 @@ impl Fetch<'_> {
 
     /// The bytes, or `None` if the blob does not have them.
     fn read(&self, blob: &BlobId, range: ByteRange) -> Result<Option<Bytes>, CheckError> {
-        let ctx = ReadCtx { class: Class::Prefetch, deadline: Instant::now() + DEADLINE };
+        let ctx = ReadCtx::new(Class::Prefetch, Instant::now() + DEADLINE);
         match self.runtime.block_on(self.source.read(blob, range, ctx)) {
             Ok(bytes) => Ok(Some(bytes)),
             Err(cause) if is_missing(&cause) => Ok(None),

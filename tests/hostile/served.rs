@@ -41,7 +41,7 @@ impl Bench {
     ) -> Result<UnitMap, Box<dyn std::error::Error>> {
         let device = image.devices().first().ok_or("no device")?;
         let tables = BlobTables::new(&device.entry)?;
-        let ctx = ReadCtx { class: Class::OnDemand, deadline: Instant::now() + Duration::from_secs(5) };
+        let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + Duration::from_secs(5));
         let stored = self.runtime.block_on(source.read(&device.blob, tables.stored(), ctx))?;
         Ok(tables.with_digests(&tables.geometry(&stored)?, image.chunk_records().iter())?)
     }

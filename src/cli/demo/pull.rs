@@ -44,7 +44,7 @@ pub(super) fn everything(
     let image = bootstrap::open(&image.join("bootstrap"))?;
     for device in image.devices() {
         let tables = BlobTables::new(&device.entry)?;
-        let ctx = ReadCtx { class: Class::OnDemand, deadline: Instant::now() + store_options.deadline };
+        let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + store_options.deadline);
         let stored = runtime.block_on(async {
             tokio::select! {
                 stored = source.read(&device.blob, tables.stored(), ctx) => stored.map_err(anyhow::Error::from),

@@ -1,6 +1,11 @@
 //! What goes over the control socket, as JSON.
 
+pub mod observe;
 mod prefetch;
+#[cfg(test)]
+pub(crate) mod samples;
+#[cfg(test)]
+mod schema;
 mod trace;
 
 pub use prefetch::{FileRanges, PrefetchOrder, PrefetchReport, PrefetchRequest, PrefetchTarget};
@@ -10,12 +15,14 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use self::observe::{HealthReport, ImageState, SourceReport};
 use crate::cache::DeviceStats;
 use crate::export::BackendKind;
 use crate::export::host::Host;
 
 /// Which backend to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum BackendChoice {
     /// The best this host has: cachefiles where it exists, then fanotify
@@ -29,6 +36,7 @@ pub enum BackendChoice {
 
 /// Where an image is and how its blobs are reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ImageSpec {
     /// Bootstrap file, absolute.
@@ -45,6 +53,7 @@ pub struct ImageSpec {
 
 /// `POST /v1/mounts`
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MountRequest {
     pub image: ImageSpec,
@@ -60,6 +69,7 @@ pub struct MountRequest {
 
 /// `DELETE /v1/mounts`
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct UnmountRequest {
     /// Mount point, absolute.
@@ -71,6 +81,7 @@ pub struct UnmountRequest {
 
 /// The answer to `DELETE /v1/mounts`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Unmounted {
     /// Somebody keeps the file system alive, in another mount namespace or by an open file. It is
     /// served until that ends.
@@ -79,6 +90,7 @@ pub struct Unmounted {
 
 /// `POST /v1/images`: makes an image mountable by anyone through `mount -t erofs -o fsid=`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RegisterRequest {
     pub image: ImageSpec,
@@ -91,6 +103,7 @@ pub struct RegisterRequest {
 
 /// `DELETE /v1/images`
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct UnregisterRequest {
     pub id: String,
@@ -100,6 +113,7 @@ pub struct UnregisterRequest {
 
 /// `POST /v1/upgrade`: makes room for another program, which goes on with everything.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct UpgradeRequest {
     /// The program, absolute.
@@ -108,6 +122,7 @@ pub struct UpgradeRequest {
 
 /// One device of a served image.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct DeviceReport {
     /// Blob id.
     pub blob: String,
@@ -117,22 +132,28 @@ pub struct DeviceReport {
     pub stored_bytes: u64,
     /// What has been done for it; absent while nobody has it open.
     pub stats: Option<DeviceStats>,
+    /// How it is doing; absent while nobody has it open.
+    pub health: Option<HealthReport>,
 }
 
 /// One mounted or registered image.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ImageReport {
     /// Mount point; absent for an image that is only registered.
     pub dir: Option<PathBuf>,
     pub backend: BackendKind,
     /// Why this backend.
     pub why: String,
+    pub state: ImageState,
     /// SHA-256 of the bootstrap.
     pub image: String,
     /// Bytes of the bootstrap.
     pub bootstrap_bytes: u64,
     /// Where stored bytes come from.
     pub source: String,
+    /// That source, and those that other images of the same blobs brought.
+    pub sources: Vec<SourceReport>,
     /// Options with which anybody can mount it, for the cachefiles backend.
     pub mount_options: Option<String>,
     pub devices: Vec<DeviceReport>,
@@ -140,10 +161,15 @@ pub struct ImageReport {
 
 /// `GET /v1/info`
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Info {
     pub version: String,
     pub pid: u32,
+    /// Milliseconds since its start.
+    pub uptime_ms: u64,
     pub cache: PathBuf,
+    /// Whether the process lives that keeps readers waiting should this daemon die.
+    pub keeper_alive: bool,
     /// Pre-content events answered at once, and those that had to wait for data.
     pub events_hit: u64,
     pub events_missed: u64,
@@ -158,6 +184,7 @@ pub struct Info {
 
 /// Body of every answer that is not a success.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Failure {
     /// What went wrong, with its causes.
     pub error: String,

@@ -12,6 +12,7 @@ use crate::cache::PrefetchStats;
 /// In JSON `"none"`, `"hints"`, `"all"` or `{"files": [...]}`; `true` is read as `"all"` and `false` as
 /// `"none"`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase", from = "Spelled")]
 pub enum PrefetchOrder {
     None,
@@ -38,6 +39,7 @@ impl PrefetchOrder {
 
 /// The ways to write a [`PrefetchOrder`].
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(untagged)]
 enum Spelled {
     Everything(bool),
@@ -45,6 +47,7 @@ enum Spelled {
 }
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 enum Word {
     None,
@@ -66,6 +69,7 @@ impl From<Spelled> for PrefetchOrder {
 
 /// A path of an image and the parts of the file that are meant.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct FileRanges {
     /// From the image's root. A directory means everything in it.
@@ -107,6 +111,7 @@ fn unhex(digits: &str) -> Option<Vec<u8>> {
 
 /// Which mounted image is meant: exactly one of the two.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct PrefetchTarget {
     /// Mount point, absolute.
@@ -119,6 +124,7 @@ pub struct PrefetchTarget {
 
 /// `POST /v1/prefetch`
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct PrefetchRequest {
     /// Whose data.
@@ -128,6 +134,7 @@ pub struct PrefetchRequest {
 
 /// One prefetch, under way or ended.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PrefetchReport {
     /// Unique while the daemon runs.
     pub id: u64,

@@ -8,6 +8,7 @@ use super::PrefetchTarget;
 
 /// `POST /v1/trace`
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct TraceRequest {
     /// Whose reads.
@@ -19,6 +20,7 @@ pub struct TraceRequest {
 
 /// A trace under way.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct TraceReport {
     /// Where the image is mounted.
     pub dir: PathBuf,
@@ -35,6 +37,7 @@ pub struct TraceReport {
 
 /// Answer to `DELETE /v1/trace`: what was recorded.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct TraceResult {
     #[serde(flatten)]
     pub report: TraceReport,

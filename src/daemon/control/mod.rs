@@ -1,10 +1,13 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
+mod observe;
+mod peer;
 mod prefetch;
 mod trace;
 
 use std::fs;
 use std::io;
+use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +19,7 @@ use axum::Router;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::StatusCode;
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
@@ -23,11 +27,13 @@ use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, oneshot};
 
+use self::peer::Peer;
 use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, UpgradeRequest};
 use super::{Daemon, DaemonError, Ending};
 use crate::base::Chain;
 use crate::export::AttachError;
 use crate::reader::MapError;
+use crate::telemetry::logging::LogControl;
 
 /// Name of the control socket in the run directory.
 pub const SOCKET: &str = "rafsd.sock";
@@ -43,6 +49,8 @@ const MOST_BODY: usize = 128 << 20;
 pub struct Control {
     listener: UnixListener,
     file: SocketFile,
+    log: LogControl,
+    metrics: Option<TcpListener>,
 }
 
 /// The socket's name, removed with this value; nothing for a socket of somebody else.
@@ -61,6 +69,7 @@ impl Drop for SocketFile {
 struct Shared {
     daemon: Arc<Daemon>,
     stop: Arc<Notify>,
+    log: LogControl,
 }
 
 impl Control {
@@ -81,7 +90,7 @@ impl Control {
         let listener = UnixListener::bind(&path)?;
         let file = SocketFile(Some(path.clone()));
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-        Ok(Self { listener, file })
+        Ok(Self::over(listener, file))
     }
 
     /// Listens on a socket that a service manager made, and that stays its own. Must be called on
@@ -98,32 +107,58 @@ impl Control {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         listener.set_nonblocking(true)?;
-        Ok(Self { listener: UnixListener::from_std(listener)?, file: SocketFile(None) })
+        Ok(Self::over(UnixListener::from_std(listener)?, SocketFile(None)))
+    }
+
+    fn over(listener: UnixListener, file: SocketFile) -> Self {
+        Self { listener, file, log: LogControl::silent(), metrics: None }
+    }
+
+    /// Lets clients change what `log` logs.
+    #[must_use]
+    pub fn with_log(self, log: LogControl) -> Self {
+        Self { log, ..self }
+    }
+
+    /// Answers `GET /metrics` on `listener` as well, to whoever asks: it must be of the loopback
+    /// interface.
+    #[must_use]
+    pub fn with_metrics(self, listener: Option<TcpListener>) -> Self {
+        Self { metrics: listener, ..self }
     }
 
     /// Answers requests until `stop` is notified, or, where `idle` is given, until the daemon has
     /// had nothing to serve for that long. Requests under way then have [`GRACE`] to end; another
     /// notice of `stop` cuts that short.
     pub async fn serve(self, daemon: Arc<Daemon>, stop: Arc<Notify>, idle: Option<Duration>) -> io::Result<()> {
-        let shared = Shared { daemon: daemon.clone(), stop: stop.clone() };
+        let shared = Shared { daemon: daemon.clone(), stop: stop.clone(), log: self.log };
         let router = Router::new()
             .route("/v1/info", get(info))
             .route("/v1/mounts", get(list).post(mount).delete(unmount))
             .route("/v1/images", post(register).delete(unregister))
             .route("/v1/stop", post(request_stop))
             .route("/v1/upgrade", post(upgrade))
+            .merge(observe::routes())
             .merge(prefetch::routes())
             .merge(trace::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .layer(DefaultBodyLimit::max(MOST_BODY))
-            .with_state(shared);
+            .layer(middleware::from_fn(peer::admit))
+            .with_state(shared)
+            .into_make_service_with_connect_info::<Peer>();
+        let metrics = async {
+            match self.metrics {
+                Some(listener) => observe::serve_metrics(listener, daemon.clone()).await,
+                None => std::future::pending().await,
+            }
+        };
         let file = self.file;
         let (tell, told) = oneshot::channel();
-        let again = stop.clone();
+        let (again, watched) = (stop.clone(), daemon.clone());
         let until = async move {
             match idle {
-                Some(idle) => tokio::select! { () = stop.notified() => {}, () = idle_for(daemon, idle) => {} },
+                Some(idle) => tokio::select! { () = stop.notified() => {}, () = idle_for(watched, idle) => {} },
                 None => stop.notified().await,
             }
             // Gone before the daemon is: whoever comes now starts another one and waits for us.
@@ -141,6 +176,7 @@ impl Control {
         tokio::select! {
             served = axum::serve(self.listener, router).with_graceful_shutdown(until) => served,
             () = cut => Ok(()),
+            ended = metrics => ended,
         }
     }
 }

@@ -1,14 +1,14 @@
 //! What a setting may be: kinds of values, read from text or TOML and printed again.
 
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tracing_subscriber::filter::Targets;
-
 use super::{LogFormat, Restart, Settings};
 use crate::base::{ByteSize, TimeSpan};
 use crate::export::BackendKind;
+use crate::telemetry::logging;
 
 /// Which part of the settings, as what, within which range.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +30,8 @@ pub enum Field {
     Restart(fn(&mut Settings) -> &mut Restart),
     LogRules(fn(&mut Settings) -> &mut String),
     LogFormat(fn(&mut Settings) -> &mut LogFormat),
+    /// An address and port of the loopback interface, or the word `none`.
+    LoopbackOrNone(fn(&mut Settings) -> &mut Option<SocketAddr>),
 }
 
 /// The least and the most that is accepted.
@@ -63,6 +65,8 @@ pub enum ValueError {
     Range { text: String, least: String, most: String },
     #[error("{0:?} is given twice")]
     Twice(String),
+    #[error("{0} is not of the loopback interface; listen there and put a proxy that asks who it is in front")]
+    Exposed(SocketAddr),
     #[error("{0:?} must be an absolute path")]
     Relative(PathBuf),
     #[error("it must not be empty")]
@@ -171,6 +175,7 @@ impl Field {
             Self::Restart(_) => "auto, keepers or never",
             Self::LogRules(_) => "a level or rules such as info,rafsd::cache=debug",
             Self::LogFormat(_) => "text or json",
+            Self::LoopbackOrNone(_) => "an address such as 127.0.0.1:9660, or none",
         }
     }
 
@@ -188,6 +193,7 @@ impl Field {
             Self::Restart(_) => "auto|keepers|never",
             Self::LogRules(_) => "LEVEL",
             Self::LogFormat(_) => "text|json",
+            Self::LoopbackOrNone(_) => "ADDRESS",
         }
     }
 
@@ -254,7 +260,7 @@ impl Field {
             }
             Self::LogRules(at) => {
                 let text = raw.string(wanted)?;
-                text.parse::<Targets>().map_err(|_| form(text))?;
+                logging::parse(text).map_err(|_| form(text))?;
                 text.clone_into(at(settings));
             }
             Self::LogFormat(at) => {
@@ -262,6 +268,12 @@ impl Field {
                     "text" => LogFormat::Text,
                     "json" => LogFormat::Json,
                     text => return Err(form(text)),
+                };
+            }
+            Self::LoopbackOrNone(at) => {
+                *at(settings) = match raw.string(wanted)?.trim() {
+                    "none" => None,
+                    text => Some(loopback(text, wanted)?),
                 };
             }
         }
@@ -303,6 +315,9 @@ impl Field {
                 }
                 .to_owned(),
             ),
+            Self::LoopbackOrNone(at) => {
+                Raw::Text(at(settings).map_or_else(|| "none".to_owned(), |address| address.to_string()))
+            }
         }
     }
 
@@ -316,6 +331,12 @@ impl Field {
         };
         paths.into_iter().find(|path| !path.is_absolute()).map_or(Ok(()), |path| Err(ValueError::Relative(path)))
     }
+}
+
+/// Metrics are told to whoever asks, so nobody outside of this machine may.
+fn loopback(text: &str, wanted: &'static str) -> Result<SocketAddr, ValueError> {
+    let address: SocketAddr = text.parse().map_err(|_| ValueError::Form { text: text.to_owned(), wanted })?;
+    if address.ip().is_loopback() { Ok(address) } else { Err(ValueError::Exposed(address)) }
 }
 
 fn backends(names: &[String], wanted: &'static str) -> Result<Vec<BackendKind>, ValueError> {
@@ -360,6 +381,14 @@ mod tests {
             ("cache", Raw::Whole(1), "it must be a path, not a number"),
             ("restart", text("always"), "\"always\" is not auto, keepers or never"),
             ("log_format", text("xml"), "\"xml\" is not text or json"),
+            ("metrics_listen", text("9660"), "\"9660\" is not an address such as 127.0.0.1:9660, or none"),
+            ("metrics_listen", Raw::Whole(9660), "it must be an address such as 127.0.0.1:9660, or none, not a number"),
+            (
+                "metrics_listen",
+                text("0.0.0.0:9660"),
+                "0.0.0.0:9660 is not of the loopback interface; listen there and put a proxy that asks who it is in front",
+            ),
+            ("log", text("loud"), "\"loud\" is not a level or rules such as info,rafsd::cache=debug"),
             ("log", text("rafsd=loud"), "\"rafsd=loud\" is not a level or rules such as info,rafsd::cache=debug"),
         ] {
             assert_eq!(refused(key, &raw), told, "{key}");

@@ -15,6 +15,7 @@ pub use field::{Field, Raw, ValueError};
 pub use file::{Located, Mistake, read_file, read_text};
 pub use table::TABLE;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -90,9 +91,11 @@ pub struct Settings {
     pub restart: Restart,
     /// Whether SIGTERM leaves mounts to the next daemon.
     pub keep_mounts: bool,
-    /// Rules of what is logged, as `tracing`'s targets.
+    /// Rules of what is logged; see [`crate::telemetry::logging::parse`].
     pub log: String,
     pub log_format: LogFormat,
+    /// Address of the loopback interface where `GET /metrics` is answered as well.
+    pub metrics_listen: Option<SocketAddr>,
     /// Whether threads confine themselves.
     pub sandbox: bool,
     /// Where the confined daemon may read besides its own directories; empty for anywhere.
@@ -112,6 +115,7 @@ impl Default for Settings {
             keep_mounts: false,
             log: String::new(),
             log_format: LogFormat::Text,
+            metrics_listen: None,
             sandbox: true,
             sandbox_read: Vec::new(),
         };
@@ -256,6 +260,6 @@ mod tests {
 
     #[test]
     fn the_log_rules_of_the_table_are_rules() {
-        assert!(Settings::default().log.parse::<tracing_subscriber::filter::Targets>().is_ok());
+        assert!(crate::telemetry::logging::parse(&Settings::default().log).is_ok());
     }
 }

@@ -134,6 +134,12 @@ pub const TABLE: &[Setting] = &[
     ),
     setting("log_format", Field::LogFormat(|s| &mut s.log_format), "text", "How to log"),
     setting(
+        "metrics_listen",
+        Field::LoopbackOrNone(|s| &mut s.metrics_listen),
+        "none",
+        "Address of the loopback interface where GET /metrics is answered as well, for Prometheus",
+    ),
+    setting(
         "sandbox",
         Field::Switch(|s| &mut s.sandbox),
         "on",

@@ -4,7 +4,6 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,11 +12,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::FsId;
 use super::object::{Object, ObjectSpec};
 use crate::base::{BLOCK, ByteRange, Chain, Class};
-use crate::cache::FillError;
+use crate::cache::{FillError, Request};
 use crate::export::AttachError;
-use crate::export::limiter::Limiter;
+use crate::export::limiter::{Limiter, Told};
 use crate::export::pulse::Pulse;
-use crate::sys::cachefiles::{Device, Open, Request};
+use crate::sys::cachefiles::{self, Device, Open};
+use crate::telemetry::{Answer, Backend, Telemetry};
 
 /// The bound cache and everything the kernel may ask it for.
 pub struct Cachefiles {
@@ -26,7 +26,7 @@ pub struct Cachefiles {
     known: Mutex<Known>,
     /// By the kernel's number for an open object.
     open: Mutex<HashMap<u32, Arc<Object>>>,
-    reads: AtomicU64,
+    telemetry: Telemetry,
     log: Arc<Limiter>,
 }
 
@@ -66,29 +66,30 @@ impl fmt::Debug for Registration {
 }
 
 impl Cachefiles {
-    /// Opens the device and binds the cache below `root`, an existing directory.
+    /// Opens the device and binds the cache below `root`, an existing directory. `telemetry` counts
+    /// the reads.
     ///
     /// # Errors
     /// See [`Device::open`] and [`Device::bind`].
-    pub fn bind(root: &Path) -> io::Result<Arc<Self>> {
+    pub fn bind(root: &Path, telemetry: Telemetry) -> io::Result<Arc<Self>> {
         let device = Device::open()?;
         device.bind(root, "rafsd")?;
-        Self::over(device)
+        Self::over(device, telemetry)
     }
 
     /// Goes on with the bound device of a process that has died. Its images are to be registered
     /// before [`Cachefiles::run`], and [`Cachefiles::restore`] is to be called after.
-    pub fn adopt(device: OwnedFd) -> io::Result<Arc<Self>> {
-        Self::over(Device::from(device))
+    pub fn adopt(device: OwnedFd, telemetry: Telemetry) -> io::Result<Arc<Self>> {
+        Self::over(Device::from(device), telemetry)
     }
 
-    fn over(device: Device) -> io::Result<Arc<Self>> {
+    fn over(device: Device, telemetry: Telemetry) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             device,
             pulse: Pulse::new()?,
             known: Mutex::default(),
             open: Mutex::default(),
-            reads: AtomicU64::new(0),
+            telemetry,
             log: Arc::new(Limiter::new()),
         }))
     }
@@ -186,17 +187,19 @@ impl Cachefiles {
 
     /// READ requests since the start.
     pub fn reads(&self) -> u64 {
-        self.reads.load(Ordering::Relaxed)
+        let reads = self.telemetry.reads.at(Backend::Cachefiles);
+        reads.answered.sum() + u64::try_from(reads.waiting.get()).unwrap_or(0)
     }
 
-    fn handle_contained(&self, request: Request) {
+    fn handle_contained(&self, request: cachefiles::Request) {
         // A bug met by one request must not stop the answers for every other reader of the host.
         if catch_unwind(AssertUnwindSafe(|| self.handle(request))).is_err() {
             tracing::error!("a request could not be handled and its reader was failed");
         }
     }
 
-    fn handle(&self, request: Request) {
+    fn handle(&self, request: cachefiles::Request) {
+        use cachefiles::Request;
         match request {
             Request::Open(open) => self.opened(open),
             Request::Close { object_id } => drop(self.open.lock().unwrap().remove(&object_id)),
@@ -230,17 +233,20 @@ impl Cachefiles {
     }
 
     fn read(&self, msg_id: u32, object_id: u32, range: ByteRange) {
-        self.reads.fetch_add(1, Ordering::Relaxed);
+        let asked = Request::new(self.telemetry.next_request(), Class::OnDemand);
+        // Counted as denied on every way out but a good one.
+        let waiting = self.telemetry.waiting_read(Backend::Cachefiles, asked.asked());
+        let request = asked.id().number();
         let Some(object) = self.open.lock().unwrap().get(&object_id).cloned() else {
             // Without the object's descriptor there is no way to answer.
-            tracing::error!(object_id, "the kernel reads an object that is not open here");
+            tracing::error!(request, object_id, "the kernel reads an object that is not open here");
             return;
         };
         let duty = object.duty(msg_id);
         let device = match object.device() {
             Ok(device) => device,
             Err(error) => {
-                tracing::error!(object = object.name, %error, "an object's holes cannot be found");
+                tracing::error!(request, object = object.name, %error, "an object's holes cannot be found");
                 return;
             }
         };
@@ -248,20 +254,22 @@ impl Cachefiles {
         if wanted.is_empty() {
             return;
         }
-        let (asked, log, name) = (Instant::now(), self.log.clone(), object.name.clone());
-        device.fill(
-            wanted,
-            Class::OnDemand,
-            Box::new(move |result: Result<(), FillError>| {
-                drop(duty);
-                if let Err(error) = result
-                    && let Some(held_back) = log.admit(Instant::now())
-                {
-                    let ms = asked.elapsed().as_millis();
-                    tracing::warn!(error = %Chain(&error), object = name, decoded = %wanted, ms, held_back, "read failed");
-                }
-            }),
-        );
+        let answer = if device.present(wanted) { Answer::AtOnce } else { Answer::Filled };
+        let (log, name, of) = (self.log.clone(), object.name.clone(), asked.clone());
+        let done = move |result: Result<(), FillError>| {
+            drop(duty);
+            waiting.answered(if result.is_ok() { answer } else { Answer::Denied });
+            if let Err(error) = result
+                && let Some(held_back) = log.admit(Instant::now())
+            {
+                let Told { request, class, queue_ms, service_ms } = Told::of(&of);
+                tracing::warn!(
+                    request, error = %Chain(&error), object = name, decoded = %wanted, class, queue_ms, service_ms,
+                    held_back, "read failed"
+                );
+            }
+        };
+        device.fill_for(asked, wanted, Box::new(done));
     }
 }
 

@@ -24,11 +24,22 @@ pub(super) struct Permission {
     /// Its *number* names the event. Of an event that this process took, it is the file being read;
     /// of one that a dead process took, it only keeps the number from being given to another one.
     file: Option<OwnedFd>,
+    is_adopted: bool,
 }
 
 impl Permission {
     pub(super) fn new(desk: Arc<Desk>, file: OwnedFd) -> Self {
-        Self { desk, file: Some(file) }
+        Self { desk, file: Some(file), is_adopted: false }
+    }
+
+    /// The duty that a dead process had.
+    pub(super) fn adopt(desk: Arc<Desk>, number: OwnedFd) -> Self {
+        Self { desk, file: Some(number), is_adopted: true }
+    }
+
+    /// Whether it was a dead process that took the event.
+    pub(super) fn is_adopted(&self) -> bool {
+        self.is_adopted
     }
 
     /// The event's descriptor.

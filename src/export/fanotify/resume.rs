@@ -7,9 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::permission::Permission;
 use super::service::{Fanotify, Marked};
 use crate::base::{BLOCK, ByteRange, Class};
+use crate::cache::Request;
 use crate::sys::fanotify::Answer;
 use crate::sys::faultpoint;
 use crate::sys::journal::Outstanding;
+use crate::telemetry::{Answer as Answered, Backend, WaitingRead};
 
 /// Most devices that an event of an unknown file may be about before it is denied: the range is
 /// fetched for each of them.
@@ -28,15 +30,20 @@ impl Fanotify {
         for (event, number) in events {
             let Some(number) = number else {
                 tracing::warn!(number = event.number, "an event of the last daemon cannot be taken over; denied");
+                self.telemetry.note_answer(Backend::Fanotify, Answered::Denied, true);
                 let _ = self.desk.group.answer_number(event.number, Answer::Deny(libc::EIO));
                 journal.clear(event.number);
                 continue;
             };
-            let permission = Permission::new(self.desk.clone(), number);
-            // Dropping it denies.
-            let Some(range) = event.range else { continue };
+            let permission = Permission::adopt(self.desk.clone(), number);
+            let Some(range) = event.range else {
+                self.deny(permission);
+                continue;
+            };
             if permission.write_down(event.file, range) {
                 known.push((permission, event.file, range));
+            } else {
+                self.deny(permission);
             }
         }
         journal.clear_landing();
@@ -46,8 +53,9 @@ impl Fanotify {
                 Some(file) => {
                     let marked = self.marked.read().unwrap().get(&file).cloned();
                     // What is in no image any more has no reader whom a denial would hurt.
-                    if let Some(marked) = marked {
-                        self.serve(marked, range, 0, permission);
+                    match marked {
+                        Some(marked) => self.serve(marked, range, 0, permission),
+                        None => self.deny(permission),
                     }
                 }
                 None => self.serve_unknown(range, permission),
@@ -58,7 +66,7 @@ impl Fanotify {
     /// Serves a reader of whom only the range is known: its event had come out of the kernel and
     /// was not looked at before the process died. Right is what is right for every file it can be.
     fn serve_unknown(&self, range: ByteRange, permission: Permission) {
-        let Some(wanted) = range.align_out(BLOCK) else { return };
+        let Some(wanted) = range.align_out(BLOCK) else { return self.deny(permission) };
         let candidates: Vec<Arc<Marked>> = {
             let marked = self.marked.read().unwrap();
             let can_be =
@@ -67,10 +75,12 @@ impl Fanotify {
         };
         if candidates.is_empty() || candidates.len() > MOST_CANDIDATES {
             tracing::warn!(candidates = candidates.len(), "an event of the last daemon names no file; denied");
-            return;
+            return self.deny(permission);
         }
+        let request = Request::new(self.telemetry.next_request(), Class::OnDemand);
         let open = AtomicUsize::new(candidates.len());
-        let together = Arc::new(Together { open, permission: Some(permission) });
+        let waiting = Some(self.telemetry.waiting_read(Backend::Fanotify, request.asked()).adopted(true));
+        let together = Arc::new(Together { open, permission: Some(permission), waiting });
         for marked in candidates {
             let share = together.clone();
             let done = move |result: Result<(), _>| {
@@ -78,7 +88,7 @@ impl Fanotify {
                     share.open.fetch_sub(1, Ordering::AcqRel);
                 }
             };
-            marked.device.fill(wanted, Class::OnDemand, Box::new(done));
+            marked.device.fill_for(request.clone(), wanted, Box::new(done));
         }
     }
 }
@@ -88,6 +98,8 @@ struct Together {
     /// Fills that have not succeeded yet.
     open: AtomicUsize,
     permission: Option<Permission>,
+    /// Counted as denied unless it is told otherwise.
+    waiting: Option<WaitingRead>,
 }
 
 impl Drop for Together {
@@ -96,6 +108,9 @@ impl Drop for Together {
         // Else it was dropped, and denied, by the filter.
         if let Some(permission) = permission {
             permission.answer(Answer::Allow);
+            if let Some(waiting) = self.waiting.take() {
+                waiting.answered(Answered::Filled);
+            }
         }
     }
 }

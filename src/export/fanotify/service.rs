@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -13,8 +13,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::permission::{Desk, Permission};
 use crate::base::{BLOCK, ByteRange, Chain, Class};
-use crate::cache::FillError;
-use crate::export::limiter::Limiter;
+use crate::cache::{FillError, Request};
+use crate::export::limiter::{Limiter, Told};
 use crate::export::pulse::Pulse;
 use crate::export::{AttachError, Backing, Custody};
 use crate::sys::fanotify::{Answer, Event, Group};
@@ -22,6 +22,7 @@ use crate::sys::faultpoint;
 use crate::sys::files::{InodeId, inode_id};
 use crate::sys::journal::Journal;
 use crate::sys::process::descriptor_limit;
+use crate::telemetry::{Answer as Answered, Backend, Reads, Telemetry};
 
 /// Most events that wait for data at once, whatever the limit of descriptors.
 const MOST_WAITING: usize = 16 << 10;
@@ -45,9 +46,7 @@ pub struct Fanotify {
     changing: Mutex<()>,
     /// Held while an image is attached: two probes of one device would take each other's events.
     pub(super) attaching: Mutex<()>,
-    /// Events answered at once, and events that waited for a fill.
-    hits: AtomicU64,
-    misses: AtomicU64,
+    pub(super) telemetry: Telemetry,
 }
 
 /// A device with its mark.
@@ -96,9 +95,14 @@ impl fmt::Debug for MarkHold {
 }
 
 impl Fanotify {
-    /// A service over `group`, whose events are written down in `journal`. The files of devices are
-    /// in the hands of `custody` as long as they are marked.
-    pub fn new(group: Group, journal: Journal, custody: Arc<dyn Custody>) -> io::Result<Arc<Self>> {
+    /// A service over `group`, whose events are written down in `journal` and whose reads `telemetry`
+    /// counts. The files of devices are in the hands of `custody` as long as they are marked.
+    pub fn new(
+        group: Group,
+        journal: Journal,
+        custody: Arc<dyn Custody>,
+        telemetry: Telemetry,
+    ) -> io::Result<Arc<Self>> {
         // Half of all descriptors, so that there are enough left for images and sources.
         let capacity = usize::try_from(descriptor_limit()? / 2).unwrap_or(MOST_WAITING).min(MOST_WAITING);
         Ok(Arc::new(Self {
@@ -109,8 +113,7 @@ impl Fanotify {
             marked: RwLock::default(),
             changing: Mutex::default(),
             attaching: Mutex::default(),
-            hits: AtomicU64::new(0),
-            misses: AtomicU64::new(0),
+            telemetry,
         }))
     }
 
@@ -174,7 +177,14 @@ impl Fanotify {
 
     /// Events answered at once and events that had to wait for data, since the start.
     pub fn counts(&self) -> (u64, u64) {
-        (self.hits.load(Ordering::Relaxed), self.misses.load(Ordering::Relaxed))
+        let reads = self.reads();
+        let count = |answer| reads.answered.at(answer).get();
+        let waiting = u64::try_from(reads.waiting.get()).unwrap_or(0);
+        (count(Answered::AtOnce), count(Answered::Filled) + count(Answered::Denied) + waiting)
+    }
+
+    fn reads(&self) -> &Reads {
+        self.telemetry.reads.at(Backend::Fanotify)
     }
 
     /// Makes a duty of an event, known to a successor. `None` if it was denied, or cannot be answered.
@@ -192,11 +202,15 @@ impl Fanotify {
         };
         let permission = Permission::new(self.desk.clone(), file);
         let (Ok(file), Some(range)) = (inode_id(permission.file()), event.range) else {
-            tracing::error!(pid = event.pid, "an event names no file or range; denied");
+            let request = self.telemetry.next_request().number();
+            tracing::error!(request, pid = event.pid, "an event names no file or range; denied");
+            self.deny(permission);
             return None;
         };
         if !permission.write_down(Some(file), range) {
-            tracing::error!("too many files are open in this process to write an event down; denied");
+            let request = self.telemetry.next_request().number();
+            tracing::error!(request, "too many files are open in this process to write an event down; denied");
+            self.deny(permission);
             return None;
         }
         Some(Taken { permission, file, range, pid: event.pid })
@@ -205,14 +219,21 @@ impl Fanotify {
     fn handle(&self, taken: Taken) {
         let Taken { permission, file, range, pid } = taken;
         let Some(marked) = self.marked.read().unwrap().get(&file).cloned() else {
-            tracing::error!(pid, "an event names no file of ours; denied");
-            return permission.answer(Answer::Deny(libc::EIO));
+            let request = self.telemetry.next_request().number();
+            tracing::error!(request, pid, "an event names no file of ours; denied");
+            return self.deny(permission);
         };
         if pid.cast_unsigned() == std::process::id() && marked.probing.load(Ordering::Acquire) {
             marked.probe_seen.store(true, Ordering::Release);
             return permission.answer(Answer::Deny(libc::EIO));
         }
         self.serve(marked, range, pid, permission);
+    }
+
+    /// Denies a reader that asked for nothing that could be fetched.
+    pub(super) fn deny(&self, permission: Permission) {
+        self.telemetry.note_answer(Backend::Fanotify, Answered::Denied, permission.is_adopted());
+        permission.answer(Answer::Deny(libc::EIO));
     }
 
     /// Takes the mark away from a file that a dead process had marked and no image uses.
@@ -251,24 +272,32 @@ impl Fanotify {
         if wanted.end() > marked.device.decoded_len() || wanted.len() > MAX_RANGE {
             // Not EROFS: it asks for what the image has, a read-ahead window at a time. A backup
             // of the cache must not fetch the image, nor see holes.
-            tracing::warn!(path = %marked.path.display(), pid, decoded = %wanted, "read of a cache file denied");
-            return permission.answer(Answer::Deny(libc::EIO));
+            let request = self.telemetry.next_request().number();
+            let path = marked.path.display();
+            tracing::warn!(request, %path, pid, decoded = %wanted, "read of a cache file denied");
+            return self.deny(permission);
         }
         if marked.device.present(wanted) {
-            self.hits.fetch_add(1, Ordering::Relaxed);
+            self.telemetry.note_answer(Backend::Fanotify, Answered::AtOnce, permission.is_adopted());
             permission.answer(Answer::Allow);
             return marked.device.touched(wanted);
         }
-        self.misses.fetch_add(1, Ordering::Relaxed);
-        let (asked, device) = (Instant::now(), marked.device.clone());
+        let request = Request::new(self.telemetry.next_request(), Class::OnDemand);
+        let waiting = self.telemetry.waiting_read(Backend::Fanotify, request.asked());
+        let waiting = waiting.adopted(permission.is_adopted());
+        let (asked, device) = (request.clone(), marked.device.clone());
         let done = Box::new(move |result: Result<(), FillError>| match result {
-            Ok(()) => permission.answer(Answer::Allow),
+            Ok(()) => {
+                permission.answer(Answer::Allow);
+                waiting.answered(Answered::Filled);
+            }
             Err(error) => {
                 permission.answer(Answer::Deny(error.errno()));
-                marked.report(&error, wanted, pid, asked);
+                waiting.answered(Answered::Denied);
+                marked.report(&error, wanted, pid, &asked);
             }
         });
-        device.fill(wanted, Class::OnDemand, done);
+        device.fill_for(request, wanted, done);
     }
 
     /// Makes sure that reads of `device` raise events, unless it is settled already.
@@ -348,11 +377,14 @@ fn settle(service: &Weak<Fanotify>, marked: &Weak<Marked>) {
 }
 
 impl Marked {
-    fn report(&self, error: &FillError, range: ByteRange, pid: i32, asked: Instant) {
+    fn report(&self, error: &FillError, range: ByteRange, pid: i32, asked: &Request) {
         if let Some(held_back) = self.log.admit(Instant::now()) {
-            let ms = asked.elapsed().as_millis();
             let path = self.path.display();
-            tracing::warn!(error = %Chain(error), device = %path, decoded = %range, pid, ms, held_back, "read denied");
+            let Told { request, class, queue_ms, service_ms } = Told::of(asked);
+            tracing::warn!(
+                request, error = %Chain(error), device = %path, decoded = %range, class, pid, queue_ms, service_ms,
+                held_back, "read denied"
+            );
         }
     }
 }
@@ -408,7 +440,7 @@ mod tests {
             false
         }
 
-        fn fill(&self, _: ByteRange, _: Class, done: Completion) {
+        fn fill_for(&self, _: Request, _: ByteRange, done: Completion) {
             done(Err(FillError::Cancelled));
         }
 
@@ -456,7 +488,8 @@ mod tests {
         let path = dir.path().join("data");
         File::create(&path).unwrap().set_len(BLOCK).unwrap();
         let Ok(group) = Group::new() else { return eprintln!("skipped: no pre-content group can be made here") };
-        let service = Fanotify::new(group, Journal::create().unwrap(), Arc::new(Nobody)).unwrap();
+        let custody = Arc::new(Nobody);
+        let service = Fanotify::new(group, Journal::create().unwrap(), custody, Telemetry::default()).unwrap();
         let file = Arc::new(File::open(&path).unwrap());
         let device = Arc::new(Scripted { path, file, settled: AtomicBool::new(false), waiting: Mutex::default() });
         let shared: Arc<dyn Backing> = device.clone();

@@ -1,0 +1,86 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::base::{Class, RequestId};
+
+/// Somebody's wish for a range, from the question to the answer. Clones are the same request.
+///
+/// It is created where the question is read, so that the time until work begins is known as well as
+/// the time that the work takes.
+#[derive(Clone, Debug)]
+pub struct Request(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    id: RequestId,
+    class: Class,
+    asked: Instant,
+    /// Nanoseconds from `asked` to the start of the last fetch that it waited for, plus one; 0 while
+    /// none has begun.
+    started: AtomicU64,
+}
+
+impl Request {
+    /// A request that is made now.
+    pub fn new(id: RequestId, class: Class) -> Self {
+        Self(Arc::new(Inner { id, class, asked: Instant::now(), started: AtomicU64::new(0) }))
+    }
+
+    /// Its name in log lines.
+    pub fn id(&self) -> RequestId {
+        self.0.id
+    }
+
+    /// How urgent it is.
+    pub fn class(&self) -> Class {
+        self.0.class
+    }
+
+    /// When it was made.
+    pub fn asked(&self) -> Instant {
+        self.0.asked
+    }
+
+    /// Notes that a fetch it waits for began at `at`, maybe before the request was made.
+    pub(super) fn note_start(&self, at: Instant) {
+        let waited = at.saturating_duration_since(self.0.asked).as_nanos();
+        self.0.started.fetch_max(u64::try_from(waited).unwrap_or(u64::MAX - 1) + 1, Ordering::Relaxed);
+    }
+
+    /// Its time so far, split: until the last fetch that it waited for began, and since. All of it
+    /// is the former while no fetch has begun.
+    pub fn split(&self) -> (Duration, Duration) {
+        let all = self.0.asked.elapsed();
+        match self.0.started.load(Ordering::Relaxed).checked_sub(1) {
+            None => (all, Duration::ZERO),
+            Some(queue) => {
+                let queue = Duration::from_nanos(queue).min(all);
+                (queue, all - queue)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_is_queueing_until_the_last_fetch_begins() {
+        let request = Request::new(RequestId::new(1), Class::OnDemand);
+        let (queue, service) = request.split();
+        assert!(service.is_zero() && !queue.is_zero());
+
+        // One that ran already when the reader came, and one that began with it.
+        request.note_start(request.asked() - Duration::from_secs(1));
+        assert!(request.split().0.is_zero());
+        let later = request.asked() + Duration::from_nanos(1);
+        request.note_start(later);
+        request.note_start(request.asked());
+
+        let (queue, service) = request.split();
+        assert_eq!(queue, Duration::from_nanos(1));
+        assert!(!service.is_zero());
+    }
+}
