@@ -60,15 +60,16 @@ pub fn keep(daemon: OwnedFd, orders: Orders) -> io::Result<()> {
     process::set_name(if orders.rank == 0 { c"rafsd-keeper" } else { c"rafsd-spare" });
     let own = orders.run.join(socket_name(orders.rank));
     let listener = fdpass::listen(&own)?;
-    Word::new(Op::Done).send(&daemon, None)?;
     let mut post = Post::new(daemon, listener, orders);
+    // The last thing that takes memory is done.
+    post.say_hello()?;
     post.stand();
     let _ = std::fs::remove_file(&own);
     Ok(())
 }
 
 /// Everything the keeper process has.
-pub(super) struct Post {
+struct Post {
     orders: Orders,
     sibling: PathBuf,
     listener: OwnedFd,
@@ -97,7 +98,7 @@ struct Absence {
 }
 
 impl Post {
-    pub(super) fn new(daemon: OwnedFd, listener: OwnedFd, orders: Orders) -> Self {
+    fn new(daemon: OwnedFd, listener: OwnedFd, orders: Orders) -> Self {
         let now = Instant::now();
         let sibling = orders.run.join(socket_name(1 - orders.rank.min(1)));
         let absence = Absence {
@@ -120,6 +121,10 @@ impl Post {
             denying: false,
             denied_taken: false,
         }
+    }
+
+    fn say_hello(&self) -> io::Result<()> {
+        self.daemon.as_ref().map_or(Ok(()), |daemon| Word::new(Op::Done).send(daemon, None))
     }
 
     /// Returns when nobody can be harmed by letting go: the daemon said so, or it has vanished and
@@ -154,7 +159,7 @@ impl Post {
     }
 
     /// Hears what the daemon says, if anything. True when it says to finish.
-    pub(super) fn hear(&mut self) -> bool {
+    fn hear(&mut self) -> bool {
         let Some(daemon) = self.daemon.take() else { return false };
         if !has_input(daemon.as_fd()) {
             self.daemon = Some(daemon);
@@ -240,7 +245,7 @@ impl Post {
     }
 
     /// Answers one connection, if somebody waits for that. Who says nothing is dropped.
-    pub(super) fn serve(&mut self) {
+    fn serve(&mut self) {
         if !has_input(self.listener.as_fd()) {
             return;
         }
@@ -315,6 +320,10 @@ impl Post {
         if !is_needed && (late || !self.absence.wants_successor && self.get(Kind::Cachefiles).is_none()) {
             return true;
         }
+        if late {
+            // The kernel fails whoever waits there once nobody holds it, neither this one nor the other.
+            let _ = self.carry_out(Word::about(Op::Release, Name::only(Kind::Cachefiles)), None);
+        }
         if self.orders.rank > 0 && fdpass::connect(&self.sibling).is_ok() {
             return false;
         }
@@ -322,8 +331,6 @@ impl Post {
         if late && !self.denying {
             tracing::error!("no daemon has come back in time; cold reads fail until one does");
             self.denying = true;
-            // The kernel fails whoever waits there once nobody holds it.
-            let _ = self.carry_out(Word::about(Op::Release, Name::only(Kind::Cachefiles)), None);
         }
         if self.denying {
             self.deny();

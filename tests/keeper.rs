@@ -1,0 +1,180 @@
+//! The keeper process, run as a thread: what it holds, to whom it gives it, and that it asks nobody
+//! for memory while it does.
+
+#![expect(unsafe_code, reason = "an allocator cannot be written without; it only counts and passes on")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rafsd::daemon::keeper::{self, Orders};
+use rafsd::sys::fdpass;
+
+/// Counts what the threads allocate that say so.
+struct Counting;
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    /// Constant and without a destructor, so that touching it never allocates.
+    static COUNTS: Cell<bool> = const { Cell::new(false) };
+}
+
+// SAFETY: every call is passed to the system's allocator unchanged, so its guarantees are ours;
+// counting touches a constant thread-local and an atomic only and neither allocates nor unwinds.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if COUNTS.get() {
+            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+const ATTACH: u32 = 0;
+const HOLD: u32 = 1;
+const RELEASE: u32 = 2;
+const FINISH: u32 = 4;
+const STATUS: u32 = 5;
+const HELD: u32 = 7;
+const DONE: u32 = 8;
+const FAILED: u32 = 9;
+/// Held by each test: the count is one for all threads.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// A device's file.
+const DEVICE: u32 = 6;
+
+/// A word as it goes over the socket: what, about what kind, about which, a number.
+fn word(op: u32, kind: u32, key: [u64; 2], value: u64) -> Vec<u8> {
+    [&op.to_ne_bytes()[..], &kind.to_ne_bytes(), &key[0].to_ne_bytes(), &key[1].to_ne_bytes(), &value.to_ne_bytes()]
+        .concat()
+}
+
+/// The next word: what, about which, a number, and what came along.
+fn hear(socket: &OwnedFd) -> (u32, [u64; 2], u64, Option<OwnedFd>) {
+    let mut buffer = [0; 64];
+    let (len, fd) = fdpass::receive(socket.as_fd(), &mut buffer).unwrap().expect("the keeper hung up");
+    assert_eq!(len, 32);
+    let long = |at: usize| u64::from_ne_bytes(buffer[at..at + 8].try_into().unwrap());
+    (u32::from_ne_bytes(buffer[..4].try_into().unwrap()), [long(8), long(16)], long(24), fd)
+}
+
+fn ask(socket: &OwnedFd, text: &[u8], fd: Option<&File>) -> u32 {
+    fdpass::send(socket.as_fd(), text, fd.map(AsFd::as_fd)).unwrap();
+    hear(socket).0
+}
+
+/// A keeper with its daemon's end.
+fn start(run: &Path) -> (OwnedFd, JoinHandle<()>) {
+    let (ours, theirs) = fdpass::pair().unwrap();
+    let orders = Orders { run: run.to_owned(), rank: 0, patience: Duration::from_secs(1), successor: None };
+    let thread = std::thread::spawn(move || {
+        COUNTS.set(true);
+        keeper::keep(theirs, orders).unwrap();
+        COUNTS.set(false);
+    });
+    assert_eq!(hear(&ours).0, DONE, "it runs");
+    (ours, thread)
+}
+
+fn attach(run: &Path) -> OwnedFd {
+    let socket = fdpass::connect(&run.join(keeper::SOCKETS[0])).unwrap();
+    fdpass::send(socket.as_fd(), &word(ATTACH, 0, [0; 2], 0), None).unwrap();
+    socket
+}
+
+#[test]
+fn a_keeper_gives_a_successor_what_it_holds_and_allocates_nothing_meanwhile() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path();
+    let (daemon, thread) = start(run);
+    let files: Vec<File> = (0..100).map(|_| tempfile::tempfile().unwrap()).collect();
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+
+    for (number, file) in (0..).zip(&files) {
+        assert_eq!(ask(&daemon, &word(HOLD, DEVICE, [1, number], 0), Some(file)), DONE);
+    }
+    assert_eq!(ask(&daemon, &word(HOLD, DEVICE, [1, 5], 0), Some(&files[6])), DONE, "in place of an older one");
+    assert_eq!(ask(&daemon, &word(RELEASE, DEVICE, [1, 7], 0), None), DONE);
+    // What makes no sense is answered and survived.
+    for bad in [&b"nonsense"[..], &[0xff; 32], &word(HOLD, DEVICE, [9, 9], 0), &word(STATUS, 0, [0; 2], 0)] {
+        assert_eq!(ask(&daemon, bad, None), FAILED, "{bad:?}");
+    }
+    let status = fdpass::connect(&run.join(keeper::SOCKETS[0])).unwrap();
+    assert_eq!(ask(&status, &word(STATUS, 0, [0; 2], 0), None), DONE);
+    let second = attach(run);
+    let (op, _, errno, _) = hear(&second);
+    assert_eq!((op, errno), (FAILED, 16), "one daemon at a time");
+
+    // It vanishes, and another one comes.
+    drop(daemon);
+    let successor = attach(run);
+    let mut inherited = Vec::new();
+    loop {
+        match hear(&successor) {
+            (HELD, key, _, fd) => inherited.push((key[1], File::from(fd.unwrap()).metadata().unwrap().ino())),
+            (DONE, ..) => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    let allocated = ALLOCATIONS.load(Ordering::Relaxed) - before;
+
+    let inode = |number: usize| files[number].metadata().unwrap().ino();
+    let expected = (0..100).filter(|number| *number != 7).map(|number| (number, if number == 5 { 6 } else { number }));
+    assert_eq!(inherited, expected.map(|(name, file)| (name as u64, inode(file))).collect::<Vec<_>>());
+    assert_eq!(allocated, 0, "allocations while it held, heard and gave");
+    assert_eq!(ask(&successor, &word(FINISH, 0, [0; 2], 0), None), DONE);
+    thread.join().unwrap();
+    assert!(!run.join(keeper::SOCKETS[0]).exists());
+}
+
+#[test]
+fn an_orphan_with_nothing_to_hold_leaves_at_once() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let (daemon, thread) = start(dir.path());
+    let asked = Instant::now();
+
+    drop(daemon);
+
+    thread.join().unwrap();
+    assert!(asked.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn what_a_daemon_said_before_it_died_is_in_force() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let (daemon, thread) = start(dir.path());
+    let watch = rustix::fs::inotify::init(rustix::fs::inotify::CreateFlags::CLOEXEC).unwrap();
+    rustix::fs::inotify::add_watch(&watch, dir.path(), rustix::fs::inotify::WatchFlags::ATTRIB).unwrap();
+    let watch = File::from(watch);
+    // The watch on superblocks: something lives, so it has to stay.
+    fdpass::send(daemon.as_fd(), &word(HOLD, 3, [0; 2], 0), Some(watch.as_fd())).unwrap();
+    drop(daemon);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!thread.is_finished(), "it left although a superblock lives");
+    assert_eq!(keeper::status(dir.path()).unwrap().alive, 1);
+
+    let successor = attach(dir.path());
+    assert_eq!((hear(&successor).0, hear(&successor).0), (HELD, DONE));
+    assert_eq!(ask(&successor, &word(FINISH, 0, [0; 2], 0), None), DONE);
+    thread.join().unwrap();
+}
