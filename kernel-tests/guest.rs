@@ -27,7 +27,7 @@ use crate::initrd::Archive;
 use crate::report::{Tally, Verdict};
 use crate::{Backend, Case, Interrupt};
 
-const OVERALL_TIMEOUT: Duration = Duration::from_secs(15 * 60);
+const OVERALL_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 /// No case may take this long; see the timeout of a case in `isolate.rs`.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(3 * 60);
 const POLL: Duration = Duration::from_millis(100);

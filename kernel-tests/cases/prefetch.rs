@@ -221,7 +221,9 @@ fn a_trace_says_what_was_read_first_and_is_taken_as_it_is(ctx: &Ctx) -> Outcome 
     let found = entries(&trace)?;
     let parts =
         |name: &'static str| found.iter().filter(move |(path, _)| path == name).flat_map(|(_, ranges)| ranges.clone());
-    ensure!(found[0].0 == "/2" && parts("/2").map(|(_, len)| len).sum::<u64>() == FILE as u64, "{found:?}");
+    // The kernel's own cache asks for what it misses, and a piece is brought whole.
+    let least = if is_fanotify(ctx) { FILE as u64 } else { 3 * 4096 };
+    ensure!(found[0].0 == "/2" && parts("/2").map(|(_, len)| len).sum::<u64>() >= least, "{found:?}");
     ensure!(parts("/0").any(|(at, len)| at <= 2 << 20 && at + len >= (2 << 20) + 8192), "{found:?}");
     ensure!(parts("/0").all(|(at, _)| at >= 1 << 20) && parts("/1").next().is_none(), "{found:?}");
 
