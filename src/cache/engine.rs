@@ -69,6 +69,24 @@ impl Default for StoreOptions {
 }
 
 impl StoreOptions {
+    /// The defaults for a process that may use `limit` bytes of memory altogether. With little, fewer
+    /// and shorter reads run at once: slower, but alive.
+    ///
+    /// Fetched bytes get an eighth of it. They exist twice for moments, what a system allocator keeps
+    /// comes on top, and the kernel charges the dirty pages of the cache to the same account.
+    pub fn within(limit: Option<u64>) -> Self {
+        let default = Self::default();
+        let Some(share) = limit.map(|bytes| bytes / 8).filter(|&share| share < default.memory) else { return default };
+        Self {
+            memory: share,
+            memory_reserve: share / 4,
+            window: default.window.min(share / 4),
+            prefetch_window: default.prefetch_window.min(share / 4),
+            readahead_most: default.readahead_most.min(share),
+            ..default
+        }
+    }
+
     pub(super) fn window(&self, class: Class) -> u64 {
         match class {
             Class::OnDemand => self.window,
@@ -126,5 +144,21 @@ impl Engine {
 impl fmt::Debug for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Engine").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn little_memory_means_short_reads_and_much_changes_nothing() {
+        const MIB: u64 = 1 << 20;
+        let small = StoreOptions::within(Some(32 * MIB));
+
+        assert_eq!((small.memory, small.memory_reserve, small.readahead_most), (4 * MIB, MIB, 4 * MIB));
+        assert_eq!((small.window, small.prefetch_window), (MIB, MIB));
+        assert_eq!(StoreOptions::within(Some(1024 * MIB)), StoreOptions::default());
+        assert_eq!(StoreOptions::within(None), StoreOptions::default());
     }
 }

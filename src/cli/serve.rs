@@ -13,7 +13,7 @@ use super::connect::{Place, block_on};
 use crate::cache::{StoreError, StoreOptions};
 use crate::daemon::control::Control;
 use crate::daemon::{Daemon, DaemonError, Options};
-use crate::sys::process;
+use crate::sys::{memory, process};
 
 /// Run the daemon that serves mounted images
 ///
@@ -68,7 +68,8 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         .thread_name("net")
         .enable_all()
         .build()?;
-    let store = StoreOptions { deadline: Duration::from_secs(args.deadline), ..StoreOptions::default() };
+    let deadline = Duration::from_secs(args.deadline);
+    let store = StoreOptions { deadline, ..StoreOptions::within(memory::limit()) };
     let program = PathBuf::from("/proc/self/exe");
     let options = Options { cache, run: run.clone(), program, store };
     let idle = args.exit_when_idle.map(Duration::from_secs);

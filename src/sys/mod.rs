@@ -10,6 +10,7 @@ pub mod cachefiles;
 pub mod fanotify;
 pub mod fdpass;
 pub mod files;
+pub mod memory;
 pub mod mmap;
 pub mod mount;
 pub mod process;
