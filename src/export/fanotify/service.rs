@@ -159,10 +159,11 @@ impl Fanotify {
 
     fn serve(&self, marked: Arc<Marked>, range: ByteRange, pid: i32, permission: Permission) {
         let wanted = range.align_out(BLOCK).unwrap_or(range);
-        if wanted.end() > marked.device.decoded_len() || wanted.len() > MAX_RANGE {
+        if wanted.is_empty() || wanted.end() > marked.device.decoded_len() || wanted.len() > MAX_RANGE {
             // Not EROFS: it asks for what the image has, a read-ahead window at a time. A backup
-            // of the cache must not fetch the image, nor see holes.
-            tracing::warn!(path = %marked.path.display(), pid, decoded = %wanted, "read of a cache file denied");
+            // of the cache must not fetch the image, nor see holes. Without a length it is somebody
+            // who wants to cut the file off or to stretch it, by whatever descriptor.
+            tracing::warn!(path = %marked.path.display(), pid, decoded = %wanted, "access to a cache file denied");
             return permission.answer(Answer::Deny(libc::EIO));
         }
         if marked.device.present(wanted) {
