@@ -2,7 +2,9 @@
 //!
 //! Order is everything. In memory: bytes, then bit. On disk: a flush takes a snapshot of the bits,
 //! syncs the bytes, writes the bits, syncs the bits. So the durable copy may lag but never leads,
-//! and after a crash unknown means absent.
+//! and after a crash unknown means absent. Before the first bits, the names of all files are synced:
+//! a process that died may have left them new in memory and old on disk, and bits must not outlive
+//! the file of checks they were won by.
 //!
 //! A failed sync may have lost pages that the kernel already calls clean, so every bit that is not
 //! durable is withdrawn from memory as well. `landing` keeps a writer that straddles such a sync
@@ -53,6 +55,21 @@ struct Durable {
 pub(super) struct DurableCopy {
     pub(super) file: Box<dyn Sink>,
     pub(super) identity: Identity,
+    /// Makes the names of the files durable; `None` once that has been done.
+    pub(super) names: Option<Box<SyncNames>>,
+}
+
+pub(super) type SyncNames = dyn Fn() -> io::Result<()> + Send + Sync;
+
+impl DurableCopy {
+    /// Writes the pages that differ and returns when they are on stable storage.
+    fn write(&mut self, before: &[u64], after: &[u64]) -> io::Result<()> {
+        if let Some(sync) = &self.names {
+            sync()?;
+            self.names = None;
+        }
+        bits::write_changed(&*self.file, &self.identity, before, after)
+    }
 }
 
 impl Ledger {
@@ -102,9 +119,9 @@ impl Ledger {
             self.presence.withdraw(&durable.words);
             return Err(FlushError::Data(error));
         }
-        let before = &durable.words;
-        if let Some(copy) = &durable.copy
-            && let Err(error) = bits::write_changed(&*copy.file, &copy.identity, before, &words)
+        let Durable { words: before, copy, .. } = &mut *durable;
+        if let Some(copy) = copy
+            && let Err(error) = copy.write(before, &words)
         {
             self.dirty.store(true, Ordering::Release);
             return Err(FlushError::Bits(error));
@@ -278,7 +295,7 @@ mod tests {
             fail_data: false,
             fail_bits: false,
         }));
-        let copy = DurableCopy { file: Box::new(BitsFile(world.clone())), identity: identity() };
+        let copy = DurableCopy { file: Box::new(BitsFile(world.clone())), identity: identity(), names: None };
         let words = vec![0; super::super::presence::words_for(UNITS)];
         let ledger = Arc::new(Ledger::new(Box::new(DataFile(world.clone())), words, Some(copy)));
         ledger.attach();

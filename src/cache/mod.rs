@@ -15,6 +15,7 @@ mod background;
 mod bits;
 mod budget;
 mod device;
+mod disk;
 mod engine;
 mod fetch;
 mod flush;
@@ -31,9 +32,10 @@ mod stats;
 mod store;
 
 pub use device::Device;
+pub use disk::{Disk, DiskFile, FileFacts, FileSink, HostDisk};
 pub use engine::{Engine, StoreOptions};
 pub use ledger::FlushError;
-pub use sink::{FileSink, MAX_PIECE, Sink};
+pub use sink::{MAX_PIECE, Sink};
 pub use stats::DeviceStats;
 pub use store::{Store, StoreError};
 

@@ -1,6 +1,4 @@
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
 use crate::base::BLOCK;
 
@@ -20,27 +18,6 @@ pub trait Sink: Send + Sync {
 /// Longest single write in bytes. Kernels before the autumn of 2024 misreport longer short writes
 /// to cachefiles objects (`cachefiles-ondemand.md` section 6).
 pub const MAX_PIECE: usize = 1 << 20;
-
-/// An ordinary file.
-#[derive(Debug)]
-pub struct FileSink(File);
-
-impl FileSink {
-    /// Writes to `file`, which must be open for writing.
-    pub fn new(file: File) -> Self {
-        Self(file)
-    }
-}
-
-impl Sink for FileSink {
-    fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
-        self.0.write_all_at(bytes, at)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.0.sync_data()
-    }
-}
 
 /// Writes `blocks` at `at` in pieces a sink accepts.
 pub(super) fn write_blocks(sink: &dyn Sink, blocks: &[u8], at: u64) -> io::Result<()> {

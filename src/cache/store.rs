@@ -17,21 +17,20 @@ use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
-use std::time::UNIX_EPOCH;
 
 use tokio::runtime::Handle;
 
 use super::bits::{self, Identity};
 use super::device::{Device, Home};
+use super::disk::{Disk, DiskFile, FileFacts, HostDisk};
 use super::engine::{Engine, StoreOptions};
-use super::is_needed;
-use super::ledger::{DurableCopy, FlushError, Ledger};
-use super::presence::{bit, set_bit, words_for};
-use super::sink::FileSink;
-use crate::base::{BlobId, Digest};
+use super::ledger::{DurableCopy, FlushError, Ledger, SyncNames};
+use super::presence::found;
+use super::sink::Sink;
+use crate::base::{BlobId, ByteRange, Digest};
 use crate::blob::UnitMap;
 use crate::source::BlobSource;
 
@@ -51,6 +50,9 @@ pub enum StoreError {
     /// Two maps with the same fingerprint prefix disagree: one of them was made to.
     #[error("the cache holds another blob {blob} that contradicts this one")]
     Contradiction { blob: BlobId },
+    /// Somebody else than the store changed a file that is in use.
+    #[error("{} was replaced or changed from outside while it is in use; unmount what uses it, then mount again", .path.display())]
+    Replaced { path: PathBuf },
     /// The threads could not be started.
     #[error("cannot start the threads of the cache")]
     Threads(#[source] io::Error),
@@ -66,6 +68,7 @@ pub enum StoreError {
 /// Devices by name in one directory, with the one right to write there.
 pub struct Store {
     devices_dir: PathBuf,
+    disk: Arc<dyn Disk>,
     engine: Arc<Engine>,
     shelves: Mutex<HashMap<String, Shelf>>,
     lock: Arc<File>,
@@ -76,19 +79,33 @@ pub struct Store {
 struct Shelf {
     device: Weak<Device>,
     ledger: Weak<Ledger>,
+    /// The file that the ledger is about.
+    data: FileFacts,
 }
 
 impl Store {
     /// Opens the store at `root`, creating it if it is not there, and starts its threads.
     /// Fetches run on `runtime`.
     pub fn open(root: &Path, options: StoreOptions, runtime: Handle) -> Result<Arc<Self>, StoreError> {
+        Self::open_on(Arc::new(HostDisk), root, options, runtime)
+    }
+
+    /// The same with its devices on `disk`. Only the lock is a file of this host in any case.
+    pub fn open_on(
+        disk: Arc<dyn Disk>,
+        root: &Path,
+        options: StoreOptions,
+        runtime: Handle,
+    ) -> Result<Arc<Self>, StoreError> {
         let devices_dir = root.join("v1");
-        DirBuilder::new().recursive(true).mode(0o700).create(&devices_dir).map_err(at(&devices_dir))?;
+        DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(at(root))?;
         // Whoever can write to a device file can put anything into a container.
         fs::set_permissions(root, Permissions::from_mode(0o700)).map_err(at(root))?;
         let lock = Arc::new(lock(root)?);
+        disk.create_dir(&devices_dir).map_err(at(&devices_dir))?;
+        disk.sync_dir(root).map_err(at(root))?;
         let engine = Engine::new(options, runtime).map_err(StoreError::Threads)?;
-        Ok(Arc::new(Self { devices_dir, engine, shelves: Mutex::default(), lock }))
+        Ok(Arc::new(Self { devices_dir, disk, engine, shelves: Mutex::default(), lock }))
     }
 
     /// The open lock. Whoever keeps a copy of it keeps every other process out of the store, even
@@ -104,7 +121,7 @@ impl Store {
 
     /// The unit map kept for `blob`, with all checks learnt so far; spares fetching its tables.
     pub fn saved_map(&self, blob: &BlobId) -> Option<UnitMap> {
-        saved(&self.devices_dir.join(blob.as_str())).filter(|map| map.blob() == blob)
+        self.place(blob.as_str()).saved().filter(|map| map.blob() == blob)
     }
 
     /// The device for `map`'s blob, shared with everyone whose map agrees.
@@ -132,25 +149,32 @@ impl Store {
         map: &UnitMap,
         source: &Arc<dyn BlobSource>,
     ) -> Result<Option<Arc<Device>>, StoreError> {
-        let dir = self.devices_dir.join(name);
+        let place = self.place(name);
         let shelf = shelves.get(name);
+        if let Some(shelf) = shelf.filter(|shelf| shelf.ledger.strong_count() > 0) {
+            place.ensure_unchanged(&shelf.data)?;
+        }
         if let Some(device) = shelf.and_then(|shelf| shelf.device.upgrade()) {
             return Ok(device.try_learn(map, Arc::clone(source))?.then_some(device));
         }
-        let ledger = shelf.and_then(|shelf| shelf.ledger.upgrade());
-        let Some(merged) = settle_map(&dir, map)? else { return Ok(None) };
-        let ledger = match ledger {
-            Some(ledger) => ledger,
-            None => Arc::new(open_ledger(&dir, &merged)?),
+        let ledger = shelf.and_then(|shelf| Some((shelf.ledger.upgrade()?, shelf.data)));
+        let Some(merged) = place.settle_map(map)? else { return Ok(None) };
+        let (ledger, data) = match ledger {
+            Some(known) => known,
+            None => place.open_ledger(&merged).map(|(ledger, data)| (Arc::new(ledger), data))?,
         };
         let weak = Arc::downgrade(&ledger);
-        let home =
-            Home { data: dir.join("data"), save: Box::new(move |map| save(&dir, map)), _lock: Arc::clone(&self.lock) };
+        let data_path = place.data();
+        let home = Home { data: data_path, save: Box::new(move |map| place.save(map)), _lock: Arc::clone(&self.lock) };
         let device =
             Device::assemble(Arc::new(merged), Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
         shelves.retain(|_, shelf| shelf.ledger.strong_count() > 0);
-        shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak });
+        shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak, data });
         Ok(Some(device))
+    }
+
+    fn place(&self, name: &str) -> Place {
+        Place { dir: self.devices_dir.join(name), disk: Arc::clone(&self.disk) }
     }
 
     /// Makes everything present in all devices durable. Waits for the disk. Devices stay usable.
@@ -199,87 +223,139 @@ fn lock(root: &Path) -> Result<File, StoreError> {
     Ok(file)
 }
 
-/// The map saved in `dir`, if there is a sound one.
-fn saved(dir: &Path) -> Option<UnitMap> {
-    UnitMap::from_bytes(&fs::read(dir.join("units")).ok()?).ok()
+/// The directory of one device and what is done to its files.
+struct Place {
+    dir: PathBuf,
+    disk: Arc<dyn Disk>,
 }
 
-fn save(dir: &Path, map: &UnitMap) -> Result<(), StoreError> {
-    replace(dir, "units", |file| file.write_all(&map.to_bytes()))
-}
+impl Place {
+    fn data(&self) -> PathBuf {
+        self.dir.join("data")
+    }
 
-/// Merges `map` with the one saved in `dir` and saves the outcome; `None` if they disagree.
-fn settle_map(dir: &Path, map: &UnitMap) -> Result<Option<UnitMap>, StoreError> {
-    if let Some(known) = saved(dir) {
-        let merged = known.merge(map);
-        if let Some(merged) = &merged
-            && *merged != known
-        {
-            save(dir, merged)?;
+    /// The map saved here, if there is a sound one.
+    fn saved(&self) -> Option<UnitMap> {
+        UnitMap::from_bytes(&self.disk.read(&self.dir.join("units")).ok()?).ok()
+    }
+
+    fn save(&self, map: &UnitMap) -> Result<(), StoreError> {
+        self.replace("units", |file| file.write_at(&map.to_bytes(), 0))
+    }
+
+    /// Merges `map` with the one saved and saves the outcome; `None` if they disagree.
+    fn settle_map(&self, map: &UnitMap) -> Result<Option<UnitMap>, StoreError> {
+        if let Some(known) = self.saved() {
+            let merged = known.merge(map);
+            if let Some(merged) = &merged
+                && *merged != known
+            {
+                self.save(merged)?;
+            }
+            return Ok(merged);
         }
-        return Ok(merged);
+        self.disk.create_dir(&self.dir).map_err(at(&self.dir))?;
+        // What is present was checked against a map that is lost.
+        self.forget_presence()?;
+        self.save(map)?;
+        Ok(Some(map.clone()))
     }
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
-    // What is present was checked against a map that is lost.
-    let present = dir.join("present");
-    match fs::remove_file(&present) {
-        Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(at(&present)(cause)),
-        _ => sync_dir(dir)?,
-    }
-    save(dir, map)?;
-    Ok(Some(map.clone()))
-}
 
-/// Opens `data` and `present`, creating or replacing what is missing or does not fit.
-fn open_ledger(dir: &Path, map: &UnitMap) -> Result<Ledger, StoreError> {
-    let data_path = dir.join("data");
-    let fits = fs::symlink_metadata(&data_path).is_ok_and(|meta| meta.is_file() && meta.len() == map.decoded_len());
-    if !fits {
-        replace(dir, "data", |file| file.set_len(map.decoded_len()))?;
-    }
-    let data = OpenOptions::new().write(true).open(&data_path).map_err(at(&data_path))?;
-    let identity = identify(&data, map).map_err(at(&data_path))?;
+    /// Opens `data` and `present`, creating or replacing what is missing or does not fit.
+    fn open_ledger(&self, map: &UnitMap) -> Result<(Ledger, FileFacts), StoreError> {
+        let data_path = self.data();
+        let fits = self.disk.facts(&data_path).is_ok_and(|file| file.is_file && file.len == map.decoded_len());
+        if !fits {
+            // First, or a new file with the old one's inode number could be taken for it.
+            self.forget_presence()?;
+            self.replace("data", |file| file.set_len(map.decoded_len()))?;
+        }
+        let data = self.disk.open(&data_path).map_err(at(&data_path))?;
+        let facts = data.facts().map_err(at(&data_path))?;
+        let identity = Identity { layout: layout(map), units: map.count(), inode: facts.inode, born: facts.born };
 
-    let present_path = dir.join("present");
-    let bytes = fs::read(&present_path).unwrap_or_default();
-    let fresh = bits::empty(&identity);
-    if !bytes.starts_with(&fresh) {
-        replace(dir, "present", |file| file.write_all(&fresh))?;
+        let present_path = self.dir.join("present");
+        let bytes = self.disk.read(&present_path).unwrap_or_default();
+        let fresh = bits::empty(&identity);
+        let mut words = bits::read(&bytes, &identity);
+        let nothing = words.iter().all(|&word| word == 0);
+        let there = if nothing { Vec::new() } else { data.data_ranges(facts.len).map_err(at(&data_path))? };
+        if !bytes.starts_with(&fresh) || !is_possible(map, &words, &there) {
+            self.replace("present", |file| file.write_at(&fresh, 0))?;
+            words.fill(0);
+        }
+        let file = self.disk.open(&present_path).map_err(at(&present_path))?;
+        let copy = DurableCopy { file, identity, names: Some(self.sync_names()) };
+        let sink = WholeFile { file: data, len: facts.len };
+        Ok((Ledger::new(Box::new(sink), words, Some(copy)), facts))
     }
-    let read = bits::read(&bytes, &identity);
-    let mut words = vec![0; words_for(map.count())];
-    for (index, unit) in (0..).zip(map.units()) {
-        if is_needed(unit) && bit(&read, index) {
-            set_bit(&mut words, index);
+
+    /// Removes `present`, durably.
+    fn forget_presence(&self) -> Result<(), StoreError> {
+        let present = self.dir.join("present");
+        match self.disk.remove(&present) {
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(at(&present)(cause)),
+            _ => self.disk.sync_dir(&self.dir).map_err(at(&self.dir)),
         }
     }
-    let file = OpenOptions::new().write(true).open(&present_path).map_err(at(&present_path))?;
-    let copy = DurableCopy { file: Box::new(FileSink::new(file)), identity };
-    Ok(Ledger::new(Box::new(FileSink::new(data)), words, Some(copy)))
+
+    /// Fails if `data` is not the file any more that it was when it was opened: what is known about
+    /// that file must not be said of another.
+    fn ensure_unchanged(&self, opened: &FileFacts) -> Result<(), StoreError> {
+        let path = self.data();
+        match self.disk.facts(&path) {
+            Ok(now) if now == *opened => Ok(()),
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(at(&path)(cause)),
+            _ => Err(StoreError::Replaced { path }),
+        }
+    }
+
+    /// Makes a file appear under `name` complete and durable, or not at all.
+    fn replace(&self, name: &str, write: impl FnOnce(&dyn DiskFile) -> io::Result<()>) -> Result<(), StoreError> {
+        let (path, new) = (self.dir.join(name), self.dir.join(format!("{name}.new")));
+        let file = self.disk.create(&new).map_err(at(&new))?;
+        write(&*file).and_then(|()| file.sync()).map_err(at(&new))?;
+        self.disk.rename(&new, &path).map_err(at(&path))?;
+        self.disk.sync_dir(&self.dir).map_err(at(&self.dir))
+    }
+
+    /// Makes the names of the files and of their directory durable.
+    fn sync_names(&self) -> Box<SyncNames> {
+        let (dir, disk) = (self.dir.clone(), Arc::clone(&self.disk));
+        Box::new(move || {
+            disk.sync_dir(&dir)?;
+            disk.sync_dir(dir.parent().unwrap_or(&dir))
+        })
+    }
 }
 
-fn identify(data: &File, map: &UnitMap) -> io::Result<Identity> {
-    let meta = data.metadata()?;
-    let born = meta.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-    let born = born.and_then(|age| u64::try_from(age.as_nanos()).ok()).unwrap_or(0);
-    Ok(Identity { layout: layout(map), units: map.count(), inode: meta.ino(), born })
+/// A data file that must stay as long as it is. Written to after somebody cut it off, it would grow
+/// again, with a hole where units were present; as it is, a kernel that reads there gets an error.
+struct WholeFile {
+    file: Box<dyn DiskFile>,
+    len: u64,
+}
+
+impl Sink for WholeFile {
+    fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        if self.file.facts()?.len != self.len {
+            return Err(io::Error::other("somebody else changed the length of the cache file"));
+        }
+        self.file.write_at(bytes, at)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+}
+
+/// Whether the units in `words` can all be in a file whose data is `there`, having been checked. A
+/// file of which pieces were cut out or lost is not believed about the rest either.
+fn is_possible(map: &UnitMap, words: &[u64], there: &[ByteRange]) -> bool {
+    words.iter().zip(found(map, there)).all(|(claimed, possible)| claimed & !possible == 0)
 }
 
 /// Fingerprint of where units lie, without how they are checked.
 fn layout(map: &UnitMap) -> Digest {
     map.without_checks().fingerprint()
-}
-
-/// Makes a file appear under `name` complete and durable, or not at all.
-fn replace(dir: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<(), StoreError> {
-    let (path, new) = (dir.join(name), dir.join(format!("{name}.new")));
-    let open = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
-    let mut file = open.map_err(at(&new))?;
-    write(&mut file).and_then(|()| file.sync_all()).map_err(at(&new))?;
-    fs::rename(&new, &path).map_err(at(&path))?;
-    sync_dir(dir)
-}
-
-fn sync_dir(dir: &Path) -> Result<(), StoreError> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
 }
