@@ -8,6 +8,7 @@ mod fault;
 mod id;
 mod range;
 mod size;
+pub(crate) mod sync;
 
 pub use chain::Chain;
 pub use class::Class;

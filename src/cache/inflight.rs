@@ -9,11 +9,12 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::{Completion, FillError};
 use crate::base::Class;
+use crate::base::sync::Mutex;
+use crate::base::sync::atomic::{AtomicBool, Ordering};
 use crate::blob::UnitIndex;
 
 /// One caller of `fill`, waiting for all units of its range.
@@ -196,7 +197,7 @@ impl Drop for Lead {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests {
     use std::sync::mpsc::{Receiver, TryRecvError, channel};
 

@@ -11,12 +11,12 @@
 //! from publishing afterwards.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, RwLock};
 
 use super::bits::{self, Identity};
 use super::presence::{Presence, bit};
 use super::sink::{Sink, write_blocks};
+use crate::base::sync::atomic::{AtomicBool, Ordering};
+use crate::base::sync::{Mutex, RwLock};
 use crate::blob::{Unit, UnitIndex, UnitMap};
 
 /// Why bits did not become durable.
@@ -137,7 +137,7 @@ impl Ledger {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests {
     use std::collections::{BTreeSet, VecDeque};
     use std::sync::Arc;

@@ -26,6 +26,8 @@ mod plan;
 mod pool;
 mod presence;
 mod readahead;
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
 mod sink;
 mod sources;
 mod stats;
@@ -35,6 +37,8 @@ pub use device::Device;
 pub use disk::{Disk, DiskFile, FileFacts, FileSink, HostDisk};
 pub use engine::{Engine, StoreOptions};
 pub use ledger::FlushError;
+#[cfg(all(test, feature = "shuttle"))]
+pub(crate) use schedules::explore;
 pub use sink::{MAX_PIECE, Sink};
 pub use stats::DeviceStats;
 pub use store::{Store, StoreError};

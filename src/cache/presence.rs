@@ -1,8 +1,8 @@
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::is_needed;
 use crate::base::ByteRange;
+use crate::base::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::blob::{UnitIndex, UnitMap};
 
 /// Which units are in the device file: one bit each, readable without a lock.
@@ -106,7 +106,7 @@ impl Presence {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests {
     use super::*;
 

@@ -15,6 +15,8 @@
 //! descriptor of an event.
 
 mod permission;
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
 mod service;
 
 pub use service::Fanotify;
