@@ -63,6 +63,8 @@ const TABLES: &[&[Case]] = &[
     cases::sharing::CASES,
     cases::faults::CASES,
     cases::lifecycle::CASES,
+    cases::meddling::CASES,
+    cases::baddays::CASES,
 ];
 
 /// What a case returns; the error's whole chain is printed.

@@ -53,9 +53,23 @@ impl<'a> Fixture<'a> {
 
     /// Starts a daemon with these further options and waits until it answers.
     pub(crate) fn start(&mut self, options: &[&str]) -> anyhow::Result<()> {
+        self.start_under(&[], options)
+    }
+
+    /// The same by way of a program that runs another one in its place.
+    pub(crate) fn start_under(&mut self, wrapper: &[&str], options: &[&str]) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(self.log_path())?;
-        let mut command = Command::new(&self.ctx.rafsd);
-        command.arg("serve").arg("--cache").arg(self.cache()).arg("--run").arg(self.run()).args(options);
+        let rafsd = self.ctx.rafsd.to_str().context("UTF-8")?;
+        let words = [wrapper, &[rafsd]].concat();
+        let mut command = Command::new(words[0]);
+        command
+            .args(&words[1..])
+            .arg("serve")
+            .arg("--cache")
+            .arg(self.cache())
+            .arg("--run")
+            .arg(self.run())
+            .args(options);
         let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
         self.daemon = Some(child);
         let until = Instant::now() + Duration::from_secs(if self.ctx.in_guest { 60 } else { 20 });

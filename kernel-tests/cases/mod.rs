@@ -1,10 +1,12 @@
 //! Cases that run the daemon, and the facts it rests on.
 
+pub(crate) mod baddays;
 pub(crate) mod events;
 pub(crate) mod faults;
 mod fixture;
 pub(crate) mod images;
 pub(crate) mod interop;
 pub(crate) mod lifecycle;
+pub(crate) mod meddling;
 pub(crate) mod reading;
 pub(crate) mod sharing;
