@@ -62,9 +62,13 @@ const TABLES: &[&[Case]] = &[
     cases::interop::CASES,
     cases::sharing::CASES,
     cases::faults::CASES,
+    cases::takeover::CASES,
+    cases::many::CASES,
     cases::lifecycle::CASES,
     cases::meddling::CASES,
     cases::baddays::CASES,
+    cases::service::CASES,
+    cases::prefetch::CASES,
 ];
 
 /// What a case returns; the error's whole chain is printed.

@@ -106,6 +106,45 @@ async fn read_middle(source: &HttpSource) -> Result<Vec<u8>, SourceError> {
     source.read(&a(), MIDDLE, patient()).await.map(Vec::from)
 }
 
+/// Streams the middle of blob `a`; what came, whatever the end.
+async fn stream_middle(source: &HttpSource) -> (Vec<u8>, Result<(), SourceError>) {
+    let mut came = Vec::new();
+    let outcome = source.stream(&a(), MIDDLE, patient(), &mut |piece| came.extend_from_slice(&piece)).await;
+    (came, outcome)
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_where_it_broke_off() {
+    let origin = Origin::start();
+    origin.server.set_faults(|request| match request.number {
+        0 => Fault::Status { code: 503, retry_after: None },
+        1 | 2 => Fault::Cut { after: 100_000 },
+        _ => Fault::None,
+    });
+
+    let (came, outcome) = stream_middle(&origin.source()).await;
+
+    outcome.unwrap();
+    assert!(came == origin.expected(MIDDLE), "the bytes, each once and in order");
+    let asked: Vec<_> = origin.server.stats().log.iter().filter_map(|served| served.range).collect();
+    assert_eq!(asked, [MIDDLE, MIDDLE, range(101_000, 300_000), range(201_000, 300_000)]);
+}
+
+#[tokio::test]
+async fn what_a_stream_brought_before_it_failed_is_sound() {
+    for (fault, kind) in [
+        (Fault::Cut { after: 0 }, "failed to serve"),
+        (Fault::Surplus { bytes: 1 }, "more than the"),
+        (Fault::Status { code: 404, retry_after: None }, "is not at"),
+    ] {
+        let origin = Origin::faulty(fault.clone());
+        let (came, outcome) = stream_middle(&origin.source()).await;
+        let text = outcome.unwrap_err().to_string();
+        assert!(text.contains(kind), "{fault:?}: {text}");
+        assert!(origin.expected(MIDDLE).starts_with(&came), "{fault:?}");
+    }
+}
+
 #[tokio::test]
 async fn random_ranges_are_the_bytes_of_the_file() {
     let origin = Origin::start();

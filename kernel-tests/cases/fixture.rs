@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -23,11 +24,24 @@ pub(crate) struct Fixture<'a> {
     pub(crate) server: BlobServer,
     daemon: Option<Child>,
     cache: PathBuf,
+    environment: Vec<(&'static str, String)>,
+    descriptors: Option<u64>,
 }
 
 impl<'a> Fixture<'a> {
     /// Builds an image of what `fill` puts into an empty directory, and starts a daemon.
     pub(crate) fn new(ctx: &'a Ctx, fill: impl FnOnce(&Path) -> io::Result<()>) -> anyhow::Result<Self> {
+        Self::with(ctx, &[], ServerOptions::default(), &[], fill)
+    }
+
+    /// The same with further options of `rafsd build`, of the server, and of `rafsd serve`.
+    pub(crate) fn with(
+        ctx: &'a Ctx,
+        build: &[&str],
+        server: ServerOptions,
+        daemon: &[&str],
+        fill: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> anyhow::Result<Self> {
         let source = ctx.dir.join("source");
         fs::create_dir(&source)?;
         fill(&source).context("make the source")?;
@@ -38,17 +52,38 @@ impl<'a> Fixture<'a> {
             .arg("-o")
             .arg(&out)
             .args(["--compress", "lz4"])
+            .args(build)
             .output()?;
         ensure!(built.status.success(), "build: {}", String::from_utf8_lossy(&built.stderr));
-        let server = BlobServer::start(out.join("blobs"), ServerOptions::default())?;
-        let mut this = Self { ctx, server, daemon: None, cache: ctx.dir.join("cache") };
-        this.start(&[])?;
+        let server = BlobServer::start(out.join("blobs"), server)?;
+        let cache = ctx.dir.join("cache");
+        let mut this = Self { ctx, server, daemon: None, cache, environment: Vec::new(), descriptors: None };
+        this.start(daemon)?;
         Ok(this)
     }
 
     /// An image of `count` files `0`, `1`, … of incompressible bytes, each [`FILE`] bytes long.
     pub(crate) fn files(ctx: &'a Ctx, count: usize) -> anyhow::Result<Self> {
         Self::new(ctx, |dir| (0..count).try_for_each(|i| fs::write(dir.join(i.to_string()), content(i, FILE))))
+    }
+
+    /// Builds the image again with these further options, from the same source. Only while nothing is
+    /// mounted.
+    pub(crate) fn rebuild(&self, options: &[&str]) -> anyhow::Result<()> {
+        let out = self.ctx.dir.join("image");
+        fs::remove_file(out.join("bootstrap"))?;
+        let mut build = Command::new(&self.ctx.rafsd);
+        build.arg("build").arg(self.source()).arg("-o").arg(&out).args(["--compress", "lz4"]).args(options);
+        let built = build.output()?;
+        ensure!(built.status.success(), "build: {}", String::from_utf8_lossy(&built.stderr));
+        Ok(())
+    }
+
+    /// Facts about the daemon.
+    pub(crate) fn info(&self) -> anyhow::Result<rafsd::daemon::api::Info> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let client = rafsd::daemon::client::Client::new(&self.run())?;
+        Ok(runtime.block_on(client.info())?)
     }
 
     /// Starts a daemon with these further options and waits until it answers.
@@ -60,20 +95,23 @@ impl<'a> Fixture<'a> {
     pub(crate) fn start_under(&mut self, wrapper: &[&str], options: &[&str]) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(self.log_path())?;
         let rafsd = self.ctx.rafsd.to_str().context("UTF-8")?;
-        let words = [wrapper, &[rafsd]].concat();
+        // Both limits, because a daemon takes what the hard one allows.
+        let limit = self.descriptors.map(|limit| format!("--nofile={limit}:{limit}"));
+        let limiter: Vec<_> = limit.iter().flat_map(|limit| ["prlimit", limit]).collect();
+        let words = [wrapper, &limiter[..], &[rafsd]].concat();
         let mut command = Command::new(words[0]);
-        command
-            .args(&words[1..])
-            .arg("serve")
-            .arg("--cache")
-            .arg(self.cache())
-            .arg("--run")
-            .arg(self.run())
-            .args(options);
+        command.args(&words[1..]).arg("serve").arg("--cache").arg(self.cache()).arg("--run").arg(self.run());
+        if !options.contains(&"--restart") {
+            // A case that kills a daemon says itself who starts another one.
+            command.args(["--restart", "never"]);
+        }
+        command.args(options).envs(self.environment.iter().map(|(name, value)| (name, value)));
         let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
         self.daemon = Some(child);
         let until = Instant::now() + Duration::from_secs(if self.ctx.in_guest { 60 } else { 20 });
-        while !self.command(&["list", "--json"])?.status.success() || !self.run().join("rafsd.sock").exists() {
+        // Somebody has to listen: `list` finds nothing, successfully, behind the socket of a daemon that died.
+        let listens = |run: &Path| UnixStream::connect(run.join("rafsd.sock")).is_ok();
+        while !listens(&self.run()) || !self.command(&["list", "--json"])?.status.success() {
             let gone = self.daemon.as_mut().expect("just started").try_wait()?;
             ensure!(gone.is_none(), "the daemon ended at once: {}", self.log());
             ensure!(Instant::now() < until, "the daemon does not answer: {}", self.log());
@@ -103,18 +141,79 @@ impl<'a> Fixture<'a> {
         Ok(())
     }
 
-    /// Kills the daemon by SIGKILL. Gives the process id of the keeper it leaves behind.
-    pub(crate) fn kill(&mut self) -> anyhow::Result<u32> {
+    /// Kills the daemon by SIGKILL. Gives the process ids of the keepers it leaves behind.
+    pub(crate) fn kill(&mut self) -> anyhow::Result<Vec<u32>> {
         let Some(mut daemon) = self.daemon.take() else { bail!("no daemon runs") };
-        let keeper = self.keeper()?;
+        let keepers = self.keepers();
         daemon.kill()?;
         daemon.wait()?;
-        Ok(keeper)
+        Ok(keepers)
     }
 
-    /// Process id of the keeper.
-    pub(crate) fn keeper(&self) -> anyhow::Result<u32> {
-        Ok(rafsd::daemon::keeper::ask(&self.run(), "status")?.pid)
+    /// Kills the daemon and both keepers, nobody of whom can do anything in between.
+    pub(crate) fn kill_all(&mut self) -> anyhow::Result<()> {
+        let Some(mut daemon) = self.daemon.take() else { bail!("no daemon runs") };
+        let keepers = self.keepers();
+        signal(&daemon, nix::sys::signal::Signal::SIGSTOP)?;
+        for pid in &keepers {
+            nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(i32::try_from(*pid)?),
+                nix::sys::signal::Signal::SIGKILL,
+            )?;
+        }
+        daemon.kill()?;
+        daemon.wait()?;
+        keepers.into_iter().try_for_each(wait_for_exit)
+    }
+
+    /// Builds an image of what `fill` puts into a directory `name`, in another directory than that of
+    /// the fixture's own, and gives the latter.
+    pub(crate) fn build_other(
+        &self,
+        name: &str,
+        fill: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> anyhow::Result<PathBuf> {
+        let (source, out) = (self.ctx.dir.join(name), self.ctx.dir.join(format!("{name}-image")));
+        fs::create_dir(&source)?;
+        fill(&source).context("make the source")?;
+        let built = Command::new(&self.ctx.rafsd).arg("build").arg(&source).arg("-o").arg(&out).output()?;
+        ensure!(built.status.success(), "build: {}", String::from_utf8_lossy(&built.stderr));
+        Ok(out)
+    }
+
+    /// Mounts an image of [`Fixture::build_other`] at a new directory `name`, its blobs read from disk.
+    pub(crate) fn mount_other(&self, image: &Path, name: &str, options: &[&str]) -> anyhow::Result<PathBuf> {
+        let dir = self.ctx.dir.join(name);
+        fs::create_dir_all(&dir)?;
+        let text = |path: &Path| path.to_str().map(ToOwned::to_owned).context("UTF-8");
+        let (bootstrap, blobs, at) = (text(&image.join("bootstrap"))?, text(&image.join("blobs"))?, text(&dir)?);
+        let fixed = ["mount", &bootstrap, &at, "--blobs", &blobs, "--backend", self.ctx.backend.name()];
+        self.must(&[&fixed[..], options].concat())?;
+        Ok(dir)
+    }
+
+    /// Process ids of the keepers.
+    pub(crate) fn keepers(&self) -> Vec<u32> {
+        rafsd::daemon::keeper::statuses(&self.run()).iter().map(|status| status.pid).collect()
+    }
+
+    /// Limits how many descriptors daemons may have open that are started from now on.
+    pub(crate) fn limit_descriptors(&mut self, limit: u64) {
+        self.descriptors = Some(limit);
+    }
+
+    /// Adds a variable to the environment of daemons started from now on.
+    pub(crate) fn set_environment(&mut self, name: &'static str, value: String) {
+        self.environment.retain(|(known, _)| *known != name);
+        self.environment.push((name, value));
+    }
+
+    /// Takes note that somebody else started the daemon that runs now, and ended the last one.
+    pub(crate) fn forget_daemon(&mut self) -> anyhow::Result<()> {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.wait()?;
+        }
+        Ok(())
     }
 
     /// Process id of the daemon.
@@ -228,10 +327,14 @@ impl<'a> Fixture<'a> {
 
     /// Unmounts everything and ends the daemon, as a case that passes must.
     pub(crate) fn finish(mut self) -> anyhow::Result<()> {
+        let keepers = self.keepers();
         self.stop()?;
         let left = crate::mounts::below(&self.ctx.dir)?;
         ensure!(left.is_empty(), "mounts are left: {left:?}");
-        ensure!(!self.run().join("keeper.sock").exists(), "the keeper is left");
+        for keeper in rafsd::daemon::keeper::SOCKETS {
+            ensure!(!self.run().join(keeper).exists(), "a keeper is left: {keeper}");
+        }
+        keepers.into_iter().try_for_each(wait_for_exit)?;
         ensure!(!self.run().join("rafsd.sock").exists(), "the socket is left");
         Ok(())
     }

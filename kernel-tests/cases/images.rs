@@ -124,10 +124,10 @@ fn a_second_mount_with_a_bad_source_harms_nobody(ctx: &Ctx) -> Outcome {
 }
 
 /// A small file system in a file. Dropping it unmounts.
-struct SmallDisk(PathBuf);
+pub(crate) struct SmallDisk(pub(crate) PathBuf);
 
 impl SmallDisk {
-    fn new(ctx: &Ctx, megabytes: u64) -> anyhow::Result<Self> {
+    pub(crate) fn new(ctx: &Ctx, megabytes: u64) -> anyhow::Result<Self> {
         let (file, dir) = (ctx.dir.join("disk"), ctx.dir.join("small"));
         fs::File::create(&file)?.set_len(megabytes << 20)?;
         fs::create_dir(&dir)?;
@@ -175,7 +175,7 @@ fn a_full_cache_is_an_error_and_then_heals(ctx: &Ctx) -> Outcome {
 }
 
 /// Writes until the file system is full.
-fn fill_up(path: &Path) -> anyhow::Result<()> {
+pub(crate) fn fill_up(path: &Path) -> anyhow::Result<()> {
     use std::io::Write as _;
     let mut file = fs::File::create(path)?;
     for size in [1 << 20, 4096] {

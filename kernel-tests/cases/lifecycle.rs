@@ -184,7 +184,7 @@ fn mounting_starts_a_daemon_that_leaves_when_idle(ctx: &Ctx) -> Outcome {
 
     fixture.umount(&dir)?;
 
-    let sockets = ["rafsd.sock", "keeper.sock"].map(|name| fixture.run().join(name));
+    let sockets = ["rafsd.sock", "keeper.sock", "keeper-spare.sock"].map(|name| fixture.run().join(name));
     wait_until("the daemon leaves", || Ok(!sockets.iter().any(|socket| socket.exists())))?;
     // The socket goes first, the process a moment later.
     std::thread::sleep(Duration::from_secs(1));

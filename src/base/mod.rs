@@ -8,6 +8,7 @@ mod fault;
 mod id;
 mod range;
 mod size;
+mod span;
 pub(crate) mod sync;
 
 pub use chain::Chain;
@@ -16,6 +17,7 @@ pub use fault::Fault;
 pub use id::{BlobId, Digest, InvalidBlobId, hex};
 pub use range::ByteRange;
 pub use size::{ByteSize, InvalidSize};
+pub use span::{InvalidSpan, TimeSpan};
 
 /// Bytes in one block of a native RAFS v6 image, and the alignment of every unit in a device
 /// (`rafs-v6.md` section 2: `blkszbits` 12).

@@ -34,6 +34,16 @@ impl FromStr for ByteSize {
     }
 }
 
+impl ByteSize {
+    /// The same number as text that is read as exactly this many bytes: `64MiB`, `1000`.
+    pub fn exact(self) -> String {
+        match UNITS.iter().find(|(_, shift)| self.0 != 0 && self.0.trailing_zeros() >= *shift) {
+            Some((unit, shift)) => format!("{}{unit}", self.0 >> shift),
+            None => self.0.to_string(),
+        }
+    }
+}
+
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match UNITS.iter().find(|(_, shift)| self.0 >> shift > 0) {
@@ -62,5 +72,14 @@ mod tests {
     fn sizes_are_printed_with_a_fitting_unit() {
         assert_eq!(ByteSize(512).to_string(), "512 B");
         assert_eq!(ByteSize(1536 << 10).to_string(), "1.5 MiB");
+    }
+
+    #[test]
+    fn exact_sizes_are_read_as_the_same_number() {
+        for (bytes, text) in [(0, "0"), (1000, "1000"), (64 << 10, "64KiB"), (1536 << 10, "1536KiB"), (2 << 40, "2TiB")]
+        {
+            assert_eq!(ByteSize(bytes).exact(), text);
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)));
+        }
     }
 }

@@ -17,16 +17,19 @@ use super::inflight::{Inflight, Lead, Role, Wait};
 use super::ledger::{FlushError, Ledger};
 use super::plan::{PlanLimits, plan};
 use super::pool::Job;
+use super::prefetch::Want;
 use super::presence::found;
 use super::readahead::{Reach, Streams};
 use super::sink::{Scratch, Sink};
 use super::sources::Sources;
 use super::stats::{Counters, DeviceStats};
 use super::store::StoreError;
+use super::trace::Trace;
 use super::{Completion, Fill, FillError, is_needed};
 use crate::base::{BlobId, ByteRange, Class};
 use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};
 use crate::source::{BlobSource, SourceError};
+use crate::sys::faultpoint;
 
 /// A blob's decoded bytes, brought in when wanted.
 ///
@@ -46,6 +49,8 @@ type Save = dyn Fn(&UnitMap) -> Result<(), StoreError> + Send + Sync;
 pub(super) struct Home {
     /// The file of decoded bytes.
     pub(super) data: PathBuf,
+    /// The same, open for writing since before anybody could mark it, if it is a file of this host.
+    pub(super) file: Option<Arc<File>>,
     /// Makes what the map says durable. Presence must not outlive the checks it was won by.
     pub(super) save: Box<Save>,
     /// The right to write there: the store stays locked while a device can write to it.
@@ -77,6 +82,10 @@ pub(super) struct Core {
     pub(super) counters: Counters,
     completeness: Completeness,
     pub(super) background: Background,
+    /// Whether anybody is in `traces`: asked for every read.
+    is_traced: AtomicBool,
+    /// Who wants to know what is read, and which of its devices this is.
+    traces: Mutex<Vec<(Arc<Trace>, usize)>>,
     closed: AtomicBool,
     /// The last flush failed; said once, not every two seconds.
     flush_failed: AtomicBool,
@@ -128,12 +137,18 @@ impl Device {
             counters: Counters::default(),
             completeness: Completeness::default(),
             background: Background::default(),
+            is_traced: AtomicBool::new(false),
+            traces: Mutex::default(),
             closed: AtomicBool::new(false),
             flush_failed: AtomicBool::new(false),
         });
         core.learn(map);
         engine.flusher.watch(Arc::downgrade(&core));
         Arc::new(Self { core, home, learning: Mutex::default() })
+    }
+
+    pub(super) fn core(&self) -> &Arc<Core> {
+        &self.core
     }
 
     /// The blob this device holds.
@@ -149,6 +164,17 @@ impl Device {
     /// The file that holds the decoded bytes; `None` over a foreign sink.
     pub fn data_path(&self) -> Option<&Path> {
         self.home.as_ref().map(|home| home.data.as_path())
+    }
+
+    /// The file that holds the decoded bytes, open for writing since before anybody could mark it;
+    /// `None` over a foreign sink, or if the store's disk is not one of this host.
+    pub fn data_file(&self) -> Option<&Arc<File>> {
+        self.home.as_ref().and_then(|home| home.file.as_ref())
+    }
+
+    /// Name of the device's directory in its store; `None` over a foreign sink.
+    pub fn directory(&self) -> Option<&str> {
+        self.data_path()?.parent()?.file_name()?.to_str()
     }
 
     /// Opens the file that holds the decoded bytes, for reading.
@@ -182,11 +208,34 @@ impl Device {
         self.core.completeness.reached.load(Ordering::Acquire)
     }
 
-    /// Calls `callback` once, when [`Device::is_complete_durable`] becomes true: at once, or later
-    /// on the flush thread. The callback must not block; this call may wait for a flush.
+    /// Whether it is complete and durable, and nobody wants to see its reads: whoever reads it need
+    /// not ask.
+    pub fn is_settled(&self) -> bool {
+        self.is_complete_durable() && !self.core.is_traced()
+    }
+
+    /// Tells `trace` of all reads from now on, as those of its device `number`.
+    pub fn start_trace(&self, trace: &Arc<Trace>, number: usize) {
+        self.core.traces.lock().unwrap().push((Arc::clone(trace), number));
+        // Under the lock under which devices are found settled.
+        let _callbacks = self.core.completeness.callbacks.lock().unwrap();
+        self.core.is_traced.store(true, Ordering::Release);
+    }
+
+    /// Tells `trace` no more. May run what waits for the device to settle.
+    pub fn stop_trace(&self, trace: &Arc<Trace>) {
+        let mut traces = self.core.traces.lock().unwrap();
+        traces.retain(|(other, _)| !Arc::ptr_eq(other, trace));
+        self.core.is_traced.store(!traces.is_empty(), Ordering::Release);
+        drop(traces);
+        self.core.note_completeness();
+    }
+
+    /// Calls `callback` once, when [`Device::is_settled`] becomes true: at once, or later on the
+    /// thread that flushes or ends a trace. It must not block; this call may wait for a flush.
     pub fn on_complete(&self, callback: Box<dyn FnOnce() + Send>) {
         let mut callbacks = self.core.completeness.callbacks.lock().unwrap();
-        if !self.is_complete_durable() {
+        if !self.is_settled() {
             return callbacks.push(callback);
         }
         drop(callbacks);
@@ -202,7 +251,13 @@ impl Device {
     /// faults and past corrupt units; a full disk or a permanent fault ends it, and it may be
     /// started again. Does nothing if it is going on already.
     pub fn complete_in_background(&self) {
-        self.core.background.start(&self.core);
+        self.fetch_in_background(&[], true);
+    }
+
+    /// The same for some ranges, in this order, and then for what else is missing if `rest` is set.
+    pub fn fetch_in_background(&self, decoded: &[ByteRange], rest: bool) {
+        let wants: Vec<_> = decoded.iter().map(|&decoded| Want { device: 0, decoded }).collect();
+        self.core.background.start(&self.core, &wants, rest);
     }
 
     /// Stops what [`Device::complete_in_background`] started; units in flight still arrive.
@@ -266,12 +321,16 @@ impl Fill for Device {
     }
 
     fn fill(&self, decoded: ByteRange, class: Class, done: Completion) {
+        if class == Class::OnDemand {
+            self.core.note_read(decoded);
+        }
         let wait = Wait::new(done);
         self.core.fill_range(decoded, class, wait);
     }
 
     fn touched(&self, decoded: ByteRange) {
         self.core.counters.hits.fetch_add(1, Ordering::Relaxed);
+        self.core.note_read(decoded);
         if let Some(units) = self.core.layout.covering(decoded) {
             self.core.observe(units);
         }
@@ -285,6 +344,22 @@ impl Core {
 
     pub(super) fn map(&self) -> Arc<UnitMap> {
         Arc::clone(&self.map.read().unwrap())
+    }
+
+    fn is_traced(&self) -> bool {
+        self.is_traced.load(Ordering::Acquire)
+    }
+
+    /// A reader asked for this.
+    fn note_read(&self, decoded: ByteRange) {
+        if self.is_traced() {
+            self.traces.lock().unwrap().iter().for_each(|(trace, number)| trace.note(*number, decoded));
+        }
+    }
+
+    /// The units that hold `decoded`, if there are units for all of it.
+    pub(super) fn covering(&self, decoded: ByteRange) -> Option<Range<UnitIndex>> {
+        self.layout.covering(decoded)
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -314,18 +389,21 @@ impl Core {
     pub(super) fn fill(self: &Arc<Self>, units: Range<UnitIndex>, class: Class, done: Completion) {
         let wait = Wait::new(done);
         let map = self.map();
-        let mut leads = Vec::new();
+        let (mut leads, mut urgent) = (Vec::new(), Vec::new());
         let mut hit = true;
         for index in units.clone().filter(|&index| !self.ledger.presence.get(index)) {
             hit = false;
             let unit = &map.units()[index as usize];
             if is_needed(unit) {
-                leads.extend(self.enter(&map, index, units.clone(), class, Some(&wait)));
+                leads.extend(self.enter(&map, index, units.clone(), class, Some(&wait), &mut urgent));
             } else {
                 wait.fail(self.corrupt(index, unit, DecodeError::Unverifiable));
             }
         }
-        self.submit(&map, leads, class);
+        if !urgent.is_empty() {
+            self.engine.fetcher.promote(self.id, &urgent);
+        }
+        self.submit(&map, leads, class, None);
         if class == Class::OnDemand {
             let counter = if hit { &self.counters.hits } else { &self.counters.misses };
             counter.fetch_add(1, Ordering::Relaxed);
@@ -335,14 +413,15 @@ impl Core {
     }
 
     /// Joins or leads the fetch of one absent unit of `wanted`, and what comes with it. Gives what is
-    /// led.
-    fn enter(
+    /// led. A unit that is to be promoted, because a reader joined a prefetch, is added to `urgent`.
+    pub(super) fn enter(
         &self,
         map: &UnitMap,
         index: UnitIndex,
         wanted: Range<UnitIndex>,
         class: Class,
         wait: Option<&Arc<Wait>>,
+        urgent: &mut Vec<UnitIndex>,
     ) -> Vec<Lead> {
         // Those that the caller is about to ask for as well are as urgent at once: raising them later
         // means a search through the queues for each.
@@ -357,7 +436,7 @@ impl Core {
             }
             Role::Joined { promote } => {
                 if promote {
-                    self.engine.fetcher.promote((self.id, index));
+                    urgent.push(index);
                 }
                 Vec::new()
             }
@@ -375,22 +454,24 @@ impl Core {
         before.take(MOST_SIBLINGS).chain(after.take(MOST_SIBLINGS)).filter(can_come)
     }
 
-    /// Gathers led units into ranged reads and queues them.
-    fn submit(self: &Arc<Self>, map: &UnitMap, leads: Vec<Lead>, class: Class) {
+    /// Gathers led units into ranged reads and queues them; by the limits of `bulk` behind everything.
+    pub(super) fn submit(self: &Arc<Self>, map: &UnitMap, leads: Vec<Lead>, class: Class, bulk: Option<PlanLimits>) {
         if leads.is_empty() {
             return;
         }
         let options = &self.engine.options;
+        let limits = bulk.unwrap_or(PlanLimits { gap: options.gap, window: options.window(class) });
         let missing = leads.iter().map(|lead| (lead.unit(), map.units()[lead.unit() as usize])).collect();
         let mut leads: HashMap<UnitIndex, Lead> = leads.into_iter().map(|lead| (lead.unit(), lead)).collect();
-        let reads = plan(missing, PlanLimits { gap: options.gap, window: options.window(class) });
+        let reads = plan(missing, limits);
         let windows = reads.into_iter().map(|read| {
             let led = |index| {
                 let lead = leads.remove(&index)?;
                 Some(Led { unit: map.units()[index as usize], lead, again: false })
             };
             let units = read.units.into_iter().filter_map(led).collect();
-            Window { core: Arc::clone(self), stored: read.stored, units, asked: None }
+            let window = Window::new(Arc::clone(self), read.stored, units, None);
+            Window { bulk: bulk.is_some(), ..window }
         });
         self.enqueue(windows.collect());
     }
@@ -426,8 +507,10 @@ impl Core {
     fn prefetch(self: &Arc<Self>, units: Range<UnitIndex>) {
         let map = self.map();
         let absent = units.filter(|&index| !self.ledger.presence.get(index) && is_needed(&map.units()[index as usize]));
-        let leads = absent.flat_map(|index| self.enter(&map, index, index..index + 1, Class::Prefetch, None)).collect();
-        self.submit(&map, leads, Class::Prefetch);
+        // Prefetch that joins a fetch makes nothing urgent.
+        let lead = |index| self.enter(&map, index, index..index + 1, Class::Prefetch, None, &mut Vec::new());
+        let leads = absent.flat_map(lead).collect();
+        self.submit(&map, leads, Class::Prefetch, None);
     }
 
     /// Decodes, checks, writes and publishes the units of one stored range one by one, and tells
@@ -454,6 +537,7 @@ impl Core {
         }
         let (index, unit) = (led.lead.unit(), led.unit);
         let room = scratch.room(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"));
+        faultpoint::reach("fetched");
         let outcome = match decoder.decode(self.layout.key(), &unit, stored, room) {
             Err(_) if !led.again => return Some(led),
             Err(cause) => Err(self.corrupt(index, &unit, cause)),
@@ -473,11 +557,9 @@ impl Core {
     /// Asks for every stored range of a window alone, because the blob ends before the window does: the
     /// one that an image misplaced must not take its neighbours along.
     pub(super) fn split(self: &Arc<Self>, window: Window) {
-        let alone = |group: Vec<Led>| Window {
-            core: Arc::clone(self),
-            stored: group[0].unit.stored,
-            units: group,
-            asked: window.asked,
+        let alone = |group: Vec<Led>| {
+            let alone = Window::new(Arc::clone(self), group[0].unit.stored, group, window.asked);
+            Window { bulk: window.bulk, ..alone }
         };
         self.enqueue(groups(window.units).into_iter().map(alone).collect());
     }
@@ -487,7 +569,7 @@ impl Core {
     fn refetch(self: &Arc<Self>, damaged: Vec<Led>, asked: Option<Instant>) {
         let stored = damaged[0].unit.stored;
         let units = damaged.into_iter().map(|led| Led { again: true, ..led }).collect();
-        self.enqueue(vec![Window { core: Arc::clone(self), stored, units, asked }]);
+        self.enqueue(vec![Window::new(Arc::clone(self), stored, units, asked)]);
     }
 
     pub(super) fn fetch_failed(&self, led: Led, cause: &Arc<SourceError>) {
@@ -498,7 +580,7 @@ impl Core {
 
     /// Holds a source to its word.
     pub(super) fn whole(&self, bytes: Bytes, stored: ByteRange, place: String) -> Result<Bytes, SourceError> {
-        self.counters.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.counters.received(bytes.len() as u64);
         if bytes.len() as u64 == stored.len() {
             return Ok(bytes);
         }
@@ -557,7 +639,7 @@ impl Core {
         let enough = (needed > 0 || map.count() == 0) && self.ledger.presence.count() >= needed;
         let complete = enough && self.ledger.holds_all(&map);
         self.completeness.reached.store(complete, Ordering::Release);
-        let due = if complete { std::mem::take(&mut *callbacks) } else { Vec::new() };
+        let due = if complete && !self.is_traced() { std::mem::take(&mut *callbacks) } else { Vec::new() };
         drop(callbacks);
         due.into_iter().for_each(|callback| callback());
     }

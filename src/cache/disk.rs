@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use super::sink::Sink;
@@ -56,6 +57,11 @@ pub trait DiskFile: Sink {
 
     /// The parts of the file's first `len` bytes that are data, not holes, in order.
     fn data_ranges(&self, len: u64) -> io::Result<Vec<ByteRange>>;
+
+    /// The open file of this host that is written to, if it is one.
+    fn host_file(&self) -> Option<Arc<File>> {
+        None
+    }
 }
 
 /// What tells one file from another.
@@ -121,12 +127,12 @@ impl Disk for HostDisk {
 
 /// An ordinary file.
 #[derive(Debug)]
-pub struct FileSink(File);
+pub struct FileSink(Arc<File>);
 
 impl FileSink {
     /// Writes to `file`, which must be open for writing.
-    pub fn new(file: File) -> Self {
-        Self(file)
+    pub fn new(file: impl Into<Arc<File>>) -> Self {
+        Self(file.into())
     }
 }
 
@@ -151,6 +157,10 @@ impl DiskFile for FileSink {
 
     fn data_ranges(&self, len: u64) -> io::Result<Vec<ByteRange>> {
         data_ranges(self.0.as_fd(), len)
+    }
+
+    fn host_file(&self) -> Option<Arc<File>> {
+        Some(Arc::clone(&self.0))
     }
 }
 

@@ -8,8 +8,10 @@ use tokio::runtime::Handle;
 
 use super::fetch::Fetcher;
 use super::flush::Flusher;
+use super::plan::PlanLimits;
 use super::pool::{Pool, Queue};
 use crate::base::Class;
+use crate::sys::sandbox::Sandbox;
 
 /// Limits of a cache. The defaults suit one host that runs containers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,9 +34,17 @@ pub struct StoreOptions {
     /// Ranged reads for waiting readers that run at once. One device may hold half of them, so
     /// that a server that does not answer holds up nobody else's readers. Default 16.
     pub fetches: usize,
-    /// Ranged reads of prefetch that run at once. Default 4.
+    /// Ranged reads of prefetch that run at once, and as many ahead of readers. Default 4.
     pub prefetch_fetches: usize,
-    /// How long a reader may wait, queues included. Default 30 s.
+    /// How long a reader may wait, queues included. Default 60 s.
+    /// Longest read of a prefetch that wants most of a blob. Its units are decoded as they arrive, and
+    /// it gives way to readers. Default 16 MiB.
+    pub stream: u64,
+    /// Stored bytes per second that prefetch may fetch, what is fetched ahead of readers aside;
+    /// `None`, the default, for as many as come.
+    pub prefetch_rate: Option<u64>,
+    /// How long no reader must have waited before prefetch goes on. Default 20 ms.
+    pub prefetch_calm: Duration,
     pub deadline: Duration,
     /// How long one prefetch read may take once it runs. Default 120 s.
     pub prefetch_deadline: Duration,
@@ -45,6 +55,8 @@ pub struct StoreOptions {
     pub readahead_most: u64,
     /// How often new presence bits are made durable. Default 2 s.
     pub flush_every: Duration,
+    /// What the decoding threads narrow themselves by. Default: nothing.
+    pub sandbox: Sandbox,
 }
 
 impl Default for StoreOptions {
@@ -59,11 +71,15 @@ impl Default for StoreOptions {
             gap: 64 << 10,
             fetches: 16,
             prefetch_fetches: 4,
-            deadline: Duration::from_secs(30),
+            deadline: Duration::from_secs(60),
+            stream: 16 * MIB,
+            prefetch_rate: None,
+            prefetch_calm: Duration::from_millis(20),
             prefetch_deadline: Duration::from_secs(120),
             readahead_first: MIB,
             readahead_most: 16 * MIB,
             flush_every: Duration::from_secs(2),
+            sandbox: Sandbox::off(),
         }
     }
 }
@@ -82,6 +98,8 @@ impl StoreOptions {
             memory_reserve: share / 4,
             window: default.window.min(share / 4),
             prefetch_window: default.prefetch_window.min(share / 4),
+            stream: default.stream.min(share / 4),
+            readahead_first: default.readahead_first.min(share),
             readahead_most: default.readahead_most.min(share),
             ..default
         }
@@ -98,6 +116,17 @@ impl StoreOptions {
         match class {
             Class::OnDemand => self.fetches.max(1),
             Class::Prefetch => self.prefetch_fetches.max(1),
+        }
+    }
+
+    /// How prefetch is gathered into reads: long ones, over what is there already, where `most` of
+    /// a blob is wanted. At a rate no read takes much longer than a moment.
+    pub(super) fn bulk_limits(&self, most: bool) -> PlanLimits {
+        let moment = self.prefetch_rate.map_or(u64::MAX, |rate| (rate / 4).max(256 << 10));
+        if most {
+            PlanLimits { gap: self.gap.saturating_mul(8), window: self.stream.min(moment) }
+        } else {
+            PlanLimits { gap: self.gap, window: self.prefetch_window.min(moment) }
         }
     }
 
@@ -126,7 +155,7 @@ impl Engine {
     /// If the system has no room for the threads.
     pub fn new(options: StoreOptions, runtime: Handle) -> io::Result<Arc<Self>> {
         let options = Arc::new(options);
-        let pool = Pool::start(options.decode_threads)?;
+        let pool = Pool::start(options.decode_threads, &options.sandbox)?;
         let fetcher = Fetcher::new(Arc::clone(&options), runtime.clone(), Arc::clone(pool.queue()));
         let flusher = Flusher::start(options.flush_every)?;
         Ok(Arc::new(Self { options, runtime, fetcher, flusher, pool, next_device: AtomicU64::new(0) }))

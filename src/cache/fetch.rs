@@ -1,28 +1,28 @@
 //! Ranged reads waiting for their turn, and the tasks that run them.
 //!
-//! Two queues: readers before prefetch. A read starts when its class has a free slot and the
+//! Three queues: readers, then what is fetched ahead of them, then prefetch of whole files and
+//! blobs (*bulk*), which begins only while nothing else is wanted and gives way when something is
+//! ([`super::admission`], [`super::stream`]). A read starts when its class has a free slot and the
 //! budget has memory for its bytes; until then it waits here and no thread does. The slot is
 //! free again when the bytes have come, the memory when they are written. Among readers, devices
 //! take turns and none may hold all slots: the servers behind two images fail independently.
 //!
 //! Locking: nothing is spawned, dropped or completed under the queue lock.
 
-use std::collections::VecDeque;
 use std::ops::RangeInclusive;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
 
-use super::budget::Budget;
 use super::device::Core;
 use super::engine::StoreOptions;
 use super::inflight::Lead;
-use super::lanes::Lanes;
-use super::pool::{Job, Queue, UnitKey};
+use super::pool::{Job, Queue};
+use super::queues::{Queues, Running, Signal};
+use super::stream;
 use crate::base::{ByteRange, Class, Fault};
 use crate::blob::{Unit, UnitIndex};
 use crate::source::{BlobSource, ReadCtx, SourceError};
@@ -35,6 +35,11 @@ pub(super) struct Window {
     pub(super) units: Vec<Led>,
     /// When a reader began to wait; `None` while nobody does.
     pub(super) asked: Option<Instant>,
+    /// Whether it is part of a prefetch that gives way to everything else. No more so once a reader
+    /// waits for one of its units.
+    pub(super) bulk: bool,
+    /// What has come already of a bulk read that gave way, from the start of `stored` on.
+    pub(super) head: BytesMut,
 }
 
 /// A unit on its way, and the duty to finish it.
@@ -46,7 +51,41 @@ pub(super) struct Led {
 }
 
 impl Window {
-    fn class(&self) -> Class {
+    /// A read of its own for `units`, for readers or ahead of one.
+    pub(super) fn new(core: Arc<Core>, stored: ByteRange, units: Vec<Led>, asked: Option<Instant>) -> Self {
+        Self { core, stored, units, asked, bulk: false, head: BytesMut::new() }
+    }
+
+    /// The same for a prefetch behind everybody.
+    pub(super) fn bulk(core: Arc<Core>, stored: ByteRange, units: Vec<Led>) -> Self {
+        Self { bulk: true, ..Self::new(core, stored, units, None) }
+    }
+
+    /// Parts of which each is wholly urgent or wholly bulk, in order. What has come of the first is
+    /// kept if it is bulk; a reader's read brings its own.
+    pub(super) fn split_by_urgency(self) -> Vec<Self> {
+        let Self { core, units, mut head, .. } = self;
+        let longest = core.engine.options.window;
+        let mut parts: Vec<Self> = Vec::new();
+        for group in groups(units) {
+            let is_urgent = group.iter().any(|led| led.lead.urgency().class() == Class::OnDemand);
+            let stored = group[0].unit.stored;
+            match parts.last_mut() {
+                Some(part) if part.bulk != is_urgent && (part.bulk || part.stored.hull(stored).len() <= longest) => {
+                    part.stored = part.stored.hull(stored);
+                    part.units.extend(group);
+                }
+                _ => {
+                    let head = std::mem::take(&mut head);
+                    let part = Self::new(Arc::clone(&core), stored, group, is_urgent.then(Instant::now));
+                    parts.push(if is_urgent { part } else { Self { bulk: true, head, ..part } });
+                }
+            }
+        }
+        parts
+    }
+
+    pub(super) fn class(&self) -> Class {
         let classes = self.units.iter().map(|led| led.lead.urgency().class());
         classes.min().unwrap_or(Class::Prefetch)
     }
@@ -57,53 +96,26 @@ impl Window {
     }
 
     /// Whether its units can be asked for by more than one read.
-    fn is_divisible(&self) -> bool {
+    pub(super) fn is_divisible(&self) -> bool {
         self.units.iter().any(|led| led.unit.stored != self.stored)
     }
 
-    fn span(&self) -> RangeInclusive<UnitIndex> {
+    pub(super) fn span(&self) -> RangeInclusive<UnitIndex> {
         let units = || self.units.iter().map(|led| led.lead.unit());
         units().min().unwrap_or(0)..=units().max().unwrap_or(0)
     }
 
-    fn holds(&self, (device, unit): UnitKey) -> bool {
+    pub(super) fn holds(&self, device: u64, unit: UnitIndex) -> bool {
         self.core.id == device && self.units.iter().any(|led| led.lead.unit() == unit)
     }
 }
 
 /// The queues and everything that runs.
 pub(super) struct Fetcher {
-    options: Arc<StoreOptions>,
+    pub(super) options: Arc<StoreOptions>,
     runtime: Handle,
-    jobs: Arc<Queue>,
-    state: Mutex<State>,
-}
-
-struct State {
-    on_demand: Lanes<Window>,
-    prefetch: VecDeque<Window>,
-    running: Vec<Running>,
-    budget: Budget,
-    next_ticket: u64,
-    /// Some thread is starting windows; others only note that there may be more to start.
-    pumping: bool,
-    pump_again: bool,
-}
-
-/// A read that occupies a slot.
-struct Running {
-    ticket: u64,
-    device: u64,
-    units: RangeInclusive<UnitIndex>,
-    class: Class,
-    signal: Arc<Signal>,
-}
-
-/// What a running read may be told.
-#[derive(Default)]
-struct Signal {
-    told: Notify,
-    cancelled: AtomicBool,
+    pub(super) jobs: Arc<Queue>,
+    state: Mutex<Queues>,
 }
 
 /// What the queue lock decides about the next window.
@@ -111,73 +123,67 @@ enum Turn {
     Start(Window, Slot),
     /// Its reader has waited too long already.
     Expired(Window),
+    /// Somebody has to look again at this moment.
+    Later(Instant),
 }
 
 impl Fetcher {
     pub(super) fn new(options: Arc<StoreOptions>, runtime: Handle, jobs: Arc<Queue>) -> Arc<Self> {
-        let state = State {
-            on_demand: Lanes::new(),
-            prefetch: VecDeque::new(),
-            running: Vec::new(),
-            budget: Budget::new(options.memory, options.memory_reserve),
-            next_ticket: 0,
-            pumping: false,
-            pump_again: false,
-        };
+        let state = Queues::new(&options);
         Arc::new(Self { options, runtime, jobs, state: Mutex::new(state) })
     }
 
     /// Queues reads by their urgency at this moment, and starts what can start.
     pub(super) fn enqueue(self: &Arc<Self>, windows: Vec<Window>) {
         let mut state = self.state.lock().unwrap();
-        for mut window in windows {
-            // Read under the lock: a promotion either came before and is seen, or finds the window.
-            match window.class() {
-                Class::OnDemand => {
-                    window.asked.get_or_insert_with(Instant::now);
-                    state.on_demand.push(window.core.id, window);
-                }
-                Class::Prefetch => {
-                    window.asked = None;
-                    state.prefetch.push_back(window);
-                }
-            }
-        }
+        windows.into_iter().for_each(|window| state.queue(window));
         drop(state);
         self.pump();
     }
 
-    /// Lets the work for `unit` go before prefetch, wherever it is. Its urgency must have been
-    /// raised already.
-    pub(super) fn promote(self: &Arc<Self>, unit: UnitKey) {
+    /// Puts what is left of a bulk read that gave way where it came from, unless it is `abandoned`.
+    /// What readers wait for by now becomes reads of their own.
+    pub(super) fn give_back(self: &Arc<Self>, rest: Window, abandoned: bool) {
+        let (core, missing) = (Arc::clone(&rest.core), rest.stored.len().saturating_sub(rest.head.len() as u64));
+        let (bulk, urgent): (Vec<_>, Vec<_>) = rest.split_by_urgency().into_iter().partition(|part| part.bulk);
         let mut state = self.state.lock().unwrap();
-        let queued = state.prefetch.iter().position(|window| window.holds(unit));
-        if let Some(mut window) = queued.and_then(|at| state.prefetch.remove(at)) {
-            window.asked = Some(Instant::now());
-            state.on_demand.push(window.core.id, window);
-        }
-        for running in &state.running {
-            if running.device == unit.0 && running.units.contains(&unit.1) {
-                running.signal.told.notify_one();
-            }
-        }
+        state.admission.refund(missing);
+        urgent.into_iter().for_each(|part| state.queue(part));
+        let (kept, dropped) = if abandoned { (Vec::new(), bulk) } else { (bulk, Vec::new()) };
+        kept.into_iter().rev().for_each(|part| state.bulk.push_front(part));
         drop(state);
-        self.jobs.promote(unit);
+        // Not under the lock: it cancels who waits.
+        drop(dropped);
+        // A device that closed in between has already removed its windows and missed these.
+        if core.is_closed() {
+            self.remove(core.id);
+        }
+        self.pump();
+    }
+
+    /// Gives up the bulk of a device; its leads cancel who waits. Readers who have joined are served.
+    pub(super) fn abandon(self: &Arc<Self>, device: u64) {
+        let abandoned = self.state.lock().unwrap().abandon(device);
+        drop(abandoned);
+        self.pump();
+    }
+
+    /// Lets the work for these units go before prefetch, wherever it is. Their urgency must have been
+    /// raised already.
+    pub(super) fn promote(self: &Arc<Self>, device: u64, units: &[UnitIndex]) {
+        let mut state = self.state.lock().unwrap();
+        state.promote(device, units);
+        drop(state);
+        units.iter().for_each(|&unit| self.jobs.promote((device, unit)));
         self.pump();
     }
 
     /// Drops what is queued for a device and stops what runs; the leads cancel their waiters.
     pub(super) fn remove(self: &Arc<Self>, device: u64) {
         let mut state = self.state.lock().unwrap();
-        let readers = state.on_demand.remove(device);
-        let (prefetch, kept): (Vec<_>, Vec<_>) = state.prefetch.drain(..).partition(|window| window.core.id == device);
-        state.prefetch = kept.into();
-        for running in state.running.iter().filter(|running| running.device == device) {
-            running.signal.cancelled.store(true, Ordering::Release);
-            running.signal.told.notify_one();
-        }
+        let dropped = state.remove(device);
         drop(state);
-        drop((readers, prefetch));
+        drop(dropped);
     }
 
     /// Starts reads until slots, memory or windows run out.
@@ -196,7 +202,9 @@ impl Fetcher {
             while let Some(turn) = self.next_turn(&mut state) {
                 drop(state);
                 match turn {
+                    Turn::Start(window, slot) if window.bulk => drop(self.runtime.spawn(stream::run(window, slot))),
                     Turn::Start(window, slot) => drop(self.runtime.spawn(run(window, slot))),
+                    Turn::Later(wake) => self.look_again(wake),
                     Turn::Expired(window) => self.expire(window),
                 }
                 state = self.state.lock().unwrap();
@@ -208,12 +216,12 @@ impl Fetcher {
         }
     }
 
-    fn next_turn(self: &Arc<Self>, state: &mut State) -> Option<Turn> {
+    fn next_turn(self: &Arc<Self>, state: &mut Queues) -> Option<Turn> {
         let late = state.on_demand.find(|_, window| window.is_late(self.options.deadline)).map(|(device, _)| device);
         if let Some(device) = late {
             return state.on_demand.take(device).map(Turn::Expired);
         }
-        let (class, device, bytes) = self.choose(state)?;
+        let Some((class, device, bytes)) = state.choose(&self.options) else { return self.next_bulk(state) };
         if !state.budget.try_take(class, bytes) {
             return None;
         }
@@ -221,32 +229,61 @@ impl Fetcher {
             Class::OnDemand => state.on_demand.take(device)?,
             Class::Prefetch => state.prefetch.pop_front()?,
         };
+        Some(self.begin(state, window, class))
+    }
+
+    /// The next read that is behind everything else, or when to look again.
+    fn next_bulk(self: &Arc<Self>, state: &mut Queues) -> Option<Turn> {
+        let bytes = state.bulk.front()?.stored.len();
+        let held = state.running.iter().filter(|running| running.bulk).count();
+        if held >= self.options.fetches(Class::Prefetch) {
+            return None;
+        }
+        let now = Instant::now();
+        let admitted = match state.readers_wait(now) {
+            Some(later) => Err(later),
+            None if !state.budget.try_take(Class::Prefetch, bytes) => return None,
+            None => state.admission.admit(bytes, now).inspect_err(|_| state.budget.give_back(bytes)),
+        };
+        if let Err(later) = admitted {
+            let known = state.wake.is_some_and(|wake| wake > now && wake <= later);
+            return (!known).then(|| {
+                state.wake = Some(later);
+                Turn::Later(later)
+            });
+        }
+        let window = state.bulk.pop_front()?;
+        Some(self.begin(state, window, Class::Prefetch))
+    }
+
+    /// Gives a window a slot; its memory has been taken.
+    fn begin(self: &Arc<Self>, state: &mut Queues, window: Window, class: Class) -> Turn {
         let signal = Arc::<Signal>::default();
         let ticket = state.next_ticket;
         state.next_ticket += 1;
-        let units = window.span();
-        state.running.push(Running { ticket, device, units, class, signal: Arc::clone(&signal) });
-        Some(Turn::Start(window, Slot { fetcher: Arc::clone(self), ticket, bytes, class, signal }))
+        state.running.push(Running {
+            ticket,
+            device: window.core.id,
+            units: window.span(),
+            class,
+            bulk: window.bulk,
+            urgent: false,
+            began: Instant::now(),
+            signal: Arc::clone(&signal),
+        });
+        let bytes = window.stored.len();
+        Turn::Start(window, Slot { fetcher: Arc::clone(self), ticket, bytes, class, signal })
     }
 
-    /// Whose turn it is, if there is a slot for it, and how many bytes it wants.
-    fn choose(&self, state: &State) -> Option<(Class, u64, u64)> {
-        let held = |class| state.running.iter().filter(move |running| running.class == class);
-        let free = |class| held(class).count() < self.options.fetches(class);
-        if !state.on_demand.is_empty() {
-            if !free(Class::OnDemand) {
-                return None;
+    /// Pumps again at `wake`, unless everything has ended by then.
+    fn look_again(self: &Arc<Self>, wake: Instant) {
+        let fetcher = Arc::downgrade(self);
+        drop(self.runtime.spawn(async move {
+            tokio::time::sleep_until(wake.into()).await;
+            if let Some(fetcher) = fetcher.upgrade() {
+                fetcher.pump();
             }
-            let most = self.options.fetches_per_device();
-            let may = |device| held(Class::OnDemand).filter(|running| running.device == device).count() < most;
-            if let Some((device, window)) = state.on_demand.find(|device, _| may(device)) {
-                return Some((Class::OnDemand, device, window.stored.len()));
-            }
-        }
-        let window = state.prefetch.front().filter(|_| free(Class::Prefetch))?;
-        let device = window.core.id;
-        // Readers who wait for one of their own device's slots still go before its prefetch.
-        (!state.on_demand.has(device)).then_some((Class::Prefetch, device, window.stored.len()))
+        }));
     }
 
     /// Fails a window whose readers' time is over. On the pool, where completions may run.
@@ -258,17 +295,17 @@ impl Fetcher {
 
 /// What a running read occupies. Dropping it, at the end or in a panic, frees it.
 pub(super) struct Slot {
-    fetcher: Arc<Fetcher>,
+    pub(super) fetcher: Arc<Fetcher>,
     ticket: u64,
     bytes: u64,
     class: Class,
-    signal: Arc<Signal>,
+    pub(super) signal: Arc<Signal>,
 }
 
 impl Slot {
     /// The bytes have come: another read may start. The memory stays taken.
-    fn fetched(&self) {
-        self.fetcher.state.lock().unwrap().running.retain(|running| running.ticket != self.ticket);
+    pub(super) fn fetched(&self) {
+        self.fetcher.state.lock().unwrap().end(self.ticket);
         self.fetcher.pump();
     }
 }
@@ -276,7 +313,7 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         let mut state = self.fetcher.state.lock().unwrap();
-        state.running.retain(|running| running.ticket != self.ticket);
+        state.end(self.ticket);
         state.budget.give_back(self.bytes);
         drop(state);
         self.fetcher.pump();
@@ -325,7 +362,8 @@ async fn read(window: &mut Window, slot: &Slot) -> Option<Result<Bytes, SourceEr
             Fault::Permanent if !matches!(error, SourceError::OutOfRange { .. }) => core.sources.demote(&source),
             Fault::Permanent | Fault::Transient | Fault::Corrupt => {}
         }
-        if failure.as_ref().is_none_or(|known| hope(&error, window) > hope(known, window)) {
+        let is_divisible = window.is_divisible();
+        if failure.as_ref().is_none_or(|known| hope(&error, is_divisible) > hope(known, is_divisible)) {
             failure = Some(error);
         }
         if Instant::now() >= deadline {
@@ -336,9 +374,9 @@ async fn read(window: &mut Window, slot: &Slot) -> Option<Result<Bytes, SourceEr
 }
 
 /// What can still be done after a failure: ask for the units one by one, or try again later.
-fn hope(error: &SourceError, window: &Window) -> u8 {
+pub(super) fn hope(error: &SourceError, is_divisible: bool) -> u8 {
     match error {
-        SourceError::OutOfRange { .. } if window.is_divisible() => 2,
+        SourceError::OutOfRange { .. } if is_divisible => 2,
         error if error.fault() == Fault::Transient => 1,
         _ => 0,
     }
@@ -385,21 +423,26 @@ async fn ask(
 /// One job per stored range, so that all threads share a window and each unit is answered by
 /// itself, but units that share their stored bytes are decompressed once.
 fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
-    let Window { core, stored, units, asked } = window;
+    let Window { core, stored, units, asked, .. } = window;
     let slot = Arc::new(slot);
     for group in groups(units) {
         let cut = |at: u64| usize::try_from(at - stored.start()).expect("a window fits in memory");
         let range = group[0].unit.stored;
         let bytes = bytes.slice(cut(range.start())..cut(range.end()));
-        let (core, slot) = (Arc::clone(&core), Arc::clone(&slot));
-        let units = group.iter().map(|led| (core.id, led.lead.unit())).collect();
-        let urgency = group.iter().map(|led| led.lead.urgency().clone()).collect();
-        let run = Box::new(move |scratch: &mut _| {
-            core.land(group, asked, &bytes, scratch);
-            drop((bytes, slot));
-        });
-        jobs.push(Job { units, urgency, run });
+        jobs.push(job(&core, group, asked, bytes, &slot));
     }
+}
+
+/// The work for one stored range whose bytes have come.
+pub(super) fn job(core: &Arc<Core>, group: Vec<Led>, asked: Option<Instant>, bytes: Bytes, slot: &Arc<Slot>) -> Job {
+    let (core, slot) = (Arc::clone(core), Arc::clone(slot));
+    let units = group.iter().map(|led| (core.id, led.lead.unit())).collect();
+    let urgency = group.iter().map(|led| led.lead.urgency().clone()).collect();
+    let run = Box::new(move |scratch: &mut _| {
+        core.land(group, asked, &bytes, scratch);
+        drop((bytes, slot));
+    });
+    Job { units, urgency, run }
 }
 
 /// Units that share their stored bytes together, all others alone. They come in order of stored
@@ -415,7 +458,7 @@ pub(super) fn groups(units: Vec<Led>) -> Vec<Vec<Led>> {
     groups
 }
 
-fn fail(jobs: &Queue, window: Window, cause: SourceError) {
+pub(super) fn fail(jobs: &Queue, window: Window, cause: SourceError) {
     let cause = Arc::new(cause);
     jobs.push(Job::new(Class::OnDemand, move |_| {
         for led in window.units {

@@ -18,6 +18,7 @@ use super::sink::{Sink, write_blocks};
 use crate::base::sync::atomic::{AtomicBool, Ordering};
 use crate::base::sync::{Mutex, RwLock};
 use crate::blob::{Unit, UnitIndex, UnitMap};
+use crate::sys::faultpoint;
 
 /// Why bits did not become durable.
 #[derive(Debug, thiserror::Error)]
@@ -87,8 +88,12 @@ impl Ledger {
     /// Writes the checked blocks of a unit and makes it present. Tells whether it was absent.
     pub(super) fn land(&self, index: UnitIndex, unit: &Unit, blocks: &[u8]) -> io::Result<bool> {
         let _landing = self.landing.read().unwrap();
+        faultpoint::reach("decoded");
         write_blocks(&*self.sink, blocks, unit.blocks().start())?;
-        Ok(self.publish(index))
+        faultpoint::reach("landed");
+        let fresh = self.publish(index);
+        faultpoint::reach("published");
+        Ok(fresh)
     }
 
     fn publish(&self, index: UnitIndex) -> bool {
@@ -119,6 +124,7 @@ impl Ledger {
             self.presence.withdraw(&durable.words);
             return Err(FlushError::Data(error));
         }
+        faultpoint::reach("synced");
         let Durable { words: before, copy, .. } = &mut *durable;
         if let Some(copy) = copy
             && let Err(error) = copy.write(before, &words)
@@ -126,6 +132,7 @@ impl Ledger {
             self.dirty.store(true, Ordering::Release);
             return Err(FlushError::Bits(error));
         }
+        faultpoint::reach("flushed");
         durable.words = words;
         Ok(())
     }

@@ -11,6 +11,7 @@
 //! reads and runs them on the network threads, `pool` decodes and checks, `ledger` writes and
 //! publishes, and the last unit to settle runs the completion.
 
+mod admission;
 mod background;
 mod bits;
 mod budget;
@@ -24,7 +25,9 @@ mod lanes;
 mod ledger;
 mod plan;
 mod pool;
+mod prefetch;
 mod presence;
+mod queues;
 mod readahead;
 #[cfg(all(test, feature = "shuttle"))]
 mod schedules;
@@ -32,16 +35,20 @@ mod sink;
 mod sources;
 mod stats;
 mod store;
+mod stream;
+mod trace;
 
 pub use device::Device;
 pub use disk::{Disk, DiskFile, FileFacts, FileSink, HostDisk};
 pub use engine::{Engine, StoreOptions};
 pub use ledger::FlushError;
+pub use prefetch::{Prefetch, PrefetchState, PrefetchStats, Want};
 #[cfg(all(test, feature = "shuttle"))]
 pub(crate) use schedules::explore;
 pub use sink::{MAX_PIECE, Sink};
 pub use stats::DeviceStats;
 pub use store::{Store, StoreError};
+pub use trace::{MOST_READS, Recorded, Trace};
 
 use std::sync::Arc;
 

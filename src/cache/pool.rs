@@ -14,6 +14,7 @@ use super::inflight::Urgency;
 use super::sink::Scratch;
 use crate::base::Class;
 use crate::blob::UnitIndex;
+use crate::sys::sandbox::Sandbox;
 
 /// Names a unit among all devices of an engine.
 pub(super) type UnitKey = (u64, UnitIndex);
@@ -122,13 +123,17 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// Starts `count` threads, at least one.
-    pub(super) fn start(count: usize) -> io::Result<Self> {
+    /// Starts `count` threads, at least one, which narrow themselves by `sandbox`: they take apart
+    /// what a server sent.
+    pub(super) fn start(count: usize, sandbox: &Sandbox) -> io::Result<Self> {
         let mut pool = Self { queue: Arc::default(), threads: Vec::new() };
         for number in 0..count.max(1) {
-            let queue = Arc::clone(&pool.queue);
+            let (queue, sandbox) = (Arc::clone(&pool.queue), sandbox.clone());
             let thread = std::thread::Builder::new().name(format!("decode-{number}"));
-            pool.threads.push(thread.spawn(move || queue.work())?);
+            pool.threads.push(thread.spawn(move || {
+                sandbox.narrow();
+                queue.work();
+            })?);
         }
         Ok(pool)
     }
@@ -171,7 +176,7 @@ mod tests {
 
     /// A pool whose only thread is busy until the returned sender is dropped.
     fn busy_pool() -> (Pool, Sender<()>) {
-        let pool = Pool::start(1).unwrap();
+        let pool = Pool::start(1, &Sandbox::off()).unwrap();
         let (hold, held) = channel::<()>();
         let (started, running) = channel();
         pool.queue().push(job(Class::OnDemand, 0, move || {
@@ -200,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_panic_ends_the_job_and_not_the_thread() {
-        let pool = Pool::start(1).unwrap();
+        let pool = Pool::start(1, &Sandbox::off()).unwrap();
         let (tx, rx) = channel();
 
         pool.queue().push(job(Class::OnDemand, 1, || panic!("expected by the test")));

@@ -15,8 +15,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
@@ -25,14 +24,16 @@ use tokio::runtime::Handle;
 
 use super::bits::{self, Identity};
 use super::device::{Device, Home};
-use super::disk::{Disk, DiskFile, FileFacts, HostDisk};
+use super::disk::{Disk, DiskFile, FileFacts, FileSink, HostDisk};
 use super::engine::{Engine, StoreOptions};
+use super::is_needed;
 use super::ledger::{DurableCopy, FlushError, Ledger, SyncNames};
-use super::presence::found;
+use super::presence::{bit, found};
 use super::sink::Sink;
 use crate::base::{BlobId, ByteRange, Digest};
 use crate::blob::UnitMap;
 use crate::source::BlobSource;
+use crate::sys::files::{inode_id, inode_id_at};
 
 /// Why a store or a device in it could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +48,12 @@ pub enum StoreError {
         #[source]
         cause: io::Error,
     },
+    /// A lock was handed over, of another store.
+    #[error("what a daemon left behind belongs to another cache than {}", root.display())]
+    ForeignLock { root: PathBuf },
+    /// Nothing is known of a device that a process used before it died.
+    #[error("{} has no unit map that can be read", dir.display())]
+    Unknown { dir: PathBuf },
     /// Two maps with the same fingerprint prefix disagree: one of them was made to.
     #[error("the cache holds another blob {blob} that contradicts this one")]
     Contradiction { blob: BlobId },
@@ -79,29 +86,64 @@ pub struct Store {
 struct Shelf {
     device: Weak<Device>,
     ledger: Weak<Ledger>,
-    /// The file that the ledger is about.
+    /// What tells the file apart that the ledger writes to.
     data: FileFacts,
+    /// The same file, open for writing; `None` if it is not one of this host.
+    file: Option<Arc<File>>,
+}
+
+/// A data file with what is known about it.
+struct Opened {
+    ledger: Arc<Ledger>,
+    data: FileFacts,
+    file: Option<Arc<File>>,
 }
 
 impl Store {
     /// Opens the store at `root`, creating it if it is not there, and starts its threads.
     /// Fetches run on `runtime`.
     pub fn open(root: &Path, options: StoreOptions, runtime: Handle) -> Result<Arc<Self>, StoreError> {
-        Self::open_on(Arc::new(HostDisk), root, options, runtime)
+        Self::open_locked(root, options, runtime, None)
     }
 
-    /// The same with its devices on `disk`. Only the lock is a file of this host in any case.
+    /// The same with the lock of a process that has died, if there is one: it is still held.
+    ///
+    /// # Errors
+    /// `ForeignLock` if it is the lock of another store.
+    pub fn open_locked(
+        root: &Path,
+        options: StoreOptions,
+        runtime: Handle,
+        held: Option<File>,
+    ) -> Result<Arc<Self>, StoreError> {
+        Self::assemble(Arc::new(HostDisk), root, options, runtime, held)
+    }
+
+    /// As [`Store::open`] with the devices on `disk`. Only the lock is a file of this host in any case.
     pub fn open_on(
         disk: Arc<dyn Disk>,
         root: &Path,
         options: StoreOptions,
         runtime: Handle,
     ) -> Result<Arc<Self>, StoreError> {
+        Self::assemble(disk, root, options, runtime, None)
+    }
+
+    fn assemble(
+        disk: Arc<dyn Disk>,
+        root: &Path,
+        options: StoreOptions,
+        runtime: Handle,
+        held: Option<File>,
+    ) -> Result<Arc<Self>, StoreError> {
         let devices_dir = root.join("v1");
         DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(at(root))?;
         // Whoever can write to a device file can put anything into a container.
         fs::set_permissions(root, Permissions::from_mode(0o700)).map_err(at(root))?;
-        let lock = Arc::new(lock(root)?);
+        let lock = Arc::new(match held {
+            Some(held) => take_over(root, held)?,
+            None => lock(root)?,
+        });
         disk.create_dir(&devices_dir).map_err(at(&devices_dir))?;
         disk.sync_dir(root).map_err(at(root))?;
         let engine = Engine::new(options, runtime).map_err(StoreError::Threads)?;
@@ -110,8 +152,8 @@ impl Store {
 
     /// The open lock. Whoever keeps a copy of it keeps every other process out of the store, even
     /// when this one has died.
-    pub fn lock_file(&self) -> BorrowedFd<'_> {
-        self.lock.as_fd()
+    pub fn lock_file(&self) -> &Arc<File> {
+        &self.lock
     }
 
     /// The threads and limits, for devices over foreign sinks.
@@ -157,20 +199,79 @@ impl Store {
         if let Some(device) = shelf.and_then(|shelf| shelf.device.upgrade()) {
             return Ok(device.try_learn(map, Arc::clone(source))?.then_some(device));
         }
-        let ledger = shelf.and_then(|shelf| Some((shelf.ledger.upgrade()?, shelf.data)));
+        let opened = shelf.and_then(|shelf| {
+            Some(Opened { ledger: shelf.ledger.upgrade()?, data: shelf.data, file: shelf.file.clone() })
+        });
         let Some(merged) = place.settle_map(map)? else { return Ok(None) };
-        let (ledger, data) = match ledger {
-            Some(known) => known,
-            None => place.open_ledger(&merged).map(|(ledger, data)| (Arc::new(ledger), data))?,
+        let opened = match opened {
+            Some(opened) => opened,
+            None => place.open_ledger(&merged, place.open_data(&merged)?)?,
         };
+        Ok(Some(self.shelve(shelves, name, merged, source, opened)))
+    }
+
+    /// Names of the directories of all devices, whether somebody uses them or not.
+    pub fn directories(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.devices_dir).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    }
+
+    /// The file of decoded bytes of the device in directory `name`.
+    pub fn data_path(&self, name: &str) -> PathBuf {
+        self.place(name).data()
+    }
+
+    /// Whether everything that can be is in the device in directory `name`, durably. For a device
+    /// that nobody uses.
+    pub fn is_complete(&self, name: &str) -> bool {
+        let place = self.place(name);
+        let Some(map) = place.saved() else { return false };
+        let Ok(data) = self.disk.open(&place.data()) else { return false };
+        let Ok((_, Some(words))) = place.believed(&map, &*data) else { return false };
+        (0..).zip(map.units()).all(|(index, unit)| !is_needed(unit) || bit(&words, index))
+    }
+
+    /// The device of a process that has died, in directory `name`. `data` is its file, opened by
+    /// that process before the kernel was told to ask about it: opened anew, the device's own
+    /// writes would wait for an answer to themselves.
+    ///
+    /// # Errors
+    /// `Unknown` if the store has lost the map of the device, `Replaced` if `data` is not the file
+    /// any more that the store has there, or has another length than the device.
+    pub fn adopt(&self, name: &str, data: File, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
+        let mut shelves = self.shelves.lock().unwrap();
+        let place = self.place(name);
+        let data = FileSink::new(data);
+        place.ensure_unchanged(&data.facts().map_err(at(&place.data()))?)?;
+        if let Some(device) = shelves.get(name).and_then(|shelf| shelf.device.upgrade()) {
+            device.try_learn(&device.map(), source)?;
+            return Ok(device);
+        }
+        let map = place.saved().ok_or_else(|| StoreError::Unknown { dir: place.dir.clone() })?;
+        let opened = place.open_ledger(&map, Box::new(data))?;
+        Ok(self.shelve(&mut shelves, name, map, &source, opened))
+    }
+
+    fn shelve(
+        &self,
+        shelves: &mut HashMap<String, Shelf>,
+        name: &str,
+        map: UnitMap,
+        source: &Arc<dyn BlobSource>,
+        Opened { ledger, data, file }: Opened,
+    ) -> Arc<Device> {
+        let place = self.place(name);
         let weak = Arc::downgrade(&ledger);
-        let data_path = place.data();
-        let home = Home { data: data_path, save: Box::new(move |map| place.save(map)), _lock: Arc::clone(&self.lock) };
-        let device =
-            Device::assemble(Arc::new(merged), Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
+        let home = Home {
+            data: place.data(),
+            file: file.clone(),
+            save: Box::new(move |map| place.save(map)),
+            _lock: Arc::clone(&self.lock),
+        };
+        let device = Device::assemble(Arc::new(map), Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
         shelves.retain(|_, shelf| shelf.ledger.strong_count() > 0);
-        shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak, data });
-        Ok(Some(device))
+        shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak, data, file });
+        device
     }
 
     fn place(&self, name: &str) -> Place {
@@ -223,6 +324,18 @@ fn lock(root: &Path) -> Result<File, StoreError> {
     Ok(file)
 }
 
+/// Goes on with a lock that is held already, if it is the one of `root`.
+fn take_over(root: &Path, mut held: File) -> Result<File, StoreError> {
+    let path = root.join("lock");
+    let same = inode_id_at(&path).and_then(|there| Ok(there == inode_id(&held)?)).unwrap_or(false);
+    if !same {
+        return Err(StoreError::ForeignLock { root: root.to_owned() });
+    }
+    // Only for people, so a failure to write it is no failure.
+    let _ = held.set_len(0).and_then(|()| held.rewind()).and_then(|()| writeln!(held, "{}", std::process::id()));
+    Ok(held)
+}
+
 /// The directory of one device and what is done to its files.
 struct Place {
     dir: PathBuf,
@@ -261,33 +374,54 @@ impl Place {
         Ok(Some(map.clone()))
     }
 
-    /// Opens `data` and `present`, creating or replacing what is missing or does not fit.
-    fn open_ledger(&self, map: &UnitMap) -> Result<(Ledger, FileFacts), StoreError> {
-        let data_path = self.data();
-        let fits = self.disk.facts(&data_path).is_ok_and(|file| file.is_file && file.len == map.decoded_len());
+    /// Opens `data` for writing, creating or replacing what is missing or does not fit.
+    fn open_data(&self, map: &UnitMap) -> Result<Box<dyn DiskFile>, StoreError> {
+        let path = self.data();
+        let fits = self.disk.facts(&path).is_ok_and(|file| file.is_file && file.len == map.decoded_len());
         if !fits {
             // First, or a new file with the old one's inode number could be taken for it.
             self.forget_presence()?;
             self.replace("data", |file| file.set_len(map.decoded_len()))?;
         }
-        let data = self.disk.open(&data_path).map_err(at(&data_path))?;
-        let facts = data.facts().map_err(at(&data_path))?;
-        let identity = Identity { layout: layout(map), units: map.count(), inode: facts.inode, born: facts.born };
+        self.disk.open(&path).map_err(at(&path))
+    }
 
-        let present_path = self.dir.join("present");
-        let bytes = self.disk.read(&present_path).unwrap_or_default();
-        let fresh = bits::empty(&identity);
-        let mut words = bits::read(&bytes, &identity);
-        let nothing = words.iter().all(|&word| word == 0);
-        let there = if nothing { Vec::new() } else { data.data_ranges(facts.len).map_err(at(&data_path))? };
-        if !bytes.starts_with(&fresh) || !is_possible(map, &words, &there) {
-            self.replace("present", |file| file.write_at(&fresh, 0))?;
-            words.fill(0);
+    /// What `data` is, and the units that `present` can be believed about; `None` if about nothing,
+    /// and it has to be made anew.
+    fn believed(&self, map: &UnitMap, data: &dyn DiskFile) -> io::Result<(FileFacts, Option<Vec<u64>>)> {
+        let facts = data.facts()?;
+        let identity = identity(map, &facts);
+        let bytes = self.disk.read(&self.dir.join("present")).unwrap_or_default();
+        if !bytes.starts_with(&bits::empty(&identity)) {
+            return Ok((facts, None));
         }
-        let file = self.disk.open(&present_path).map_err(at(&present_path))?;
-        let copy = DurableCopy { file, identity, names: Some(self.sync_names()) };
+        let words = bits::read(&bytes, &identity);
+        let nothing = words.iter().all(|&word| word == 0);
+        let sound = nothing || is_possible(map, &words, &data.data_ranges(facts.len)?);
+        Ok((facts, sound.then_some(words)))
+    }
+
+    /// Opens `present`, creating or replacing it if it is missing or does not fit to `data`.
+    fn open_ledger(&self, map: &UnitMap, data: Box<dyn DiskFile>) -> Result<Opened, StoreError> {
+        let (facts, believed) = self.believed(map, &*data).map_err(at(&self.data()))?;
+        if facts.len != map.decoded_len() {
+            return Err(StoreError::Replaced { path: self.data() });
+        }
+        let identity = identity(map, &facts);
+        let words = match believed {
+            Some(words) => words,
+            None => {
+                let fresh = bits::empty(&identity);
+                self.replace("present", |file| file.write_at(&fresh, 0))?;
+                bits::read(&fresh, &identity)
+            }
+        };
+        let present = self.dir.join("present");
+        let bits = self.disk.open(&present).map_err(at(&present))?;
+        let copy = DurableCopy { file: bits, identity, names: Some(self.sync_names()) };
+        let file = data.host_file();
         let sink = WholeFile { file: data, len: facts.len };
-        Ok((Ledger::new(Box::new(sink), words, Some(copy)), facts))
+        Ok(Opened { ledger: Arc::new(Ledger::new(Box::new(sink), words, Some(copy))), data: facts, file })
     }
 
     /// Removes `present`, durably.
@@ -353,6 +487,11 @@ impl Sink for WholeFile {
 /// file of which pieces were cut out or lost is not believed about the rest either.
 fn is_possible(map: &UnitMap, words: &[u64], there: &[ByteRange]) -> bool {
     words.iter().zip(found(map, there)).all(|(claimed, possible)| claimed & !possible == 0)
+}
+
+/// What presence is bound to: where units lie, without how they are checked, and the file.
+fn identity(map: &UnitMap, data: &FileFacts) -> Identity {
+    Identity { layout: layout(map), units: map.count(), inode: data.inode, born: data.born }
 }
 
 /// Fingerprint of where units lie, without how they are checked.

@@ -1,29 +1,72 @@
 //! Finding the daemon, or starting one.
 
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{self, Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use clap::builder::OsStringValueParser;
+use clap::error::ErrorKind;
+use clap::{Arg, ArgMatches, Command, FromArgMatches};
 
+use super::settings;
 use crate::daemon::client::{Client, ClientError};
 use crate::daemon::keeper;
+use crate::sys::service;
 
-/// Which daemon is meant.
-#[derive(Clone, Debug, clap::Args)]
+/// Which daemon is meant: the one whose sockets are where a flag, the environment or the config
+/// file says.
+#[derive(Clone, Debug)]
 pub(super) struct Place {
-    /// Directory of the daemon's sockets
-    #[arg(long, value_name = "DIR", env = "RAFSD_RUN", default_value = "/run/rafsd")]
+    /// Directory of the daemon's sockets.
     pub(super) run: PathBuf,
+    /// The config file, where somebody names one.
+    config: Option<PathBuf>,
+}
+
+impl clap::Args for Place {
+    fn augment_args(command: Command) -> Command {
+        let run = Arg::new("run")
+            .long("run")
+            .value_name("DIR")
+            .env("RAFSD_RUN")
+            .value_parser(OsStringValueParser::new())
+            .help("Directory of the daemon's sockets [default: that of the config file, or /run/rafsd]");
+        command.arg(run).arg(settings::config_arg())
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for Place {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let config = settings::config_of(matches);
+        let run = match matches.get_one::<OsString>("run") {
+            Some(run) => PathBuf::from(run),
+            None => {
+                let settings = settings::settings_for_clients(config.as_deref());
+                settings.map_err(|error| clap::Error::raw(ErrorKind::Io, format!("{error:#}")))?.run
+            }
+        };
+        Ok(Self { run, config })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
 }
 
 /// A daemon that is started if it does not run.
 #[derive(Debug, clap::Args)]
 pub(super) struct DaemonArgs {
-    /// Directory of the cache, for a daemon that is started now [default: /var/lib/rafsd]
+    /// Directory of the cache, for a daemon that is started now [default: that of the config file, or /var/lib/rafsd]
     #[arg(long, value_name = "DIR", env = "RAFSD_CACHE")]
     cache: Option<PathBuf>,
 
@@ -50,10 +93,12 @@ impl Place {
 
     /// Adds to "no daemon answers" what can be done about it.
     pub(super) fn explain(&self, error: ClientError) -> anyhow::Error {
-        let orphaned = matches!(error, ClientError::NoDaemon { .. }) && keeper::ask(&self.run, "status").is_ok();
+        let orphaned = matches!(error, ClientError::NoDaemon { .. }) && keeper::status(&self.run).is_ok();
         let error = anyhow::Error::new(error);
         if orphaned {
-            return error.context("the daemon has vanished and its readers wait; `rafsd recover` ends that");
+            return error.context(
+                "the daemon has vanished and its readers wait; `rafsd serve` takes over, `rafsd recover` ends the mounts",
+            );
         }
         error
     }
@@ -105,9 +150,16 @@ impl Place {
         let path = run.join("rafsd.log");
         let (log, output) = Log::open(&path).with_context(|| format!("cannot write {}", path.display()))?;
         let program = std::env::current_exe().context("cannot find this program")?;
-        let mut command = Command::new(program);
+        let mut command = process::Command::new(program);
         command.arg("serve").arg("--detached").arg("--run").arg(run);
-        command.args(["--exit-when-idle", "10"]);
+        // Whoever mounts may be a service; what it starts here is not.
+        for name in service::VARIABLES {
+            command.env_remove(name);
+        }
+        if let Some(config) = &self.config {
+            let config = config.canonicalize().with_context(|| format!("cannot use {}", config.display()))?;
+            command.arg("--config").arg(config);
+        }
         if let Some(cache) = cache {
             command.arg("--cache").arg(cache);
         }

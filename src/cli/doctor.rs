@@ -5,7 +5,9 @@ use std::process::ExitCode;
 use anyhow::Context;
 
 use super::print_json;
-use crate::export::host::Host;
+use super::settings::settings_for_clients;
+use crate::export::host::{Finding, Host};
+use crate::sys::sandbox;
 
 /// Try out what this host can do, and say what is missing
 ///
@@ -14,9 +16,13 @@ use crate::export::host::Host;
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLE)]
 pub(super) struct DoctorArgs {
-    /// Directory of the cache; its file system matters
-    #[arg(long, value_name = "DIR", env = "RAFSD_CACHE", default_value = "/var/lib/rafsd")]
-    cache: PathBuf,
+    /// Directory of the cache; its file system matters [default: that of the config file, or /var/lib/rafsd]
+    #[arg(long, value_name = "DIR", env = "RAFSD_CACHE")]
+    cache: Option<PathBuf>,
+
+    /// Config file of the daemon [default: /etc/rafsd/config.toml, if it is there]
+    #[arg(long, value_name = "FILE", env = "RAFSD_CONFIG")]
+    config: Option<PathBuf>,
 
     /// Print the findings as JSON
     #[arg(long)]
@@ -31,12 +37,17 @@ Exit status: 0 if images can be mounted here, 1 if not.";
 
 /// Exit status: 0 if images can be mounted here, 1 if not.
 pub(super) fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
-    let host = Host::examine(&args.cache).with_context(|| format!("cannot use {}", args.cache.display()))?;
+    let cache = match args.cache {
+        Some(cache) => cache,
+        None => settings_for_clients(args.config.as_deref())?.cache,
+    };
+    let mut host = Host::examine(&cache, false).with_context(|| format!("cannot use {}", cache.display()))?;
+    host.findings.extend([landlock(), seccomp()]);
     if args.json {
         print_json(&host)?;
     } else {
         let mut out = io::stdout().lock();
-        writeln!(out, "kernel {}, cache at {} on {}", host.kernel, args.cache.display(), host.cache_file_system)?;
+        writeln!(out, "kernel {}, cache at {} on {}", host.kernel, cache.display(), host.cache_file_system)?;
         for finding in &host.findings {
             let mark = if finding.works { "yes" } else { "no " };
             writeln!(out, "  {mark}  {:<20} {}", finding.name, finding.detail)?;
@@ -50,4 +61,30 @@ pub(super) fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(if host.choice.is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What the sandbox of the daemon stands on. Without it images are served all the same.
+fn landlock() -> Finding {
+    let version = sandbox::landlock_version();
+    Finding {
+        name: "landlock".into(),
+        works: version.is_some(),
+        detail: version.map_or_else(
+            || "this kernel does not confine files; the daemon says so and goes on".into(),
+            |version| format!("files are confined, by version {version} of the interface"),
+        ),
+        remedy: version
+            .is_none()
+            .then(|| "use a kernel built with SECURITY_LANDLOCK, with landlock in its list of security modules".into()),
+    }
+}
+
+fn seccomp() -> Finding {
+    let works = sandbox::has_seccomp();
+    Finding {
+        name: "seccomp".into(),
+        works,
+        detail: if works { "system calls are filtered" } else { "system calls cannot be filtered" }.into(),
+        remedy: (!works).then(|| "use a kernel built with SECCOMP_FILTER".into()),
+    }
 }

@@ -1,25 +1,47 @@
+use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 
 use super::connect::Place;
-use crate::daemon::keeper;
+use crate::daemon::keeper::{self, Orders};
+use crate::sys::spawn::Prepared;
 
 /// Hold descriptors for a daemon; started by it with a socket as standard input
 #[derive(Debug, clap::Args)]
 pub(super) struct KeeperArgs {
-    /// Where to answer questions
+    /// Directory of the sockets
     #[arg(long)]
-    socket: PathBuf,
+    run: PathBuf,
+
+    /// 0, or 1 for the one that steps back while the other lives
+    #[arg(long)]
+    rank: usize,
+
+    /// Milliseconds that readers wait for a successor of a daemon that vanished
+    #[arg(long)]
+    patience: u64,
+
+    /// Command line of a daemon to start when one vanishes
+    #[arg(last = true)]
+    successor: Vec<OsString>,
 }
 
 /// Exit status: 0 when nothing is left to hold.
 pub(super) fn keep(args: KeeperArgs) -> anyhow::Result<ExitCode> {
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
-    keeper::keep(socket, &args.socket).context("the keeper failed")?;
+    // A successor inherits standard input.
+    let nothing = File::open("/dev/null").context("cannot open /dev/null")?;
+    nix::unistd::dup2_stdin(nothing).context("cannot leave standard input")?;
+    let successor = if args.successor.is_empty() { None } else { Some(Prepared::new(args.successor)?) };
+    let patience = Duration::from_millis(args.patience);
+    let orders = Orders { run: args.run, rank: args.rank, patience, successor };
+    keeper::keep(socket, orders).context("the keeper failed")?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -47,7 +69,7 @@ pub(super) fn recover(args: RecoverArgs) -> anyhow::Result<ExitCode> {
     if !status.orphaned {
         writeln!(out, "nothing to recover: the daemon is running")?;
     } else if status.alive == 0 {
-        writeln!(out, "recovered: {} mount(s) ended", status.mounts.len())?;
+        writeln!(out, "recovered: all mounts of the dead daemon have ended")?;
     } else {
         let alive = status.alive;
         writeln!(out, "recovered: out of the tree; {alive} still have open files, whose cold reads now fail with EIO")?;

@@ -9,6 +9,7 @@ pub mod build;
 mod check;
 mod chunkdict;
 mod compact;
+mod config;
 mod connect;
 mod demo;
 mod doctor;
@@ -21,21 +22,27 @@ mod merge;
 mod mount;
 mod opened;
 mod optimize;
+mod prefetch;
 pub mod progress;
 mod register;
 mod serve;
 mod serve_blobs;
+mod settings;
 mod stat;
+mod trace;
 pub mod unpack;
+mod upgrade;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::daemon::settings::LogFormat;
 
 /// Start containers before their images have arrived
 ///
@@ -49,7 +56,15 @@ pub struct Cli {
     log: Option<Targets>,
 
     /// How to log
-    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, help_heading = "Logging")]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        value_name = "FORMAT",
+        env = "RAFSD_LOG_FORMAT",
+        default_value_t = LogFormat::Text,
+        help_heading = "Logging"
+    )]
     log_format: LogFormat,
 
     #[command(subcommand)]
@@ -60,12 +75,6 @@ const EXAMPLES: &str = "\
 Examples:
   rafsd build rootfs/ -o image/
   rafsd mount image/bootstrap /mnt --blobs image/blobs";
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum LogFormat {
-    Text,
-    Json,
-}
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -84,12 +93,16 @@ enum Command {
     Umount(mount::UmountArgs),
     #[command(visible_alias = "ls")]
     List(mount::ListArgs),
+    Prefetch(prefetch::PrefetchArgs),
+    Trace(trace::TraceArgs),
     Serve(serve::ServeArgs),
     Stop(serve::StopArgs),
+    Upgrade(upgrade::UpgradeArgs),
     ServeBlobs(serve_blobs::ServeBlobsArgs),
     Register(register::RegisterArgs),
     Unregister(register::UnregisterArgs),
     Doctor(doctor::DoctorArgs),
+    Config(config::ConfigArgs),
     Demo(demo::DemoArgs),
     Recover(keeper::RecoverArgs),
     #[command(hide = true)]
@@ -101,7 +114,10 @@ enum Command {
 /// Runs the program: the whole of `main` but the process.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    start_log(&cli);
+    // A daemon's config file has a say in its log.
+    if !matches!(cli.command, Command::Serve(_)) {
+        start_log(&cli.log.clone().unwrap_or_else(|| quiet(&cli.command)), cli.log_format);
+    }
     let outcome = match cli.command {
         Command::Build(args) => build::run(args),
         Command::Merge(args) => merge::run(args),
@@ -116,12 +132,16 @@ pub fn run() -> ExitCode {
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),
+        Command::Prefetch(args) => prefetch::run(args),
+        Command::Trace(args) => trace::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Stop(args) => serve::stop(args),
+        Command::Upgrade(args) => upgrade::run(args),
         Command::ServeBlobs(args) => serve_blobs::run(args),
         Command::Register(args) => register::register(args),
         Command::Unregister(args) => register::unregister(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Config(args) => config::run(args),
         Command::Demo(args) => demo::run(args),
         Command::Recover(args) => keeper::recover(args),
         Command::Keeper(args) => keeper::keep(args),
@@ -141,17 +161,19 @@ pub fn run() -> ExitCode {
     })
 }
 
-fn start_log(cli: &Cli) {
-    let serves = matches!(cli.command, Command::Serve(_) | Command::Keeper(_));
-    let default = if serves { LevelFilter::INFO } else { LevelFilter::WARN };
-    let targets =
-        cli.log.clone().unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN).with_target("rafsd", default));
+/// What is logged where nobody says what.
+fn quiet(command: &Command) -> Targets {
+    let default = if matches!(command, Command::Keeper(_)) { LevelFilter::INFO } else { LevelFilter::WARN };
+    Targets::new().with_default(LevelFilter::WARN).with_target("rafsd", default)
+}
+
+fn start_log(targets: &Targets, format: LogFormat) {
     let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
-    let layer = match cli.log_format {
+    let layer = match format {
         LogFormat::Text => layer.boxed(),
         LogFormat::Json => layer.json().boxed(),
     };
-    tracing_subscriber::registry().with(layer.with_filter(targets)).init();
+    tracing_subscriber::registry().with(layer.with_filter(targets.clone())).init();
 }
 
 /// Prints `value` as JSON, one line.

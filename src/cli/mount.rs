@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 
 use super::connect::{DaemonArgs, Place, block_on};
-use super::print_json;
+use super::prefetch::order;
+use super::{print_json, trace};
 use crate::base::ByteSize;
 use crate::daemon::api::{BackendChoice, ImageReport, ImageSpec, MountRequest, UnmountRequest};
 use crate::daemon::keeper;
@@ -28,9 +29,20 @@ pub(super) struct ImageArgs {
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
 
-    /// Fetch everything in the background, behind all readers
-    #[arg(long)]
-    prefetch: bool,
+    /// What to fetch before anybody asks, behind all readers
+    ///
+    /// hints: what the image's own prefetch table names, if it has one; all: the same and then
+    /// everything else, which is also what --prefetch alone means; none; or a file with a list of
+    /// paths and ranges as `rafsd optimize` takes it, such as a trace.
+    #[arg(
+        long,
+        value_name = "hints|all|none|FILE",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all",
+        default_value = "hints"
+    )]
+    prefetch: PathBuf,
 }
 
 impl ImageArgs {
@@ -39,7 +51,8 @@ impl ImageArgs {
         let blobs =
             if self.blobs.contains("://") { self.blobs } else { utf8(&absolute(Path::new(&self.blobs))?)?.to_owned() };
         let ca = self.ca.as_deref().map(absolute).transpose()?;
-        Ok(ImageSpec { bootstrap: absolute(&self.bootstrap)?, blobs, ca, prefetch: self.prefetch })
+        let prefetch = order(&self.prefetch)?;
+        Ok(ImageSpec { bootstrap: absolute(&self.bootstrap)?, blobs, ca, prefetch })
     }
 }
 
@@ -56,6 +69,11 @@ pub(super) struct MountArgs {
     #[arg(value_name = "DIR")]
     dir: PathBuf,
 
+    /// Record what is read from the first moment on, of complete blobs too; `rafsd umount` and
+    /// `rafsd trace stop` write it here
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+
     /// How cold reads reach the daemon
     #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
     backend: BackendChoice,
@@ -69,14 +87,16 @@ pub(super) struct MountArgs {
 }
 
 const EXAMPLE: &str = "\
-Example:
-  rafsd mount image/bootstrap /mnt --blobs https://blobs.example/image";
+Examples:
+  rafsd mount image/bootstrap /mnt --blobs https://blobs.example/image
+  rafsd mount image/bootstrap /mnt --blobs https://blobs.example/image --prefetch=start.trace";
 
 /// Exit status: 0 when the mount is usable.
 pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
     let dir = absolute(&args.dir)?;
     utf8(&dir)?;
-    let request = MountRequest { image: args.image.spec()?, dir, backend: args.backend };
+    let trace = args.trace.as_deref().map(trace::place).transpose()?;
+    let request = MountRequest { image: args.image.spec()?, dir, backend: args.backend, trace };
     let report = block_on(async {
         let client = args.daemon.connect().await?;
         Ok(client.mount(&request).await?)
@@ -108,10 +128,13 @@ pub(super) struct UmountArgs {
 /// Exit status: 0 when nothing of the image is mounted there any more.
 pub(super) fn umount(args: UmountArgs) -> anyhow::Result<ExitCode> {
     let request = UnmountRequest { dir: absolute(&args.dir)?, lazy: args.lazy };
-    block_on(async { args.place.client()?.unmount(&request).await.map_err(|e| args.place.explain(e)) })?;
-    // The keeper knows of every superblock; it may have left with the daemon since.
-    let held = keeper::ask(&args.place.run, "status").is_ok_and(|status| status.mounts.contains(&request.dir));
-    if held {
+    let unmounted = block_on(async {
+        let client = args.place.client()?;
+        let unmounted = client.unmount(&request).await.map_err(|e| args.place.explain(e))?;
+        trace::finish(&client, &request.dir).await?;
+        anyhow::Ok(unmounted)
+    })?;
+    if unmounted.still_served {
         writeln!(io::stdout(), "{}: still served until the last file is closed", request.dir.display())?;
     }
     Ok(ExitCode::SUCCESS)
@@ -134,7 +157,7 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
     use crate::daemon::client::ClientError;
     let images = block_on(async {
         match args.place.client()?.list().await {
-            Err(ClientError::NoDaemon { .. }) if keeper::ask(&args.place.run, "status").is_err() => Ok(Vec::new()),
+            Err(ClientError::NoDaemon { .. }) if keeper::status(&args.place.run).is_err() => Ok(Vec::new()),
             other => other.map_err(|e| args.place.explain(e)),
         }
     })?;
@@ -171,7 +194,7 @@ fn progress(image: &ImageReport) -> (String, String) {
     (part, ByteSize(fetched).to_string())
 }
 
-fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+pub(super) fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
     path.canonicalize().with_context(|| format!("cannot use {}", path.display()))
 }
 

@@ -1,4 +1,5 @@
 use std::fs::DirBuilder;
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -6,13 +7,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use tokio::runtime::{Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::connect::{Place, block_on};
-use crate::cache::{StoreError, StoreOptions};
+use super::settings::SettingsArgs;
+use crate::cache::StoreError;
 use crate::daemon::control::Control;
-use crate::daemon::{Daemon, DaemonError, Options};
+use crate::daemon::settings::{Origin, Resolved, Restart, Settings, TABLE};
+use crate::daemon::{Daemon, DaemonError, Ending, Options, keeper};
+use crate::sys::sandbox::{Policy, Sandbox};
+use crate::sys::service::Supervisor;
 use crate::sys::{memory, process};
 
 /// Run the daemon that serves mounted images
@@ -20,23 +26,15 @@ use crate::sys::{memory, process};
 /// SIGTERM and SIGINT unmount everything and exit; requests under way have five seconds to end,
 /// and none after a second signal. A mount that is in use and incomplete stays:
 /// its readers wait, held by the keeper, and never see zeros.
+///
+/// Every setting is a flag, an environment variable and a key of the config file; a flag goes
+/// before the environment, the environment before the file. `rafsd config print` shows what is
+/// used.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  rafsd serve --cache /var/lib/rafsd")]
+#[command(after_help = "Example:\n  rafsd serve --cache /var/lib/rafsd --deadline 30s")]
 pub(super) struct ServeArgs {
-    /// Directory of the cache, on ext4, XFS or btrfs
-    #[arg(long, value_name = "DIR", env = "RAFSD_CACHE", default_value = "/var/lib/rafsd")]
-    cache: PathBuf,
-
     #[command(flatten)]
-    place: Place,
-
-    /// Seconds that a read may wait for its data before it fails with EIO
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    deadline: u64,
-
-    /// Exit after this many seconds without anything to serve
-    #[arg(long, value_name = "SECONDS")]
-    exit_when_idle: Option<u64>,
+    settings: SettingsArgs,
 
     /// Leave the terminal's session and the working directory
     #[arg(long, hide = true)]
@@ -46,57 +44,187 @@ pub(super) struct ServeArgs {
 /// How long to wait for a predecessor to leave the cache.
 const HANDOVER: Duration = Duration::from_secs(10);
 
+/// How long a daemon stays without anything to serve that a mount started, unless somebody says.
+const DETACHED_IDLE: Duration = Duration::from_secs(10);
+
+/// Name of the control socket among those of a service manager.
+const CONTROL_NAME: &str = "control";
+
 /// Exit status: 0 after an orderly stop.
 pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    // First, because it takes descriptors that it knows by number.
+    let supervisor = Supervisor::from_environment();
+    let (mut resolved, file) = args.settings.resolve()?;
+    resolved.fit_memory(memory::limit());
+    let idle = idle_of(&resolved, args.detached);
+    let mut settings = resolved.settings;
+    super::start_log(&settings.log.parse().context("cannot use the rules of the log")?, settings.log_format);
     if args.detached {
         process::leave_session().context("cannot leave the session")?;
     }
     process::protect_from_oom();
     process::raise_descriptor_limit().context("cannot raise the limit of open files")?;
-    for dir in [&args.place.run, &args.cache] {
-        let create = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    for dir in [&mut settings.run, &mut settings.cache] {
+        let create = DirBuilder::new().recursive(true).mode(0o700).create(&*dir);
         create.with_context(|| format!("cannot create {}", dir.display()))?;
+        *dir = dir.canonicalize().with_context(|| format!("cannot use {}", dir.display()))?;
     }
-    let real = |dir: &Path| dir.canonicalize().with_context(|| format!("cannot use {}", dir.display()));
-    let (cache, run) = (real(&args.cache)?, real(&args.place.run)?);
+    // Before anything else is opened: numbers of descriptors have a meaning now.
+    let inherited = keeper::inherit(&settings.run).context("cannot take over from the last daemon")?;
+    supervisor.connect().context("cannot reach the service manager")?;
     if args.detached {
         // Not to keep busy the file system that a command was started in.
         std::env::set_current_dir("/").context("cannot leave the working directory")?;
     }
+    // Before any thread is started, so that all of them are inside.
+    let sandbox = if settings.sandbox { enter_sandbox(&settings)? } else { Sandbox::off() };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, |n| n.get().min(4)))
         .thread_name("net")
         .enable_all()
         .build()?;
-    let deadline = Duration::from_secs(args.deadline);
-    let store = StoreOptions { deadline, ..StoreOptions::within(memory::limit()) };
-    let program = PathBuf::from("/proc/self/exe");
-    let options = Options { cache, run: run.clone(), program, store };
-    let idle = args.exit_when_idle.map(Duration::from_secs);
-    let stopped = runtime.block_on(async {
-        // First, so that two daemons started at once do not both try out the host.
-        let control = Control::bind(&run)?;
-        let stop = Arc::new(Notify::new());
+    let file = file.map(|file| file.display().to_string());
+    tracing::debug!(file, "settings are known");
+    let keep_mounts = settings.keep_mounts;
+    let daemon = serve(&runtime, settings, (sandbox, idle, &supervisor), inherited)?;
+    match daemon.asked_to() {
+        Some(Ending::Upgrade) => daemon.hand_over(true),
+        None if keep_mounts => daemon.hand_over(false),
+        Some(Ending::Stop) | None => {
+            daemon.stop();
+            runtime.shutdown_timeout(Duration::from_secs(1));
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+    // A successor may be at work already: nothing that unwinding would do is wanted now.
+    std::process::exit(0)
+}
+
+/// Serves until something ends it, and gives the daemon to be ended.
+fn serve(
+    runtime: &Runtime,
+    settings: Settings,
+    (sandbox, idle, supervisor): (Sandbox, Option<Duration>, &Supervisor),
+    inherited: Option<keeper::Inheritance>,
+) -> anyhow::Result<Arc<Daemon>> {
+    let stop = Arc::new(Notify::new());
+    // First, so that two daemons started at once do not both try out the host.
+    let control = {
+        let _inside = runtime.enter();
+        let control = match supervisor.take(CONTROL_NAME) {
+            Some(socket) => Control::adopt(socket).context("cannot use the control socket")?,
+            None => Control::bind(&settings.run)?,
+        };
         // Before anything is mounted: from here on a signal is an orderly stop.
         watch_signals(stop.clone())?;
-        let handle = tokio::runtime::Handle::current();
-        let daemon = tokio::task::spawn_blocking(move || start(&options, &handle)).await??;
-        tracing::info!(run = %run.display(), choice = ?daemon.info().host.choice, "serving");
-        control.serve(daemon.clone(), stop, idle).await?;
-        anyhow::Ok(daemon)
+        control
+    };
+    let (store, keepers) = (settings.store_options(), plan(&settings)?);
+    let Settings { cache, run, backend: backends, .. } = settings;
+    let options = Options { cache, run: run.clone(), store, keepers, backends, sandbox };
+    let daemon = start(&options, runtime.handle(), inherited)?;
+    let choice = daemon.info().host.choice;
+    tracing::info!(run = %run.display(), ?choice, "serving");
+    let status = choice.map_or_else(|| "no image can be mounted here".into(), |kind| format!("serving by {kind}"));
+    if let Err(error) = supervisor.ready(&status) {
+        tracing::warn!(%error, "the service manager does not hear that this daemon is ready");
+    }
+    if let Some(period) = supervisor.watchdog() {
+        runtime.spawn(feed_watchdog(supervisor.clone(), daemon.clone(), period));
+    }
+    // On a thread of the runtime, like what it answers. Whatever ends it, the daemon is ended in order.
+    match runtime.block_on(runtime.spawn(control.serve(daemon.clone(), stop, idle))) {
+        Ok(Ok(())) => tracing::info!("stopping"),
+        Ok(Err(error)) => tracing::error!(%error, "stopping: the control socket cannot be answered on"),
+        Err(error) => tracing::error!(%error, "stopping: the control socket is not answered on any more"),
+    }
+    if let Err(error) = supervisor.stopping() {
+        tracing::warn!(%error, "the service manager does not hear that this daemon stops");
+    }
+    Ok(daemon)
+}
+
+/// How the keepers are started, and how they start a daemon in place of this one.
+fn plan(settings: &Settings) -> anyhow::Result<keeper::Plan> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let managed = ["NOTIFY_SOCKET", "INVOCATION_ID"].iter().any(|name| std::env::var_os(name).is_some());
+    let by_keepers = match settings.restart {
+        Restart::Keepers => true,
+        Restart::Never => false,
+        Restart::Auto => !managed,
+    };
+    let command = || std::iter::once(program.clone().into()).chain(std::env::args_os().skip(1)).collect();
+    let successor = by_keepers.then(command);
+    Ok(keeper::Plan { program, run: settings.run.clone(), patience: settings.store.deadline, successor })
+}
+
+/// When to exit for want of work.
+fn idle_of(resolved: &Resolved, detached: bool) -> Option<Duration> {
+    let at = TABLE.iter().position(|setting| setting.key == "exit_when_idle");
+    let is_default = at.is_some_and(|at| resolved.origins[at] == Origin::Default);
+    if detached && is_default { Some(DETACHED_IDLE) } else { resolved.settings.exit_when_idle }
+}
+
+/// Confines this thread and all that come after it. What the kernel lacks is told once.
+fn enter_sandbox(settings: &Settings) -> anyhow::Result<Sandbox> {
+    let own = |path: &str| PathBuf::from(path);
+    let write = vec![settings.cache.clone(), settings.run.clone()];
+    let read = (!settings.sandbox_read.is_empty()).then(|| {
+        let asked = settings.sandbox_read.iter().cloned();
+        asked.chain(READ_ANYWAY.iter().map(|path| own(path))).chain(certificates()).collect()
     });
-    let daemon = stopped?;
-    tracing::info!("stopping");
-    daemon.stop();
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    Ok(ExitCode::SUCCESS)
+    let policy = Policy { write, devices: vec![own(crate::sys::cachefiles::DEVICE), own("/dev/null")], read };
+    let (sandbox, strength) =
+        Sandbox::enter(&policy).context("cannot enter the sandbox; `--sandbox off` does without")?;
+    match (strength.landlock, strength.seccomp) {
+        (Some(version), true) => tracing::debug!(landlock = version, "confined"),
+        (landlock, seccomp) => {
+            tracing::warn!(?landlock, seccomp, "this kernel has only part of the sandbox; see `rafsd doctor`");
+        }
+    }
+    Ok(sandbox)
+}
+
+/// What name resolution and TLS read, and what the daemon reads about itself and the kernel. Names
+/// are resolved by libraries that are loaded when the first name is asked for.
+const READ_ANYWAY: &[&str] = &[
+    "/etc/resolv.conf",
+    "/etc/hosts",
+    "/etc/host.conf",
+    "/etc/gai.conf",
+    "/etc/nsswitch.conf",
+    "/etc/services",
+    "/etc/ld.so.cache",
+    "/etc/ssl",
+    "/etc/pki",
+    "/etc/ca-certificates",
+    "/usr/share/ca-certificates",
+    "/usr/local/share/ca-certificates",
+    "/run/systemd/resolve",
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+    "/proc",
+    "/sys/fs",
+    "/sys/devices/system/cpu",
+    "/dev/urandom",
+];
+
+/// Where the environment says that trusted certificates are.
+fn certificates() -> impl Iterator<Item = PathBuf> {
+    ["SSL_CERT_FILE", "SSL_CERT_DIR"].into_iter().filter_map(std::env::var_os).map(PathBuf::from)
 }
 
 /// Starts the daemon, waiting a while for one that is just leaving the same cache.
-fn start(options: &Options, handle: &tokio::runtime::Handle) -> anyhow::Result<Arc<Daemon>> {
+fn start(
+    options: &Options,
+    handle: &Handle,
+    mut inherited: Option<keeper::Inheritance>,
+) -> anyhow::Result<Arc<Daemon>> {
     let until = Instant::now() + HANDOVER;
     loop {
-        match Daemon::start(options.clone(), handle.clone()) {
+        match Daemon::start(options.clone(), handle.clone(), inherited.take()) {
             Err(DaemonError::Store(StoreError::Locked { .. })) if Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(50));
             }
@@ -105,7 +233,26 @@ fn start(options: &Options, handle: &tokio::runtime::Handle) -> anyhow::Result<A
     }
 }
 
-fn watch_signals(stop: Arc<Notify>) -> anyhow::Result<()> {
+/// Tells the service manager that the daemon is well, for as long as it is: the runtime's timers
+/// and threads, its blocking threads, and the threads that answer the kernel must all come round.
+async fn feed_watchdog(supervisor: Supervisor, daemon: Arc<Daemon>, period: Duration) {
+    loop {
+        tokio::time::sleep(period / 4).await;
+        let asked = daemon.clone();
+        let answer = tokio::task::spawn_blocking(move || asked.ensure_alive(period / 8));
+        match tokio::time::timeout(period / 2, answer).await {
+            Ok(Ok(Ok(()))) => {
+                if let Err(error) = supervisor.alive() {
+                    tracing::warn!(%error, "the watchdog does not hear that this daemon is well");
+                }
+            }
+            Ok(Ok(Err(stuck))) => tracing::error!(error = %stuck, "the watchdog is not fed"),
+            Ok(Err(_)) | Err(_) => tracing::error!("the watchdog is not fed: the blocking threads do not answer"),
+        }
+    }
+}
+
+fn watch_signals(stop: Arc<Notify>) -> io::Result<()> {
     let mut term = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::spawn(async move {
@@ -134,7 +281,7 @@ pub(super) fn stop(args: StopArgs) -> anyhow::Result<ExitCode> {
         client.stop().await?;
         Ok(info.pid)
     })?;
-    let process = PathBuf::from(format!("/proc/{pid}/stat"));
+    let process = Path::new("/proc").join(pid.to_string()).join("stat");
     let until = Instant::now() + Duration::from_secs(60);
     // A zombie has stopped; whoever started it has not looked yet.
     while std::fs::read_to_string(&process).is_ok_and(|stat| !stat.contains(") Z ")) {

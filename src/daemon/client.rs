@@ -8,7 +8,10 @@ use reqwest::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::api::{Failure, ImageReport, Info, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest};
+use super::api::{
+    Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, RegisterRequest,
+    TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest,
+};
 use super::control::SOCKET;
 
 /// Talks to the daemon of one run directory.
@@ -78,8 +81,38 @@ impl Client {
     }
 
     /// Unmounts.
-    pub async fn unmount(&self, request: &UnmountRequest) -> Result<(), ClientError> {
+    pub async fn unmount(&self, request: &UnmountRequest) -> Result<Unmounted, ClientError> {
         self.call(Method::DELETE, "mounts", request).await
+    }
+
+    /// Begins a prefetch.
+    pub async fn prefetch(&self, request: &PrefetchRequest) -> Result<PrefetchReport, ClientError> {
+        self.call(Method::POST, "prefetch", request).await
+    }
+
+    /// How a prefetch is getting on.
+    pub async fn get_prefetch(&self, id: u64) -> Result<PrefetchReport, ClientError> {
+        self.call(Method::GET, &format!("prefetch/{id}"), &()).await
+    }
+
+    /// Stops all prefetches of an image; gives those that were under way.
+    pub async fn cancel_prefetch(&self, target: &PrefetchTarget) -> Result<Vec<PrefetchReport>, ClientError> {
+        self.call(Method::DELETE, "prefetch", target).await
+    }
+
+    /// Begins a trace.
+    pub async fn start_trace(&self, request: &TraceRequest) -> Result<TraceReport, ClientError> {
+        self.call(Method::POST, "trace", request).await
+    }
+
+    /// The traces under way.
+    pub async fn list_traces(&self) -> Result<Vec<TraceReport>, ClientError> {
+        self.call(Method::GET, "trace", &()).await
+    }
+
+    /// Ends a trace; gives what it recorded.
+    pub async fn stop_trace(&self, target: &PrefetchTarget) -> Result<TraceResult, ClientError> {
+        self.call(Method::DELETE, "trace", target).await
     }
 
     /// Makes an image known to the cachefiles backend.
@@ -90,6 +123,11 @@ impl Client {
     /// Makes the cachefiles backend forget an image.
     pub async fn unregister(&self, request: &UnregisterRequest) -> Result<(), ClientError> {
         self.call(Method::DELETE, "images", request).await
+    }
+
+    /// Asks it to make room for another program.
+    pub async fn upgrade(&self, request: &UpgradeRequest) -> Result<(), ClientError> {
+        self.call(Method::POST, "upgrade", request).await
     }
 
     /// Asks it to unmount everything and exit.

@@ -5,7 +5,7 @@ use crate::base::BlobId;
 use crate::blob::TablesError;
 use crate::cache::StoreError;
 use crate::export::AttachError;
-use crate::image::OpenError as ImageOpenError;
+use crate::image::{ImageError, OpenError as ImageOpenError};
 use crate::reader::{LoadError, MapError, ReachError};
 use crate::source::OpenError;
 
@@ -52,6 +52,26 @@ pub enum DaemonError {
     NotMounted(PathBuf),
     #[error("another image in domain {domain} promises other bytes for blob {blob}; use another domain")]
     Contradiction { blob: BlobId, domain: String },
+    #[error("{0:?} names no mounted image; `rafsd list` shows them")]
+    NoImage(String),
+    #[error("{0:?} begins the names of several mounted images; give more digits, or the mount point")]
+    SeveralImages(String),
+    #[error("an image is named either by its mount point or by its digest")]
+    NoTarget,
+    #[error("the kernel does not have blob {0} open")]
+    NotOpen(BlobId),
+    #[error("there are too many prefetches for {} under way; cancel them, or wait", .0.display())]
+    TooManyPrefetches(PathBuf),
+    #[error("reads of {} are being recorded already; `rafsd trace stop` ends that", .0.display())]
+    Traced(PathBuf),
+    #[error("no reads of {} are being recorded", .0.display())]
+    NotTraced(PathBuf),
+    #[error("there are too many traces; stop one first")]
+    TooManyTraces,
+    #[error("the image is damaged")]
+    Image(#[source] ImageError),
+    #[error("there is no prefetch {0}, or it ended a while ago")]
+    NoPrefetch(u64),
     #[error("no image is registered as {0}")]
     NotRegistered(String),
     #[error("cannot unmount {}{}", dir.display(), busy(cause))]
@@ -60,6 +80,10 @@ pub enum DaemonError {
         #[source]
         cause: io::Error,
     },
+    #[error("the record of an image that the last daemon left is unusable: {what}")]
+    Record { what: String },
+    #[error("this daemon's keepers start no successor; restart it as it was started, with --keep-mounts")]
+    NoSuccessor,
     #[error("the daemon is stopping")]
     Stopping,
 }

@@ -4,19 +4,33 @@
 //! * [`Daemon`] mounts, unmounts and lists; its methods may block and are called from blocking
 //!   threads.
 //! * [`control`] puts it behind a Unix socket, [`client`] is the other end.
-//! * [`keeper`] is the process that holds the kernel descriptors, so that a killed daemon leaves
-//!   readers waiting instead of showing them zeros.
+//! * [`keeper`] are the processes that hold the kernel descriptors, so that a killed daemon leaves
+//!   readers waiting, for the next daemon, instead of showing them zeros. `records` tells it what was
+//!   mounted, `adopt` takes it over.
 
+mod adopt;
+mod alive;
 pub mod api;
+mod attribution;
 pub mod client;
 pub mod control;
 mod error;
 pub mod keeper;
 mod mounts;
 mod objects;
+mod order;
+mod origins;
+mod prefetch;
 mod prepare;
+mod records;
 mod served;
 mod serving;
+pub mod settings;
+mod stop;
+mod trace;
+mod unkept;
 
+pub use alive::Stuck;
 pub use error::DaemonError;
 pub use mounts::{Daemon, Options};
+pub use stop::Ending;

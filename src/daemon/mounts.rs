@@ -1,24 +1,35 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
 use super::DaemonError;
-use super::api::{BackendChoice, ImageReport, ImageSpec, Info, MountRequest, RegisterRequest};
-use super::keeper::Keeper;
+use super::api::{
+    BackendChoice, ImageReport, ImageSpec, Info, MountRequest, PrefetchOrder, PrefetchTarget, RegisterRequest,
+    Unmounted,
+};
+use super::keeper::{self, Keepers};
 use super::objects::{Object, Objects};
+use super::order::plan;
+use super::origins::Origins;
+use super::prefetch::{Prefetches, devices};
 use super::prepare::{Prepared, bootstrap_as_blob, prepare};
+use super::records::{Record, RecordId, Records};
 use super::served::{Live, Mounted, Served, blob_object};
-use super::serving::{Backends, spawn};
-use crate::base::{BlobId, Chain};
-use crate::cache::{Store, StoreOptions};
+use super::serving::Backends;
+use super::stop::Ending;
+use super::trace::Traces;
+use crate::base::BlobId;
+use crate::blob::UnitMap;
+use crate::cache::{Engine, Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
-use crate::export::{AttachError, BackendKind, Backing, LiveImage, MountWatch, WatchId, fanotify};
+use crate::export::{AttachError, BackendKind, MountWatch, WatchId};
 use crate::sys::mount::{detach, unmount};
+use crate::sys::sandbox::Sandbox;
 
 /// Where a daemon keeps its things.
 #[derive(Clone, Debug)]
@@ -27,68 +38,51 @@ pub struct Options {
     pub cache: PathBuf,
     /// Directory of sockets.
     pub run: PathBuf,
-    /// This program, to start the keeper with.
-    pub program: PathBuf,
     pub store: StoreOptions,
+    /// How keepers are started.
+    pub keepers: keeper::Plan,
+    /// Backends in the order of preference where a mount asks for none.
+    pub backends: Vec<BackendKind>,
+    /// The way out of the sandbox that the daemon is started in.
+    pub sandbox: Sandbox,
 }
 
 /// The daemon: one store, its backends, and everything mounted.
 #[derive(Debug)]
 pub struct Daemon {
-    options: Options,
-    runtime: Handle,
-    store: Arc<Store>,
-    backends: Backends,
-    keeper: Keeper,
-    objects: Objects,
-    watch: Arc<MountWatch>,
-    watcher: Mutex<Option<JoinHandle<()>>>,
-    state: Mutex<State>,
+    pub(super) options: Options,
+    pub(super) runtime: Handle,
+    pub(super) store: Arc<Store>,
+    pub(super) backends: Backends,
+    pub(super) keepers: Arc<Keepers>,
+    pub(super) records: Records,
+    pub(super) objects: Objects,
+    pub(super) origins: Origins,
+    pub(super) watch: Arc<MountWatch>,
+    pub(super) watcher: Mutex<Option<JoinHandle<()>>>,
+    pub(super) state: Mutex<State>,
+    pub(super) ending: OnceLock<Ending>,
+    pub(super) takeover_ms: OnceLock<u64>,
+    pub(super) prefetches: Arc<Prefetches>,
+    pub(super) traces: Traces,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    stopping: bool,
+pub(super) struct State {
+    pub(super) stopping: bool,
     /// By mount point. `None` reserves the place while the mount is being made.
-    mounts: BTreeMap<PathBuf, Option<Mounted>>,
+    pub(super) mounts: BTreeMap<PathBuf, Option<Mounted>>,
     /// Unmounted here, but the superblock lives on: in another mount namespace, or in open files.
-    lingering: Vec<Mounted>,
-    registered: BTreeMap<FsId, Served>,
+    pub(super) lingering: Vec<Mounted>,
+    pub(super) registered: BTreeMap<FsId, (Served, RecordId)>,
+    /// Superblocks of a dead daemon that could not be taken over: their cold reads fail.
+    pub(super) unserved: Vec<(WatchId, Option<RecordId>)>,
 }
 
 /// The domain of this daemon's own mounts on the cachefiles path.
-const DOMAIN: &str = "rafsd";
+pub(super) const DOMAIN: &str = "rafsd";
 
 impl Daemon {
-    /// Opens the store, tries out the host, and starts the keeper.
-    pub fn start(options: Options, runtime: Handle) -> Result<Arc<Self>, DaemonError> {
-        let start = |what| move |cause| DaemonError::Start { what, cause };
-        Keeper::ensure_none(&options.run).map_err(start("a daemon"))?;
-        let store = Store::open(&options.cache, options.store.clone(), runtime.clone())?;
-        let backends = Backends::examine(&options.cache).map_err(start("the examination of this host"))?;
-        let keeper = Keeper::start(&options.program, &options.run).map_err(start("the keeper"))?;
-        // A successor must not write to files whose readers still ask our group.
-        keeper.hold("store", store.lock_file()).map_err(start("the keeper"))?;
-        let watch = Arc::new(MountWatch::new().map_err(start("the watch on mounts"))?);
-        sweep(&options.cache);
-        let objects = Objects::new(options.cache.join("cachefiles-maps"));
-        let daemon = Arc::new(Self {
-            options,
-            runtime,
-            store,
-            backends,
-            keeper,
-            objects,
-            watch,
-            watcher: Mutex::default(),
-            state: Mutex::default(),
-        });
-        let thread =
-            spawn("mnt-0", &daemon, |daemon| daemon.follow_unmounts()).map_err(start("the watch on mounts"))?;
-        *daemon.watcher.lock().unwrap() = Some(thread);
-        Ok(daemon)
-    }
-
     /// Facts about the daemon and its host.
     pub fn info(&self) -> Info {
         let (events_hit, events_missed, cachefiles_reads) = self.backends.counts();
@@ -99,7 +93,8 @@ impl Daemon {
             events_hit,
             events_missed,
             cachefiles_reads,
-            host: self.backends.host.clone(),
+            takeover_ms: self.takeover_ms.get().copied(),
+            host: self.backends.host().clone(),
         }
     }
 
@@ -116,13 +111,23 @@ impl Daemon {
         let request = &MountRequest { dir: dir.clone(), ..request.clone() };
         ensure_absolute(&request.image)?;
         let _reserved = self.reserve(&dir)?;
-        let mounted = self.mount_reserved(request)?;
+        let mounted = self.mount_reserved(request).inspect_err(|error| self.forget_trace(request, error))?;
         let report = mounted.served.report(Some(&dir));
         tracing::info!(dir = %dir.display(), backend = %report.backend, image = report.image, "mounted");
+        let (served, watched) = (mounted.served.clone(), mounted.watch);
         self.state.lock().unwrap().mounts.insert(dir.clone(), Some(mounted));
+        self.prefetch_mounted(&dir, &served, watched, &request.image.prefetch);
+        drop(served);
         // Somebody may have unmounted it before we could write it down.
         self.bury();
         Ok(report)
+    }
+
+    /// A mount that failed is not recorded. The trace that it was refused for is another one's.
+    fn forget_trace(&self, request: &MountRequest, error: &DaemonError) {
+        if request.trace.is_some() && !matches!(error, DaemonError::Traced(_)) {
+            self.traces.discard(&request.dir);
+        }
     }
 
     fn reserve<'a>(&'a self, dir: &'a Path) -> Result<Reservation<'a>, DaemonError> {
@@ -139,47 +144,49 @@ impl Daemon {
 
     fn mount_reserved(&self, request: &MountRequest) -> Result<Mounted, DaemonError> {
         let (kind, why) = self.backends.choose(request.backend)?;
-        let prepared = Arc::new(self.prepare(&request.image)?);
+        let prepared = self.prepare(&request.image)?;
         if self.state.lock().unwrap().stopping {
             return Err(DaemonError::Stopping);
         }
-        let (watch, served, attachment) = match kind {
-            BackendKind::Fanotify => self.mount_fanotify(request, prepared, why)?,
-            BackendKind::Cachefiles => self.mount_cachefiles(request, prepared, why)?,
+        let record = self.records.reserve();
+        let mounted = match kind {
+            BackendKind::Fanotify => self.mount_fanotify(request, prepared, why, record),
+            BackendKind::Cachefiles => self.mount_cachefiles(request, Arc::new(prepared), why, record),
         };
-        Ok(Mounted { watch, served, attachment })
+        mounted.inspect_err(|_| self.records.remove(record))
     }
 
     fn prepare(&self, spec: &ImageSpec) -> Result<Prepared, DaemonError> {
         let saved = |blob: &BlobId| self.store.saved_map(blob).or_else(|| self.objects.saved(DOMAIN, blob));
-        prepare(spec, &self.options.cache, &saved, &self.runtime)
+        let source = self.origins.open(spec).map_err(DaemonError::SourceSpec)?;
+        prepare(spec, source, &self.options.cache, &saved, &self.runtime)
     }
 
     fn mount_fanotify(
         &self,
         request: &MountRequest,
-        prepared: Arc<Prepared>,
+        mut prepared: Prepared,
         why: String,
-    ) -> Result<(WatchId, Served, Option<fanotify::Attachment>), DaemonError> {
+        record: RecordId,
+    ) -> Result<Mounted, DaemonError> {
         let devices = prepared
             .maps
             .iter()
-            .map(|map| self.store.device(map.clone(), prepared.source.clone()))
+            .map(|map| self.store.device(UnitMap::clone(map), prepared.source.clone()))
             .collect::<Result<Vec<_>, _>>()?;
-        let image = LiveImage {
-            image: prepared.image.clone(),
-            bootstrap: prepared.bootstrap.clone(),
-            devices: devices.iter().map(|device| device.clone() as Arc<dyn Backing>).collect(),
-        };
-        let service = self.backends.fanotify(&self.keeper)?;
-        let attachment =
-            service.attach(&image, &request.dir, &self.watch, &|mount| self.keeper.mounting(&request.dir, mount))?;
-        if request.image.prefetch {
-            devices.iter().for_each(|device| device.complete_in_background());
+        // One copy of each map, whatever the number of images that share it.
+        prepared.maps = devices.iter().map(|device| device.map()).collect();
+        let image = prepared.live(&devices);
+        if let Some(output) = &request.trace {
+            // Before any mark, so that complete blobs get one too.
+            self.traces.start(&request.dir, &prepared.image, &devices, Some(output.clone()), Vec::new())?;
         }
-        let live = devices.iter().map(|device| Live::Stored(Arc::downgrade(device))).collect();
-        let served = Served { backend: BackendKind::Fanotify, why, prepared, devices: live, registration: None };
-        Ok((attachment.watch, served, Some(attachment)))
+        let service = self.backends.fanotify(&self.keepers)?;
+        let served = Served::by_fanotify(Arc::new(prepared), &devices, why);
+        let announce =
+            |watch| self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)));
+        let attachment = service.attach(&image, &request.dir, &self.watch, &announce, &self.options.sandbox)?;
+        Ok(Mounted { watch: attachment.watch, record, served, attachment: Some(attachment) })
     }
 
     fn mount_cachefiles(
@@ -187,7 +194,8 @@ impl Daemon {
         request: &MountRequest,
         prepared: Arc<Prepared>,
         why: String,
-    ) -> Result<(WatchId, Served, Option<fanotify::Attachment>), DaemonError> {
+        record: RecordId,
+    ) -> Result<Mounted, DaemonError> {
         // Images of this daemon share blobs through one domain, unless they contradict each other;
         // each mount of an image needs a name of its own there. Short, because the kernel tells
         // mounts apart by the first 36 bytes of `domain,name` only (the name of a directory in
@@ -198,36 +206,49 @@ impl Daemon {
         let (served, registration) = loop {
             let domain = numbered(DOMAIN, domain_number);
             let name = FsId::new(&numbered(&short, mount_number), Some(&domain))?;
-            match self.serve_cachefiles(&request.image, prepared.clone(), &name, why.clone()) {
+            // What is wanted ahead of a mount, and followed, is up to `prefetch_mounted`.
+            match self.serve_cachefiles(&PrefetchOrder::None, prepared.clone(), &name, why.clone()) {
                 Err(DaemonError::Attach(AttachError::Taken(_))) => mount_number += 1,
                 Err(DaemonError::Contradiction { .. }) => domain_number += 1,
                 other => break other?,
             }
         };
-        let watch = cachefiles::mount(registration.name(), &request.dir, &self.watch, &|mount| {
-            self.keeper.mounting(&request.dir, mount)
-        })?;
-        Ok((watch, served, None))
+        let announce =
+            |watch| self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)));
+        let name = registration.name();
+        let watch = cachefiles::mount(name, &request.dir, &self.watch, &announce, &self.options.sandbox)?;
+        if let Some(output) = &request.trace {
+            let trace = |devices: Vec<_>| {
+                let image = &served.prepared.image;
+                self.traces.start(&request.dir, image, &devices, Some(output.clone()), Vec::new())
+            };
+            let undo = || self.options.sandbox.outside(|| unmount(&request.dir));
+            // Nobody has been told of the mount yet.
+            devices(&served).and_then(trace).inspect_err(|_| drop(undo()))?;
+        }
+        Ok(Mounted { watch, record, served, attachment: None })
     }
 
-    fn serve_cachefiles(
+    pub(super) fn serve_cachefiles(
         &self,
-        spec: &ImageSpec,
+        order: &PrefetchOrder,
         prepared: Arc<Prepared>,
         name: &FsId,
         why: String,
     ) -> Result<(Served, Arc<Registration>), DaemonError> {
-        let service = self.backends.cachefiles()?;
+        let service = self.backends.cachefiles(&self.keepers)?;
         let engine = self.store.engine();
         let (boot_map, boot_source) = bootstrap_as_blob(&prepared)?;
         let size = prepared.image.summary().bootstrap_len;
         // Metadata is read page by page, each read waiting for us: fetch all of it at the first.
         let boot = Arc::new(Object::new(boot_map, boot_source));
-        let boot = blob_object(boot, size, engine, true);
+        let boot = blob_object(boot, size, engine, Vec::new(), true);
         let domain = name.domain.as_deref().unwrap_or(&name.id);
         let objects = self.objects.enter(domain, &prepared.maps, &prepared.source)?;
-        let blobs = prepared.maps.iter().zip(&objects).map(|(map, object)| {
-            (map.blob().to_string(), blob_object(object.clone(), map.decoded_len(), engine, spec.prefetch))
+        let plan = plan(&prepared.image, order);
+        let blobs = prepared.maps.iter().zip(&objects).enumerate().map(|(device, (map, object))| {
+            let wants = plan.wants.iter().filter(|want| want.device == device).map(|want| want.decoded).collect();
+            (map.blob().to_string(), blob_object(object.clone(), map.decoded_len(), engine, wants, plan.rest))
         });
         let registration = Arc::new(service.register(name, boot, blobs.collect())?);
         let registered = Some(registration.clone());
@@ -242,13 +263,16 @@ impl Daemon {
         ensure_absolute(&request.image)?;
         let (_, why) = self.backends.choose(BackendChoice::Cachefiles)?;
         let prepared = Arc::new(self.prepare(&request.image)?);
-        let (served, _) = self.serve_cachefiles(&request.image, prepared, &name, why)?;
+        let (served, _) = self.serve_cachefiles(&request.image.prefetch, prepared, &name, why)?;
         let report = served.report(None);
         let mut state = self.state.lock().unwrap();
         if state.stopping {
             return Err(DaemonError::Stopping);
         }
-        state.registered.insert(name, served);
+        let record = self.records.reserve();
+        let written = self.records.write(record, &served.record(&request.image, None, None));
+        written.map_err(|cause| DaemonError::Attach(AttachError::Unkept(cause)))?;
+        state.registered.insert(name, (served, record));
         Ok(report)
     }
 
@@ -256,7 +280,9 @@ impl Daemon {
     pub fn unregister(&self, id: &str, domain: Option<&str>) -> Result<(), DaemonError> {
         let name = FsId::new(id, domain)?;
         let removed = self.state.lock().unwrap().registered.remove(&name);
-        removed.map(drop).ok_or_else(|| DaemonError::NotRegistered(name.mount_options()))
+        let (_, record) = removed.ok_or_else(|| DaemonError::NotRegistered(name.mount_options()))?;
+        self.records.remove(record);
+        Ok(())
     }
 
     /// Everything that is mounted or registered.
@@ -264,7 +290,41 @@ impl Daemon {
         let state = self.state.lock().unwrap();
         let mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, mounted.as_ref()?)));
         let mounts = mounted.map(|(dir, mounted)| mounted.served.report(Some(dir)));
-        mounts.chain(state.registered.values().map(|served| served.report(None))).collect()
+        mounts.chain(state.registered.values().map(|(served, _)| served.report(None))).collect()
+    }
+
+    /// The mounted image that is meant, and where it is mounted.
+    pub(super) fn find(&self, target: &PrefetchTarget) -> Result<(PathBuf, Served), DaemonError> {
+        let state = self.state.lock().unwrap();
+        let mut mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, &mounted.as_ref()?.served)));
+        match (&target.dir, &target.image) {
+            (Some(dir), None) => {
+                let found = mounted.find(|(at, _)| *at == dir).ok_or_else(|| DaemonError::NotMounted(dir.clone()))?;
+                Ok((found.0.clone(), found.1.clone()))
+            }
+            (None, Some(digits)) => {
+                let meant: Vec<_> =
+                    mounted.filter(|(_, served)| served.prepared.key.to_string().starts_with(digits)).collect();
+                let (dir, served) = meant.first().ok_or_else(|| DaemonError::NoImage(digits.clone()))?;
+                if meant.iter().any(|(_, other)| other.prepared.key != served.prepared.key) {
+                    return Err(DaemonError::SeveralImages(digits.clone()));
+                }
+                Ok(((*dir).clone(), (*served).clone()))
+            }
+            _ => Err(DaemonError::NoTarget),
+        }
+    }
+
+    pub(super) fn engine(&self) -> &Arc<Engine> {
+        self.store.engine()
+    }
+
+    pub(super) fn watch(&self) -> &Arc<MountWatch> {
+        &self.watch
+    }
+
+    pub(super) fn runtime(&self) -> &Handle {
+        &self.runtime
     }
 
     /// Whether nothing is mounted, being mounted, lingering or registered, by us or by others.
@@ -273,19 +333,21 @@ impl Daemon {
         !self.backends.has_open_objects()
             && state.mounts.is_empty()
             && state.lingering.is_empty()
+            && state.unserved.is_empty()
             && state.registered.is_empty()
     }
 
     /// Unmounts `dir`. Returns when the file system is gone, or after a moment if somebody else
     /// keeps it alive; it stays served until then. Blocks.
-    pub fn unmount(&self, dir: &Path, lazy: bool) -> Result<(), DaemonError> {
+    pub fn unmount(&self, dir: &Path, lazy: bool) -> Result<Unmounted, DaemonError> {
         let watch = {
             let state = self.state.lock().unwrap();
             let mounted = state.mounts.get(dir).and_then(Option::as_ref);
             mounted.map(|mounted| mounted.watch).ok_or_else(|| DaemonError::NotMounted(dir.to_owned()))?
         };
-        let outcome = if lazy { detach(dir) } else { unmount(dir) };
+        let outcome = self.options.sandbox.outside(|| if lazy { detach(dir) } else { unmount(dir) });
         outcome.map_err(|cause| DaemonError::Unmount { dir: dir.to_owned(), cause })?;
+        self.prefetches.cancel(Some(dir));
         let until = Instant::now() + Duration::from_secs(2);
         while self.watch.is_alive(watch) && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(2));
@@ -293,15 +355,24 @@ impl Daemon {
         let mut state = self.state.lock().unwrap();
         // The watching thread may have been first.
         if let Some(Some(mounted)) = state.mounts.remove(dir) {
+            self.note_lingering(&mounted);
             state.lingering.push(mounted);
         }
         drop(state);
         self.bury();
-        Ok(())
+        Ok(Unmounted { still_served: self.watch.is_alive(watch) })
+    }
+
+    /// A successor must not take the mount point for ours any more.
+    fn note_lingering(&self, mounted: &Mounted) {
+        let change = |record| Record { lingering: true, ..record };
+        if let Err(error) = self.records.change(mounted.record, change) {
+            tracing::warn!(%error, "cannot write down that an image was unmounted");
+        }
     }
 
     /// Lets go of what served superblocks that are gone.
-    fn bury(&self) {
+    pub(super) fn bury(&self) {
         let mut gone = Vec::new();
         let mut state = self.state.lock().unwrap();
         let is_dead = |mounted: &Mounted| !self.watch.is_alive(mounted.watch);
@@ -310,76 +381,26 @@ impl Daemon {
             state.mounts.iter().filter(|(_, m)| m.as_ref().is_some_and(is_dead)).map(|(d, _)| d.clone()).collect();
         for dir in dead {
             tracing::info!(dir = %dir.display(), "unmounted");
+            self.prefetches.cancel(Some(&dir));
             gone.extend(state.mounts.remove(&dir).flatten());
         }
+        let unserved: Vec<_> = state.unserved.extract_if(.., |(watch, _)| !self.watch.is_alive(*watch)).collect();
         drop(state);
         // Outside the lock: the last owner of a device waits for the disk.
-        gone.into_iter().for_each(Mounted::release);
+        for mounted in gone {
+            let record = mounted.record;
+            mounted.release();
+            self.records.remove(record);
+        }
+        unserved.into_iter().filter_map(|(_, record)| record).for_each(|record| self.records.remove(record));
     }
 
     /// Learns of every superblock that goes away, whoever unmounted it.
-    fn follow_unmounts(&self) -> io::Result<()> {
+    pub(super) fn follow_unmounts(&self) -> io::Result<()> {
         while self.watch.wait()?.is_some() {
             self.bury();
         }
         Ok(())
-    }
-
-    /// Unmounts everything that can be unmounted, makes the cache durable and ends the threads.
-    /// What is busy and incomplete is left to the keeper: its readers wait and never see zeros.
-    /// Blocks.
-    pub fn stop(&self) {
-        self.state.lock().unwrap().stopping = true;
-        self.wait_for_reservations();
-        let dirs: Vec<_> = self.state.lock().unwrap().mounts.keys().cloned().collect();
-        for dir in dirs {
-            if let Err(error) = self.unmount(&dir, false) {
-                tracing::warn!(error = %Chain(&error), "stays mounted");
-            }
-        }
-        self.state.lock().unwrap().registered.clear();
-        self.bury();
-        self.outlive_the_unkept();
-        let in_use = self.is_in_use();
-        self.backends.stop();
-        if let Err(error) = self.store.close() {
-            tracing::error!(error = %Chain(&error), "what was fetched last may have to be fetched again");
-        }
-        if !in_use {
-            self.keeper.finish();
-        } else {
-            tracing::warn!("incomplete images are still in use; the keeper holds their readers, see `rafsd recover`");
-        }
-        self.watch.stop();
-        if let Some(thread) = self.watcher.lock().unwrap().take() {
-            let _ = thread.join();
-        }
-    }
-
-    /// Waits, for a while, for mounts that are being made: they end on their own deadlines.
-    fn wait_for_reservations(&self) {
-        let until = Instant::now() + Duration::from_secs(60);
-        while self.state.lock().unwrap().mounts.values().any(Option::is_none) && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    /// Whether somebody may still ask for data that is missing.
-    fn is_in_use(&self) -> bool {
-        let state = self.state.lock().unwrap();
-        let mounted = state.mounts.values().flatten().any(|mounted| !mounted.served.report(None).is_complete());
-        let being_made = state.mounts.values().any(Option::is_none);
-        mounted || being_made || !state.lingering.is_empty()
-    }
-
-    /// The keeper was killed: this process is then the last that holds the group, and must not
-    /// end before the last mount does.
-    fn outlive_the_unkept(&self) {
-        while self.is_in_use() && !self.keeper.is_alive() {
-            tracing::error!("the keeper has died and incomplete images are in use; waiting for them to be unmounted");
-            std::thread::sleep(Duration::from_secs(5));
-            self.bury();
-        }
     }
 }
 
@@ -394,25 +415,6 @@ impl Drop for Reservation<'_> {
         let mut state = self.daemon.state.lock().unwrap();
         if state.mounts.get(self.dir).is_some_and(Option::is_none) {
             state.mounts.remove(self.dir);
-        }
-    }
-}
-
-/// Removes what a crash left half made. Only with the store's lock in hand.
-fn sweep(cache: &Path) {
-    let scratch = |dir: PathBuf, prefixes: &'static [&'static str]| {
-        std::fs::read_dir(dir).into_iter().flatten().flatten().filter(move |entry| {
-            let name = entry.file_name();
-            prefixes.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
-        })
-    };
-    for entry in
-        scratch(cache.join("bootstraps"), &[".new-"]).chain(scratch(cache.to_owned(), &[".selftest-", ".bind-"]))
-    {
-        let path = entry.path();
-        let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
-        if let Err(error) = removed {
-            tracing::warn!(path = %path.display(), %error, "cannot remove what a crash left");
         }
     }
 }

@@ -63,7 +63,7 @@ impl Objects {
     pub(super) fn enter(
         &self,
         domain: &str,
-        maps: &[UnitMap],
+        maps: &[Arc<UnitMap>],
         source: &Arc<dyn BlobSource>,
     ) -> Result<Vec<Arc<Object>>, DaemonError> {
         let mut known = self.known.lock().unwrap();
@@ -72,7 +72,7 @@ impl Objects {
             let before = known.get(&(domain.to_owned(), map.blob().clone())).map(|object| object.map());
             let before = before.or_else(|| self.saved(domain, map.blob()));
             let contradiction = || DaemonError::Contradiction { blob: map.blob().clone(), domain: domain.to_owned() };
-            let merged = before.as_ref().map_or(Some(map.clone()), |before| before.merge(map));
+            let merged = before.as_ref().map_or(Some(UnitMap::clone(map)), |before| before.merge(map));
             let merged = merged.ok_or_else(contradiction)?;
             let is_new = before.is_none_or(|before| before != merged);
             news.push((merged, is_new));
@@ -161,16 +161,16 @@ mod tests {
         let source: Arc<dyn BlobSource> = Arc::new(LocalSource::new(dir.path()).unwrap());
         let objects = || Objects::new(dir.path().join("maps"));
         let first = objects();
-        first.enter("d", &[map([true, false], false)], &source).unwrap();
-        let both = first.enter("d", &[map([false, true], false)], &source).unwrap();
+        first.enter("d", &[map([true, false], false).into()], &source).unwrap();
+        let both = first.enter("d", &[map([false, true], false).into()], &source).unwrap();
         assert_eq!(both[0].known().0, map([true, true], false), "what two images know is added up");
 
         for objects in [first, objects()] {
-            let lie = objects.enter("d", &[map([true, true], true)], &source);
+            let lie = objects.enter("d", &[map([true, true], true).into()], &source);
             assert!(matches!(lie, Err(DaemonError::Contradiction { .. })));
             assert_eq!(objects.saved("d", &"blob".parse().unwrap()), Some(map([true, true], false)));
-            assert!(objects.enter("another", &[map([true, true], true)], &source).is_ok());
-            assert!(objects.enter("d", &[map([true, true], false)], &source).is_ok());
+            assert!(objects.enter("another", &[map([true, true], true).into()], &source).is_ok());
+            assert!(objects.enter("d", &[map([true, true], false).into()], &source).is_ok());
             fs::remove_dir_all(dir.path().join("maps/another")).unwrap();
         }
     }

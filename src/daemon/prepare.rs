@@ -12,10 +12,10 @@ use super::DaemonError;
 use super::api::ImageSpec;
 use crate::base::{BLOCK, BlobId, Digest};
 use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
+use crate::export::{Backing, LiveImage};
 use crate::image::{Device, Image};
-use crate::net::{ClientOptions, RetryPolicy};
 use crate::reader::{self, ensure_block_size, ensure_checkable, maps};
-use crate::source::{self, BlobSource, LocalSource};
+use crate::source::{BlobSource, LocalSource};
 
 /// An image that is ready to be attached to a backend.
 pub(super) struct Prepared {
@@ -25,13 +25,30 @@ pub(super) struct Prepared {
     /// Our own copy of the bootstrap: complete, synced, and never written again.
     pub(super) bootstrap: PathBuf,
     /// One map per device, with the digests this image names.
-    pub(super) maps: Vec<UnitMap>,
+    pub(super) maps: Vec<Arc<UnitMap>>,
     pub(super) source: Arc<dyn BlobSource>,
 }
 
 impl std::fmt::Debug for Prepared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Prepared").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+impl Prepared {
+    /// The same image once more.
+    pub(super) fn known(cache: &Path, key: Digest, image: Arc<Image>, source: Arc<dyn BlobSource>) -> Self {
+        let bootstrap = cache.join("bootstraps").join(key.to_string());
+        Self { image, key, bootstrap, maps: Vec::new(), source }
+    }
+
+    /// The image over these devices, as a backend mounts it.
+    pub(super) fn live(&self, devices: &[Arc<crate::cache::Device>]) -> LiveImage {
+        LiveImage {
+            image: self.image.clone(),
+            bootstrap: self.bootstrap.clone(),
+            devices: devices.iter().map(|device| device.clone() as Arc<dyn Backing>).collect(),
+        }
     }
 }
 
@@ -42,6 +59,7 @@ const BOOTSTRAP_UNIT: usize = 1 << 20;
 /// tables. Blocks; runs its fetches on `runtime`.
 pub(super) fn prepare(
     spec: &ImageSpec,
+    source: Arc<dyn BlobSource>,
     cache: &Path,
     saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     runtime: &tokio::runtime::Handle,
@@ -51,16 +69,22 @@ pub(super) fn prepare(
     drop(loaded);
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, &spec.bootstrap)))?;
     ensure_block_size(&image)?;
-    let mut options = ClientOptions::default();
-    options.extra_ca_pem.extend(spec.ca.clone());
-    let source = source::open(&spec.blobs, &options, RetryPolicy::default()).map_err(DaemonError::SourceSpec)?;
     let maps = image
         .devices()
         .iter()
         .map(|device| map(device, &image, saved, source.as_ref(), runtime))
         .collect::<Result<Vec<_>, _>>()?;
     ensure_checkable(&image, &maps)?;
+    let maps = maps.into_iter().map(Arc::new).collect();
     Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source })
+}
+
+/// An image that a dead daemon had prepared, from our copy of its bootstrap. It was checked then, and
+/// the kernel has it mounted: what matters now is not to keep its readers waiting.
+pub(super) fn resume(cache: &Path, key: Digest, source: Arc<dyn BlobSource>) -> Result<Prepared, DaemonError> {
+    let bootstrap = cache.join("bootstraps").join(key.to_string());
+    let image = Arc::new(Image::open(&bootstrap).map_err(DaemonError::Bootstrap)?);
+    Ok(Prepared { image, key, bootstrap, maps: Vec::new(), source })
 }
 
 /// The unit map of one device: from the cache if it is there and agrees, else from the blob.
@@ -158,6 +182,7 @@ pub(super) fn bootstrap_as_blob(prepared: &Prepared) -> Result<(UnitMap, Arc<dyn
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::api::PrefetchOrder;
     use crate::reader::LoadError;
 
     #[test]
@@ -169,9 +194,10 @@ mod tests {
 
         for path in [fifo.as_path(), Path::new("/dev/zero"), dir.path()] {
             let blobs = dir.path().to_str().unwrap().to_owned();
-            let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: false };
+            let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: PrefetchOrder::None };
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-            let error = prepare(&spec, dir.path(), &|_| None, runtime.handle()).unwrap_err();
+            let source = Arc::new(LocalSource::new(dir.path()).unwrap());
+            let error = prepare(&spec, source, dir.path(), &|_| None, runtime.handle()).unwrap_err();
             assert!(matches!(&error, DaemonError::Load(LoadError::Io { path: at, .. }) if at == path), "{error:?}");
         }
         assert!(!bootstraps.exists() || fs::read_dir(&bootstraps).unwrap().next().is_none());

@@ -1,20 +1,25 @@
 //! One served image: what keeps it served, and what is told about it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-use super::api::{DeviceReport, ImageReport};
+use super::api::{DeviceReport, ImageReport, ImageSpec};
 use super::objects::Object;
 use super::prepare::Prepared;
+use super::records::{CacheName, DeviceFile, Record, RecordId};
+use crate::base::ByteRange;
 use crate::blob::UnitMap;
 use crate::cache::{Device, Engine, Fill};
 use crate::export::cachefiles::{ObjectSpec, Registration};
 use crate::export::{BackendKind, WatchId, fanotify};
+use crate::sys::files::inode_id;
 
 /// What keeps a mounted image served.
 #[derive(Debug)]
 pub(super) struct Mounted {
     pub(super) watch: WatchId,
+    /// What a successor would read of it.
+    pub(super) record: RecordId,
     pub(super) served: Served,
     /// Absent for the cachefiles backend, whose registration is in `served`.
     pub(super) attachment: Option<fanotify::Attachment>,
@@ -50,7 +55,8 @@ pub(super) enum Live {
 }
 
 impl Live {
-    fn device(&self) -> Option<Arc<Device>> {
+    /// The device, if there is one now.
+    pub(super) fn device(&self) -> Option<Arc<Device>> {
         match self {
             Self::Stored(device) => device.upgrade(),
             Self::Object(object) => object.device(),
@@ -59,10 +65,45 @@ impl Live {
 }
 
 impl Served {
+    /// An image whose devices lie in the store.
+    pub(super) fn by_fanotify(prepared: Arc<Prepared>, devices: &[Arc<Device>], why: String) -> Self {
+        let devices = devices.iter().map(|device| Live::Stored(Arc::downgrade(device))).collect();
+        Self { backend: BackendKind::Fanotify, why, prepared, devices, registration: None }
+    }
+
+    /// Its devices that lie in the store.
+    pub(super) fn stored_devices(&self) -> Vec<Arc<Device>> {
+        let stored = self.devices.iter().filter_map(|live| match live {
+            Live::Stored(device) => device.upgrade(),
+            Live::Object(_) => None,
+        });
+        stored.collect()
+    }
+
+    /// What a successor must know of it.
+    pub(super) fn record(&self, spec: &ImageSpec, dir: Option<&Path>, watch: Option<WatchId>) -> Record {
+        let files = self.stored_devices().into_iter().filter_map(|device| {
+            let file = inode_id(device.data_file()?).ok()?;
+            Some(DeviceFile::new(device.directory()?.to_owned(), file))
+        });
+        let name = self.registration.as_ref().map(|registration| registration.name());
+        Record {
+            dir: dir.map(Path::to_owned),
+            superblock: watch.map(Into::into),
+            lingering: false,
+            backend: self.backend,
+            why: self.why.clone(),
+            spec: spec.clone(),
+            key: self.prepared.key.to_string(),
+            devices: files.collect(),
+            name: name.map(|name| CacheName { id: name.id.clone(), domain: name.domain.clone() }),
+        }
+    }
+
     /// What is told about it, mounted at `dir` if anywhere.
     pub(super) fn report(&self, dir: Option<&PathBuf>) -> ImageReport {
         let prepared = &self.prepared;
-        let device = |(map, live): (&UnitMap, &Live)| DeviceReport {
+        let device = |(map, live): (&Arc<UnitMap>, &Live)| DeviceReport {
             blob: map.blob().to_string(),
             decoded_bytes: map.decoded_len(),
             stored_bytes: map.units().iter().map(|unit| unit.stored.end()).max().unwrap_or(0),
@@ -89,7 +130,15 @@ impl ImageReport {
 }
 
 /// An object of the kernel's cache of `size` bytes.
-pub(super) fn blob_object(object: Arc<Object>, size: u64, engine: &Arc<Engine>, eager: bool) -> ObjectSpec {
+///
+/// Once the kernel reads it, `wants` are fetched, in order, and then all of it if it is `eager`.
+pub(super) fn blob_object(
+    object: Arc<Object>,
+    size: u64,
+    engine: &Arc<Engine>,
+    wants: Vec<ByteRange>,
+    eager: bool,
+) -> ObjectSpec {
     let engine = engine.clone();
     ObjectSpec {
         size,
@@ -97,8 +146,8 @@ pub(super) fn blob_object(object: Arc<Object>, size: u64, engine: &Arc<Engine>, 
             let (map, source) = object.known();
             let device = Device::with_sink(map, source, sink, present, engine.clone());
             object.opened(&device);
-            if eager {
-                device.complete_in_background();
+            if eager || !wants.is_empty() {
+                device.fetch_in_background(&wants, eager);
             }
             device as Arc<dyn Fill>
         }),

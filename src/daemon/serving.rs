@@ -1,48 +1,143 @@
 //! The backends of one daemon and the threads that run them.
 
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use super::DaemonError;
 use super::api::BackendChoice;
-use super::keeper::Keeper;
-use crate::export::BackendKind;
+use super::keeper::{Held, Keepers, Kind, Name};
+use super::mounts::Options;
 use crate::export::cachefiles::Cachefiles;
 use crate::export::fanotify::Fanotify;
 use crate::export::host::Host;
+use crate::export::{BackendKind, Custody};
 use crate::sys::fanotify::Group;
+use crate::sys::files::InodeId;
+use crate::sys::journal::Journal;
+use crate::sys::sandbox::Sandbox;
 
 /// Started on first use: a host that only ever uses one backend never opens the other's device.
 #[derive(Debug)]
 pub(super) struct Backends {
-    pub(super) host: Host,
+    host: OnceLock<Host>,
     cache: PathBuf,
-    fanotify: Mutex<Option<(Arc<Fanotify>, JoinHandle<()>)>>,
-    cachefiles: Mutex<Option<(Arc<Cachefiles>, JoinHandle<()>)>>,
+    /// Order of preference where nobody asks for one.
+    order: Vec<BackendKind>,
+    sandbox: Sandbox,
+    fanotify: Mutex<Option<Running<Fanotify>>>,
+    cachefiles: Mutex<Option<Running<Cachefiles>>>,
+}
+
+/// A service and the thread that runs it; no thread while a dead daemon's images are taken over.
+#[derive(Debug)]
+struct Running<T> {
+    service: Arc<T>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What a dead daemon had open.
+#[derive(Debug, Default)]
+pub(super) struct Legacy {
+    pub(super) group: Option<(OwnedFd, Journal)>,
+    pub(super) cachefiles: Option<OwnedFd>,
+}
+
+/// The keepers hold the files of marked devices.
+impl Custody for Keepers {
+    fn hold(&self, id: InodeId, file: &Arc<File>) -> io::Result<()> {
+        Self::hold(self, device_name(id), file.clone())
+    }
+
+    fn release(&self, id: InodeId) {
+        Self::release(self, device_name(id));
+    }
+}
+
+/// By which the keepers know the file of a device.
+pub(super) fn device_name(id: InodeId) -> Name {
+    Name { kind: Kind::Device, key: [id.device(), id.inode()] }
+}
+
+/// The inverse of [`device_name`].
+pub(super) fn device_file(name: Name) -> InodeId {
+    InodeId::new(name.key[0], name.key[1])
 }
 
 impl Backends {
-    /// Finds out what this host can do.
-    pub(super) fn examine(cache: &Path) -> io::Result<Self> {
-        let host = Host::examine(cache)?;
-        Ok(Self { host, cache: cache.to_owned(), fanotify: Mutex::default(), cachefiles: Mutex::default() })
+    /// Backends that go on with what a dead daemon had open, and start what it had not on first use.
+    pub(super) fn new(options: &Options, legacy: Legacy, keepers: &Arc<Keepers>) -> Result<Self, DaemonError> {
+        let fanotify = legacy.group.map(|(group, journal)| Fanotify::new(group.into(), journal, keepers.clone()));
+        let fanotify = fanotify.transpose().map_err(start_of("the fanotify service"))?;
+        let cachefiles = legacy.cachefiles.map(Cachefiles::adopt).transpose();
+        let cachefiles = cachefiles.map_err(start_of("the cachefiles service"))?;
+        Ok(Self {
+            host: OnceLock::new(),
+            cache: options.cache.clone(),
+            order: options.backends.clone(),
+            sandbox: options.sandbox.clone(),
+            fanotify: Mutex::new(fanotify.map(|service| Running { service, thread: None })),
+            cachefiles: Mutex::new(cachefiles.map(|service| Running { service, thread: None })),
+        })
+    }
+
+    /// Finds out what this host can do. Takes a moment, in which readers are served already.
+    pub(super) fn examine(&self) -> io::Result<()> {
+        let bound = self.cachefiles.lock().unwrap().is_some();
+        let mut host = self.sandbox.outside(|| Host::examine(&self.cache, bound))?;
+        host.choice = self.order.iter().copied().find(|kind| host.can(*kind));
+        let _ = self.host.set(host);
+        Ok(())
+    }
+
+    /// What this host can do.
+    pub(super) fn host(&self) -> &Host {
+        self.host.get().expect("examined before requests are taken")
+    }
+
+    /// The services that there are, such as those that go on for a dead daemon.
+    pub(super) fn services(&self) -> (Option<Arc<Fanotify>>, Option<Arc<Cachefiles>>) {
+        let fanotify = self.fanotify.lock().unwrap().as_ref().map(|running| running.service.clone());
+        let cachefiles = self.cachefiles.lock().unwrap().as_ref().map(|running| running.service.clone());
+        (fanotify, cachefiles)
+    }
+
+    /// Starts the threads of services that were taken over.
+    pub(super) fn go_on(&self) -> Result<(), DaemonError> {
+        if let Some(running) = &mut *self.fanotify.lock().unwrap()
+            && running.thread.is_none()
+        {
+            let thread = self.spawn_narrow("fan-0", &running.service, Fanotify::run);
+            running.thread = Some(thread.map_err(start_of("the fanotify service"))?);
+        }
+        if let Some(running) = &mut *self.cachefiles.lock().unwrap()
+            && running.thread.is_none()
+        {
+            let thread = self.spawn_narrow("cf-0", &running.service, Cachefiles::run);
+            running.thread = Some(thread.map_err(start_of("the cachefiles service"))?);
+        }
+        Ok(())
     }
 
     /// The backend to use for `choice` and the reason, or why there is none.
     pub(super) fn choose(&self, choice: BackendChoice) -> Result<(BackendKind, String), DaemonError> {
         let kind = match choice {
             BackendChoice::Auto => {
-                let kind = self.host.choice.ok_or_else(|| {
-                    let say = |kind| format!("{kind}: {}", self.host.obstacles(kind));
-                    let reasons = [BackendKind::Fanotify, BackendKind::Cachefiles].map(say).join("; ");
+                let host = self.host();
+                let kind = host.choice.ok_or_else(|| {
+                    let say = |kind: &BackendKind| format!("{kind}: {}", host.obstacles(*kind));
+                    let reasons = self.order.iter().rev().map(say).collect::<Vec<_>>().join("; ");
                     DaemonError::NoBackend { reasons }
                 })?;
                 let why = match kind {
+                    BackendKind::Fanotify if host.can(BackendKind::Cachefiles) => {
+                        "pre-content events passed their self test, and the settings prefer them"
+                    }
                     BackendKind::Cachefiles => "this kernel has on-demand cachefiles, the fastest path",
                     BackendKind::Fanotify => "pre-content events passed their self test, and there is no cachefiles",
                 };
@@ -51,65 +146,118 @@ impl Backends {
             BackendChoice::Fanotify => BackendKind::Fanotify,
             BackendChoice::Cachefiles => BackendKind::Cachefiles,
         };
-        if !self.host.can(kind) {
-            return Err(DaemonError::NoBackend { reasons: format!("{kind}: {}", self.host.obstacles(kind)) });
+        if !self.host().can(kind) {
+            return Err(DaemonError::NoBackend { reasons: format!("{kind}: {}", self.host().obstacles(kind)) });
         }
         Ok((kind, "asked for".to_owned()))
     }
 
-    /// The fanotify service. Its group is in the keeper's hands before the first mark is made.
-    pub(super) fn fanotify(&self, keeper: &Keeper) -> Result<Arc<Fanotify>, DaemonError> {
+    /// The fanotify service. Its group is in the keepers' hands before the first mark is made.
+    pub(super) fn fanotify(&self, keepers: &Arc<Keepers>) -> Result<Arc<Fanotify>, DaemonError> {
         let mut slot = self.fanotify.lock().unwrap();
-        if let Some((service, _)) = &*slot {
-            return Ok(service.clone());
+        if let Some(running) = &*slot {
+            return Ok(running.service.clone());
         }
-        let start = |cause| DaemonError::Start { what: "the fanotify service", cause };
-        let group = Arc::new(Group::new().map_err(start)?);
-        keeper.hold("group", group.as_fd()).map_err(start)?;
-        let service = Fanotify::new(group).map_err(start)?;
-        let thread = spawn("fan-0", &service, |service| service.run()).map_err(start)?;
-        *slot = Some((service.clone(), thread));
+        let start = start_of("the fanotify service");
+        let group = Group::new().map_err(start)?;
+        let journal = Journal::create().map_err(start)?;
+        let hold = |kind, fd: io::Result<OwnedFd>| keepers.hold(Name::only(kind), Arc::new(fd?) as Held);
+        // The journal first: a group in the hands of a successor is of no use without it.
+        hold(Kind::Journal, journal.as_fd().try_clone_to_owned()).map_err(start)?;
+        hold(Kind::Group, group.as_fd().try_clone_to_owned()).map_err(start)?;
+        let service = Fanotify::new(group, journal, keepers.clone()).map_err(start)?;
+        let thread = Some(self.spawn_narrow("fan-0", &service, Fanotify::run).map_err(start)?);
+        *slot = Some(Running { service: service.clone(), thread });
         Ok(service)
     }
 
-    /// The cachefiles service, its cache bound below the cache directory.
-    pub(super) fn cachefiles(&self) -> Result<Arc<Cachefiles>, DaemonError> {
+    /// The cachefiles service, its cache bound below the cache directory and its device in the
+    /// keepers' hands.
+    pub(super) fn cachefiles(&self, keepers: &Keepers) -> Result<Arc<Cachefiles>, DaemonError> {
         let mut slot = self.cachefiles.lock().unwrap();
-        if let Some((service, _)) = &*slot {
-            return Ok(service.clone());
+        if let Some(running) = &*slot {
+            return Ok(running.service.clone());
         }
-        let start = |cause| DaemonError::Start { what: "the cachefiles service", cause };
+        let start = start_of("the cachefiles service");
         let root = self.cache.join("cachefiles");
         DirBuilder::new().recursive(true).mode(0o700).create(&root).map_err(start)?;
         let service = Cachefiles::bind(&root).map_err(start)?;
-        let thread = spawn("cf-0", &service, |service| service.run()).map_err(start)?;
-        *slot = Some((service.clone(), thread));
+        let device = service.device().map_err(start)?;
+        keepers.hold(Name::only(Kind::Cachefiles), Arc::new(device)).map_err(start)?;
+        let thread = Some(self.spawn_narrow("cf-0", &service, Cachefiles::run).map_err(start)?);
+        *slot = Some(Running { service: service.clone(), thread });
         Ok(service)
+    }
+
+    /// Starts a thread that answers the kernel and can do little else.
+    fn spawn_narrow<T: Send + Sync + 'static>(
+        &self,
+        name: &str,
+        service: &Arc<T>,
+        run: fn(&T) -> io::Result<()>,
+    ) -> io::Result<JoinHandle<()>> {
+        let sandbox = self.sandbox.clone();
+        spawn(name, service, move |service| {
+            sandbox.narrow();
+            run(service)
+        })
+    }
+
+    /// The names of those threads that answer the kernel and do not come round within this time.
+    /// Blocks.
+    pub(super) fn unresponsive(&self, within: Duration) -> Vec<&'static str> {
+        // Asked without the locks: whoever starts or stops a service must not wait for a stuck one.
+        let (fanotify, cachefiles) = self.services();
+        let stuck = [
+            ("fan-0", fanotify.is_some_and(|service| !service.is_responsive(within))),
+            ("cf-0", cachefiles.is_some_and(|service| !service.is_responsive(within))),
+        ];
+        stuck.into_iter().filter(|(_, stuck)| *stuck).map(|(name, _)| name).collect()
     }
 
     /// Events answered at once, events that waited, and READs of cachefiles.
     pub(super) fn counts(&self) -> (u64, u64, u64) {
-        let (hit, missed) = self.fanotify.lock().unwrap().as_ref().map_or((0, 0), |(service, _)| service.counts());
-        let reads = self.cachefiles.lock().unwrap().as_ref().map_or(0, |(service, _)| service.reads());
+        let (hit, missed) = self.fanotify.lock().unwrap().as_ref().map_or((0, 0), |it| it.service.counts());
+        let reads = self.cachefiles.lock().unwrap().as_ref().map_or(0, |it| it.service.reads());
         (hit, missed, reads)
     }
 
     /// Whether the kernel has objects of the cachefiles backend open, whoever mounted them.
     pub(super) fn has_open_objects(&self) -> bool {
-        self.cachefiles.lock().unwrap().as_ref().is_some_and(|(service, _)| service.is_in_use())
+        self.cachefiles.lock().unwrap().as_ref().is_some_and(|it| it.service.is_in_use())
     }
 
-    /// Ends the services. Only when nothing is mounted through them any more.
-    pub(super) fn stop(&self) {
-        if let Some((service, thread)) = self.fanotify.lock().unwrap().take() {
-            service.stop();
-            let _ = thread.join();
+    /// Takes no more events; those that were taken are still answered. Only before the end.
+    pub(super) fn pause(&self) {
+        let ends = |service: &dyn Fn(), thread: &mut Option<JoinHandle<()>>| {
+            if let Some(thread) = thread.take() {
+                service();
+                let _ = thread.join();
+            }
+        };
+        if let Some(Running { service, thread }) = &mut *self.fanotify.lock().unwrap() {
+            ends(&|| service.stop(), thread);
         }
-        if let Some((service, thread)) = self.cachefiles.lock().unwrap().take() {
-            service.stop();
-            let _ = thread.join();
+        if let Some(Running { service, thread }) = &mut *self.cachefiles.lock().unwrap() {
+            ends(&|| service.stop(), thread);
         }
     }
+
+    /// Answers nobody any more: who waits now, waits for a successor. Only before the end.
+    pub(super) fn freeze(&self) {
+        if let Some(running) = &*self.fanotify.lock().unwrap() {
+            running.service.freeze();
+        }
+    }
+
+    /// Events of fanotify that wait for data.
+    pub(super) fn waiting(&self) -> usize {
+        self.fanotify.lock().unwrap().as_ref().map_or(0, |it| it.service.waiting())
+    }
+}
+
+fn start_of(what: &'static str) -> impl Fn(io::Error) -> DaemonError + Copy {
+    move |cause| DaemonError::Start { what, cause }
 }
 
 /// Runs a service on a thread of its own. A service that ends by an error leaves readers waiting,
@@ -117,7 +265,7 @@ impl Backends {
 pub(super) fn spawn<T: Send + Sync + 'static>(
     name: &str,
     service: &Arc<T>,
-    run: fn(&T) -> io::Result<()>,
+    run: impl FnOnce(&T) -> io::Result<()> + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
     let service = service.clone();
     let thread = name.to_owned();

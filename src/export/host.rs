@@ -45,10 +45,12 @@ pub struct Host {
 impl Host {
     /// Tries everything, with scratch files below `cache`, which is created if it is missing.
     /// Nothing stays behind.
-    pub fn examine(cache: &Path) -> io::Result<Self> {
+    ///
+    /// `bound` says that this process has bound a cache of cachefiles already, which only one can.
+    pub fn examine(cache: &Path, bound: bool) -> io::Result<Self> {
         let missing = cache.ancestors().take_while(|dir| !dir.exists()).count();
         std::fs::create_dir_all(cache)?;
-        let host = Self::examine_existing(cache);
+        let host = Self::examine_existing(cache, bound);
         for dir in cache.ancestors().take(missing) {
             // Somebody else may have found a use for it meanwhile.
             let _ = std::fs::remove_dir(dir);
@@ -56,11 +58,11 @@ impl Host {
         host
     }
 
-    fn examine_existing(cache: &Path) -> io::Result<Self> {
+    fn examine_existing(cache: &Path, bound: bool) -> io::Result<Self> {
         let cache_file_system = file_system(std::fs::File::open(cache)?)?;
         let file_backed = file_backed(cache);
         let pre_content = if file_backed.works { pre_content(cache) } else { unreachable_pre_content() };
-        let findings = vec![cachefiles(cache), on_demand_erofs(), file_backed, pre_content, fuse()];
+        let findings = vec![cachefiles(cache, bound), on_demand_erofs(), file_backed, pre_content, fuse()];
         let works = |name| findings.iter().any(|finding| finding.name == name && finding.works);
         let choice = if works("cachefiles") && works("erofs-on-demand") {
             Some(BackendKind::Cachefiles)
@@ -103,8 +105,11 @@ fn missing(name: &'static str, detail: String, remedy: &'static str) -> Finding 
     Finding { name: name.to_owned(), works: false, detail, remedy: Some(remedy.to_owned()) }
 }
 
-fn cachefiles(cache: &Path) -> Finding {
+fn cachefiles(cache: &Path, bound: bool) -> Finding {
     const NAME: &str = "cachefiles";
+    if bound {
+        return works(NAME, "an on-demand cache is bound in the cache directory");
+    }
     let device = match cachefiles::Device::open() {
         Ok(device) => device,
         Err(e) => {

@@ -14,11 +14,13 @@ pub mod fanotify;
 pub mod host;
 mod limiter;
 mod probe;
+mod pulse;
 mod selftest;
 mod watch;
 
 pub use watch::{MountWatch, WatchId};
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,7 +29,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache::{Device, Fill};
 use crate::image::Image;
-use crate::sys::mount::{DetachedMount, MountError};
+use crate::sys::files::InodeId;
+use crate::sys::mount::MountError;
 
 /// Which way cold reads take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -53,8 +56,12 @@ pub trait Backing: Fill {
     /// The file. Its length is the device's length from the start; missing parts are holes.
     fn path(&self) -> &Path;
 
-    /// Whether every byte an image can ask for is in the file and synced: the kernel can read it
-    /// without us from now on.
+    /// The same, open since before anybody could mark it, so that nothing done through it raises an
+    /// event.
+    fn file(&self) -> Arc<File>;
+
+    /// Whether every byte an image can ask for is in the file and synced, and nobody wants to know what
+    /// is read: the kernel can read it without us from now on.
     fn is_settled(&self) -> bool;
 
     /// Calls `then` once when [`Backing::is_settled`] becomes true, or at once if it is.
@@ -66,8 +73,12 @@ impl Backing for Device {
         self.data_path().expect("a device of a store has a file of its own")
     }
 
+    fn file(&self) -> Arc<File> {
+        self.data_file().expect("a device of a store has a file of its own").clone()
+    }
+
     fn is_settled(&self) -> bool {
-        self.is_complete_durable()
+        self.is_settled()
     }
 
     fn when_settled(&self, then: Box<dyn FnOnce() + Send>) {
@@ -75,9 +86,18 @@ impl Backing for Device {
     }
 }
 
-/// Told of a mount before anybody can see it, so that no mount lives that a crash would leave
-/// without a keeper. An error undoes the mount.
-pub type Announce<'a> = &'a dyn Fn(&DetachedMount) -> io::Result<()>;
+/// Told of a mount before anybody can see it, so that no mount lives that a successor would not
+/// know of. An error undoes the mount.
+pub type Announce<'a> = &'a dyn Fn(WatchId) -> io::Result<()>;
+
+/// Who keeps the files of marked devices for a successor.
+pub trait Custody: Send + Sync {
+    /// A file is about to be marked.
+    fn hold(&self, id: InodeId, file: &Arc<File>) -> io::Result<()>;
+
+    /// It is not marked any more, and no mount reads it.
+    fn release(&self, id: InodeId);
+}
 
 /// An image whose devices are ready to be served.
 pub struct LiveImage {
@@ -129,7 +149,7 @@ pub enum AttachError {
     #[error("reads of {} raise no events, so missing data would be read as zeros; the mount was undone", path.display())]
     Bypassed { path: PathBuf },
     /// Nobody would look after the readers if this process died.
-    #[error("the keeper does not take the mount; restart the daemon")]
+    #[error("the mount cannot be written down for a successor")]
     Unkept(#[source] io::Error),
     /// A name that the kernel would mishandle.
     #[error("{name:?} cannot name an image: {rule}")]

@@ -131,6 +131,10 @@ mod tests {
             Path::new("/nowhere")
         }
 
+        fn file(&self) -> Arc<File> {
+            Arc::new(File::open("/dev/null").unwrap())
+        }
+
         fn is_settled(&self) -> bool {
             false
         }

@@ -7,53 +7,70 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
+use rustix::fs::inotify;
 
+use crate::sys::inotify::{Watched, device_numbers, each_watch};
 use crate::sys::mount::DetachedMount;
 
 /// Watches superblocks. One thread calls [`MountWatch::wait`]; any thread may add.
 #[derive(Debug)]
 pub struct MountWatch {
-    inotify: Inotify,
+    instance: Arc<OwnedFd>,
     stop: EventFd,
     watched: Mutex<HashSet<WatchId>>,
 }
 
-/// Names one watched superblock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct WatchId(WatchDescriptor);
+/// Names one watched superblock, for every process that has the instance.
+pub type WatchId = Watched;
 
 impl MountWatch {
     /// Creates a watch on nothing.
     pub fn new() -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        Self::of(inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?)
+    }
+
+    /// Goes on with an instance of another process, which has ended. Nothing counts as watched until
+    /// it is [adopted](MountWatch::adopt).
+    pub fn of(instance: OwnedFd) -> io::Result<Self> {
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self { inotify, stop, watched: Mutex::default() })
+        Ok(Self { instance: Arc::new(instance), stop, watched: Mutex::default() })
+    }
+
+    /// The instance, to be held by other processes as well.
+    pub fn instance(&self) -> &Arc<OwnedFd> {
+        &self.instance
+    }
+
+    /// Everything the instance watches, as the kernel says: superblocks that live.
+    pub fn living(&self) -> io::Result<HashSet<WatchId>> {
+        let mut living = HashSet::new();
+        each_watch(self.instance.as_fd(), &mut |watched| {
+            living.insert(watched);
+        })?;
+        Ok(living)
+    }
+
+    /// Counts `id`, which the instance watches already, from now on.
+    pub fn adopt(&self, id: WatchId) {
+        self.watched.lock().unwrap().insert(id);
     }
 
     /// Starts watching the superblock of `mount`.
     pub fn add(&self, mount: &DetachedMount) -> io::Result<WatchId> {
         let root = PathBuf::from(format!("/proc/self/fd/{}", mount.as_fd().as_raw_fd()));
-        self.add_path(&root)
-    }
-
-    /// Starts watching the superblock of what is mounted at `target`.
-    pub fn add_path(&self, target: &Path) -> io::Result<WatchId> {
+        let device = device_numbers(nix::sys::stat::fstat(mount)?.st_dev)?;
         // Some event must be asked for; attributes of a read-only root never change.
-        let id = WatchId(self.inotify.add_watch(target, AddWatchFlags::IN_ATTRIB)?);
+        let number = inotify::add_watch(&self.instance, &root, inotify::WatchFlags::ATTRIB)?;
+        let id = Watched { number, device };
         self.watched.lock().unwrap().insert(id);
         Ok(id)
-    }
-
-    /// How many superblocks are still alive.
-    pub fn alive(&self) -> usize {
-        self.watched.lock().unwrap().len()
     }
 
     /// Whether the superblock is still alive.
@@ -66,7 +83,7 @@ impl MountWatch {
     pub fn wait(&self) -> io::Result<Option<Vec<WatchId>>> {
         loop {
             let mut fds = [
-                PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.instance.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
             ];
             match poll(&mut fds, PollTimeout::NONE) {
@@ -84,25 +101,23 @@ impl MountWatch {
     }
 
     /// Names superblocks that have gone since the last look. Does not wait.
-    pub fn gone(&self) -> io::Result<Vec<WatchId>> {
-        let events = match self.inotify.read_events() {
-            Ok(events) => events,
-            Err(nix::errno::Errno::EAGAIN) => return Ok(Vec::new()),
-            Err(errno) => return Err(errno.into()),
-        };
-        let mut watched = self.watched.lock().unwrap();
-        let ended = AddWatchFlags::IN_UNMOUNT | AddWatchFlags::IN_IGNORED;
-        Ok(events
-            .into_iter()
-            .filter(|event| event.mask.intersects(ended))
-            .map(|event| WatchId(event.wd))
-            .filter(|id| watched.remove(id))
-            .collect())
-    }
-
-    /// Becomes readable when [`MountWatch::gone`] has something to say.
-    pub fn as_poll(&self) -> BorrowedFd<'_> {
-        self.inotify.as_fd()
+    fn gone(&self) -> io::Result<Vec<WatchId>> {
+        let mut space = [MaybeUninit::uninit(); 4096];
+        let mut reader = inotify::Reader::new(&self.instance, &mut space);
+        let ended = inotify::ReadFlags::UNMOUNT | inotify::ReadFlags::IGNORED;
+        let mut gone = Vec::new();
+        loop {
+            let event = match reader.next() {
+                Ok(event) => event,
+                Err(rustix::io::Errno::AGAIN) => return Ok(gone),
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(errno) => return Err(errno.into()),
+            };
+            if event.events().intersects(ended) {
+                let mut watched = self.watched.lock().unwrap();
+                gone.extend(watched.extract_if(|id| id.number == event.wd()));
+            }
+        }
     }
 
     /// Ends [`MountWatch::wait`].

@@ -54,9 +54,14 @@ impl Iterator for Walk<'_> {
 impl Image {
     /// A walk from the root.
     pub fn walk(&self) -> Walk<'_> {
+        self.walk_from(self.summary.root)
+    }
+
+    /// A walk over `top`, a directory or anything else, and what is below it. Paths begin there.
+    pub fn walk_from(&self, top: Nid) -> Walk<'_> {
         Walk {
             image: self,
-            pending: vec![(0, b"", self.summary.root)],
+            pending: vec![(0, b"", top)],
             path: Vec::new(),
             entered: HashSet::new(),
             budget: self.summary.bootstrap_len / size_of::<Dirent>() as u64,

@@ -63,35 +63,91 @@ impl HttpSource {
         ctx: ReadCtx,
         once: impl Fn() -> F,
     ) -> Result<T, SourceError> {
-        let seed = seed(blob, range);
         let attempts = async {
-            let mut failed = 0;
+            let mut patience = self.patience(blob, range, ctx);
             loop {
-                let failure = match once().await {
+                match once().await {
                     Ok(answer) => return Ok(answer),
-                    Err(failure) => failure,
-                };
-                failed += 1;
-                let attempt = Attempt { failed, seed, retry_after: failure.retry_after };
-                match self.policy.next(attempt, failure.error.fault(), Instant::now(), ctx.deadline) {
-                    Some(pause) => {
-                        tracing::debug!(error = %failure.error, failed, ?pause, "asking again");
-                        tokio::time::sleep(pause).await;
-                    }
-                    None => return Err(failure.error),
+                    Err(failure) => patience.pause(failure).await?,
                 }
             }
         };
+        self.in_time(blob, range, ctx, attempts).await
+    }
+
+    /// The same for a body that is handed on as it arrives: each attempt goes on where the one before
+    /// broke off, and one that brought something starts the count of failures anew.
+    async fn pour(
+        &self,
+        blob: &BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<(), SourceError> {
+        let attempts = async {
+            let mut rest = stored;
+            while !rest.is_empty() {
+                let mut patience = self.patience(blob, rest, ctx);
+                let from = rest.start();
+                while rest.start() == from
+                    && let Err(failure) = self.pour_once(blob, &mut rest, take).await
+                {
+                    patience.pause(failure).await?;
+                }
+            }
+            Ok(())
+        };
+        self.in_time(blob, stored, ctx, attempts).await
+    }
+
+    async fn in_time<T>(
+        &self,
+        blob: &BlobId,
+        range: ByteRange,
+        ctx: ReadCtx,
+        attempts: impl Future<Output = Result<T, SourceError>>,
+    ) -> Result<T, SourceError> {
         timeout_at(ctx.deadline.into(), attempts)
             .await
             .unwrap_or_else(|_| Err(SourceError::Deadline { blob: blob.clone(), place: self.place.clone(), range }))
     }
 
+    fn patience(&self, blob: &BlobId, range: ByteRange, ctx: ReadCtx) -> Patience {
+        Patience { policy: self.policy, seed: seed(blob, range), failed: 0, deadline: ctx.deadline }
+    }
+
     /// One attempt to fetch `stored`, which is not empty.
     async fn fetch(&self, blob: &BlobId, stored: ByteRange) -> Result<Bytes, Failure> {
+        let response = self.ranged(blob, stored).await?;
+        self.body(blob, response, stored).await
+    }
+
+    /// One attempt to hand on `rest`, which is not empty and becomes what has not been handed on.
+    async fn pour_once(
+        &self,
+        blob: &BlobId,
+        rest: &mut ByteRange,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<(), Failure> {
+        let asked = rest.len();
+        let mut response = self.ranged(blob, *rest).await?;
+        while let Some(piece) = response.chunk().await.map_err(|error| self.transport(blob, error))? {
+            let behind = rest.start().saturating_add(piece.len() as u64);
+            *rest = ByteRange::new(behind, rest.end())
+                .ok_or_else(|| self.improper(format!("it sent more than the {asked} bytes asked for")))?;
+            take(piece);
+        }
+        if rest.is_empty() {
+            return Ok(());
+        }
+        Err(self.unavailable(blob, format!("it sent {} of {asked} bytes", asked - rest.len())))
+    }
+
+    /// An answer that has `stored` as its body, as far as its head tells.
+    async fn ranged(&self, blob: &BlobId, stored: ByteRange) -> Result<Response, Failure> {
         let response = self.get(blob, stored).await?;
         match Answer::to_range(response.status().as_u16(), response.headers(), stored) {
-            Answer::Range => self.body(blob, response, stored).await,
+            Answer::Range => Ok(response),
             Answer::Ends(None) => {
                 drop(response);
                 match self.measure(blob).await? {
@@ -208,6 +264,16 @@ impl BlobSource for HttpSource {
         })
     }
 
+    fn stream<'a>(
+        &'a self,
+        blob: &'a BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+        take: &'a mut (dyn FnMut(Bytes) + Send),
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
+        Box::pin(self.pour(blob, stored, ctx, take))
+    }
+
     fn describe(&self) -> String {
         self.place.clone()
     }
@@ -221,6 +287,33 @@ impl std::fmt::Debug for HttpSource {
 
 /// What is asked for when only the length is wanted.
 const FIRST_BYTE: ByteRange = ByteRange::new(0, 1).expect("ordered");
+
+/// How often has been asked, and how often still may be.
+struct Patience {
+    policy: RetryPolicy,
+    seed: u64,
+    failed: u32,
+    deadline: Instant,
+}
+
+impl Patience {
+    /// Waits until it makes sense to ask again.
+    ///
+    /// # Errors
+    /// The failure, if it does not.
+    async fn pause(&mut self, failure: Failure) -> Result<(), SourceError> {
+        self.failed += 1;
+        let attempt = Attempt { failed: self.failed, seed: self.seed, retry_after: failure.retry_after };
+        match self.policy.next(attempt, failure.error.fault(), Instant::now(), self.deadline) {
+            Some(pause) => {
+                tracing::debug!(error = %failure.error, failed = self.failed, ?pause, "asking again");
+                tokio::time::sleep(pause).await;
+                Ok(())
+            }
+            None => Err(failure.error),
+        }
+    }
+}
 
 /// A failed attempt.
 struct Failure {

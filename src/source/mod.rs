@@ -3,10 +3,12 @@
 //! A [`BlobSource`] answers ranged reads of whole blobs by id and knows nothing of what they mean.
 //! Retries, time-outs and connection reuse live below, in `net`, once for every remote kind.
 
+mod absent;
 mod answer;
 mod http;
 mod local;
 
+pub use absent::AbsentSource;
 pub use http::HttpSource;
 pub use local::LocalSource;
 
@@ -45,6 +47,21 @@ pub trait BlobSource: Send + Sync + 'static {
         stored: ByteRange,
         ctx: ReadCtx,
     ) -> BoxFuture<'a, Result<Bytes, SourceError>>;
+
+    /// Hands the bytes of `stored` to `take`, in order and as they arrive; exactly `stored.len()` of
+    /// them, or an error. What was taken before an error is sound, and whoever asks again goes on
+    /// behind it. Dropping the future ends the transfer.
+    ///
+    /// Without more knowledge of the source, everything arrives at once.
+    fn stream<'a>(
+        &'a self,
+        blob: &'a BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+        take: &'a mut (dyn FnMut(Bytes) + Send),
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
+        Box::pin(async move { self.read(blob, stored, ctx).await.map(take) })
+    }
 
     /// What to call this source in messages: a directory or an URL, without secrets.
     fn describe(&self) -> String;

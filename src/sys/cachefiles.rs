@@ -59,6 +59,15 @@ impl Device {
         OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(DEVICE).map(Self)
     }
 
+    /// Has the requests delivered again that were delivered and not answered, after the process that
+    /// took them has died. Objects that it had open are opened again before they are read.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` before Linux 6.8 (without back-ports): what was taken is then lost.
+    pub fn restore(&self) -> io::Result<()> {
+        self.command("restore")
+    }
+
     fn command(&self, text: &str) -> io::Result<()> {
         // One write is one command; the kernel takes it whole or not at all.
         (&self.0).write_all(text.as_bytes())
@@ -117,6 +126,13 @@ impl Device {
                 })
             }
         }))
+    }
+}
+
+impl From<OwnedFd> for Device {
+    /// Goes on with the device that a process which has died had bound.
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd.into())
     }
 }
 

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::journal::Journal;
 use crate::base::ByteRange;
 
 const FAN_CLASS_PRE_CONTENT: u32 = 0x8;
@@ -24,8 +25,10 @@ const INFO_TYPE_RANGE: u8 = 6;
 /// An event before the content of a file is accessed (Linux 6.14).
 const FAN_PRE_ACCESS: u64 = 0x0010_0000;
 
-/// Room for one read: about 1300 events of 48 bytes.
+/// Room for one read: about 1300 events.
 pub const EVENT_BUFFER: usize = 64 << 10;
+/// One event with its range record.
+const EVENT_BYTES: usize = 48;
 
 /// A fanotify group of the pre-content class.
 ///
@@ -113,18 +116,17 @@ impl Group {
     /// caller goes on reading.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<Vec<Event>> {
         let len = nix::unistd::read(&self.0, buffer)?;
-        let raw = parse(&buffer[..len]);
-        Ok(raw
-            .into_iter()
-            .map(|event| Event {
-                // SAFETY: the kernel installed this descriptor in our table for this event, and
-                // each event is delivered to exactly one read.
-                file: if event.fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(event.fd) }) } else { Err(-event.fd) },
-                pid: event.pid,
-                range: event.range,
-                overflow: event.mask & FAN_Q_OVERFLOW != 0,
-            })
-            .collect())
+        Ok(own(parse(&buffer[..len])))
+    }
+
+    /// Takes at most `most` waiting events, which `journal` knows from the same moment on. To be
+    /// followed by [`Journal::clear_landing`] when all of them are written down or answered.
+    ///
+    /// # Errors
+    /// As [`Group::read`].
+    pub fn take(&self, journal: &Journal, most: usize) -> io::Result<Vec<Event>> {
+        let bytes = journal.land(self.0.as_fd(), most.saturating_mul(EVENT_BYTES))?;
+        Ok(own(parse(&bytes)))
     }
 
     /// Answers the event that came with `file`.
@@ -171,6 +173,25 @@ fn encode(answer: Answer) -> u32 {
             FAN_DENY | errno.cast_unsigned() << 24
         }
     }
+}
+
+/// Takes over the descriptors that the kernel has just installed.
+fn own(raw: Vec<RawEvent>) -> Vec<Event> {
+    let event = |event: RawEvent| Event {
+        // SAFETY: the kernel installed this descriptor in our table for this event, and each event
+        // is delivered to exactly one read, whose bytes the callers have just got.
+        file: if event.fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(event.fd) }) } else { Err(-event.fd) },
+        pid: event.pid,
+        range: event.range,
+        overflow: event.mask & FAN_Q_OVERFLOW != 0,
+    };
+    raw.into_iter().map(event).collect()
+}
+
+/// Numbers and ranges of the events in `bytes` that wait for an answer, without touching any
+/// descriptor: they are those of a process that is gone.
+pub(super) fn records(bytes: &[u8]) -> Vec<(i32, Option<ByteRange>)> {
+    parse(bytes).into_iter().filter(|event| event.fd >= 0).map(|event| (event.fd, event.range)).collect()
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -1,49 +1,92 @@
-//! Messages with descriptors over a `SOCK_SEQPACKET` socket.
+//! Messages with descriptors over `SOCK_SEQPACKET` sockets, without allocating.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
 
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect as connect_socket,
+    listen as listen_socket, recvmsg, sendmsg, socket_with, socketpair,
 };
-
-/// Longest message in bytes.
-pub const MAX_MESSAGE: usize = 16 << 10;
 
 /// Two connected sockets that keep message boundaries, both close-on-exec.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
+    Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+}
+
+fn socket() -> io::Result<OwnedFd> {
+    Ok(socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+}
+
+/// Listens at `path`, replacing what a dead process left there.
+pub fn listen(path: &Path) -> io::Result<OwnedFd> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let socket = socket()?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen_socket(&socket, 16)?;
+    Ok(socket)
+}
+
+/// Connects to who listens at `path`.
+///
+/// # Errors
+/// `NotFound` or `ConnectionRefused` if nobody does.
+pub fn connect(path: &Path) -> io::Result<OwnedFd> {
+    let socket = socket()?;
+    connect_socket(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+/// Takes the next connection.
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    Ok(accept_with(listener, SocketFlags::CLOEXEC)?)
+}
+
+/// Process and user at the other end of a connection, as they were when it was made.
+pub fn peer(socket: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    let peer = socket_peercred(socket)?;
+    Ok((peer.pid.as_raw_nonzero().get().cast_unsigned(), peer.uid.as_raw()))
+}
+
+/// Lets neither sending nor receiving take longer than `timeout`.
+pub fn set_timeout(socket: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<()> {
+    set_socket_timeout(socket, Timeout::Recv, timeout)?;
+    Ok(set_socket_timeout(socket, Timeout::Send, timeout)?)
 }
 
 /// Sends `bytes` with at most one descriptor.
 pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-    let raw = fd.map(|fd| [fd.as_raw_fd()]);
-    let rights = raw.as_ref().map(|raw| ControlMessage::ScmRights(raw));
-    let flags = MsgFlags::MSG_NOSIGNAL;
-    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], rights.as_slice(), flags, None)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let rights = fd.as_slice();
+    if !rights.is_empty() && !control.push(SendAncillaryMessage::ScmRights(rights)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
     Ok(())
 }
 
-/// Receives one message. `None` when the other side has gone.
-pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Vec<u8>, Option<OwnedFd>)>> {
-    let mut buffer = vec![0; MAX_MESSAGE];
-    let mut control = nix::cmsg_space!(RawFd);
-    let mut slices = [IoSliceMut::new(&mut buffer)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags)?;
-    let len = message.bytes;
+/// Receives one message into `buffer`: its length, and a descriptor if one came along. `None` when
+/// the other side has gone.
+pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<(usize, Option<OwnedFd>)>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let message = recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
     let mut received = None;
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = control {
-            for fd in fds {
-                // SAFETY: the kernel installed this descriptor in our table with this message
-                // and nobody else knows its number; surplus ones are closed on drop.
-                received = Some(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
+    for control in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = control {
+            // Surplus ones are closed on drop.
+            received = fds.last();
         }
     }
-    buffer.truncate(len);
-    Ok(if len == 0 { None } else { Some((buffer, received)) })
+    Ok((message.bytes > 0).then_some((message.bytes, received)))
 }
 
 #[cfg(test)]
@@ -54,27 +97,35 @@ mod tests {
 
     #[test]
     fn a_descriptor_arrives_with_its_message() {
-        let (left, right) = pair().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let listener = listen(&dir.path().join("socket")).unwrap();
+        let left = connect(&dir.path().join("socket")).unwrap();
+        let right = accept(listener.as_fd()).unwrap();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"hello").unwrap();
 
         send(left.as_fd(), b"take this", Some(file.as_fd())).unwrap();
-        let (bytes, fd) = receive(right.as_fd()).unwrap().unwrap();
+        let mut buffer = [0; 64];
+        let (len, fd) = receive(right.as_fd(), &mut buffer).unwrap().unwrap();
 
-        assert_eq!(bytes, b"take this");
-        let mut copy = std::fs::File::from(fd.unwrap());
+        assert_eq!(&buffer[..len], b"take this");
+        assert_eq!(peer(right.as_fd()).unwrap().0, std::process::id());
+        let mut copy = File::from(fd.unwrap());
         copy.rewind().unwrap();
         let mut text = String::new();
         copy.read_to_string(&mut text).unwrap();
         assert_eq!(text, "hello");
     }
 
+    use std::fs::File;
+
     #[test]
     fn a_closed_peer_is_told_from_silence() {
         let (left, right) = pair().unwrap();
+        let mut buffer = [0; 64];
         send(left.as_fd(), b"x", None).unwrap();
         drop(left);
-        assert!(receive(right.as_fd()).unwrap().is_some());
-        assert!(receive(right.as_fd()).unwrap().is_none());
+        assert!(receive(right.as_fd(), &mut buffer).unwrap().is_some());
+        assert!(receive(right.as_fd(), &mut buffer).unwrap().is_none());
     }
 }

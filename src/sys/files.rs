@@ -7,10 +7,27 @@ use std::path::Path;
 use crate::base::ByteRange;
 
 /// What tells one inode from all others on this host while it exists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InodeId {
     device: u64,
     inode: u64,
+}
+
+impl InodeId {
+    /// The inode `inode` of the file system `device` (`st_dev`).
+    pub const fn new(device: u64, inode: u64) -> Self {
+        Self { device, inode }
+    }
+
+    /// `st_dev` of its file system.
+    pub const fn device(self) -> u64 {
+        self.device
+    }
+
+    /// `st_ino`.
+    pub const fn inode(self) -> u64 {
+        self.inode
+    }
 }
 
 /// The identity of the inode behind `file`.

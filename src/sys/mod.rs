@@ -8,9 +8,15 @@
 
 pub mod cachefiles;
 pub mod fanotify;
+pub mod faultpoint;
 pub mod fdpass;
 pub mod files;
+pub mod inotify;
+pub mod journal;
 pub mod memory;
 pub mod mmap;
 pub mod mount;
 pub mod process;
+pub mod sandbox;
+pub mod service;
+pub mod spawn;

@@ -1,6 +1,7 @@
 //! What a long-lived process asks of the system about itself.
 
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
@@ -31,6 +32,34 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     Ok(hard)
+}
+
+/// How many descriptors this process may have open now.
+pub fn descriptor_limit() -> io::Result<u64> {
+    Ok(getrlimit(Resource::RLIMIT_NOFILE)?.0)
+}
+
+/// Takes the descriptor number `number`, so that the kernel gives it to nothing else until the
+/// result is dropped. `None` if something has it already.
+///
+/// Only while no other thread opens anything: between look and taking, the number could go.
+pub fn occupy(number: i32) -> io::Result<Option<OwnedFd>> {
+    // SAFETY: asks for a flag of a number, which may name nothing.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    if flags >= 0 {
+        return Ok(None);
+    }
+    let nothing = std::fs::File::open("/dev/null")?;
+    if nothing.as_raw_fd() == number {
+        return Ok(Some(nothing.into()));
+    }
+    // SAFETY: the number names nothing, as was just seen, so no descriptor is closed by this.
+    let taken = unsafe { libc::dup3(nothing.as_raw_fd(), number, libc::O_CLOEXEC) };
+    if taken < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has just made this descriptor, and nobody else knows it.
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(taken) }))
 }
 
 /// Asks the kernel to take other processes first when memory runs out: readers of many containers

@@ -22,7 +22,7 @@ use super::print_json;
 use super::progress::Bar;
 use crate::base::ByteSize;
 use crate::build::{self, BuildReport, BuildSpec, Source};
-use crate::daemon::api::{BackendChoice, ImageReport, ImageSpec, MountRequest};
+use crate::daemon::api::{BackendChoice, ImageReport, ImageSpec, MountRequest, PrefetchOrder};
 
 /// See it work: build an image of a directory, mount it lazily, run a program from it
 ///
@@ -122,8 +122,9 @@ fn perform(stage: &Stage, args: &DemoArgs, runtime: &Handle) -> anyhow::Result<S
 
     let url = stage.start_server(image.join("blobs"), Duration::from_millis(args.delay))?;
     let (mount, clock) = (stage.dir("mnt")?, Instant::now());
-    let spec = ImageSpec { bootstrap: image.join("bootstrap"), blobs: url.clone(), ca: None, prefetch: false };
-    daemon.mount(&MountRequest { image: spec, dir: mount.clone(), backend: args.backend })?;
+    let spec =
+        ImageSpec { bootstrap: image.join("bootstrap"), blobs: url.clone(), ca: None, prefetch: PrefetchOrder::None };
+    daemon.mount(&MountRequest { image: spec, dir: mount.clone(), backend: args.backend, trace: None })?;
     let mount_seconds = clock.elapsed().as_secs_f64();
     stage.stop.check()?;
     say(format_args!("mounted; running {} from the mount", subject.program))?;

@@ -12,8 +12,10 @@ use tokio::runtime::Handle;
 use super::stop::Stop;
 use crate::base::Chain;
 use crate::cache::StoreOptions;
+use crate::daemon::settings::Settings;
 use crate::daemon::{Daemon, Options, keeper};
 use crate::net::server::{BlobServer, ServerOptions, Stats};
+use crate::sys::sandbox::Sandbox;
 
 /// How long a file system may outlive its mount: a killed program needs a moment to let go of it.
 const LINGER: Duration = Duration::from_secs(5);
@@ -70,13 +72,18 @@ impl Stage {
     }
 
     pub(super) fn start_daemon(&self, runtime: &Handle) -> anyhow::Result<Arc<Daemon>> {
+        let run = self.dir("run")?;
+        let program = PathBuf::from("/proc/self/exe");
+        let keepers = keeper::Plan { program, run: run.clone(), patience: LINGER, successor: None };
         let options = Options {
             cache: self.dir("cache")?,
-            run: self.dir("run")?,
-            program: PathBuf::from("/proc/self/exe"),
+            run,
             store: StoreOptions::default(),
+            keepers,
+            backends: Settings::default().backend,
+            sandbox: Sandbox::off(),
         };
-        let daemon = Daemon::start(options, runtime.clone())?;
+        let daemon = Daemon::start(options, runtime.clone(), None)?;
         *self.daemon.lock().unwrap() = Some(daemon.clone());
         Ok(daemon)
     }

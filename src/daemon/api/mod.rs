@@ -1,5 +1,11 @@
 //! What goes over the control socket, as JSON.
 
+mod prefetch;
+mod trace;
+
+pub use prefetch::{FileRanges, PrefetchOrder, PrefetchReport, PrefetchRequest, PrefetchTarget};
+pub use trace::{TraceReport, TraceRequest, TraceResult};
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -22,7 +28,7 @@ pub enum BackendChoice {
 }
 
 /// Where an image is and how its blobs are reached.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageSpec {
     /// Bootstrap file, absolute.
@@ -32,9 +38,9 @@ pub struct ImageSpec {
     /// PEM file with further certificate authorities for `https` sources.
     #[serde(default)]
     pub ca: Option<PathBuf>,
-    /// Fetch everything in the background, behind all readers.
+    /// What to fetch before anybody asks, behind all readers.
     #[serde(default)]
-    pub prefetch: bool,
+    pub prefetch: PrefetchOrder,
 }
 
 /// `POST /v1/mounts`
@@ -46,6 +52,10 @@ pub struct MountRequest {
     pub dir: PathBuf,
     #[serde(default)]
     pub backend: BackendChoice,
+    /// Record what is read from the first moment on, of complete blobs too. Where whoever stops the
+    /// trace is to write it, an absolute path.
+    #[serde(default)]
+    pub trace: Option<PathBuf>,
 }
 
 /// `DELETE /v1/mounts`
@@ -57,6 +67,14 @@ pub struct UnmountRequest {
     /// Take it out of the tree even while files on it are open.
     #[serde(default)]
     pub lazy: bool,
+}
+
+/// The answer to `DELETE /v1/mounts`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unmounted {
+    /// Somebody keeps the file system alive, in another mount namespace or by an open file. It is
+    /// served until that ends.
+    pub still_served: bool,
 }
 
 /// `POST /v1/images`: makes an image mountable by anyone through `mount -t erofs -o fsid=`.
@@ -78,6 +96,14 @@ pub struct UnregisterRequest {
     pub id: String,
     #[serde(default)]
     pub domain: Option<String>,
+}
+
+/// `POST /v1/upgrade`: makes room for another program, which goes on with everything.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpgradeRequest {
+    /// The program, absolute.
+    pub program: PathBuf,
 }
 
 /// One device of a served image.
@@ -123,6 +149,9 @@ pub struct Info {
     pub events_missed: u64,
     /// READ requests of the cachefiles backend.
     pub cachefiles_reads: u64,
+    /// Milliseconds that readers waited while this daemon took over from another one; `null` if it
+    /// started from nothing.
+    pub takeover_ms: Option<u64>,
     /// What this host can do, tried when the daemon started.
     pub host: Host,
 }

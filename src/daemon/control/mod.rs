@@ -1,7 +1,11 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
+mod prefetch;
+mod trace;
+
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,17 +13,18 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::Router;
-use axum::extract::State;
 use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, oneshot};
 
-use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest};
-use super::{Daemon, DaemonError};
+use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, UpgradeRequest};
+use super::{Daemon, DaemonError, Ending};
 use crate::base::Chain;
 use crate::export::AttachError;
 use crate::reader::MapError;
@@ -30,11 +35,26 @@ pub const SOCKET: &str = "rafsd.sock";
 /// How long requests under way have to end once the daemon is asked to stop.
 pub const GRACE: Duration = Duration::from_secs(5);
 
-/// The listening socket. Dropping it removes it.
+/// The listening socket.
+/// Most bytes of a request: a list of everything in a large image that is to be prefetched.
+const MOST_BODY: usize = 128 << 20;
+
 #[derive(Debug)]
 pub struct Control {
     listener: UnixListener,
-    path: PathBuf,
+    file: SocketFile,
+}
+
+/// The socket's name, removed with this value; nothing for a socket of somebody else.
+#[derive(Debug)]
+struct SocketFile(Option<PathBuf>);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -59,8 +79,26 @@ impl Control {
             _ => {}
         }
         let listener = UnixListener::bind(&path)?;
+        let file = SocketFile(Some(path.clone()));
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-        Ok(Self { listener, path })
+        Ok(Self { listener, file })
+    }
+
+    /// Listens on a socket that a service manager made, and that stays its own. Must be called on
+    /// the runtime.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is no listening Unix stream socket.
+    pub fn adopt(socket: OwnedFd) -> io::Result<Self> {
+        let listens = getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false);
+        let is_stream = getsockopt(&socket, sockopt::SockType).is_ok_and(|kind| kind == SockType::Stream);
+        let listener = std::os::unix::net::UnixListener::from(socket);
+        if !listens || !is_stream || listener.local_addr().is_err() {
+            let text = "the socket that was handed over is no listening Unix stream socket";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener: UnixListener::from_std(listener)?, file: SocketFile(None) })
     }
 
     /// Answers requests until `stop` is notified, or, where `idle` is given, until the daemon has
@@ -73,10 +111,14 @@ impl Control {
             .route("/v1/mounts", get(list).post(mount).delete(unmount))
             .route("/v1/images", post(register).delete(unregister))
             .route("/v1/stop", post(request_stop))
+            .route("/v1/upgrade", post(upgrade))
+            .merge(prefetch::routes())
+            .merge(trace::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
+            .layer(DefaultBodyLimit::max(MOST_BODY))
             .with_state(shared);
-        let path = self.path;
+        let file = self.file;
         let (tell, told) = oneshot::channel();
         let again = stop.clone();
         let until = async move {
@@ -85,7 +127,7 @@ impl Control {
                 None => stop.notified().await,
             }
             // Gone before the daemon is: whoever comes now starts another one and waits for us.
-            let _ = fs::remove_file(&path);
+            drop(file);
             let _ = tell.send(());
         };
         let cut = async move {
@@ -132,13 +174,24 @@ fn failure(status: StatusCode, error: String) -> Response {
 
 fn status(error: &DaemonError) -> StatusCode {
     match error {
-        DaemonError::NotMounted(_) | DaemonError::NotRegistered(_) => StatusCode::NOT_FOUND,
+        DaemonError::NotMounted(_)
+        | DaemonError::NotRegistered(_)
+        | DaemonError::NoImage(_)
+        | DaemonError::NoPrefetch(_)
+        | DaemonError::NotTraced(_) => StatusCode::NOT_FOUND,
         DaemonError::Mounted(_)
         | DaemonError::Unmount { .. }
         | DaemonError::Attach(AttachError::Taken(_))
-        | DaemonError::Contradiction { .. } => StatusCode::CONFLICT,
+        | DaemonError::Contradiction { .. }
+        | DaemonError::SeveralImages(_)
+        | DaemonError::NotOpen(_)
+        | DaemonError::TooManyPrefetches(_)
+        | DaemonError::Traced(_)
+        | DaemonError::TooManyTraces => StatusCode::CONFLICT,
         DaemonError::NotADirectory(_)
         | DaemonError::Relative(_)
+        | DaemonError::NoTarget
+        | DaemonError::Image(_)
         | DaemonError::Attach(AttachError::Name { .. })
         | DaemonError::Bootstrap(_)
         | DaemonError::Load(_)
@@ -148,7 +201,9 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::SourceSpec(_)
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+        DaemonError::NoSuccessor => StatusCode::CONFLICT,
         DaemonError::Io { .. }
+        | DaemonError::Record { .. }
         | DaemonError::Start { .. }
         | DaemonError::Map(MapError::Fetch { .. })
         | DaemonError::Store(_)
@@ -213,7 +268,23 @@ async fn unregister(State(shared): State<Shared>, request: Body<UnregisterReques
     blocking(shared, move |daemon| daemon.unregister(&request.id, request.domain.as_deref())).await
 }
 
+async fn upgrade(State(shared): State<Shared>, request: Body<UpgradeRequest>) -> Response {
+    let request = match body(request) {
+        Ok(request) => request,
+        Err(refusal) => return refusal,
+    };
+    let stop = shared.stop.clone();
+    blocking(shared, move |daemon| {
+        daemon.set_successor(&request.program)?;
+        daemon.ask_to(Ending::Upgrade);
+        stop.notify_one();
+        Ok(())
+    })
+    .await
+}
+
 async fn request_stop(State(shared): State<Shared>) -> Response {
+    shared.daemon.ask_to(Ending::Stop);
     shared.stop.notify_one();
     Json(()).into_response()
 }

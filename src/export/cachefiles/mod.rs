@@ -21,6 +21,7 @@ use rustix::mount::MountAttrFlags;
 use super::{Announce, AttachError, MountWatch, WatchId};
 use crate::sys::cachefiles::MAX_COOKIE_KEY;
 use crate::sys::mount::FsContext;
+use crate::sys::sandbox::Sandbox;
 
 /// Longest domain: it becomes part of a directory name together with a prefix.
 const MAX_DOMAIN: usize = 200;
@@ -75,19 +76,26 @@ impl FsId {
     }
 }
 
-/// Mounts a registered image at `target` and watches its superblock.
-pub fn mount(name: &FsId, target: &Path, watch: &MountWatch, announce: Announce<'_>) -> Result<WatchId, AttachError> {
-    let context = FsContext::open("erofs").map_err(AttachError::Mount)?;
-    let configure = || {
+/// Mounts a registered image at `target` and watches its superblock. What a confined thread may
+/// not do is done outside of `sandbox`.
+pub fn mount(
+    name: &FsId,
+    target: &Path,
+    watch: &MountWatch,
+    announce: Announce<'_>,
+    sandbox: &Sandbox,
+) -> Result<WatchId, AttachError> {
+    let make = || {
+        let context = FsContext::open("erofs")?;
         context.set("fsid", &name.id)?;
-        name.domain.as_deref().map_or(Ok(()), |domain| context.set("domain_id", domain))
+        name.domain.as_deref().map_or(Ok(()), |domain| context.set("domain_id", domain))?;
+        context.mount(MountAttrFlags::empty())
     };
-    configure().map_err(AttachError::Mount)?;
-    let mount = context.mount(MountAttrFlags::empty()).map_err(AttachError::Mount)?;
+    let mount = sandbox.outside(make).map_err(AttachError::Mount)?;
     let at_target = |cause| AttachError::Target { target: target.to_owned(), cause };
     let watch = watch.add(&mount).map_err(at_target)?;
-    announce(&mount).map_err(AttachError::Unkept)?;
-    mount.attach(target).map_err(at_target)?;
+    announce(watch).map_err(AttachError::Unkept)?;
+    sandbox.outside(|| mount.attach(target)).map_err(at_target)?;
     Ok(watch)
 }
 

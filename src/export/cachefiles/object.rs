@@ -2,7 +2,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -35,11 +35,13 @@ pub(super) struct Object {
     file: Arc<OwnedFd>,
     spec: Arc<ObjectSpec>,
     device: OnceLock<Arc<dyn Fill>>,
+    /// Held while the device is made: there must not be two over one file.
+    making: Mutex<()>,
 }
 
 impl Object {
     pub(super) fn new(name: String, file: OwnedFd, spec: Arc<ObjectSpec>) -> Self {
-        Self { name, file: Arc::new(file), spec, device: OnceLock::new() }
+        Self { name, file: Arc::new(file), spec, device: OnceLock::new(), making: Mutex::default() }
     }
 
     /// Length in bytes, rounded up to whole blocks as the kernel rounds it.
@@ -47,9 +49,13 @@ impl Object {
         self.spec.size.next_multiple_of(BLOCK)
     }
 
-    /// The device, made at the first READ: before that the kernel may not have set the object's
-    /// file up, and writes to it or questions about its holes fail.
+    /// The device, made at the first READ or a little before: before that the kernel may not have set
+    /// the object's file up, and writes to it or questions about its holes fail.
     pub(super) fn device(&self) -> io::Result<&Arc<dyn Fill>> {
+        if let Some(device) = self.device.get() {
+            return Ok(device);
+        }
+        let _alone = self.making.lock().unwrap();
         if let Some(device) = self.device.get() {
             return Ok(device);
         }
@@ -59,6 +65,11 @@ impl Object {
             &present,
         );
         Ok(self.device.get_or_init(|| device))
+    }
+
+    /// Whether the device has been made.
+    pub(super) fn has_device(&self) -> bool {
+        self.device.get().is_some()
     }
 
     /// The duty to complete one READ of this object.

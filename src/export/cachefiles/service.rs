@@ -1,15 +1,14 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::FsId;
 use super::object::{Object, ObjectSpec};
@@ -17,18 +16,22 @@ use crate::base::{BLOCK, ByteRange, Chain, Class};
 use crate::cache::FillError;
 use crate::export::AttachError;
 use crate::export::limiter::Limiter;
+use crate::export::pulse::Pulse;
 use crate::sys::cachefiles::{Device, Open, Request};
 
 /// The bound cache and everything the kernel may ask it for.
 pub struct Cachefiles {
     device: Device,
-    stop: EventFd,
+    pulse: Pulse,
     known: Mutex<Known>,
     /// By the kernel's number for an open object.
     open: Mutex<HashMap<u32, Arc<Object>>>,
     reads: AtomicU64,
     log: Arc<Limiter>,
 }
+
+/// Requests answered before the pulse is looked at again.
+const REQUESTS_AT_ONCE: usize = 256;
 
 /// Volume key and cookie key.
 type ObjectKey = (Vec<u8>, Vec<u8>);
@@ -70,14 +73,40 @@ impl Cachefiles {
     pub fn bind(root: &Path) -> io::Result<Arc<Self>> {
         let device = Device::open()?;
         device.bind(root, "rafsd")?;
+        Self::over(device)
+    }
+
+    /// Goes on with the bound device of a process that has died. Its images are to be registered
+    /// before [`Cachefiles::run`], and [`Cachefiles::restore`] is to be called after.
+    pub fn adopt(device: OwnedFd) -> io::Result<Arc<Self>> {
+        Self::over(Device::from(device))
+    }
+
+    fn over(device: Device) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             device,
-            stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            pulse: Pulse::new()?,
             known: Mutex::default(),
             open: Mutex::default(),
             reads: AtomicU64::new(0),
             log: Arc::new(Limiter::new()),
         }))
+    }
+
+    /// The device, to be held by other processes as well.
+    pub fn device(&self) -> io::Result<OwnedFd> {
+        self.device.as_fd().try_clone_to_owned()
+    }
+
+    /// Has the requests delivered again that a dead process had taken.
+    ///
+    /// # Errors
+    /// `Unsupported` where the kernel cannot: their readers then wait until they are killed.
+    pub fn restore(&self) -> io::Result<()> {
+        self.device.restore().map_err(|error| match error.raw_os_error() {
+            Some(libc::EOPNOTSUPP) => io::ErrorKind::Unsupported.into(),
+            _ => error,
+        })
     }
 
     /// Makes an image known: `bootstrap` under its own name, each blob under its id.
@@ -116,16 +145,17 @@ impl Cachefiles {
         loop {
             let mut fds = [
                 PollFd::new(self.device.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.pulse.as_fd(), PollFlags::POLLIN),
             ];
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
-            if self.stop.read().is_ok() {
+            if self.pulse.beat() {
                 return Ok(());
             }
-            loop {
+            // Not without end: whoever asks whether this thread is well wants to be heard in between.
+            for _ in 0..REQUESTS_AT_ONCE {
                 match self.device.next() {
                     Ok(Some(request)) => self.handle_contained(request),
                     Ok(None) => break,
@@ -141,8 +171,12 @@ impl Cachefiles {
 
     /// Ends [`Cachefiles::run`].
     pub fn stop(&self) {
-        // The counter cannot overflow from a handful of stops, and a full one wakes as well.
-        let _ = self.stop.write(1);
+        self.pulse.stop();
+    }
+
+    /// Whether the thread that answers comes round within this time. Blocks.
+    pub fn is_responsive(&self, within: Duration) -> bool {
+        self.pulse.is_felt(within)
     }
 
     /// Whether the kernel has objects open: somebody has an image mounted.
@@ -173,8 +207,7 @@ impl Cachefiles {
 
     /// Answered from memory alone: the kernel holds a worker of a shared queue until then.
     fn opened(&self, open: Open) {
-        let name =
-            format!("{}/{}", String::from_utf8_lossy(&open.volume_key), String::from_utf8_lossy(&open.cookie_key));
+        let name = object_name(&open.volume_key, &open.cookie_key);
         let spec =
             self.known.lock().unwrap().objects.get(&(open.volume_key, open.cookie_key)).map(|(spec, _)| spec.clone());
         let answer = match &spec {
@@ -232,7 +265,21 @@ impl Cachefiles {
     }
 }
 
+/// What to call an object.
+fn object_name(volume_key: &[u8], cookie_key: &[u8]) -> String {
+    format!("{}/{}", String::from_utf8_lossy(volume_key), String::from_utf8_lossy(cookie_key))
+}
+
 impl Registration {
+    /// Makes the device of `blob` before the kernel reads any of it, so that it can be filled ahead.
+    /// Gives whether the device is there; if not, the kernel does not have the object open yet, or is
+    /// still setting it up.
+    pub fn wake(&self, blob: &str) -> bool {
+        let name = object_name(&self.name.volume_key(), blob.as_bytes());
+        let object = self.service.open.lock().unwrap().values().find(|object| object.name == name).cloned();
+        object.is_some_and(|object| object.has_device() || object.device().is_ok())
+    }
+
     /// The names.
     pub fn name(&self) -> &FsId {
         &self.name

@@ -11,10 +11,14 @@
 //!   else takes a mark away, not even a panic;
 //! * before anybody can see the mount, a cold byte is read through it and must raise an event.
 //!
+//! What was taken from the kernel and not answered is written down in a [journal](crate::sys::journal), so that
+//! [`Fanotify::resume`] can go on in the place of a process that died.
+//!
 //! Inodes are marked, never mounts or file systems, and nothing is ever written through the
 //! descriptor of an event.
 
 mod permission;
+mod resume;
 #[cfg(all(test, feature = "shuttle"))]
 mod schedules;
 mod service;
@@ -30,6 +34,7 @@ use self::service::MarkHold;
 use super::probe::find_cold;
 use super::{Announce, AttachError, LiveImage, MountWatch, WatchId};
 use crate::sys::mount::{DetachedMount, FsContext};
+use crate::sys::sandbox::Sandbox;
 
 /// A mounted image. Keeps its devices marked until it is released.
 #[derive(Debug)]
@@ -51,18 +56,19 @@ impl Attachment {
 impl Fanotify {
     /// Mounts `image` at `target` and starts answering its reads.
     ///
-    /// Blocks while the kernel mounts; [`Fanotify::run`] must be running on another thread. On
-    /// failure nothing stays behind.
+    /// Blocks while the kernel mounts; [`Fanotify::run`] must be running on another thread. What
+    /// a confined thread may not do is done outside of `sandbox`. On failure nothing stays behind.
     pub fn attach(
         self: &Arc<Self>,
         image: &LiveImage,
         target: &Path,
         watch: &MountWatch,
         announce: Announce<'_>,
+        sandbox: &Sandbox,
     ) -> Result<Attachment, AttachError> {
         let _alone = self.attaching.lock().unwrap();
         let mut marks = Vec::new();
-        match self.attach_marked(image, target, (watch, announce), &mut marks) {
+        match self.attach_marked(image, target, (watch, announce, sandbox), &mut marks) {
             Ok(watch) => Ok(Attachment { watch, marks }),
             Err(error) => {
                 // The mount went before anybody could see it.
@@ -72,26 +78,39 @@ impl Fanotify {
         }
     }
 
+    /// Goes on with an image that a dead process had mounted: makes sure that its devices are marked,
+    /// as they are as long as the group lives. `watch` reports the end of the superblock.
+    pub fn adopt(self: &Arc<Self>, image: &LiveImage, watch: WatchId) -> Result<Attachment, AttachError> {
+        let mut marks = Vec::new();
+        for device in &image.devices {
+            // On failure the marks made so far stay: readers are denied rather than shown holes.
+            marks.push(self.mark(device)?);
+        }
+        Ok(Attachment { watch, marks })
+    }
+
     fn attach_marked(
         self: &Arc<Self>,
         image: &LiveImage,
         target: &Path,
-        (watch, announce): (&MountWatch, Announce<'_>),
+        (watch, announce, sandbox): (&MountWatch, Announce<'_>, &Sandbox),
         marks: &mut Vec<MarkHold>,
     ) -> Result<WatchId, AttachError> {
         for device in &image.devices {
             marks.push(self.mark(device)?);
         }
-        let mount = mount(image).map_err(AttachError::Mount)?;
+        let mount = sandbox.outside(|| mount(image)).map_err(AttachError::Mount)?;
         for cold in find_cold(&image.image, &image.devices).map_err(AttachError::Image)? {
-            let seen = marks[cold.device].expect_own_read(|| cold.read(&mount));
+            let seen = marks[cold.device].expect_own_read(|| sandbox.outside(|| cold.read(&mount)));
             if !seen {
                 return Err(AttachError::Bypassed { path: image.devices[cold.device].path().to_owned() });
             }
         }
         let watched = watch.add(&mount).map_err(|cause| AttachError::Io { path: image.bootstrap.clone(), cause })?;
-        announce(&mount).map_err(AttachError::Unkept)?;
-        mount.attach(target).map_err(|cause| AttachError::Target { target: target.to_owned(), cause })?;
+        announce(watched).map_err(AttachError::Unkept)?;
+        sandbox
+            .outside(|| mount.attach(target))
+            .map_err(|cause| AttachError::Target { target: target.to_owned(), cause })?;
         Ok(watched)
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use shuttle::thread;
 
-use super::permission::{Permission, Respond};
+use super::permission::{Permission, Respond, deliver};
 use crate::base::sync::Mutex;
 use crate::cache::explore;
 use crate::sys::fanotify::Answer;
@@ -21,13 +21,16 @@ struct Kernel {
 }
 
 impl Respond for Kernel {
-    fn respond(&self, _: BorrowedFd<'_>, answer: Answer) -> io::Result<()> {
-        let mut answers = self.answers.lock().unwrap();
-        answers.push(answer);
-        match self.refuses {
-            Some(errno) if answers.len() == 1 => Err(io::Error::from_raw_os_error(errno)),
-            _ => Ok(()),
-        }
+    fn respond(&self, _: BorrowedFd<'_>, answer: Answer) {
+        let kernel = |answer| {
+            let mut answers = self.answers.lock().unwrap();
+            answers.push(answer);
+            match self.refuses {
+                Some(errno) if answers.len() == 1 => Err(io::Error::from_raw_os_error(errno)),
+                _ => Ok(()),
+            }
+        };
+        deliver(kernel, answer);
     }
 }
 

@@ -2,33 +2,45 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::permission::Permission;
+use super::permission::{Desk, Permission};
 use crate::base::{BLOCK, ByteRange, Chain, Class};
 use crate::cache::FillError;
 use crate::export::limiter::Limiter;
-use crate::export::{AttachError, Backing};
-use crate::sys::fanotify::{Answer, EVENT_BUFFER, Event, Group};
+use crate::export::pulse::Pulse;
+use crate::export::{AttachError, Backing, Custody};
+use crate::sys::fanotify::{Answer, Event, Group};
+use crate::sys::faultpoint;
 use crate::sys::files::{InodeId, inode_id};
+use crate::sys::journal::Journal;
+use crate::sys::process::descriptor_limit;
+
+/// Most events that wait for data at once, whatever the limit of descriptors.
+const MOST_WAITING: usize = 16 << 10;
 
 /// Longest range of one event that is served, in bytes: far above any read-ahead window.
 const MAX_RANGE: u64 = 64 << 20;
 
+/// How long the event thread waits when as many events wait for data as may.
+const FULL: Duration = Duration::from_millis(5);
+
 /// The one pre-content group and the devices marked in it.
 pub struct Fanotify {
-    group: Arc<Group>,
-    stop: EventFd,
+    pub(super) desk: Arc<Desk>,
+    custody: Arc<dyn Custody>,
+    /// Most events that wait for data at once. More wait in the kernel, which costs no descriptors.
+    capacity: usize,
+    pulse: Pulse,
     /// Read by the event thread for every event, written only when a device comes or goes.
-    marked: RwLock<HashMap<InodeId, Arc<Marked>>>,
+    pub(super) marked: RwLock<HashMap<InodeId, Arc<Marked>>>,
     /// Serialises changes of marks; never taken by the event thread.
     changing: Mutex<()>,
     /// Held while an image is attached: two probes of one device would take each other's events.
@@ -39,18 +51,26 @@ pub struct Fanotify {
 }
 
 /// A device with its mark.
-struct Marked {
+pub(super) struct Marked {
     id: InodeId,
-    device: Arc<dyn Backing>,
+    pub(super) device: Arc<dyn Backing>,
     path: PathBuf,
     /// Opened before the mark; names the inode to the kernel.
-    file: File,
+    file: Arc<File>,
     users: Mutex<usize>,
-    is_marked: AtomicBool,
+    pub(super) is_marked: AtomicBool,
     /// Set while this process itself reads a cold byte to see whether events arrive.
     probing: AtomicBool,
     probe_seen: AtomicBool,
     log: Limiter,
+}
+
+/// An event that this process has to answer.
+struct Taken {
+    permission: Permission,
+    file: InodeId,
+    range: ByteRange,
+    pid: i32,
 }
 
 /// One mount's share in a marked device. Releasing the last share takes the mark away.
@@ -65,7 +85,7 @@ pub(super) struct MarkHold {
 
 impl fmt::Debug for Fanotify {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Fanotify").field("group", &self.group).finish_non_exhaustive()
+        f.debug_struct("Fanotify").field("desk", &self.desk).finish_non_exhaustive()
     }
 }
 
@@ -76,11 +96,16 @@ impl fmt::Debug for MarkHold {
 }
 
 impl Fanotify {
-    /// A service over `group`, with nothing marked yet.
-    pub fn new(group: Arc<Group>) -> io::Result<Arc<Self>> {
+    /// A service over `group`, whose events are written down in `journal`. The files of devices are
+    /// in the hands of `custody` as long as they are marked.
+    pub fn new(group: Group, journal: Journal, custody: Arc<dyn Custody>) -> io::Result<Arc<Self>> {
+        // Half of all descriptors, so that there are enough left for images and sources.
+        let capacity = usize::try_from(descriptor_limit()? / 2).unwrap_or(MOST_WAITING).min(MOST_WAITING);
         Ok(Arc::new(Self {
-            group,
-            stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            desk: Arc::new(Desk { group, journal, frozen: RwLock::new(false) }),
+            custody,
+            capacity,
+            pulse: Pulse::new()?,
             marked: RwLock::default(),
             changing: Mutex::default(),
             attaching: Mutex::default(),
@@ -92,19 +117,28 @@ impl Fanotify {
     /// Answers events until [`Fanotify::stop`]. The thread that calls this waits for nothing else:
     /// hits are answered at once, misses by whoever completes the fill.
     pub fn run(&self) -> io::Result<()> {
-        let mut buffer = vec![0; EVENT_BUFFER];
         loop {
+            let Desk { group, journal, .. } = &*self.desk;
+            let room = self.capacity.saturating_sub(journal.outstanding());
             let mut fds =
-                [PollFd::new(self.group.as_fd(), PollFlags::POLLIN), PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, PollTimeout::NONE) {
+                [PollFd::new(self.pulse.as_fd(), PollFlags::POLLIN), PollFd::new(group.as_fd(), PollFlags::POLLIN)];
+            let (fds, timeout) = if room > 0 {
+                (&mut fds[..], PollTimeout::NONE)
+            } else {
+                (&mut fds[..1], PollTimeout::try_from(FULL).unwrap_or(PollTimeout::ZERO))
+            };
+            match poll(fds, timeout) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
-            if self.stop.read().is_ok() {
+            if self.pulse.beat() {
                 return Ok(());
             }
-            match self.group.read(&mut buffer) {
-                Ok(events) => events.into_iter().for_each(|event| self.handle_contained(event)),
+            if room == 0 {
+                continue;
+            }
+            match group.take(journal, room) {
+                Ok(events) => self.handle_batch(events),
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 // It concerns one event, which the kernel has denied; the others must go on.
                 Err(error) => tracing::error!(%error, "an event was lost and its reader denied"),
@@ -112,11 +146,30 @@ impl Fanotify {
         }
     }
 
+    /// All events of a batch are written down before the first is worked on.
+    fn handle_batch(&self, events: Vec<Event>) {
+        faultpoint::reach("taken");
+        let known: Vec<_> = events.into_iter().filter_map(|event| self.write_down(event)).collect();
+        faultpoint::reach("written-down");
+        self.desk.journal.clear_landing();
+        for taken in known {
+            // A bug met by one event must not leave every other reader of the host without answers.
+            // The permission inside denies when unwinding drops it.
+            if catch_unwind(AssertUnwindSafe(|| self.handle(taken))).is_err() {
+                tracing::error!("an event could not be handled and its reader was denied");
+            }
+        }
+    }
+
     /// Ends [`Fanotify::run`]. Readers of marked files then wait until the group is read again or
     /// closed.
     pub fn stop(&self) {
-        // The counter cannot overflow from a handful of stops, and a full one wakes as well.
-        let _ = self.stop.write(1);
+        self.pulse.stop();
+    }
+
+    /// Whether the thread that answers comes round within this time. Blocks.
+    pub fn is_responsive(&self, within: Duration) -> bool {
+        self.pulse.is_felt(within)
     }
 
     /// Events answered at once and events that had to wait for data, since the start.
@@ -124,40 +177,76 @@ impl Fanotify {
         (self.hits.load(Ordering::Relaxed), self.misses.load(Ordering::Relaxed))
     }
 
-    fn handle_contained(&self, event: Event) {
-        // A bug met by one event must not leave every other reader of the host without answers.
-        // The permission inside denies when unwinding drops it.
-        if catch_unwind(AssertUnwindSafe(|| self.handle(event))).is_err() {
-            tracing::error!("an event could not be handled and its reader was denied");
-        }
-    }
-
-    fn handle(&self, event: Event) {
+    /// Makes a duty of an event, known to a successor. `None` if it was denied, or cannot be answered.
+    fn write_down(&self, event: Event) -> Option<Taken> {
         if event.overflow {
             tracing::error!("the event queue ran over: reads went through unasked, data may be wrong");
-            return;
+            return None;
         }
         let file = match event.file {
             Ok(file) => file,
             Err(errno) => {
                 tracing::error!(errno, "the kernel could not open the file of an event and denied its reader");
-                return;
+                return None;
             }
         };
-        let permission = Permission::new(self.group.clone(), file);
-        let marked = inode_id(permission.file()).ok().and_then(|id| self.marked.read().unwrap().get(&id).cloned());
-        let (Some(marked), Some(range)) = (marked, event.range) else {
-            tracing::error!(pid = event.pid, "an event names no file or range of ours; denied");
+        let permission = Permission::new(self.desk.clone(), file);
+        let (Ok(file), Some(range)) = (inode_id(permission.file()), event.range) else {
+            tracing::error!(pid = event.pid, "an event names no file or range; denied");
+            return None;
+        };
+        if !self.desk.write_down(&permission, Some(file), range) {
+            tracing::error!("too many files are open in this process to write an event down; denied");
+            return None;
+        }
+        Some(Taken { permission, file, range, pid: event.pid })
+    }
+
+    fn handle(&self, taken: Taken) {
+        let Taken { permission, file, range, pid } = taken;
+        let Some(marked) = self.marked.read().unwrap().get(&file).cloned() else {
+            tracing::error!(pid, "an event names no file of ours; denied");
             return permission.answer(Answer::Deny(libc::EIO));
         };
-        if event.pid.cast_unsigned() == std::process::id() && marked.probing.load(Ordering::Acquire) {
+        if pid.cast_unsigned() == std::process::id() && marked.probing.load(Ordering::Acquire) {
             marked.probe_seen.store(true, Ordering::Release);
             return permission.answer(Answer::Deny(libc::EIO));
         }
-        self.serve(marked, range, event.pid, permission);
+        self.serve(marked, range, pid, permission);
     }
 
-    fn serve(&self, marked: Arc<Marked>, range: ByteRange, pid: i32, permission: Permission) {
+    /// Takes the mark away from a file that a dead process had marked and no image uses.
+    pub fn forget(&self, id: InodeId, file: impl AsFd) {
+        let _changing = self.changing.lock().unwrap();
+        if !self.marked.read().unwrap().contains_key(&id) {
+            // It may not have come to marking it.
+            let _ = self.desk.group.unmark(file.as_fd());
+            self.custody.release(id);
+        }
+    }
+
+    /// Answers nobody any more, so that whoever waits is left to a successor. Returns when no answer
+    /// is under way.
+    pub fn freeze(&self) {
+        *self.desk.frozen.write().unwrap() = true;
+    }
+
+    /// Marks a file that no image is known for: whoever reads it is denied. Until it is forgotten, or
+    /// an image that is known brings it.
+    pub fn guard(&self, id: InodeId, file: BorrowedFd<'_>) -> io::Result<()> {
+        let _changing = self.changing.lock().unwrap();
+        if self.marked.read().unwrap().contains_key(&id) {
+            return Ok(());
+        }
+        self.desk.group.mark(file)
+    }
+
+    /// Events that wait for data.
+    pub fn waiting(&self) -> usize {
+        self.desk.journal.outstanding()
+    }
+
+    pub(super) fn serve(&self, marked: Arc<Marked>, range: ByteRange, pid: i32, permission: Permission) {
         let wanted = range.align_out(BLOCK).unwrap_or(range);
         if wanted.is_empty() || wanted.end() > marked.device.decoded_len() || wanted.len() > MAX_RANGE {
             // Not EROFS: it asks for what the image has, a read-ahead window at a time. A backup
@@ -188,8 +277,9 @@ impl Fanotify {
         let path = device.path().to_owned();
         let io = |cause| AttachError::Io { path: path.clone(), cause };
         let changing = self.changing.lock().unwrap();
-        let file = File::open(&path).map_err(io)?;
+        let file = device.file();
         let id = inode_id(&file).map_err(io)?;
+        self.custody.hold(id, &file).map_err(AttachError::Unkept)?;
         let known = self.marked.read().unwrap().get(&id).cloned();
         let marked = known.unwrap_or_else(|| {
             Arc::new(Marked {
@@ -208,10 +298,15 @@ impl Fanotify {
         self.marked.write().unwrap().insert(id, marked.clone());
         *marked.users.lock().unwrap() += 1;
         let hold = MarkHold { service: self.clone(), marked: marked.clone() };
-        if marked.is_marked.load(Ordering::Acquire) || device.is_settled() {
+        if marked.is_marked.load(Ordering::Acquire) {
             return Ok(hold);
         }
-        let outcome = self.group.mark(marked.file.as_fd());
+        if device.is_settled() {
+            // A process that died just before it could do this itself.
+            let _ = self.desk.group.unmark(marked.file.as_fd());
+            return Ok(hold);
+        }
+        let outcome = self.desk.group.mark(marked.file.as_fd());
         marked.is_marked.store(outcome.is_ok(), Ordering::Release);
         // Both ways out below take the lock again: giving the share back, and a device that has
         // just settled and calls back at once.
@@ -232,7 +327,7 @@ impl Fanotify {
 
     fn unmark(&self, marked: &Marked) {
         if marked.is_marked.swap(false, Ordering::AcqRel)
-            && let Err(error) = self.group.unmark(marked.file.as_fd())
+            && let Err(error) = self.desk.group.unmark(marked.file.as_fd())
         {
             tracing::error!(path = %marked.path.display(), %error, "cannot take a mark away; reads stay slow");
         }
@@ -287,6 +382,7 @@ impl MarkHold {
         if *users == 0 {
             self.service.unmark(&self.marked);
             self.service.marked.write().unwrap().remove(&self.marked.id);
+            self.service.custody.release(self.marked.id);
         }
     }
 }
@@ -299,6 +395,7 @@ mod tests {
     /// A device that is settled when the test says so.
     struct Scripted {
         path: PathBuf,
+        file: Arc<File>,
         settled: AtomicBool,
         waiting: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
     }
@@ -324,6 +421,10 @@ mod tests {
             &self.path
         }
 
+        fn file(&self) -> Arc<File> {
+            Arc::clone(&self.file)
+        }
+
         fn is_settled(&self) -> bool {
             self.settled.load(Ordering::Acquire)
         }
@@ -331,6 +432,16 @@ mod tests {
         fn when_settled(&self, then: Box<dyn FnOnce() + Send>) {
             self.waiting.lock().unwrap().push(then);
         }
+    }
+
+    struct Nobody;
+
+    impl Custody for Nobody {
+        fn hold(&self, _: InodeId, _: &Arc<File>) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn release(&self, _: InodeId) {}
     }
 
     impl Scripted {
@@ -346,8 +457,9 @@ mod tests {
         let path = dir.path().join("data");
         File::create(&path).unwrap().set_len(BLOCK).unwrap();
         let Ok(group) = Group::new() else { return eprintln!("skipped: no pre-content group can be made here") };
-        let service = Fanotify::new(Arc::new(group)).unwrap();
-        let device = Arc::new(Scripted { path, settled: AtomicBool::new(false), waiting: Mutex::default() });
+        let service = Fanotify::new(group, Journal::create().unwrap(), Arc::new(Nobody)).unwrap();
+        let file = Arc::new(File::open(&path).unwrap());
+        let device = Arc::new(Scripted { path, file, settled: AtomicBool::new(false), waiting: Mutex::default() });
         let shared: Arc<dyn Backing> = device.clone();
         let first = match service.mark(&shared) {
             Err(AttachError::Mark { cause, .. }) => return eprintln!("skipped: no inode can be marked here: {cause}"),

@@ -19,8 +19,12 @@ use crate::base::{BlobId, ByteRange};
 /// Bytes read from disk and written to the socket at a time when nothing slows the server down.
 const CHUNK: u64 = 256 << 10;
 
-/// Pieces per second of a slowed-down body: small enough that a reader sees a steady trickle.
-const PIECES_PER_SECOND: u64 = 50;
+/// Pieces per second of a slowed-down body: small enough that a reader sees a steady trickle, and that
+/// what one connection puts on the link does not hold up the others for long.
+const PIECES_PER_SECOND: u64 = 1000;
+
+/// How far a body may be behind its link, through timers that are late, and still catch up.
+const SLACK: Duration = Duration::from_millis(20);
 
 /// Answers requests on `stream` until the client leaves, or a fault ends the connection.
 pub(super) async fn serve(mut stream: TcpStream, shared: Arc<Shared>) -> io::Result<()> {
@@ -89,6 +93,7 @@ async fn send_body(stream: &mut TcpStream, shared: &Shared, file: Arc<File>, rep
     };
     let piece = shared.pace.as_ref().map_or(CHUNK, Pace::piece);
     let mut at = body.start();
+    let mut passed = Instant::now();
     while at < body.end() {
         let part = ByteRange::at(at, piece).unwrap_or(body).clamp_end(body.end());
         let mut bytes = read(Arc::clone(&file), part).await?;
@@ -97,7 +102,10 @@ async fn send_body(stream: &mut TcpStream, shared: &Shared, file: Arc<File>, rep
             *byte = !*byte;
         }
         if let Some(pace) = &shared.pace {
-            tokio::time::sleep_until(pace.reserve(part.len(), Instant::now()).into()).await;
+            // The link was not idle since the last piece, however late this one comes.
+            let from = Instant::now().checked_sub(SLACK).map_or(passed, |late| passed.max(late));
+            passed = pace.reserve(part.len(), from);
+            tokio::time::sleep_until(passed.into()).await;
         }
         stream.write_all(&bytes).await?;
         shared.sent(part.len());

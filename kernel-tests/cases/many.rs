@@ -1,0 +1,162 @@
+//! Many images under one daemon. `RAFSD_MOUNTS=1000` for the numbers that are aimed at; what is said
+//! about time is printed and never decides.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use rafsd::daemon::api::{BackendChoice, ImageSpec, MountRequest, PrefetchOrder, UnmountRequest};
+use rafsd::daemon::client::Client;
+
+use super::fixture::{Fixture, content};
+use crate::host::Need;
+use crate::{Case, Ctx, Outcome, Place};
+
+const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend];
+
+pub(crate) const CASES: &[Case] = &[
+    Case { name: "many_mounts_under_one_daemon_survive_it", needs: NEEDS, place: Place::Host, run: many_mounts },
+    Case { name: "a_burst_of_cold_reads_waits_and_is_served", needs: NEEDS, place: Place::Host, run: burst },
+    Case { name: "an_image_of_many_blobs_is_mounted", needs: NEEDS, place: Place::Host, run: many_blobs },
+];
+
+/// Different images that the mounts are of.
+const IMAGES: usize = 10;
+/// Most memory of the daemon, as the kernel counts what belongs to it alone.
+const MOST_MEMORY: u64 = 144 << 20;
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+}
+
+/// Bytes of memory that belong to the process: anonymous, and its share of files.
+fn memory(pid: u32) -> anyhow::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find(|line| line.starts_with("Pss:")).context("Pss")?;
+    let kib: u64 = line.split_whitespace().nth(1).context("a number")?.parse()?;
+    Ok(kib << 10)
+}
+
+fn many_mounts(ctx: &Ctx) -> Outcome {
+    let count: usize = std::env::var("RAFSD_MOUNTS").ok().and_then(|text| text.parse().ok()).unwrap_or(200);
+    let mut fixture = Fixture::files(ctx, 1)?;
+    let images: Vec<PathBuf> = (0..IMAGES)
+        .map(|image| {
+            let fill = |dir: &Path| {
+                (0..20)
+                    .try_for_each(|file| fs::write(dir.join(file.to_string()), content(image * 100 + file, 64 << 10)))
+            };
+            fixture.build_other(&format!("source-{image}"), fill)
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let dirs: Vec<PathBuf> = (0..count).map(|number| ctx.dir.join(format!("m/{number}"))).collect();
+    let (client, runtime) = (Client::new(&fixture.run())?, runtime()?);
+    let began = Instant::now();
+    for (number, dir) in dirs.iter().enumerate() {
+        fs::create_dir_all(dir)?;
+        let image = &images[number % IMAGES];
+        let blobs = image.join("blobs").to_str().context("UTF-8")?.to_owned();
+        let image = ImageSpec { bootstrap: image.join("bootstrap"), blobs, ca: None, prefetch: PrefetchOrder::None };
+        let request = MountRequest { image, dir: dir.clone(), backend: BackendChoice::Fanotify, trace: None };
+        runtime.block_on(client.mount(&request)).with_context(|| format!("mount {number}"))?;
+    }
+    println!("{count} mounts in {:?}", began.elapsed());
+    println!("memory of the daemon: {} KiB", memory(fixture.pid())? >> 10);
+    ensure!(memory(fixture.pid())? < MOST_MEMORY, "too much memory: {}", memory(fixture.pid())?);
+    let check = |number: usize, file: usize| {
+        let mut byte = [0];
+        File::open(dirs[number].join(file.to_string()))?.read_exact_at(&mut byte, 40_000)?;
+        ensure!(byte[0] == content(number % IMAGES * 100 + file, 64 << 10)[40_000], "file {file} of mount {number}");
+        anyhow::Ok(())
+    };
+    (0..count).step_by(7).try_for_each(|number| check(number, number % 20))?;
+
+    fixture.kill()?;
+    let began = Instant::now();
+    fixture.start(&[])?;
+    // The old one's connection went with its daemon.
+    let client = Client::new(&fixture.run())?;
+    let info = runtime.block_on(client.info())?;
+    println!("taken over after {:?} ms, answered after {:?}", info.takeover_ms, began.elapsed());
+    println!("memory of the next daemon: {} KiB", memory(fixture.pid())? >> 10);
+    ensure!(fixture.list()?.len() == count, "{} of {count} mounts", fixture.list()?.len());
+    (0..count).step_by(7).try_for_each(|number| check(number, (number + 3) % 20))?;
+
+    let began = Instant::now();
+    for dir in &dirs {
+        runtime.block_on(client.unmount(&UnmountRequest { dir: dir.clone(), lazy: false }))?;
+    }
+    println!("{count} unmounted in {:?}", began.elapsed());
+    fixture.finish()
+}
+
+/// More readers at once than there may be events under way, and descriptors for half of them.
+fn burst(ctx: &Ctx) -> Outcome {
+    const READERS: usize = 1500;
+    let mut fixture = Fixture::with(
+        ctx,
+        &["--chunk-size", "4096"],
+        rafsd::net::server::ServerOptions { delay: Duration::from_millis(20), ..Default::default() },
+        &[],
+        |dir| fs::write(dir.join("big"), content(3, READERS * 16384)),
+    )?;
+    fixture.stop()?;
+    fixture.limit_descriptors(600);
+    fixture.start(&[])?;
+    let mount = fixture.mount("mnt")?;
+    let wanted = content(3, READERS * 16384);
+    let path = mount.join("big");
+    let failures: Vec<String> = std::thread::scope(|scope| {
+        let read = |reader: usize| {
+            let (path, wanted) = (&path, &wanted);
+            let work = move || {
+                let file = File::open(path).map_err(|e| e.to_string())?;
+                let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM;
+                nix::fcntl::posix_fadvise(&file, 0, 0, advice).map_err(|e| e.to_string())?;
+                let (mut byte, at) = ([0], reader * 16384);
+                file.read_exact_at(&mut byte, at as u64).map_err(|e| e.to_string())?;
+                if byte[0] == wanted[at] { Ok(()) } else { Err(format!("a wrong byte at {at}")) }
+            };
+            std::thread::Builder::new().stack_size(64 << 10).spawn_scoped(scope, work).expect("a thread")
+        };
+        let readers: Vec<_> = (0..READERS).map(read).collect();
+        readers.into_iter().filter_map(|reader| reader.join().expect("no panic").err()).collect()
+    });
+    ensure!(failures.is_empty(), "{} of {READERS} readers failed: {:?}", failures.len(), failures.first());
+    fixture.umount(&mount)?;
+    fixture.finish()
+}
+
+/// More devices than the old mount call has room for.
+fn many_blobs(ctx: &Ctx) -> Outcome {
+    const LAYERS: usize = 60;
+    let fixture = Fixture::files(ctx, 1)?;
+    let layers: Vec<PathBuf> = (0..LAYERS)
+        .map(|layer| {
+            fixture.build_other(&format!("layer-{layer}"), |dir| {
+                fs::write(dir.join(format!("f{layer}")), content(layer, 10_000))
+            })
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let merged = ctx.dir.join("merged");
+    fs::create_dir_all(merged.join("blobs"))?;
+    let mut merge = std::process::Command::new(&ctx.rafsd);
+    merge.arg("merge").args(layers.iter().map(|layer| layer.join("bootstrap"))).arg("-o").arg(merged.join("bootstrap"));
+    let output = merge.output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for layer in &layers {
+        for blob in fs::read_dir(layer.join("blobs"))? {
+            let blob = blob?;
+            fs::hard_link(blob.path(), merged.join("blobs").join(blob.file_name()))?;
+        }
+    }
+    let mount = fixture.mount_other(&merged, "mnt", &[])?;
+    ensure!(fixture.list()?[0]["devices"].as_array().is_some_and(|it| it.len() == LAYERS), "a device for each layer");
+    for layer in 0..LAYERS {
+        ensure!(fs::read(mount.join(format!("f{layer}")))? == content(layer, 10_000), "layer {layer}");
+    }
+    fixture.umount(&mount)?;
+    fixture.finish()
+}

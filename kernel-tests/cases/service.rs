@@ -1,0 +1,150 @@
+//! The daemon as a service on a kernel: its sandbox while it serves, and its watchdog.
+
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+
+use super::fixture::{FILE, Fixture, content};
+use crate::host::Need;
+use crate::{Case, Ctx, Outcome, Place};
+
+const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend];
+
+const fn case(name: &'static str, place: Place, run: fn(&Ctx) -> Outcome) -> Case {
+    Case { name, needs: NEEDS, place, run }
+}
+
+pub(crate) const CASES: &[Case] = &[
+    case("a_link_leads_the_daemon_nowhere", Place::Both, a_link_leads_the_daemon_nowhere),
+    case("a_daemon_that_may_read_little_serves_that", Place::Both, a_daemon_that_may_read_little_serves_that),
+    case("the_thread_that_answers_the_kernel_is_narrowed", Place::Both, the_thread_that_answers_the_kernel_is_narrowed),
+    case("a_stuck_event_thread_starves_the_watchdog", Place::Host, a_stuck_event_thread_starves_the_watchdog),
+];
+
+/// A link where the daemon writes leads out of its directory; without the sandbox it is followed.
+fn a_link_leads_the_daemon_nowhere(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    let (link, outside) = (fixture.cache().join("bootstraps"), ctx.dir.join("outside"));
+    fs::create_dir(&outside)?;
+    std::os::unix::fs::symlink(&outside, &link)?;
+    let is_empty = || anyhow::Ok(fs::read_dir(&outside)?.next().is_none());
+
+    if rafsd::sys::sandbox::landlock_version().is_some() {
+        let refused = fixture.mount("mnt").err().context("the daemon followed the link")?;
+        ensure!(format!("{refused:#}").contains("Permission denied"), "{refused:#}");
+        ensure!(is_empty()?, "something was written outside");
+    } else {
+        println!("this kernel has no landlock: nothing was refused");
+    }
+    fixture.restart(&["--sandbox", "off"])?;
+    let mount = fixture.mount("mnt")?;
+    ensure!(!is_empty()?, "this proves nothing: nothing is written there");
+    fixture.umount(&mount)?;
+    fixture.finish()
+}
+
+/// Two images of different directories; the daemon may read one of them.
+fn a_daemon_that_may_read_little_serves_that(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    let (image, hidden) = (ctx.dir.join("image"), ctx.dir.join("hidden"));
+    copy(&image, &hidden)?;
+    fixture.restart(&["--sandbox-read", image.to_str().context("UTF-8")?])?;
+
+    let mount = |from: &Path, name: &str| {
+        let dir = ctx.dir.join(name);
+        fs::create_dir(&dir)?;
+        let paths = [from.join("bootstrap"), dir, from.join("blobs")];
+        let [bootstrap, dir, blobs] = paths.each_ref().map(|path| path.to_str().expect("UTF-8"));
+        fixture.command(&["mount", bootstrap, dir, "--blobs", blobs, "--backend", ctx.backend.name()])
+    };
+    let refused = mount(&hidden, "no")?;
+    let told = String::from_utf8_lossy(&refused.stderr);
+    if rafsd::sys::sandbox::landlock_version().is_some() {
+        ensure!(!refused.status.success() && told.contains("Permission denied"), "{told}");
+    } else {
+        println!("this kernel has no landlock: nothing was narrowed");
+        fixture.umount(&ctx.dir.join("no"))?;
+    }
+    let served = mount(&image, "yes")?;
+    ensure!(served.status.success(), "{}\n{}", String::from_utf8_lossy(&served.stderr), fixture.log());
+    ensure!(fs::read(ctx.dir.join("yes/0"))? == content(0, FILE), "the bytes of the image");
+    fixture.umount(&ctx.dir.join("yes"))?;
+    fixture.finish()
+}
+
+fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let status = Command::new("cp").arg("-r").arg(from).arg(to).status()?;
+    ensure!(status.success(), "cp: {status}");
+    Ok(())
+}
+
+fn the_thread_that_answers_the_kernel_is_narrowed(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 1)?;
+    let mount = fixture.mount("mnt")?;
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "the bytes of the image");
+    if rafsd::sys::sandbox::has_seccomp() {
+        let name = if ctx.in_guest { "cf-0" } else { "fan-0" };
+        let status = fs::read_to_string(format!("/proc/{}/task/{}/status", fixture.pid(), thread(&fixture, name)?))?;
+        let filters = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:")).map(str::trim);
+        let own = fs::read_to_string("/proc/self/status")?;
+        let ours = own.lines().find_map(|line| line.strip_prefix("Seccomp_filters:")).map(str::trim);
+        let number = |text: Option<&str>| anyhow::Ok(text.context("the kernel counts filters")?.parse::<u32>()?);
+        ensure!(number(filters)? == number(ours)? + 2, "{status}");
+    }
+    let denied = fixture.log().lines().find(|line| line.contains("Operation not permitted")).map(str::to_owned);
+    ensure!(denied.is_none(), "something that is needed was refused: {denied:?}");
+    fixture.finish()
+}
+
+/// Number of the daemon's thread of this name.
+fn thread(fixture: &Fixture, name: &str) -> anyhow::Result<i32> {
+    for task in fs::read_dir(format!("/proc/{}/task", fixture.pid()))? {
+        let task = task?;
+        if fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim() == name) {
+            return Ok(task.file_name().to_str().context("a number")?.parse()?);
+        }
+    }
+    anyhow::bail!("no thread {name}")
+}
+
+fn a_stuck_event_thread_starves_the_watchdog(ctx: &Ctx) -> Outcome {
+    const PERIOD: Duration = Duration::from_secs(2);
+    let mut fixture = Fixture::files(ctx, 1)?;
+    let path = ctx.dir.join("notify");
+    let socket = UnixDatagram::bind(&path)?;
+    socket.set_read_timeout(Some(2 * PERIOD))?;
+    let is_fed = || {
+        let mut buffer = [0; 256];
+        socket.recv(&mut buffer).is_ok_and(|len| &buffer[..len] == b"WATCHDOG=1")
+    };
+    fixture.stop()?;
+    let period = PERIOD.as_micros().to_string();
+    fixture.set_environment("NOTIFY_SOCKET", path.display().to_string());
+    fixture.set_environment("WATCHDOG_USEC", period);
+    fixture.start(&[])?;
+    let mount = fixture.mount("mnt")?;
+    ensure!(socket.recv(&mut [0; 256])? > 0, "ready");
+    ensure!(is_fed() && is_fed(), "a daemon that is well feeds it");
+
+    // One thread is stopped; all others, the timers among them, go on.
+    let stuck = Pid::from_raw(thread(&fixture, "fan-0")?);
+    ptrace::attach(stuck).context("stop the thread")?;
+    waitpid(stuck, Some(WaitPidFlag::__WALL))?;
+    // What was on its way.
+    let late = (0..2).take_while(|_| is_fed()).count();
+    ensure!(late < 2 && !is_fed(), "a daemon whose event thread is stuck feeds the watchdog");
+    ensure!(fixture.log().contains("fan-0 did not answer"), "the log names the thread:\n{}", fixture.log());
+
+    ptrace::detach(stuck, None).context("let the thread go")?;
+    ensure!(is_fed() && is_fed(), "it is well again");
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "the bytes of the image");
+    fixture.umount(&mount)?;
+    fixture.finish()
+}

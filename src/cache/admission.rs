@@ -1,0 +1,120 @@
+//! When prefetch of whole files and blobs may begin another read.
+//!
+//! It runs behind everybody who waits: never while a read for a reader is queued or under way, and
+//! not until readers have been quiet for a moment, because one that walks asks again as soon as it
+//! has its answer. Beside that it may be held to a rate. Pure: times are passed in.
+
+use std::time::{Duration, Instant};
+
+/// A read that has gone on for this long is in trouble rather than in a hurry: its server does not
+/// answer, and it no longer holds up what comes from others.
+pub(super) const STUCK: Duration = Duration::from_secs(5);
+
+/// The rule, and what it has to remember.
+#[derive(Debug)]
+pub(super) struct Admission {
+    /// How long readers must have been quiet.
+    calm: Duration,
+    /// Stored bytes per second; `None` for as many as come.
+    rate: Option<u64>,
+    /// When a reader was last seen to wait.
+    disturbed: Option<Instant>,
+    /// When what was admitted so far will have come at `rate`: a bucket that may owe one read.
+    paid: Option<Instant>,
+}
+
+impl Admission {
+    pub(super) fn new(calm: Duration, rate: Option<u64>) -> Self {
+        Self { calm, rate: rate.map(|rate| rate.max(1)), disturbed: None, paid: None }
+    }
+
+    /// A reader waits, or has just stopped waiting.
+    pub(super) fn disturb(&mut self, now: Instant) {
+        self.disturbed = self.disturbed.max(Some(now));
+    }
+
+    /// Admits a read of `bytes`, or says when to ask again. Not to be called while readers wait.
+    pub(super) fn admit(&mut self, bytes: u64, now: Instant) -> Result<(), Instant> {
+        let calm = self.disturbed.map(|disturbed| disturbed + self.calm);
+        if let Some(later) = calm.max(self.paid).filter(|&later| later > now) {
+            return Err(later);
+        }
+        if let Some(takes) = self.takes(bytes) {
+            // What was not used earlier is not saved up.
+            self.paid = Some(now + takes);
+        }
+        Ok(())
+    }
+
+    /// Takes back that `bytes` of what was admitted would come.
+    pub(super) fn refund(&mut self, bytes: u64) {
+        if let (Some(paid), Some(takes)) = (self.paid, self.takes(bytes)) {
+            self.paid = paid.checked_sub(takes);
+        }
+    }
+
+    /// How long `bytes` take at the rate.
+    fn takes(&self, bytes: u64) -> Option<Duration> {
+        let micros = u128::from(bytes) * 1_000_000 / u128::from(self.rate?);
+        // A hundred years at most, so that times can be added.
+        Some(Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX).min(1 << 51)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn nothing_begins_until_readers_have_been_quiet() {
+        let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, None));
+        assert_eq!(admission.admit(1 << 20, start), Ok(()), "nobody was ever there");
+
+        admission.disturb(start + 5 * MS);
+        admission.disturb(start + 3 * MS);
+
+        assert_eq!(admission.admit(1, start + 6 * MS), Err(start + 25 * MS));
+        admission.disturb(start + 24 * MS);
+        assert_eq!(admission.admit(1, start + 25 * MS), Err(start + 44 * MS), "another one came");
+        assert_eq!(admission.admit(1, start + 44 * MS), Ok(()));
+        assert_eq!(admission.admit(1, start + 44 * MS), Ok(()), "no rate, no limit");
+    }
+
+    #[test]
+    fn the_rate_is_kept_whatever_the_size_of_reads() {
+        let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, Some(1000)));
+        let (mut now, mut admitted) = (start, 0);
+        for bytes in [500, 1, 2000, 250, 250].into_iter().cycle().take(500) {
+            while let Err(later) = admission.admit(bytes, now) {
+                assert!(later > now, "asking again at the same moment would never end");
+                now = later;
+            }
+            admitted += bytes;
+        }
+        let took = now.duration_since(start).as_secs_f64();
+        let owed = 2000.0;
+        assert!((admitted as f64 - owed..=admitted as f64).contains(&(took * 1000.0)), "{admitted} bytes in {took} s");
+    }
+
+    #[test]
+    fn an_idle_link_saves_up_nothing_and_what_did_not_come_is_not_paid_for() {
+        let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, Some(1000)));
+        assert_eq!(admission.admit(1000, start), Ok(()));
+
+        let later = start + 9000 * MS;
+        assert_eq!(admission.admit(1000, later), Ok(()));
+        assert_eq!(admission.admit(1000, later), Err(later + 1000 * MS));
+        admission.refund(750);
+        assert_eq!(admission.admit(1000, later), Err(later + 250 * MS));
+    }
+
+    #[test]
+    fn a_rate_of_nothing_and_reads_of_everything_do_not_overflow() {
+        let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, Some(0)));
+        assert_eq!(admission.admit(u64::MAX, start), Ok(()));
+        assert!(admission.admit(u64::MAX, start).is_err());
+        admission.refund(u64::MAX);
+    }
+}

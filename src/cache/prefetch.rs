@@ -1,0 +1,417 @@
+//! Prefetch: ranges of devices are made present in an order somebody gave, behind all readers.
+//!
+//! A prefetch walks over its order and keeps a few reads queued, so that it costs little memory
+//! however much it wants, and what it wants first is asked for first. It goes on past damaged units
+//! and waits for sources that have gone away; a full disk ends it. Whoever waits looks at its
+//! [`PrefetchStats`]. It holds devices weakly: when the last owner of a device lets go of it, what
+//! the prefetch wants of it is given up.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::task::JoinHandle;
+
+use super::device::{Core, Device};
+use super::engine::Engine;
+use super::inflight::Wait;
+use super::plan::{PlanLimits, extends};
+use super::presence::{bit, set_bit, words_for};
+use super::{FillError, is_needed};
+use crate::base::{ByteRange, Chain, Class, Fault};
+use crate::blob::UnitIndex;
+
+/// Most units of one read. Each costs memory beside its stored bytes, and a hostile image could
+/// claim millions of one byte each.
+const MOST_UNITS: usize = 4096;
+
+/// Pauses between attempts while a source cannot be reached.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// Most failures that are remembered by their words.
+const MOST_FAILURES: usize = 16;
+
+/// A part of a device that is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// Which of the devices that the prefetch was given.
+    pub device: usize,
+    pub decoded: ByteRange,
+}
+
+/// How a prefetch is getting on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrefetchStats {
+    pub state: PrefetchState,
+    /// Decoded bytes of all units that are wanted, whoever fetches them.
+    pub bytes: u64,
+    /// Those of them that are in the cache.
+    pub bytes_present: u64,
+    /// Units that are wanted and absent.
+    pub units_absent: u64,
+    /// While `retrying`, what is wrong with the source.
+    pub trouble: Option<String>,
+    /// What could not be fetched and why, each reason once, at most 16.
+    pub failures: Vec<String>,
+}
+
+/// Where a prefetch stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PrefetchState {
+    /// It fetches, or waits for readers to be done.
+    Running,
+    /// A source went away; it asks again after a while.
+    Retrying,
+    /// Everything that is wanted is in the cache, durably.
+    Done,
+    /// It has ended, and something that is wanted is missing.
+    Failed,
+    /// It was stopped before its end.
+    Cancelled,
+}
+
+impl PrefetchState {
+    /// Whether nothing more will happen.
+    pub fn is_end(self) -> bool {
+        matches!(self, Self::Done | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// A prefetch under way. Dropping it stops it, with the reads it has begun.
+pub struct Prefetch {
+    shared: Arc<Shared>,
+    task: JoinHandle<()>,
+}
+
+struct Shared {
+    devices: Vec<Weak<Core>>,
+    /// Of each device, which units are wanted.
+    wanted: Vec<Vec<u64>>,
+    /// Devices and units, in order. They may overlap.
+    order: Vec<(usize, Range<UnitIndex>)>,
+    progress: Mutex<Progress>,
+}
+
+struct Progress {
+    state: PrefetchState,
+    trouble: Option<String>,
+    failures: Vec<String>,
+    /// By device, whether what it lacks will not come.
+    given_up: Vec<bool>,
+}
+
+/// What a pass over the order came to.
+enum Pass {
+    /// Everything was tried, and what is absent will not come.
+    Done,
+    /// A source went away; another pass may get further.
+    Interrupted,
+    /// There is no room.
+    Full,
+}
+
+impl Prefetch {
+    /// Starts to make `wants` present, in this order, and then, if `rest`, all else of the devices,
+    /// one after the other. Ranges that no unit covers are passed over.
+    pub fn start(engine: &Engine, devices: &[Arc<Device>], wants: &[Want], rest: bool) -> Self {
+        let cores: Vec<_> = devices.iter().map(|device| Arc::clone(device.core())).collect();
+        Self::start_cores(engine, &cores, wants, rest)
+    }
+
+    pub(super) fn start_cores(engine: &Engine, cores: &[Arc<Core>], wants: &[Want], rest: bool) -> Self {
+        let covered = |want: &Want| Some((want.device, cores.get(want.device)?.covering(want.decoded)?));
+        let mut order: Vec<_> = wants.iter().filter_map(covered).collect();
+        if rest {
+            order.extend(cores.iter().enumerate().map(|(device, core)| (device, 0..core.map().count())));
+        }
+        let mut wanted: Vec<_> = cores.iter().map(|core| vec![0; words_for(core.map().count())]).collect();
+        for (device, units) in &order {
+            let map = cores[*device].map();
+            let needed = units.clone().filter(|&unit| is_needed(&map.units()[unit as usize]));
+            needed.for_each(|unit| set_bit(&mut wanted[*device], unit));
+        }
+        let shared = Arc::new(Shared {
+            devices: cores.iter().map(Arc::downgrade).collect(),
+            wanted,
+            order,
+            progress: Mutex::new(Progress {
+                state: PrefetchState::Running,
+                trouble: None,
+                failures: Vec::new(),
+                given_up: vec![false; cores.len()],
+            }),
+        });
+        let reads = engine.options.fetches(Class::Prefetch) + 1;
+        Self { shared: Arc::clone(&shared), task: engine.runtime.spawn(shared.work(reads)) }
+    }
+
+    /// How it is getting on. Costs a look at each unit that is wanted.
+    pub fn stats(&self) -> PrefetchStats {
+        // First, so that an end is never told with a count from before it.
+        let (state, trouble, failures) = {
+            let progress = self.shared.progress.lock().unwrap();
+            (progress.state, progress.trouble.clone(), progress.failures.clone())
+        };
+        let mut stats = PrefetchStats { state, bytes: 0, bytes_present: 0, units_absent: 0, trouble, failures };
+        for core in self.shared.devices.iter().enumerate().filter_map(|(at, core)| Some((at, core.upgrade()?))) {
+            let (wanted, core) = (&self.shared.wanted[core.0], core.1);
+            for (index, unit) in (0..).zip(core.map().units()).filter(|(index, _)| bit(wanted, *index)) {
+                let is_present = core.ledger.presence.get(index);
+                stats.bytes += unit.decoded.len();
+                stats.bytes_present += if is_present { unit.decoded.len() } else { 0 };
+                stats.units_absent += u64::from(!is_present);
+            }
+        }
+        stats
+    }
+
+    /// Stops it, unless it has ended.
+    pub fn cancel(&self) {
+        self.task.abort();
+        let mut progress = self.shared.progress.lock().unwrap();
+        if progress.state.is_end() {
+            return;
+        }
+        progress.state = PrefetchState::Cancelled;
+        drop(progress);
+        // Another prefetch of the device asks again for what it joined.
+        self.shared.devices.iter().filter_map(Weak::upgrade).for_each(|core| core.engine.fetcher.abandon(core.id));
+    }
+
+    /// Whether nothing more will happen.
+    pub fn has_ended(&self) -> bool {
+        self.shared.progress.lock().unwrap().state.is_end()
+    }
+}
+
+impl std::fmt::Debug for Prefetch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let state = self.shared.progress.lock().unwrap().state;
+        f.debug_struct("Prefetch").field("state", &state).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Prefetch {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
+impl Shared {
+    /// Passes over the order until a pass meets no source that is away.
+    async fn work(self: Arc<Self>, reads: usize) {
+        let mut pause = FIRST_PAUSE;
+        let mut before = self.absent();
+        while let Pass::Interrupted = self.pass(reads).await {
+            let absent = self.absent();
+            // A source that brings something now and then is not away for ever.
+            pause = if absent < before { FIRST_PAUSE } else { pause };
+            before = absent;
+            self.progress.lock().unwrap().state = PrefetchState::Retrying;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+        let shared = Arc::clone(&self);
+        // On a thread that may wait for the disk. An error says that the runtime ends.
+        drop(tokio::task::spawn_blocking(move || shared.finish()).await);
+    }
+
+    /// Makes durable what has come, and says how it ended.
+    fn finish(&self) {
+        let cores: Vec<_> = self.devices.iter().filter_map(Weak::upgrade).collect();
+        cores.iter().for_each(|core| core.flush_and_log());
+        let is_whole = cores.len() == self.devices.len() && self.absent() == 0;
+        let mut progress = self.progress.lock().unwrap();
+        progress.trouble = None;
+        if !progress.state.is_end() {
+            progress.state = if is_whole { PrefetchState::Done } else { PrefetchState::Failed };
+        }
+    }
+
+    /// Units that are wanted and absent.
+    fn absent(&self) -> u64 {
+        let absent = |(core, wanted): (Arc<Core>, &Vec<u64>)| {
+            let present = core.ledger.presence.snapshot();
+            wanted
+                .iter()
+                .zip(&present)
+                .map(|(wanted, present)| u64::from((wanted & !present).count_ones()))
+                .sum::<u64>()
+        };
+        self.devices
+            .iter()
+            .zip(&self.wanted)
+            .filter_map(|(core, wanted)| Some((core.upgrade()?, wanted)))
+            .map(absent)
+            .sum()
+    }
+
+    /// Asks for everything that is absent once, in order, with some `reads` queued at a time.
+    async fn pass(&self, reads: usize) -> Pass {
+        let limits = self.limits();
+        // Those whose source is away, for this pass.
+        let mut away = self.progress.lock().unwrap().given_up.clone();
+        let (tx, mut rx) = unbounded_channel();
+        let (mut cursor, mut open, mut interrupted) = (Cursor::default(), 0, false);
+        loop {
+            while open < reads
+                && let Some((device, core, units)) = self.next_read(&mut cursor, &limits, &away)
+            {
+                core.fill_bulk(&units, limits[device], told(device, tx.clone()));
+                open += 1;
+            }
+            if open == 0 {
+                return if interrupted { Pass::Interrupted } else { Pass::Done };
+            }
+            let Some((device, outcome)) = rx.recv().await else { return Pass::Done };
+            open -= 1;
+            let Err(error) = outcome else {
+                self.recovered();
+                continue;
+            };
+            match error {
+                // There is room again when somebody makes room, not when we wait.
+                FillError::NoSpace { .. } => {
+                    self.note(&error, None);
+                    return Pass::Full;
+                }
+                _ => match error.fault() {
+                    // One bad unit does not spoil the others.
+                    Fault::Corrupt => self.note(&error, None),
+                    Fault::Transient => {
+                        interrupted = true;
+                        away[device] = true;
+                        self.progress.lock().unwrap().trouble = Some(Chain(&error).to_string());
+                    }
+                    // What it had joined was given up by who had begun it.
+                    Fault::Cancelled if self.is_open(device) => interrupted = true,
+                    Fault::Permanent | Fault::Cancelled => {
+                        away[device] = true;
+                        self.note(&error, Some(device));
+                    }
+                },
+            }
+        }
+    }
+
+    fn is_open(&self, device: usize) -> bool {
+        self.devices[device].upgrade().is_some_and(|core| !core.is_closed())
+    }
+
+    /// Something came: whatever was wrong has passed.
+    fn recovered(&self) {
+        let mut progress = self.progress.lock().unwrap();
+        if progress.state == PrefetchState::Retrying {
+            progress.state = PrefetchState::Running;
+            progress.trouble = None;
+        }
+    }
+
+    /// Notes a failure; with a device, that nothing more will come of it.
+    fn note(&self, error: &FillError, given_up: Option<usize>) {
+        let text = Chain(error).to_string();
+        let mut progress = self.progress.lock().unwrap();
+        if progress.failures.len() < MOST_FAILURES && !progress.failures.contains(&text) {
+            progress.failures.push(text);
+        }
+        if let Some(device) = given_up {
+            progress.given_up[device] = true;
+        }
+    }
+
+    /// How reads of each device are gathered: long ones where most of its blob is wanted and absent.
+    fn limits(&self) -> Vec<PlanLimits> {
+        let limits = |(core, wanted): (&Weak<Core>, &Vec<u64>)| {
+            let Some(core) = core.upgrade() else { return PlanLimits { gap: 0, window: 0 } };
+            let map = core.map();
+            let (mut all, mut absent) = (0u64, 0u64);
+            for (index, unit) in (0..).zip(map.units()) {
+                // A part of a batch as if it had its own bytes: this only says which is more.
+                all = all.saturating_add(unit.decoded.len());
+                if bit(wanted, index) && !core.ledger.presence.get(index) {
+                    absent = absent.saturating_add(unit.decoded.len());
+                }
+            }
+            core.engine.options.bulk_limits(absent >= all / 2)
+        };
+        self.devices.iter().zip(&self.wanted).map(limits).collect()
+    }
+
+    /// The next absent units that one read brings, of a device that is not `away`.
+    fn next_read(
+        &self,
+        cursor: &mut Cursor,
+        limits: &[PlanLimits],
+        away: &[bool],
+    ) -> Option<(usize, Arc<Core>, Vec<UnitIndex>)> {
+        let mut read: Option<(usize, Arc<Core>, Vec<UnitIndex>)> = None;
+        let mut hull = ByteRange::default();
+        while let Some((device, leg)) = self.order.get(cursor.leg) {
+            if read.as_ref().is_some_and(|(other, ..)| other != device) {
+                break;
+            }
+            let core = if away[*device] { None } else { self.devices[*device].upgrade() };
+            let Some(core) = core else {
+                cursor.next_leg();
+                continue;
+            };
+            let map = core.map();
+            for index in leg.start + cursor.done..leg.end {
+                let unit = &map.units()[index as usize];
+                if is_needed(unit) && !core.ledger.presence.get(index) {
+                    let (_, _, units) = read.get_or_insert_with(|| (*device, Arc::clone(&core), Vec::new()));
+                    if units.is_empty() {
+                        hull = unit.stored;
+                    } else if units.len() >= MOST_UNITS || !extends(hull, unit.stored, limits[*device]) {
+                        return read;
+                    }
+                    hull = hull.hull(unit.stored);
+                    units.push(index);
+                }
+                cursor.done += 1;
+            }
+            cursor.next_leg();
+        }
+        read
+    }
+}
+
+/// How far a pass has come.
+#[derive(Default)]
+struct Cursor {
+    leg: usize,
+    /// Units of the leg that were looked at.
+    done: UnitIndex,
+}
+
+impl Cursor {
+    fn next_leg(&mut self) {
+        *self = Self { leg: self.leg + 1, done: 0 };
+    }
+}
+
+type Outcome = (usize, Result<(), FillError>);
+
+/// Tells a pass how a read ended. Nobody listens any more when the prefetch was stopped.
+fn told(device: usize, tx: UnboundedSender<Outcome>) -> super::Completion {
+    Box::new(move |outcome| drop(tx.send((device, outcome))))
+}
+
+impl Core {
+    /// Makes `units` present behind everything else, then calls `done`.
+    fn fill_bulk(self: &Arc<Self>, units: &[UnitIndex], limits: PlanLimits, done: super::Completion) {
+        let wait = Wait::new(done);
+        let map = self.map();
+        // Prefetch that joins a fetch makes nothing urgent.
+        let lead = |&index: &UnitIndex| {
+            self.enter(&map, index, index..index + 1, Class::Prefetch, Some(&wait), &mut Vec::new())
+        };
+        let leads = units.iter().flat_map(lead).collect();
+        self.submit(&map, leads, Class::Prefetch, Some(limits));
+        wait.settle(&Ok(()));
+    }
+}

@@ -1,0 +1,209 @@
+//! Which read is next: what waits in each queue, what runs, and who must give way to whom.
+//!
+//! Nothing here starts or ends anything: the fetcher does, under whose lock all of this is.
+
+use std::collections::VecDeque;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use tokio::sync::Notify;
+
+use super::admission::{Admission, STUCK};
+use super::budget::Budget;
+use super::engine::StoreOptions;
+use super::fetch::Window;
+use super::lanes::Lanes;
+use crate::base::Class;
+use crate::blob::UnitIndex;
+
+/// Reads that wait for their turn, and those that run.
+pub(super) struct Queues {
+    pub(super) on_demand: Lanes<Window>,
+    pub(super) prefetch: VecDeque<Window>,
+    pub(super) bulk: VecDeque<Window>,
+    pub(super) running: Vec<Running>,
+    pub(super) budget: Budget,
+    pub(super) admission: Admission,
+    /// When somebody will look again whether bulk may begin.
+    pub(super) wake: Option<Instant>,
+    pub(super) next_ticket: u64,
+    /// Some thread is starting windows; others only note that there may be more to start.
+    pub(super) pumping: bool,
+    pub(super) pump_again: bool,
+}
+
+/// A read that occupies a slot.
+pub(super) struct Running {
+    pub(super) ticket: u64,
+    pub(super) device: u64,
+    pub(super) units: RangeInclusive<UnitIndex>,
+    pub(super) class: Class,
+    pub(super) bulk: bool,
+    /// A reader waits for one of its units.
+    pub(super) urgent: bool,
+    pub(super) began: Instant,
+    pub(super) signal: Arc<Signal>,
+}
+
+impl Running {
+    /// Whether a reader waits for it, or soon will, so that bulk must not begin.
+    fn is_for_readers(&self) -> bool {
+        !self.bulk || self.urgent
+    }
+}
+
+/// What a running read may be told.
+#[derive(Default)]
+pub(super) struct Signal {
+    pub(super) told: Notify,
+    pub(super) cancelled: AtomicBool,
+    /// Readers need the link: for bulk.
+    pub(super) give_way: AtomicBool,
+    /// Nobody wants it any more but readers who have joined: for bulk.
+    pub(super) abandoned: AtomicBool,
+}
+
+impl Queues {
+    pub(super) fn new(options: &StoreOptions) -> Self {
+        Self {
+            on_demand: Lanes::new(),
+            prefetch: VecDeque::new(),
+            bulk: VecDeque::new(),
+            running: Vec::new(),
+            budget: Budget::new(options.memory, options.memory_reserve),
+            admission: Admission::new(options.prefetch_calm, options.prefetch_rate),
+            wake: None,
+            next_ticket: 0,
+            pumping: false,
+            pump_again: false,
+        }
+    }
+
+    /// Where a window waits, by its urgency at this moment. Readers make running bulk give way.
+    pub(super) fn queue(&mut self, mut window: Window) {
+        // Read under the lock: a promotion either came before and is seen, or finds the window.
+        match window.class() {
+            Class::OnDemand => {
+                window.asked.get_or_insert_with(Instant::now);
+                window.bulk = false;
+                self.on_demand.push(window.core.id, window);
+            }
+            Class::Prefetch if window.bulk => return self.bulk.push_back(window),
+            Class::Prefetch => {
+                window.asked = None;
+                self.prefetch.push_back(window);
+            }
+        }
+        self.disturb(|_| true);
+    }
+
+    /// A reader has come: the running bulk that is `meant` gives way.
+    fn disturb(&mut self, meant: impl Fn(&Running) -> bool) {
+        self.admission.disturb(Instant::now());
+        for running in self.running.iter().filter(|running| running.bulk && meant(running)) {
+            running.signal.give_way.store(true, Ordering::Release);
+            running.signal.told.notify_one();
+        }
+    }
+
+    pub(super) fn end(&mut self, ticket: u64) {
+        let ended = self.running.iter().position(|running| running.ticket == ticket);
+        if ended.is_some_and(|at| self.running.swap_remove(at).is_for_readers()) {
+            self.admission.disturb(Instant::now());
+        }
+    }
+
+    /// Until when bulk must not even be considered, if a reader waits.
+    pub(super) fn readers_wait(&self, now: Instant) -> Option<Instant> {
+        let reads = || self.running.iter().filter(|running| running.is_for_readers());
+        if let Some(youngest) = reads().map(|running| running.began).max() {
+            // Bulk of other servers goes on beside readers whose server does not answer.
+            return Some(youngest + STUCK).filter(|&later| later > now);
+        }
+        // They begin at the next turn, or when memory is free; either comes here again.
+        let queued = !self.on_demand.is_empty() || !self.prefetch.is_empty();
+        queued.then_some(now + STUCK)
+    }
+
+    /// Lets reads for these units go before prefetch. Their urgency must have been raised already.
+    pub(super) fn promote(&mut self, device: u64, units: &[UnitIndex]) {
+        for &unit in units {
+            let queued = self.prefetch.iter().position(|window| window.holds(device, unit));
+            if let Some(window) = queued.and_then(|at| self.prefetch.remove(at)) {
+                self.queue(Window { asked: Some(Instant::now()), ..window });
+            }
+        }
+        for window in std::mem::take(&mut self.bulk) {
+            if window.core.id == device && window.class() == Class::OnDemand {
+                window.split_by_urgency().into_iter().for_each(|part| self.queue(part));
+            } else {
+                self.bulk.push_back(window);
+            }
+        }
+        let carries =
+            |running: &Running| running.device == device && units.iter().any(|unit| running.units.contains(unit));
+        // Those judge for themselves whether the reader is served best by going on.
+        for running in self.running.iter_mut().filter(|running| carries(running)) {
+            running.urgent = true;
+            running.signal.told.notify_one();
+        }
+        self.disturb(|running| !carries(running));
+    }
+
+    /// Takes out the bulk of a device that no reader has joined, to be dropped outside of the lock, and
+    /// tells what runs of it.
+    #[must_use]
+    pub(super) fn abandon(&mut self, device: u64) -> Vec<Window> {
+        let (joined, abandoned) = take_of(&mut self.bulk, device)
+            .into_iter()
+            .partition::<Vec<_>, _>(|window| window.class() == Class::OnDemand);
+        self.bulk.extend(joined);
+        for running in self.running.iter().filter(|running| running.bulk && running.device == device) {
+            running.signal.abandoned.store(true, Ordering::Release);
+            running.signal.told.notify_one();
+        }
+        abandoned
+    }
+
+    /// Takes out what waits for a device, to be dropped outside of the lock, and stops what runs.
+    #[must_use]
+    pub(super) fn remove(&mut self, device: u64) -> Vec<Window> {
+        let mut removed: Vec<_> = self.on_demand.remove(device).into();
+        removed.extend(take_of(&mut self.prefetch, device));
+        removed.extend(take_of(&mut self.bulk, device));
+        for running in self.running.iter().filter(|running| running.device == device) {
+            running.signal.cancelled.store(true, Ordering::Release);
+            running.signal.told.notify_one();
+        }
+        removed
+    }
+
+    /// Whose turn it is, if there is a slot for it, and how many bytes it wants.
+    pub(super) fn choose(&self, options: &StoreOptions) -> Option<(Class, u64, u64)> {
+        let held = |class| self.running.iter().filter(move |running| running.class == class && !running.bulk);
+        let free = |class| held(class).count() < options.fetches(class);
+        if !self.on_demand.is_empty() {
+            if !free(Class::OnDemand) {
+                return None;
+            }
+            let most = options.fetches_per_device();
+            let may = |device| held(Class::OnDemand).filter(|running| running.device == device).count() < most;
+            if let Some((device, window)) = self.on_demand.find(|device, _| may(device)) {
+                return Some((Class::OnDemand, device, window.stored.len()));
+            }
+        }
+        let window = self.prefetch.front().filter(|_| free(Class::Prefetch))?;
+        let device = window.core.id;
+        // Readers who wait for one of their own device's slots still go before its prefetch.
+        (!self.on_demand.has(device)).then_some((Class::Prefetch, device, window.stored.len()))
+    }
+}
+
+/// Takes the windows of a device, the others keep their order.
+fn take_of(windows: &mut VecDeque<Window>, device: u64) -> VecDeque<Window> {
+    let (taken, kept) = std::mem::take(windows).into_iter().partition(|window| window.core.id == device);
+    *windows = kept;
+    taken
+}

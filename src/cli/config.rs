@@ -1,0 +1,171 @@
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use serde::Serialize;
+
+use super::print_json;
+use super::settings::SettingsArgs;
+use crate::daemon::settings::{self, Origin, Raw, Resolved, TABLE};
+
+/// Check or print the settings of the daemon
+///
+/// docs/CONFIG.md lists them.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLE)]
+pub(super) struct ConfigArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+const EXAMPLE: &str = "\
+Examples:
+  rafsd config check /etc/rafsd/config.toml
+  rafsd config print
+  rafsd config print --defaults";
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    Check(CheckArgs),
+    Print(PrintArgs),
+}
+
+/// Tell everything that is wrong in a config file
+#[derive(Debug, clap::Args)]
+struct CheckArgs {
+    /// The file
+    #[arg(value_name = "FILE", default_value = settings::DEFAULT_FILE)]
+    file: PathBuf,
+}
+
+/// Print the settings and where each comes from, as a config file
+#[derive(Debug, clap::Args)]
+struct PrintArgs {
+    /// What `rafsd serve` would use with these flags, this environment and this file (the default)
+    #[arg(long)]
+    effective: bool,
+
+    /// The defaults, with what they mean
+    #[arg(long, conflicts_with = "effective")]
+    defaults: bool,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    settings: SettingsArgs,
+}
+
+/// Exit status: 1 if the file has mistakes or the settings cannot be used.
+pub(super) fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
+    match args.what {
+        What::Check(args) => check(&args),
+        What::Print(args) => print(&args).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
+    let text = settings::read_file(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
+    let resolved = settings::resolve(Some(&text), &[]);
+    let mut out = io::stdout().lock();
+    if resolved.mistakes.is_empty() {
+        let set = resolved.origins.iter().filter(|origin| **origin == Origin::File).count();
+        writeln!(out, "{}: {set} settings, no mistakes", args.file.display())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for mistake in &resolved.mistakes {
+        writeln!(out, "{}: {mistake}", args.file.display())?;
+    }
+    Ok(ExitCode::FAILURE)
+}
+
+fn print(args: &PrintArgs) -> anyhow::Result<()> {
+    let (resolved, file) =
+        if args.defaults { (settings::resolve(None, &[]), None) } else { args.settings.resolve()? };
+    if args.json {
+        return print_json(&Printed::new(&resolved, file));
+    }
+    let mut out = io::stdout().lock();
+    if let Some(file) = file {
+        writeln!(out, "# file: {}", file.display())?;
+    }
+    for (setting, origin) in TABLE.iter().zip(&resolved.origins) {
+        let value = toml(&setting.field.show(&resolved.settings));
+        if args.defaults {
+            writeln!(out, "# {}\n{} = {value}\n", setting.help, setting.key)?;
+        } else {
+            writeln!(out, "{:<40} # {origin}", format!("{} = {value}", setting.key))?;
+        }
+    }
+    Ok(())
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Printed {
+    /// The config file that was read.
+    file: Option<PathBuf>,
+    settings: BTreeMap<&'static str, PrintedSetting>,
+}
+
+#[derive(Serialize)]
+struct PrintedSetting {
+    value: serde_json::Value,
+    origin: Origin,
+}
+
+impl Printed {
+    fn new(resolved: &Resolved, file: Option<PathBuf>) -> Self {
+        let settings = TABLE.iter().zip(&resolved.origins).map(|(setting, origin)| {
+            let value = match setting.field.show(&resolved.settings) {
+                Raw::Text(text) => text.into(),
+                Raw::Whole(number) => number.into(),
+                Raw::Switch(on) => on.into(),
+                Raw::Items(items) => items.into(),
+            };
+            (setting.key, PrintedSetting { value, origin: *origin })
+        });
+        Self { file, settings: settings.collect() }
+    }
+}
+
+/// A value as TOML has it.
+fn toml(value: &Raw) -> String {
+    match value {
+        Raw::Text(text) => quoted(text),
+        Raw::Whole(number) => number.to_string(),
+        Raw::Switch(on) => on.to_string(),
+        Raw::Items(items) => format!("[{}]", items.iter().map(|item| quoted(item)).collect::<Vec<_>>().join(", ")),
+    }
+}
+
+/// A basic string: JSON's escapes are TOML's too, but for one character.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string().replace('\u{7f}', "\\u007f")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::settings::{Settings, read_text};
+
+    #[test]
+    fn what_is_printed_is_read_as_the_same_settings() {
+        let text = "cache = \"/a \\\"b\\\\ \\u007f\"\nsandbox_read = [\"/srv\", \"/x\"]\nsandbox = false\nfetches = 3\n\
+                    exit_when_idle = \"90s\"\nbackend = [\"fanotify\"]\ngap = 1000\n";
+        let resolved = settings::resolve(Some(text), &[]);
+        assert_eq!(resolved.mistakes, []);
+
+        let lines = TABLE
+            .iter()
+            .map(|setting| format!("{} = {}\n", setting.key, toml(&setting.field.show(&resolved.settings))));
+        let mut again = Settings::default();
+        let (keys, mistakes) = read_text(&lines.collect::<String>(), &mut again);
+
+        assert_eq!((mistakes, keys.len()), (vec![], TABLE.len()));
+        assert_eq!(again, resolved.settings);
+    }
+}

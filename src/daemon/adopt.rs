@@ -1,0 +1,286 @@
+//! Starting: from nothing, or in the place of a daemon that died.
+//!
+//! The order is what counts. Every image is taken over before the first event is answered, because
+//! an event must find its device; the events that the dead daemon had taken are taken on before the
+//! first new one is read, because a new one may have the same number. What this host can do is tried
+//! out after that: readers wait.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Instant;
+
+use tokio::runtime::Handle;
+
+use super::api::PrefetchOrder;
+use super::keeper::{Inheritance, Keepers, Kind, Name};
+use super::mounts::{Daemon, Options, State};
+use super::objects::Objects;
+use super::origins::Origins;
+use super::prepare::{Prepared, resume};
+use super::records::{Record, RecordId, Records, ensure_private};
+use super::served::{Mounted, Served};
+use super::serving::{Backends, Legacy, device_file, spawn};
+use super::trace::Traces;
+use super::{DaemonError, records};
+use crate::base::{Chain, Digest};
+use crate::cache::{Device, Store, StoreOptions};
+use crate::export::cachefiles::FsId;
+use crate::export::{BackendKind, MountWatch, WatchId};
+use crate::sys::faultpoint;
+use crate::sys::files::{InodeId, inode_id_at};
+use crate::sys::journal::Outstanding;
+
+/// Events that a dead daemon had taken, with the numbers kept free for them.
+type Events = Vec<(Outstanding, Option<OwnedFd>)>;
+
+/// Files of devices that a dead daemon had open.
+type Files = BTreeMap<InodeId, OwnedFd>;
+
+impl Daemon {
+    /// Opens the store, starts the keepers, and goes on with what a dead daemon left, if anything.
+    pub fn start(
+        options: Options,
+        runtime: Handle,
+        mut inherited: Option<Inheritance>,
+    ) -> Result<Arc<Self>, DaemonError> {
+        let began = Instant::now();
+        let start = |what| move |cause| DaemonError::Start { what, cause };
+        let take = |kind| inherited.as_ref().and_then(|it| it.take(Name::only(kind)));
+        let (lock, instance) = (take(Kind::Lock), take(Kind::Watch));
+        let (group, cachefiles) = (take(Kind::Group), take(Kind::Cachefiles));
+        let sandbox = options.sandbox.clone();
+        let store_options = StoreOptions { sandbox: sandbox.clone(), ..options.store.clone() };
+        let store = Store::open_locked(&options.cache, store_options, runtime.clone(), lock.map(File::from))?;
+        let watch = instance.map_or_else(MountWatch::new, MountWatch::of).map_err(start("the watch on mounts"))?;
+        let (events, files) = inherited.as_mut().map_or_else(Default::default, |it| {
+            let files = it.devices().filter_map(|name| Some((device_file(name), it.take(name)?))).collect::<Files>();
+            (std::mem::take(&mut it.events), files)
+        });
+        let journal = inherited.as_mut().and_then(Inheritance::take_journal);
+        let takes_over = inherited.is_some();
+        ensure_private(&options.run).map_err(start("the directory of sockets"))?;
+        let records = Records::open(&options.run).map_err(start("the records of served images"))?;
+        // Keepers unmount and start daemons, so they live outside, and so does whoever starts them.
+        let keepers = sandbox.outside(|| Keepers::start(options.keepers.clone(), inherited));
+        let keepers = keepers.map_err(start("the keepers"))?;
+        // A successor must not write to files whose readers still ask our group.
+        keepers.hold(Name::only(Kind::Lock), store.lock_file().clone()).map_err(start("the keepers"))?;
+        keepers.hold(Name::only(Kind::Watch), watch.instance().clone()).map_err(start("the keepers"))?;
+        let legacy = Legacy { group: group.zip(journal), cachefiles };
+        let backends = Backends::new(&options, legacy, &keepers)?;
+        sweep(&options.cache);
+        let objects = Objects::new(options.cache.join("cachefiles-maps"));
+        let daemon = Arc::new(Self {
+            options,
+            runtime,
+            store,
+            backends,
+            keepers,
+            records,
+            objects,
+            origins: Origins::default(),
+            watch: Arc::new(watch),
+            watcher: Mutex::default(),
+            state: Mutex::new(State::default()),
+            ending: OnceLock::new(),
+            takeover_ms: OnceLock::new(),
+            prefetches: Arc::default(),
+            traces: Traces::default(),
+        });
+        if takes_over {
+            daemon.take_over(files, events)?;
+            let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+            let _ = daemon.takeover_ms.set(ms);
+            tracing::info!(ms, "took over from a daemon that has gone");
+        } else {
+            daemon.end_unkept_mounts()?;
+        }
+        let thread =
+            spawn("mnt-0", &daemon, |daemon| daemon.follow_unmounts()).map_err(start("the watch on mounts"))?;
+        *daemon.watcher.lock().unwrap() = Some(thread);
+        daemon.backends.examine().map_err(start("the examination of this host"))?;
+        Ok(daemon)
+    }
+
+    /// Goes on with the images of a dead daemon, and with its readers.
+    fn take_over(self: &Arc<Self>, mut files: Files, events: Events) -> Result<(), DaemonError> {
+        let taken = events.len();
+        let mut prepared = HashMap::new();
+        let start = |what| move |cause| DaemonError::Start { what, cause };
+        let living = self.watch.living().map_err(start("the watch on mounts"))?;
+        let (mut used, mut known) = (Vec::new(), HashSet::new());
+        let mut prefetches = Vec::new();
+        for (id, record) in self.records.load().map_err(start("the records of served images"))? {
+            let record = match record {
+                Ok(record) => record,
+                Err(error) => {
+                    tracing::error!(%error, "the record of an image cannot be read; if it is mounted, its cold reads fail");
+                    continue;
+                }
+            };
+            let watch = record.superblock.map(WatchId::from);
+            if watch.is_some_and(|watch| !living.contains(&watch)) {
+                self.records.remove(id);
+                continue;
+            }
+            known.extend(watch);
+            used.extend(record.devices.iter().map(records::DeviceFile::file));
+            if let Err(error) = self.take_over_one(id, &record, &mut files, &mut prepared) {
+                let dir = record.dir.as_deref().unwrap_or(Path::new("-"));
+                tracing::error!(dir = %dir.display(), error = %Chain(&error), "an image cannot be served any more; its cold reads fail");
+                self.leave_unserved(watch, Some(id));
+            }
+            prefetches.extend(self.wanted_prefetch(&record));
+            faultpoint::reach("adopted-one");
+        }
+        let strangers: Vec<_> = living.difference(&known).copied().collect();
+        strangers.iter().for_each(|watch| self.leave_unserved(Some(*watch), None));
+        let (fanotify, cachefiles) = self.backends.services();
+        if let Some(fanotify) = fanotify {
+            let unused = files.iter().filter(|(id, _)| !used.contains(id));
+            if strangers.is_empty() {
+                unused.for_each(|(id, file)| fanotify.forget(*id, file));
+            } else {
+                self.retire(&unused.map(|(id, _)| *id).collect());
+            }
+            fanotify.resume(events);
+        }
+        self.backends.go_on()?;
+        for (dir, served, watch, order) in prefetches {
+            self.prefetch_mounted(&dir, &served, watch, &order);
+        }
+        if let Some(Err(error)) = cachefiles.map(|service| service.restore()) {
+            tracing::error!(%error, "this kernel does not deliver again what the last daemon had taken: readers that waited then have to be killed");
+        }
+        let mounts = self.state.lock().unwrap().mounts.len();
+        tracing::info!(mounts, waiting = taken, "goes on with the mounts and readers of the last daemon");
+        Ok(())
+    }
+
+    /// What a mount that was taken over still wants to have fetched.
+    fn wanted_prefetch(&self, record: &Record) -> Option<(PathBuf, Served, WatchId, PrefetchOrder)> {
+        let dir = record.dir.clone().filter(|_| !record.lingering)?;
+        let state = self.state.lock().unwrap();
+        let mounted = state.mounts.get(&dir)?.as_ref()?;
+        Some((dir, mounted.served.clone(), mounted.watch, record.spec.prefetch.clone()))
+    }
+
+    /// Superblocks of which nothing is known may read any of these files: they stay marked, so that
+    /// whoever asks for a hole is denied. Images that are mounted from now on get files of their own.
+    fn retire(&self, files: &BTreeSet<InodeId>) {
+        for name in self.store.directories() {
+            let path = self.store.data_path(&name);
+            if inode_id_at(&path).is_ok_and(|id| files.contains(&id))
+                && let Err(error) = std::fs::remove_file(&path)
+            {
+                tracing::error!(path = %path.display(), %error, "images with this blob cannot be served");
+            }
+        }
+    }
+
+    /// Takes note of a superblock that lives and cannot be served.
+    fn leave_unserved(&self, watch: Option<WatchId>, record: Option<RecordId>) {
+        if let Some(watch) = watch {
+            self.watch.adopt(watch);
+            self.state.lock().unwrap().unserved.push((watch, record));
+        }
+    }
+
+    fn take_over_one(
+        self: &Arc<Self>,
+        id: RecordId,
+        record: &Record,
+        files: &mut Files,
+        prepared: &mut HashMap<Digest, Arc<crate::image::Image>>,
+    ) -> Result<(), DaemonError> {
+        let damaged = |what: &str| DaemonError::Record { what: what.to_owned() };
+        let key = Digest::from_hex(&record.key).ok_or_else(|| damaged("no digest"))?;
+        let source = self.origins.open_or_absent(&record.spec);
+        let mut image = match prepared.get(&key) {
+            Some(image) => Prepared::known(&self.options.cache, key, image.clone(), source.clone()),
+            None => resume(&self.options.cache, key, source.clone())?,
+        };
+        prepared.insert(key, image.image.clone());
+        let watch = record.superblock.map(WatchId::from);
+        // Nobody else holds them until they are marked.
+        let mut devices = Vec::new();
+        let served = match record.backend {
+            BackendKind::Fanotify => {
+                devices = record
+                    .devices
+                    .iter()
+                    .map(|it| {
+                        let file = files.get(&it.file()).and_then(|file| file.try_clone().ok());
+                        let file = file.ok_or_else(|| damaged("the keepers do not have the file of a device"))?;
+                        Ok(self.store.adopt(&it.directory, file.into(), source.clone())?)
+                    })
+                    .collect::<Result<Vec<Arc<Device>>, DaemonError>>()?;
+                if devices.len() != image.image.devices().len() {
+                    return Err(damaged("it names other devices than the image has"));
+                }
+                image.maps = devices.iter().map(|device| device.map()).collect();
+                Served::by_fanotify(Arc::new(image), &devices, record.why.clone())
+            }
+            BackendKind::Cachefiles => {
+                if self.backends.services().1.is_none() {
+                    return Err(damaged("its kernel cache went with the last daemon; unmount it and mount it again"));
+                }
+                let name = record.name.as_ref().ok_or_else(|| damaged("no name"))?;
+                let name = FsId::new(&name.id, name.domain.as_deref())?;
+                let domain = name.domain.as_deref().unwrap_or(&name.id);
+                let maps = image.image.devices().iter().map(|device| self.objects.saved(domain, &device.blob));
+                let maps = maps.map(|map| map.map(Arc::new)).collect::<Option<Vec<_>>>();
+                image.maps = maps.ok_or_else(|| damaged("the map of a blob is lost"))?;
+                let image = Arc::new(image);
+                // Of a mount it is asked for afterwards.
+                let order = if watch.is_none() { record.spec.prefetch.clone() } else { PrefetchOrder::None };
+                let served = self.serve_cachefiles(&order, image, &name, record.why.clone())?.0;
+                if watch.is_none() {
+                    self.state.lock().unwrap().registered.insert(name, (served, id));
+                    return Ok(());
+                }
+                served
+            }
+        };
+        let watch = watch.ok_or_else(|| damaged("no superblock"))?;
+        self.watch.adopt(watch);
+        let attachment = match record.backend {
+            BackendKind::Fanotify => {
+                let service = self.backends.fanotify(&self.keepers)?;
+                Some(service.adopt(&served.prepared.live(&devices), watch)?)
+            }
+            BackendKind::Cachefiles => None,
+        };
+        let mounted = Mounted { watch, record: id, served, attachment };
+        let mut state = self.state.lock().unwrap();
+        match &record.dir {
+            Some(dir) if !record.lingering => drop(state.mounts.insert(dir.clone(), Some(mounted))),
+            _ => state.lingering.push(mounted),
+        }
+        Ok(())
+    }
+}
+
+/// Removes what a crash left half made. Only with the store's lock in hand.
+fn sweep(cache: &Path) {
+    let scratch = |dir: PathBuf, prefixes: &'static [&'static str]| {
+        std::fs::read_dir(dir).into_iter().flatten().flatten().filter(move |entry| {
+            let name = entry.file_name();
+            prefixes.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
+        })
+    };
+    for entry in
+        scratch(cache.join("bootstraps"), &[".new-"]).chain(scratch(cache.to_owned(), &[".selftest-", ".bind-"]))
+    {
+        let path = entry.path();
+        let removed: io::Result<()> =
+            if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        if let Err(error) = removed {
+            tracing::warn!(path = %path.display(), %error, "cannot remove what a crash left");
+        }
+    }
+}

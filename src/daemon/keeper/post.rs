@@ -1,0 +1,420 @@
+//! The keeper process.
+//!
+//! It holds descriptors for a daemon, gives them to a successor, and does for readers what nobody
+//! else does while there is no daemon: after `patience` it lets their reads fail. While it holds
+//! and hears it allocates nothing.
+//!
+//! There are two of them. The one of rank 1 does the same as the one of rank 0, except that it
+//! starts no daemon and denies no reader while the other lives. So any one of the three processes
+//! may die, or any two one shortly after the other, and the third puts the rest back.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+
+use super::wire::{Kind, Name, Op, Word};
+use super::{DENYING, ORPHANED, socket_name};
+use crate::sys::fanotify::{Answer, Group};
+use crate::sys::inotify::each_watch;
+use crate::sys::journal::Journal;
+use crate::sys::spawn::Prepared;
+use crate::sys::{fdpass, mount, process};
+
+/// Most descriptors that are held: far more than a host has blobs in use.
+const MOST_HELD: usize = 32 << 10;
+/// How often an orphan looks around.
+const TICK: Duration = Duration::from_millis(100);
+/// Pauses before a daemon is started again: the first at once, then doubling.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// A daemon that served this long did not die of its start.
+const SETTLED: Duration = Duration::from_secs(30);
+/// How long another process may take to say or hear a word.
+const WORD: Duration = Duration::from_secs(5);
+
+/// What a keeper is told when it is started.
+#[derive(Debug)]
+pub struct Orders {
+    /// Directory of sockets.
+    pub run: PathBuf,
+    /// 0, or 1 for the one that steps back while the other lives.
+    pub rank: usize,
+    /// How long readers wait for a successor before they are denied.
+    pub patience: Duration,
+    /// The command line of a daemon to start when one vanishes; `None` if somebody else does that.
+    pub successor: Option<Prepared>,
+}
+
+/// Runs until it may let go. `daemon` is the connection of the daemon that started it.
+pub fn keep(daemon: OwnedFd, orders: Orders) -> io::Result<()> {
+    // In this order: from here on only SIGKILL or a reason to stop ends this process.
+    process::ignore_stop_signals()?;
+    let _ = process::leave_session();
+    let _ = process::raise_descriptor_limit();
+    process::protect_from_oom();
+    process::set_name(if orders.rank == 0 { c"rafsd-keeper" } else { c"rafsd-spare" });
+    let own = orders.run.join(socket_name(orders.rank));
+    let listener = fdpass::listen(&own)?;
+    Word::new(Op::Done).send(&daemon, None)?;
+    let mut post = Post::new(daemon, listener, orders);
+    post.stand();
+    let _ = std::fs::remove_file(&own);
+    Ok(())
+}
+
+/// Everything the keeper process has.
+pub(super) struct Post {
+    orders: Orders,
+    sibling: PathBuf,
+    listener: OwnedFd,
+    /// The daemon's connection; `None` while there is no daemon.
+    daemon: Option<OwnedFd>,
+    attached: Instant,
+    /// Sorted by name; never grows beyond what was reserved.
+    held: Vec<(Name, OwnedFd)>,
+    journal: Option<Journal>,
+    absence: Absence,
+    denying: bool,
+    /// Whether the events that a dead daemon had taken have been denied.
+    denied_taken: bool,
+}
+
+/// What is known of a daemon that is not there.
+struct Absence {
+    since: Instant,
+    /// Whether a successor is to be started from here.
+    wants_successor: bool,
+    next_attempt: Instant,
+    pause: Duration,
+    child: Option<Pid>,
+    /// What the daemon said about its leaving, if it did: whether it wants a successor.
+    parting: Option<bool>,
+}
+
+impl Post {
+    pub(super) fn new(daemon: OwnedFd, listener: OwnedFd, orders: Orders) -> Self {
+        let now = Instant::now();
+        let sibling = orders.run.join(socket_name(1 - orders.rank.min(1)));
+        let absence = Absence {
+            since: now,
+            wants_successor: false,
+            next_attempt: now,
+            pause: Duration::ZERO,
+            child: None,
+            parting: None,
+        };
+        Self {
+            orders,
+            sibling,
+            listener,
+            daemon: Some(daemon),
+            attached: now,
+            held: Vec::with_capacity(MOST_HELD),
+            journal: None,
+            absence,
+            denying: false,
+            denied_taken: false,
+        }
+    }
+
+    /// Returns when nobody can be harmed by letting go: the daemon said so, or it has vanished and
+    /// the last superblock is gone. Nothing that fails is a reason to leave.
+    fn stand(&mut self) {
+        loop {
+            self.wait();
+            if self.hear() {
+                return;
+            }
+            self.serve();
+            if self.daemon.is_none() && self.is_over() {
+                return;
+            }
+        }
+    }
+
+    fn wait(&self) {
+        let timeout = if self.daemon.is_some() { PollTimeout::NONE } else { timeout(TICK) };
+        let listener = self.listener.as_fd();
+        // A denied reader may try again at once, and should not wait for the next tick.
+        let second = match (&self.daemon, self.denying.then(|| self.get(Kind::Group)).flatten()) {
+            (Some(daemon), _) => daemon.as_fd(),
+            (None, Some(group)) => group,
+            (None, None) => listener,
+        };
+        let mut fds = [poll_for_input(listener), poll_for_input(second)];
+        // Interrupted or failed: the loop looks at everything anyway, and an orphan's time goes on.
+        if poll(&mut fds, timeout).is_err() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Hears what the daemon says, if anything. True when it says to finish.
+    pub(super) fn hear(&mut self) -> bool {
+        let Some(daemon) = self.daemon.take() else { return false };
+        if !has_input(daemon.as_fd()) {
+            self.daemon = Some(daemon);
+            return false;
+        }
+        // Whatever breaks this talk, it means that the daemon has vanished.
+        match Word::receive(&daemon) {
+            Ok((word, fd)) => {
+                let outcome = self.carry_out(word, fd);
+                if answer(&daemon, outcome).is_ok() {
+                    self.daemon = Some(daemon);
+                }
+                if word.op == Op::Finish {
+                    return true;
+                }
+            }
+            Err(e) if e.kind() == ErrorKind::InvalidData => {
+                if answer(&daemon, Err(libc::EBADMSG)).is_ok() {
+                    self.daemon = Some(daemon);
+                }
+            }
+            Err(_) => {}
+        }
+        if self.daemon.is_none() {
+            self.note_absence();
+        }
+        false
+    }
+
+    fn carry_out(&mut self, word: Word, fd: Option<OwnedFd>) -> Result<(), i32> {
+        match (word.op, fd) {
+            (Op::Hold, Some(fd)) => self.hold(word.name, fd),
+            (Op::Release, _) => {
+                if let Ok(at) = self.held.binary_search_by_key(&word.name, |(name, _)| *name) {
+                    self.held.remove(at);
+                }
+                Ok(())
+            }
+            (Op::Leave, _) => {
+                self.absence.parting = Some(word.value != 0);
+                Ok(())
+            }
+            (Op::Finish, _) => Ok(()),
+            _ => Err(libc::EINVAL),
+        }
+    }
+
+    fn hold(&mut self, name: Name, fd: OwnedFd) -> Result<(), i32> {
+        if name.kind == Kind::Journal {
+            let copy = fd.try_clone().map_err(|e| errno(&e))?;
+            self.journal = Some(Journal::open(copy).map_err(|e| errno(&e))?);
+        }
+        match self.held.binary_search_by_key(&name, |(name, _)| *name) {
+            Ok(at) => self.held[at].1 = fd,
+            Err(_) if self.held.len() == MOST_HELD => return Err(libc::ENOSPC),
+            Err(at) => self.held.insert(at, (name, fd)),
+        }
+        Ok(())
+    }
+
+    fn get(&self, kind: Kind) -> Option<BorrowedFd<'_>> {
+        let at = self.held.binary_search_by_key(&Name::only(kind), |(name, _)| *name).ok()?;
+        Some(self.held[at].1.as_fd())
+    }
+
+    fn note_absence(&mut self) {
+        let now = Instant::now();
+        let parting = self.absence.parting.take();
+        self.absence.pause = match parting {
+            Some(_) => Duration::ZERO,
+            None if self.attached.elapsed() >= SETTLED => FIRST_PAUSE,
+            None => (self.absence.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE),
+        };
+        self.absence.since = now;
+        self.absence.next_attempt = now + self.absence.pause;
+        self.absence.wants_successor = parting.unwrap_or(true) && self.orders.successor.is_some();
+        if parting.is_none() && self.orders.rank == 0 {
+            tracing::error!(
+                successor = self.absence.wants_successor,
+                "the daemon vanished; readers of its mounts wait"
+            );
+        }
+    }
+
+    /// Answers one connection, if somebody waits for that. Who says nothing is dropped.
+    pub(super) fn serve(&mut self) {
+        if !has_input(self.listener.as_fd()) {
+            return;
+        }
+        let Ok(client) = fdpass::accept(self.listener.as_fd()) else { return };
+        let own = nix::unistd::geteuid().as_raw();
+        let is_ours = fdpass::peer(client.as_fd()).is_ok_and(|(_, uid)| uid == own || uid == 0);
+        if !is_ours || fdpass::set_timeout(client.as_fd(), Some(WORD)).is_err() {
+            return;
+        }
+        let Ok((word, _)) = Word::receive(&client) else { return };
+        match word.op {
+            Op::Attach => self.attach(client),
+            Op::Status => drop(self.status().send(&client, None)),
+            Op::Recover => {
+                if self.daemon.is_none() {
+                    self.recover();
+                }
+                // Whoever asked may have gone.
+                let _ = self.status().send(&client, None);
+            }
+            _ => drop(answer(&client, Err(libc::EINVAL))),
+        }
+    }
+
+    /// Makes `client` the daemon and gives it everything, unless there is one.
+    fn attach(&mut self, client: OwnedFd) {
+        // The last one may have hung up a moment ago.
+        while self.daemon.as_ref().is_some_and(|daemon| has_input(daemon.as_fd())) {
+            self.hear();
+        }
+        if self.daemon.is_some() {
+            let _ = answer(&client, Err(libc::EBUSY));
+            return;
+        }
+        let all =
+            self.held.iter().try_for_each(|(name, fd)| Word::about(Op::Held, *name).send(&client, Some(fd.as_fd())));
+        let told = all.and_then(|()| Word::new(Op::Done).send(&client, None));
+        if told.and_then(|()| fdpass::set_timeout(client.as_fd(), None)).is_err() {
+            return;
+        }
+        (self.attached, self.daemon) = (Instant::now(), Some(client));
+        (self.denying, self.denied_taken) = (false, false);
+    }
+
+    fn status(&self) -> Word {
+        let orphaned = if self.daemon.is_none() { ORPHANED } else { 0 };
+        let denying = if self.denying { DENYING } else { 0 };
+        let mut word = Word::new(Op::Done).with(orphaned | denying);
+        word.name.key = [u64::from(std::process::id()), self.alive()];
+        word
+    }
+
+    /// Superblocks that live, as the kernel knows.
+    fn alive(&self) -> u64 {
+        let mut count = 0;
+        match self.get(Kind::Watch).map(|watch| each_watch(watch, &mut |_| count += 1)) {
+            // Unknown means in use.
+            Some(Err(_)) => 1,
+            _ => count,
+        }
+    }
+
+    /// What an orphan does from time to time. True when it may let go.
+    fn is_over(&mut self) -> bool {
+        if let Some(child) = self.absence.child
+            && waitpid(child, Some(WaitPidFlag::WNOHANG)).is_ok_and(|status| status.pid().is_some())
+        {
+            self.absence.child = None;
+        }
+        let late = self.absence.since.elapsed() >= self.orders.patience;
+        let is_needed = self.alive() > 0;
+        if !is_needed && (late || !self.absence.wants_successor && self.get(Kind::Cachefiles).is_none()) {
+            return true;
+        }
+        if self.orders.rank > 0 && fdpass::connect(&self.sibling).is_ok() {
+            return false;
+        }
+        self.start_successor();
+        if late && !self.denying {
+            tracing::error!("no daemon has come back in time; cold reads fail until one does");
+            self.denying = true;
+            // The kernel fails whoever waits there once nobody holds it.
+            let _ = self.carry_out(Word::about(Op::Release, Name::only(Kind::Cachefiles)), None);
+        }
+        if self.denying {
+            self.deny();
+        }
+        false
+    }
+
+    fn start_successor(&mut self) {
+        let Some(program) = self.orders.successor.as_ref().filter(|_| self.absence.wants_successor) else { return };
+        let now = Instant::now();
+        if self.absence.child.is_some() || now < self.absence.next_attempt {
+            return;
+        }
+        match program.start(self.get(Kind::Program)) {
+            Ok(child) => self.absence.child = Some(child),
+            Err(error) => tracing::error!(%error, "no daemon can be started in place of the one that vanished"),
+        }
+        self.absence.pause = (self.absence.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+        self.absence.next_attempt = now + self.absence.pause;
+    }
+
+    /// Takes the mounts out of the tree and denies their readers.
+    fn recover(&mut self) {
+        self.denying = true;
+        self.absence.wants_successor = false;
+        let mut devices = Vec::new();
+        let listed = self.get(Kind::Watch).map(|watch| each_watch(watch, &mut |watched| devices.push(watched.device)));
+        let table = mount::mount_table();
+        if let Some(error) = listed.and_then(Result::err).as_ref().or(table.as_ref().err()) {
+            tracing::error!(%error, "cannot learn what is mounted");
+        }
+        for mounted in table.unwrap_or_default() {
+            let ours = devices.iter().any(|(major, minor)| mounted.device == format!("{major}:{minor}"));
+            if ours && let Err(error) = mount::detach(&mounted.target) {
+                tracing::error!(dir = %mounted.target.display(), %error, "cannot take a mount out of the tree");
+            }
+        }
+        self.deny();
+    }
+
+    /// Denies every reader who waits now: first those whose events a daemon had taken, known by
+    /// their numbers there, for afterwards these numbers may name events that are taken here.
+    fn deny(&mut self) {
+        let (Some(group), Some(journal)) = (self.get(Kind::Group), &self.journal) else { return };
+        let Ok(group) = group.try_clone_to_owned().map(Group::from) else { return };
+        let deny = Answer::Deny(libc::EIO);
+        if !self.denied_taken {
+            for event in journal.inherited() {
+                let _ = group.answer_number(event.number, deny);
+                journal.clear(event.number);
+            }
+            journal.clear_landing();
+        }
+        while let Ok(events) = group.take(journal, usize::MAX) {
+            for file in events.iter().filter_map(|event| event.file.as_ref().ok()) {
+                let _ = group.answer(file.as_fd(), deny);
+            }
+            journal.clear_landing();
+            if events.is_empty() {
+                break;
+            }
+        }
+        self.denied_taken = true;
+    }
+}
+
+fn answer(to: &OwnedFd, outcome: Result<(), i32>) -> io::Result<()> {
+    match outcome {
+        Ok(()) => Word::new(Op::Done).send(to, None),
+        Err(errno) => Word::new(Op::Failed).with(u64::from(errno.unsigned_abs())).send(to, None),
+    }
+}
+
+fn errno(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+fn poll_for_input(fd: BorrowedFd<'_>) -> PollFd<'_> {
+    PollFd::new(fd, PollFlags::POLLIN)
+}
+
+fn timeout(of: Duration) -> PollTimeout {
+    PollTimeout::try_from(of).unwrap_or(PollTimeout::MAX)
+}
+
+/// Whether reading would not wait: there is something, or the other end has gone.
+fn has_input(fd: BorrowedFd<'_>) -> bool {
+    poll(&mut [poll_for_input(fd)], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
+/// Where the keeper of `rank` listens.
+pub(super) fn socket_path(run: &Path, rank: usize) -> PathBuf {
+    run.join(socket_name(rank))
+}

@@ -1,0 +1,333 @@
+//! Shared memory that outlives the daemon: the events it had taken and not answered.
+//!
+//! A fanotify event that was read is known to the kernel only by the *number* its descriptor had
+//! in the reading process. When that process is killed, whoever wants to answer in its place must
+//! know the number, the file and the range. They are here, in a memory file that the keepers hold:
+//!
+//! ```text
+//! 0        header: magic, version, number of slots, generation, numbers used so far
+//! 4096     landing: the kernel writes the records of a read right here
+//! 69632    slots: one for each descriptor number: device, inode, offset, count
+//! ```
+//!
+//! No event can be lost between kernel and journal. The kernel copies an event's record before it
+//! puts the event on the list of those that wait for an answer (`fanotify_read` of Linux 6.18), so
+//! an event that waits is in the landing, whatever instruction the reader was killed at. From
+//! there it moves to its slot, which also tells the file, and only then is the landing cleared. A
+//! slot is cleared after the answer and before the number is free for another event.
+//!
+//! A record that stands here and waits no more does no harm: answering it gives `ENOENT`.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use memmap2::MmapRaw;
+
+use super::fanotify::{EVENT_BUFFER, records};
+use super::files::InodeId;
+use crate::base::ByteRange;
+
+const MAGIC: u64 = u64::from_le_bytes(*b"rafsdjrn");
+const VERSION: u64 = 1;
+/// Descriptor numbers that have a slot. The kernel gives the lowest free one, so this is also the
+/// number of descriptors that a daemon may have open before events have to be denied.
+const SLOTS: usize = 1 << 17;
+const HEADER: usize = 4096;
+const SLOT: usize = 32;
+const LEN: usize = HEADER + EVENT_BUFFER + SLOTS * SLOT;
+
+/// Words of the header.
+const AT_MAGIC: usize = 0;
+const AT_VERSION: usize = 8;
+const AT_GENERATION: usize = 16;
+/// One more than the highest number that ever had an event.
+const AT_USED: usize = 24;
+
+/// The journal of one fanotify group.
+#[derive(Debug)]
+pub struct Journal {
+    map: MmapRaw,
+    file: OwnedFd,
+    /// Bytes of the landing that may not be zero. Held while it is in use.
+    landing: Mutex<usize>,
+    /// Slots in use.
+    outstanding: AtomicUsize,
+}
+
+/// An event that was taken and perhaps not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outstanding {
+    /// Number of the event's descriptor in the process that took it.
+    pub number: i32,
+    /// The file being read; `None` if its reader was killed before it could write that down.
+    pub file: Option<InodeId>,
+    /// What is about to be read; `None` if the kernel did not say.
+    pub range: Option<ByteRange>,
+}
+
+impl Journal {
+    /// An empty journal in memory of its own.
+    pub fn create() -> io::Result<Self> {
+        // SAFETY: a name and plain numbers in, a descriptor or -1 out.
+        let fd = unsafe { libc::memfd_create(c"rafsd-journal".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call just returned this descriptor and nobody else knows it.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        file.set_len(LEN as u64)?;
+        // Nobody can shorten it under a mapping.
+        let seals = nix::fcntl::SealFlag::F_SEAL_SHRINK | nix::fcntl::SealFlag::F_SEAL_GROW;
+        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_ADD_SEALS(seals))?;
+        let this = Self::map(file)?;
+        let mut generation = [0; 8];
+        std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut generation)?;
+        this.word(AT_GENERATION).store(u64::from_ne_bytes(generation), Ordering::Relaxed);
+        this.word(AT_VERSION).store(VERSION, Ordering::Relaxed);
+        this.word(AT_MAGIC).store(MAGIC, Ordering::Release);
+        Ok(this)
+    }
+
+    /// The journal that another process made.
+    ///
+    /// # Errors
+    /// `InvalidData` if it is none, or of a version that this program does not know.
+    pub fn open(fd: OwnedFd) -> io::Result<Self> {
+        let bad = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        let file = File::from(fd);
+        if file.metadata()?.len() != LEN as u64 {
+            return bad("the journal has another length");
+        }
+        let this = Self::map(file)?;
+        if this.word(AT_MAGIC).load(Ordering::Acquire) != MAGIC {
+            return bad("this is no journal");
+        }
+        if this.word(AT_VERSION).load(Ordering::Relaxed) != VERSION {
+            return bad("the journal is of another version");
+        }
+        *this.landing.lock().unwrap() = EVENT_BUFFER;
+        this.outstanding.store(this.slots().count(), Ordering::Relaxed);
+        Ok(this)
+    }
+
+    fn map(file: File) -> io::Result<Self> {
+        let map = memmap2::MmapOptions::new().len(LEN).map_raw(&file)?;
+        Ok(Self { map, file: file.into(), landing: Mutex::new(0), outstanding: AtomicUsize::new(0) })
+    }
+
+    /// Tells this journal from every other one.
+    pub fn generation(&self) -> u64 {
+        self.word(AT_GENERATION).load(Ordering::Relaxed)
+    }
+
+    /// Events that are written down.
+    pub fn outstanding(&self) -> usize {
+        self.outstanding.load(Ordering::Relaxed)
+    }
+
+    /// Lets the kernel write what `read` reads from `source` into the landing, at most `most` bytes, and
+    /// gives a copy. To be followed by [`Journal::clear_landing`], and only after that by the next.
+    pub(super) fn land(&self, source: BorrowedFd<'_>, most: usize) -> io::Result<Vec<u8>> {
+        let mut used = self.landing.lock().unwrap();
+        let len = most.min(EVENT_BUFFER);
+        // The kernel may be stopped halfway, and what it did not reach must not look like records.
+        self.zero_landing(&mut used);
+        *used = len;
+        let start = self.landing_start();
+        // SAFETY: the kernel writes at most `len` bytes, all of them in the landing, which is
+        // mapped as long as `self` lives and of which nobody holds a reference.
+        let read = unsafe { libc::read(source.as_raw_fd(), start.cast(), len) };
+        let Ok(read) = usize::try_from(read) else {
+            let error = io::Error::last_os_error();
+            // Nothing was taken, or the kernel denied what it had begun to give.
+            *used = 0;
+            return Err(error);
+        };
+        *used = read;
+        Ok(self.copy_landing(read))
+    }
+
+    /// Forgets the landing: each of its events has been answered or has a slot.
+    pub fn clear_landing(&self) {
+        self.zero_landing(&mut self.landing.lock().unwrap());
+    }
+
+    fn landing_start(&self) -> *mut u8 {
+        // SAFETY: the mapping is longer than the header.
+        unsafe { self.map.as_mut_ptr().add(HEADER) }
+    }
+
+    fn zero_landing(&self, used: &mut usize) {
+        // SAFETY: `used` is at most the length of the landing, which is mapped as long as `self`
+        // lives and of which nobody holds a reference; the lock keeps other threads away.
+        unsafe { std::ptr::write_bytes(self.landing_start(), 0, *used) };
+        *used = 0;
+    }
+
+    fn copy_landing(&self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        // SAFETY: the landing has `len` bytes, the vector as many, and they do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(self.landing_start(), bytes.as_mut_ptr(), len) };
+        bytes
+    }
+
+    /// Writes an event down. `false` if its number is too high for the journal.
+    #[must_use]
+    pub fn write(&self, number: i32, file: Option<InodeId>, range: ByteRange) -> bool {
+        let Some(index) = usize::try_from(number).ok().filter(|&index| index < SLOTS) else { return false };
+        let [device, inode, offset, count] = self.slot(index);
+        let (dev, ino) = file.map_or((0, 0), |file| (file.device(), file.inode()));
+        device.store(dev, Ordering::Relaxed);
+        inode.store(ino, Ordering::Relaxed);
+        offset.store(range.start(), Ordering::Relaxed);
+        self.word(AT_USED).fetch_max(index as u64 + 1, Ordering::Relaxed);
+        // An event of no bytes has one here, so that its slot is seen to be used.
+        if count.swap(range.len().max(1), Ordering::Release) == 0 {
+            self.outstanding.fetch_add(1, Ordering::Relaxed);
+        }
+        true
+    }
+
+    /// Strikes an event out: it was answered. Before its number can be given to another one.
+    pub fn clear(&self, number: i32) {
+        let Some(index) = usize::try_from(number).ok().filter(|&index| index < SLOTS) else { return };
+        if self.slot(index)[3].swap(0, Ordering::Release) != 0 {
+            self.outstanding.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Everything that may still wait for an answer, by number, each once. For a process that takes
+    /// over, before it reads the group.
+    pub fn inherited(&self) -> Vec<Outstanding> {
+        let landing = self.landing.lock().unwrap();
+        let landed = records(&self.copy_landing(EVENT_BUFFER));
+        drop(landing);
+        let landed = landed.into_iter().map(|(number, range)| Outstanding { number, file: None, range });
+        let mut all: BTreeMap<i32, Outstanding> = landed.map(|event| (event.number, event)).collect();
+        // A slot knows more than the landing does.
+        all.extend(self.slots().map(|event| (event.number, event)));
+        all.into_values().collect()
+    }
+
+    fn slots(&self) -> impl Iterator<Item = Outstanding> + '_ {
+        let used = usize::try_from(self.word(AT_USED).load(Ordering::Relaxed)).unwrap_or(SLOTS).min(SLOTS);
+        (0..used).filter_map(|index| {
+            let [device, inode, offset, count] = self.slot(index).map(|word| word.load(Ordering::Acquire));
+            (count > 0).then(|| Outstanding {
+                number: i32::try_from(index).expect("fewer slots than 2^31"),
+                file: (inode != 0).then(|| InodeId::new(device, inode)),
+                range: ByteRange::at(offset, count),
+            })
+        })
+    }
+
+    fn slot(&self, index: usize) -> [&AtomicU64; 4] {
+        let at = HEADER + EVENT_BUFFER + index * SLOT;
+        [0, 8, 16, 24].map(|word| self.word(at + word))
+    }
+
+    /// The word at byte `at`, a multiple of eight.
+    fn word(&self, at: usize) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8) && at + 8 <= LEN && !(HEADER..HEADER + EVENT_BUFFER).contains(&at));
+        // SAFETY: in bounds and aligned, because a mapping starts at a page; mapped as long as
+        // `self` lives; other processes may change it at any time, which is what atomics are for.
+        unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().add(at).cast()) }
+    }
+}
+
+impl AsFd for Journal {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: InodeId = InodeId::new(7, 9);
+
+    fn range(at: u64) -> ByteRange {
+        ByteRange::at(at, 4096).unwrap()
+    }
+
+    /// A successor's view of the same memory.
+    fn successor(journal: &Journal) -> Journal {
+        Journal::open(journal.as_fd().try_clone_to_owned().unwrap()).unwrap()
+    }
+
+    /// What the kernel would write for an event.
+    fn record(number: i32, at: u64) -> Vec<u8> {
+        let mut out = 48u32.to_ne_bytes().to_vec();
+        out.extend([3, 0, 24, 0]);
+        out.extend(0x0010_0000u64.to_ne_bytes());
+        out.extend(number.to_ne_bytes());
+        out.extend(1i32.to_ne_bytes());
+        out.extend([6, 0, 24, 0, 0, 0, 0, 0]);
+        out.extend(at.to_ne_bytes());
+        out.extend(4096u64.to_ne_bytes());
+        out
+    }
+
+    fn landed(journal: &Journal, bytes: &[u8]) {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        nix::unistd::write(&write, bytes).unwrap();
+        assert_eq!(journal.land(read.as_fd(), EVENT_BUFFER).unwrap(), bytes);
+    }
+
+    #[test]
+    fn what_is_written_and_not_cleared_is_inherited() {
+        let journal = Journal::create().unwrap();
+        assert!(journal.write(40, Some(FILE), range(4096)) && journal.write(41, Some(FILE), range(8192)));
+        assert!(journal.write(90_000, None, range(0)));
+        journal.clear(40);
+
+        let successor = successor(&journal);
+
+        let expected = [(41, Some(FILE), 8192), (90_000, None, 0)].map(|(number, file, at)| Outstanding {
+            number,
+            file,
+            range: Some(range(at)),
+        });
+        assert_eq!(successor.inherited(), expected);
+        assert_eq!((successor.outstanding(), successor.generation()), (2, journal.generation()));
+    }
+
+    #[test]
+    fn an_event_is_known_from_the_moment_the_kernel_gave_it() {
+        let journal = Journal::create().unwrap();
+        landed(&journal, &[record(50, 0), record(51, 4096)].concat());
+        let only_landed = Outstanding { number: 50, file: None, range: Some(range(0)) };
+        assert_eq!(successor(&journal).inherited()[0], only_landed);
+
+        assert!(journal.write(51, Some(FILE), range(4096)));
+        let both = successor(&journal).inherited();
+        assert_eq!(both, [only_landed, Outstanding { number: 51, file: Some(FILE), range: Some(range(4096)) }]);
+
+        journal.clear_landing();
+        assert_eq!(successor(&journal).inherited(), both[1..]);
+    }
+
+    #[test]
+    fn a_shorter_batch_leaves_nothing_of_a_longer_one() {
+        let journal = Journal::create().unwrap();
+        landed(&journal, &(50..60).flat_map(|number| record(number, 0)).collect::<Vec<_>>());
+        landed(&journal, &record(70, 0));
+        let numbers: Vec<_> = successor(&journal).inherited().iter().map(|event| event.number).collect();
+        assert_eq!(numbers, [70]);
+    }
+
+    #[test]
+    fn numbers_beyond_the_journal_are_refused_and_other_files_are_no_journals() {
+        let journal = Journal::create().unwrap();
+        assert!(!journal.write(-1, Some(FILE), range(0)) && !journal.write(1 << 17, Some(FILE), range(0)));
+        let file = tempfile::tempfile().unwrap();
+        assert!(Journal::open(file.try_clone().unwrap().into()).is_err());
+        file.set_len(LEN as u64).unwrap();
+        assert!(Journal::open(file.into()).is_err());
+    }
+}

@@ -1,0 +1,174 @@
+//! The settings: what the program accepts, what it prints, and what `docs/CONFIG.md` says are one.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use rafsd::daemon::settings::{Field, Setting, TABLE};
+use serde_json::Value;
+
+/// Runs the program with no other settings in its environment than these.
+fn rafsd(args: &[&str], env: &[(&str, &str)]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rafsd"));
+    for name in std::env::vars().map(|(name, _)| name).filter(|name| name.starts_with("RAFSD_")) {
+        command.env_remove(name);
+    }
+    command.args(args).envs(env.iter().copied()).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn file(dir: &Path, text: &str) -> PathBuf {
+    let path = dir.join("config.toml");
+    fs::write(&path, text).unwrap();
+    path
+}
+
+/// The table of `docs/CONFIG.md`, made from the schema.
+fn documented() -> String {
+    let mut out = String::from("| Key | Value | Default | Meaning |\n| --- | --- | --- | --- |\n");
+    for setting in TABLE {
+        let value = match setting.field {
+            Field::Path(_) => "a path".to_owned(),
+            Field::Paths(_) => "a list of paths".to_owned(),
+            Field::Switch(_) => "`true`, `false`; as a flag `on`, `off`".to_owned(),
+            Field::Backends(_) => "a list of `cachefiles`, `fanotify`".to_owned(),
+            Field::Restart(_) => "`auto`, `keepers`, `never`".to_owned(),
+            Field::LogRules(_) => "a level, or rules".to_owned(),
+            Field::LogFormat(_) => "`text`, `json`".to_owned(),
+            Field::Size(..) => ranged("a size", setting),
+            Field::SizeOrNone(..) => ranged("`none`, or a size", setting),
+            Field::Percent(..) => ranged("a percentage", setting),
+            Field::Count(..) => ranged("a number", setting),
+            Field::Time(..) => ranged("a time", setting),
+            Field::TimeOrNever(..) => ranged("`never`, or a time", setting),
+        };
+        let default = if setting.default.is_empty() { String::new() } else { format!("`{}`", setting.default) };
+        out += &format!("| `{}` | {value} | {default} | {} |\n", setting.key, setting.help);
+    }
+    out
+}
+
+fn ranged(what: &str, setting: &Setting) -> String {
+    let (least, most) = setting.field.range().unwrap();
+    format!("{what}, {least} to {most}")
+}
+
+#[test]
+fn the_documentation_lists_exactly_what_the_program_knows() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/CONFIG.md");
+    let text = fs::read_to_string(&path).unwrap();
+    let (before, rest) = text.split_once("| Key |").expect("the table");
+    let end = rest.find("\n\n").map_or(rest.len(), |at| at + 1);
+    let after = &rest[end..];
+    let wanted = format!("{before}{}{after}", documented());
+    if std::env::var_os("RAFSD_WRITE_GOLDEN").is_some() {
+        return fs::write(&path, &wanted).unwrap();
+    }
+    assert!(text == wanted, "docs/CONFIG.md differs from the settings; RAFSD_WRITE_GOLDEN=1 writes it anew");
+}
+
+#[test]
+fn every_setting_is_a_flag_of_serve_and_a_variable_and_a_key() {
+    let help = stdout(&rafsd(&["serve", "--help"], &[]));
+    let words: BTreeSet<_> = help.split(|c: char| c.is_whitespace() || "[],=".contains(c)).collect();
+    for setting in TABLE {
+        assert!(words.contains(format!("--{}", setting.flag()).as_str()), "--{} in:\n{help}", setting.flag());
+        assert!(words.contains(setting.env().as_str()), "{} in:\n{help}", setting.env());
+    }
+
+    let printed: Value =
+        serde_json::from_str(&stdout(&rafsd(&["config", "print", "--defaults", "--json"], &[]))).unwrap();
+    let keys: BTreeSet<_> = printed["settings"].as_object().unwrap().keys().cloned().collect();
+    assert_eq!(keys, TABLE.iter().map(|setting| setting.key.to_owned()).collect());
+}
+
+#[test]
+fn the_effective_settings_are_printed_with_their_origins() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(dir.path(), "deadline = \"5s\"\nfetches = 5\nrun = \"/run/elsewhere\"\n");
+    let args = ["config", "print", "--config", path.to_str().unwrap(), "--deadline", "7s", "--json"];
+    let output = rafsd(&args, &[("RAFSD_FETCHES", "6"), ("RAFSD_DEADLINE", "6s"), ("RAFSD_LOG", "debug")]);
+    let printed: Value = serde_json::from_str(&stdout(&output)).unwrap();
+
+    let told = |key: &str| (printed["settings"][key]["value"].clone(), printed["settings"][key]["origin"].clone());
+    assert_eq!(told("deadline"), ("7s".into(), "flag".into()));
+    assert_eq!(told("fetches"), (6.into(), "environment".into()));
+    assert_eq!(told("log"), ("debug".into(), "environment".into()));
+    assert_eq!(told("run"), ("/run/elsewhere".into(), "file".into()));
+    assert_eq!(told("gap"), ("64KiB".into(), "default".into()));
+    assert_eq!(printed["file"], path.canonicalize().unwrap().to_str().unwrap());
+
+    let text = stdout(&rafsd(&args[..6], &[]));
+    assert!(text.lines().any(|line| line.starts_with("deadline = \"7s\" ") && line.ends_with("# flag")), "{text}");
+}
+
+#[test]
+fn what_is_printed_is_a_config_file() {
+    let dir = tempfile::tempdir().unwrap();
+    for args in [&["config", "print", "--defaults"][..], &["config", "print"]] {
+        let path = file(dir.path(), &stdout(&rafsd(args, &[])));
+        let output = rafsd(&["config", "check", path.to_str().unwrap()], &[]);
+        assert_eq!(stdout(&output), format!("{}: {} settings, no mistakes\n", path.display(), TABLE.len()));
+    }
+}
+
+#[test]
+fn a_check_tells_every_mistake_and_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(dir.path(), "dedline = 1\ngap = \"wide\"\nmemory = \"16MiB\"\n");
+
+    let output = rafsd(&["config", "check", path.to_str().unwrap()], &[]);
+
+    assert_eq!(output.status.code(), Some(1));
+    let told = String::from_utf8(output.stdout).unwrap();
+    let name = path.display();
+    assert_eq!(
+        told,
+        format!(
+            "{name}: line 1: unknown key \"dedline\"; did you mean \"deadline\"?\n\
+             {name}: line 2: gap: \"wide\" is not a size such as 64MiB\n\
+             {name}: memory_reserve: it must not be more than memory\n"
+        )
+    );
+}
+
+#[test]
+fn a_daemon_does_not_start_with_wrong_settings() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(dir.path(), "fetch = 1\n");
+    let run = dir.path().join("run");
+    let serve = |args: &[&str], env: &[(&str, &str)]| {
+        let output = rafsd(&[&["serve", "--run", run.to_str().unwrap()], args].concat(), env);
+        let told = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), told.lines().next().unwrap_or_default().to_owned())
+    };
+
+    let (code, told) = serve(&["--config", path.to_str().unwrap()], &[]);
+    assert_eq!(code, Some(1));
+    assert!(told.contains("line 1: unknown key \"fetch\"; did you mean \"fetches\"?"), "{told}");
+    let (code, told) = serve(&["--deadline", "0"], &[]);
+    assert_eq!((code, told.as_str()), (Some(2), "error: --deadline: 0 is out of range; it must be from 100ms to 1h"));
+    let (code, told) = serve(&[], &[("RAFSD_BACKEND", "fuse")]);
+    let wanted = "error: RAFSD_BACKEND: \"fuse\" is not a list of cachefiles and fanotify";
+    assert_eq!((code, told.as_str()), (Some(2), wanted));
+    assert_eq!(serve(&["--config", "/nowhere.toml"], &[]).0, Some(1));
+    assert!(!run.exists(), "nothing was made");
+}
+
+#[test]
+fn clients_look_for_the_daemon_where_the_file_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    // A mistake elsewhere in the file is the daemon's to tell.
+    let path = file(dir.path(), &format!("run = {:?}\nnonsense = 1\n", run.to_str().unwrap()));
+
+    let output = rafsd(&["stop"], &[("RAFSD_CONFIG", path.to_str().unwrap())]);
+
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.contains(run.to_str().unwrap()), "{told}");
+}
