@@ -242,7 +242,7 @@ fn a_daemon_short_of_memory_is_slow_and_lives(ctx: &Ctx) -> Outcome {
     fixture.stop()?;
     let procs = group.procs();
     let join = format!("echo $$ > {}; exec \"$@\"", procs.display());
-    fixture.start_under(&["sh", "-c", &join, "sh"], &[])?;
+    fixture.start_below(["sh", "-c", &join, "sh"].map(ToOwned::to_owned).into(), &[])?;
     let (pid, mount) = (fixture.pid(), fixture.mount_with("mnt", &["--prefetch"])?);
 
     let clock = Instant::now();
@@ -352,7 +352,7 @@ fn a_clock_that_jumps_changes_nothing(ctx: &Ctx) -> Outcome {
     // Not by the program `faketime`, which stays the parent of what it runs.
     let preload = format!("LD_PRELOAD={}", fake_clock()?.display());
     let wrapper = ["env", &file, &preload, "FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1"];
-    fixture.start_under(&wrapper, &["--deadline", "3s"])?;
+    fixture.start_below(wrapper.map(ToOwned::to_owned).into(), &["--deadline", "3s"])?;
     let mount = fixture.mount("mnt")?;
     let year = |line: &str| line[..4].parse::<u32>().ok();
     let (first, last) = (fixture.log(), fixture.log());

@@ -26,6 +26,8 @@ pub(crate) struct Fixture<'a> {
     cache: PathBuf,
     environment: Vec<(&'static str, String)>,
     descriptors: Option<u64>,
+    /// A command line before that of the next daemon.
+    below: Vec<String>,
 }
 
 impl<'a> Fixture<'a> {
@@ -57,7 +59,8 @@ impl<'a> Fixture<'a> {
         ensure!(built.status.success(), "build: {}", String::from_utf8_lossy(&built.stderr));
         let server = BlobServer::start(out.join("blobs"), server)?;
         let cache = ctx.dir.join("cache");
-        let mut this = Self { ctx, server, daemon: None, cache, environment: Vec::new(), descriptors: None };
+        let mut this =
+            Self { ctx, server, daemon: None, cache, environment: Vec::new(), descriptors: None, below: Vec::new() };
         this.start(daemon)?;
         Ok(this)
     }
@@ -88,24 +91,25 @@ impl<'a> Fixture<'a> {
 
     /// Starts a daemon with these further options and waits until it answers.
     pub(crate) fn start(&mut self, options: &[&str]) -> anyhow::Result<()> {
-        self.start_under(&[], options)
-    }
-
-    /// The same by way of a program that runs another one in its place.
-    pub(crate) fn start_under(&mut self, wrapper: &[&str], options: &[&str]) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(self.log_path())?;
-        let rafsd = self.ctx.rafsd.to_str().context("UTF-8")?;
-        // Both limits, because a daemon takes what the hard one allows.
-        let limit = self.descriptors.map(|limit| format!("--nofile={limit}:{limit}"));
-        let limiter: Vec<_> = limit.iter().flat_map(|limit| ["prlimit", limit]).collect();
-        let words = [wrapper, &limiter[..], &[rafsd]].concat();
-        let mut command = Command::new(words[0]);
-        command.args(&words[1..]).arg("serve").arg("--cache").arg(self.cache()).arg("--run").arg(self.run());
+        let mut command = Command::new(&self.ctx.rafsd);
+        command.arg("serve").arg("--cache").arg(self.cache()).arg("--run").arg(self.run());
         if !options.contains(&"--restart") {
             // A case that kills a daemon says itself who starts another one.
             command.args(["--restart", "never"]);
         }
         command.args(options).envs(self.environment.iter().map(|(name, value)| (name, value)));
+        let mut below = std::mem::take(&mut self.below);
+        if let Some(limit) = self.descriptors {
+            // Both limits, because a daemon takes what the hard one allows.
+            below.extend(["prlimit".to_owned(), format!("--nofile={limit}:{limit}")]);
+        }
+        if let Some((program, arguments)) = below.split_first() {
+            let mut wrapped = Command::new(program);
+            wrapped.args(arguments).arg(command.get_program()).args(command.get_args());
+            wrapped.envs(self.environment.iter().map(|(name, value)| (name, value)));
+            command = wrapped;
+        }
         let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
         self.daemon = Some(child);
         let until = Instant::now() + Duration::from_secs(if self.ctx.in_guest { 60 } else { 20 });
@@ -118,6 +122,12 @@ impl<'a> Fixture<'a> {
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
+    }
+
+    /// The same, with `command` before the command line.
+    pub(crate) fn start_below(&mut self, command: Vec<String>, options: &[&str]) -> anyhow::Result<()> {
+        self.below = command;
+        self.start(options)
     }
 
     /// Stops and starts the daemon with these options.

@@ -1,15 +1,21 @@
 //! The daemon as a service on a kernel: its sandbox while it serves, and its watchdog.
 
-use std::fs;
+use std::fmt::Write as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::Duration;
+use std::{fs, io};
 
 use anyhow::{Context as _, ensure};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::ptrace;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
+use rafsd::net::server::Fault;
+use rafsd::sys::fdpass;
 
 use super::fixture::{FILE, Fixture, content};
 use crate::host::Need;
@@ -22,6 +28,7 @@ const fn case(name: &'static str, place: Place, run: fn(&Ctx) -> Outcome) -> Cas
 }
 
 pub(crate) const CASES: &[Case] = &[
+    case("a_service_manager_keeps_readers_when_all_are_killed", Place::Host, a_service_manager_keeps_readers_waiting),
     case("a_link_leads_the_daemon_nowhere", Place::Both, a_link_leads_the_daemon_nowhere),
     case("a_daemon_that_may_read_little_serves_that", Place::Both, a_daemon_that_may_read_little_serves_that),
     case("the_thread_that_answers_the_kernel_is_narrowed", Place::Both, the_thread_that_answers_the_kernel_is_narrowed),
@@ -147,4 +154,95 @@ fn a_stuck_event_thread_starves_the_watchdog(ctx: &Ctx) -> Outcome {
     ensure!(fs::read(mount.join("0"))? == content(0, FILE), "the bytes of the image");
     fixture.umount(&mount)?;
     fixture.finish()
+}
+
+/// The store of descriptors of a service manager.
+#[derive(Default)]
+struct Manager {
+    held: Mutex<Vec<(String, OwnedFd)>>,
+}
+
+impl Manager {
+    /// Takes in what a daemon says, until the socket falls silent.
+    fn hear(&self, socket: &UnixDatagram) -> Outcome {
+        socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+        let mut buffer = [0; 4096];
+        loop {
+            let (len, fd) = match fdpass::receive(socket.as_fd(), &mut buffer) {
+                Ok(message) => message.context("a message")?,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => return Err(e.into()),
+            };
+            let text = String::from_utf8_lossy(&buffer[..len]).into_owned();
+            let name = text.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap_or_default().to_owned();
+            let mut held = self.held.lock().unwrap();
+            match fd {
+                Some(fd) if text.contains("FDSTORE=1") => held.push((name, fd)),
+                _ if text.contains("FDSTOREREMOVE=1") => held.retain(|(known, _)| *known != name),
+                _ => {}
+            }
+        }
+    }
+
+    /// A command line before that of a daemon, which hands everything over as systemd does.
+    fn hand_over(&self) -> anyhow::Result<Vec<String>> {
+        let held = self.held.lock().unwrap();
+        let mut redirections = String::new();
+        for ((_, fd), number) in held.iter().zip(3..) {
+            // For the child; this process ends soon enough.
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+            write!(redirections, " {number}<&{}", fd.as_raw_fd())?;
+        }
+        let names: Vec<_> = held.iter().map(|(name, _)| name.as_str()).collect();
+        let script = format!(
+            "export LISTEN_PID=$$ LISTEN_FDS={} LISTEN_FDNAMES={}; exec \"$0\" \"$@\"{redirections}",
+            held.len(),
+            names.join(":")
+        );
+        Ok(["bash".to_owned(), "-c".to_owned(), script].into())
+    }
+}
+
+fn a_service_manager_keeps_readers_waiting(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 2)?;
+    fixture.stop()?;
+    let path = ctx.dir.join("manager");
+    let socket = UnixDatagram::bind(&path)?;
+    let manager = Manager::default();
+    fixture.set_environment("NOTIFY_SOCKET", path.display().to_string());
+    fixture.start(&[])?;
+    let mount = fixture.mount("mnt")?;
+    manager.hear(&socket)?;
+    let kinds = ["group", "journal", "lock", "watch", "device"];
+    for kind in kinds {
+        let held = manager.held.lock().unwrap();
+        ensure!(held.iter().any(|(name, _)| name.split('-').next() == Some(kind)), "no {kind}: {held:?}");
+    }
+    fixture.server.set_fault(Fault::StallHead);
+    let cold = mount.join("0");
+    // One event that the daemon has taken when all are killed, and one that nobody has.
+    let taken = std::thread::spawn({
+        let cold = cold.clone();
+        move || fs::read(cold)
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    fixture.kill_all()?;
+    let waiting = std::thread::spawn(move || fs::read(cold));
+    std::thread::sleep(Duration::from_millis(500));
+    ensure!(!taken.is_finished() && !waiting.is_finished(), "a reader went on with nobody left");
+
+    fixture.server.set_fault(Fault::None);
+    fixture.start_below(manager.hand_over()?, &[])?;
+
+    for reader in [taken, waiting] {
+        let got = reader.join().map_err(|_| anyhow::anyhow!("a reader panicked"))??;
+        ensure!(got == content(0, FILE), "a reader got something else");
+    }
+    ensure!(fs::read(mount.join("1"))? == content(1, FILE), "the other file");
+    fixture.umount(&mount)?;
+    fixture.finish()?;
+    manager.hear(&socket)?;
+    let left = manager.held.lock().unwrap();
+    ensure!(left.is_empty(), "the manager is left with {left:?}");
+    Ok(())
 }

@@ -70,7 +70,8 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         *dir = dir.canonicalize().with_context(|| format!("cannot use {}", dir.display()))?;
     }
     // Before anything else is opened: numbers of descriptors have a meaning now.
-    let inherited = keeper::inherit(&settings.run).context("cannot take over from the last daemon")?;
+    let handed = supervisor.take_those(|label| keeper::Name::from_label(label).is_some());
+    let inherited = keeper::inherit(&settings.run, handed).context("cannot take over from the last daemon")?;
     supervisor.connect().context("cannot reach the service manager")?;
     if args.detached {
         // Not to keep busy the file system that a command was started in.
@@ -119,7 +120,7 @@ fn serve(
         watch_signals(stop.clone())?;
         control
     };
-    let (store, keepers) = (settings.store_options(), plan(&settings)?);
+    let (store, keepers) = (settings.store_options(), plan(&settings, supervisor)?);
     let Settings { cache, run, backend: backends, .. } = settings;
     let options = Options { cache, run: run.clone(), store, keepers, backends, sandbox };
     let daemon = start(&options, runtime.handle(), inherited)?;
@@ -145,7 +146,7 @@ fn serve(
 }
 
 /// How the keepers are started, and how they start a daemon in place of this one.
-fn plan(settings: &Settings) -> anyhow::Result<keeper::Plan> {
+fn plan(settings: &Settings, supervisor: &Supervisor) -> anyhow::Result<keeper::Plan> {
     let program = std::env::current_exe().context("cannot find this program")?;
     let managed = ["NOTIFY_SOCKET", "INVOCATION_ID"].iter().any(|name| std::env::var_os(name).is_some());
     let by_keepers = match settings.restart {
@@ -155,7 +156,8 @@ fn plan(settings: &Settings) -> anyhow::Result<keeper::Plan> {
     };
     let command = || std::iter::once(program.clone().into()).chain(std::env::args_os().skip(1)).collect();
     let successor = by_keepers.then(command);
-    Ok(keeper::Plan { program, run: settings.run.clone(), patience: settings.store.deadline, successor })
+    let (run, patience) = (settings.run.clone(), settings.store.deadline);
+    Ok(keeper::Plan { program, run, patience, successor, supervisor: supervisor.clone() })
 }
 
 /// When to exit for want of work.

@@ -256,6 +256,8 @@ mod tests {
             "ca":null,"prefetch":false},"key":"0000000000000000000000000000000000000000000000000000000000000000",
             "devices":[{"directory":"ab","device":1,"inode":2}],"name":null}}"#;
         fs::write(dir.path().join("served/1.json"), text).unwrap();
-        assert_eq!(records.load().unwrap()[0].1.as_ref().unwrap(), &record());
+        let mut first = record();
+        first.spec.prefetch = crate::daemon::api::PrefetchOrder::None;
+        assert_eq!(records.load().unwrap()[0].1.as_ref().unwrap(), &first);
     }
 }

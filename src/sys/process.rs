@@ -1,7 +1,7 @@
 //! What a long-lived process asks of the system about itself.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
@@ -37,6 +37,14 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
 /// How many descriptors this process may have open now.
 pub fn descriptor_limit() -> io::Result<u64> {
     Ok(getrlimit(Resource::RLIMIT_NOFILE)?.0)
+}
+
+/// A copy of `fd` under a high number, out of the way of those that the kernel gives.
+pub fn move_up(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let half = i32::try_from(descriptor_limit()? / 2).unwrap_or(1 << 20).min(1 << 20);
+    let number = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(half))?;
+    // SAFETY: the call has just made this descriptor, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Takes the descriptor number `number`, so that the kernel gives it to nothing else until the

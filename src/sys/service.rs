@@ -93,14 +93,14 @@ impl Supervisor {
     }
 
     /// Asks it to keep a copy of `fd`, also when this process dies, and to hand it to the next
-    /// one under `name`. A name may be used for several descriptors. Does nothing without a
-    /// service manager.
+    /// one under `name`. A name may be used for several descriptors. It does not let go of it for
+    /// what happens to it (`FDPOLL=0`). Does nothing without a service manager.
     ///
     /// # Errors
     /// `InvalidInput` for a name that the protocol cannot carry: empty, over 255 bytes, or with a
     /// colon or a control character.
     pub fn store(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.tell(&format!("FDSTORE=1\nFDNAME={}", checked(name)?), Some(fd))
+        self.tell(&format!("FDSTORE=1\nFDPOLL=0\nFDNAME={}", checked(name)?), Some(fd))
     }
 
     /// Asks it to forget all descriptors called `name`.
@@ -112,6 +112,11 @@ impl Supervisor {
     /// sockets, and what an earlier process had stored.
     pub fn received(&self) -> Vec<(String, OwnedFd)> {
         std::mem::take(&mut *self.0.received.lock().unwrap())
+    }
+
+    /// Takes all received descriptors whose name is `wanted`, and leaves the others.
+    pub fn take_those(&self, wanted: impl Fn(&str) -> bool) -> Vec<(String, OwnedFd)> {
+        self.0.received.lock().unwrap().extract_if(.., |(name, _)| wanted(name)).collect()
     }
 
     /// Takes the first received descriptor that is called `name`.
@@ -230,7 +235,7 @@ mod tests {
         supervisor.remove("group").unwrap();
 
         let (text, fd) = heard(&socket);
-        assert_eq!(text, "FDSTORE=1\nFDNAME=group");
+        assert_eq!(text, "FDSTORE=1\nFDPOLL=0\nFDNAME=group");
         let copy = std::fs::File::from(fd.unwrap());
         assert_eq!(copy.metadata().unwrap().ino(), file.metadata().unwrap().ino());
         let (text, fd) = heard(&socket);

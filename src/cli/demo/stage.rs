@@ -16,6 +16,7 @@ use crate::daemon::settings::Settings;
 use crate::daemon::{Daemon, Options, keeper};
 use crate::net::server::{BlobServer, ServerOptions, Stats};
 use crate::sys::sandbox::Sandbox;
+use crate::sys::service::Supervisor;
 
 /// How long a file system may outlive its mount: a killed program needs a moment to let go of it.
 const LINGER: Duration = Duration::from_secs(5);
@@ -74,7 +75,13 @@ impl Stage {
     pub(super) fn start_daemon(&self, runtime: &Handle) -> anyhow::Result<Arc<Daemon>> {
         let run = self.dir("run")?;
         let program = PathBuf::from("/proc/self/exe");
-        let keepers = keeper::Plan { program, run: run.clone(), patience: LINGER, successor: None };
+        let keepers = keeper::Plan {
+            program,
+            run: run.clone(),
+            patience: LINGER,
+            successor: None,
+            supervisor: Supervisor::default(),
+        };
         let options = Options {
             cache: self.dir("cache")?,
             run,

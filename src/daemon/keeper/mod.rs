@@ -9,7 +9,8 @@
 //! When the daemon finishes in order it says so and the keepers exit. When it vanishes, the first
 //! keeper starts another one (unless a service manager does), which takes everything over by
 //! [`inherit`] and goes on where the dead one was stopped. When a keeper vanishes, the daemon starts
-//! another one. What is left open is the death of all three at once.
+//! another one. What is left open is the death of all three at once; under a service manager that
+//! holds descriptors (systemd's store), which is given the same, not even that.
 //!
 //! * `post` is the keeper process, `wire` what is said, this file the daemon's end.
 
@@ -23,7 +24,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -36,6 +37,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use self::post::socket_path;
 use self::wire::{Op, Word};
 use crate::sys::journal::{Journal, Outstanding};
+use crate::sys::service::Supervisor;
 use crate::sys::{fdpass, process, service};
 
 /// Names of the keepers' sockets in the run directory, by rank.
@@ -116,12 +118,16 @@ pub struct Plan {
     pub patience: Duration,
     /// The command line of a successor, if a keeper is to start one.
     pub successor: Option<Vec<OsString>>,
+    /// The service manager, which is given the same descriptors.
+    pub supervisor: Supervisor,
 }
 
 /// What a dead daemon left with its keepers.
 pub struct Inheritance {
     ends: [Option<End>; RANKS],
     held: BTreeMap<Name, OwnedFd>,
+    /// What a service manager held and handed over.
+    handed: Vec<(Name, OwnedFd)>,
     /// Events that it had taken. Each with its descriptor number reserved; `None` where something
     /// in this process had the number already.
     pub events: Vec<(Outstanding, Option<OwnedFd>)>,
@@ -140,10 +146,19 @@ impl fmt::Debug for Inheritance {
 /// numbers that name events of the dead daemon are reserved here, and until that is done the
 /// kernel could give them to something else.
 ///
+/// `handed` is what a service manager had been given and handed to this process, by label.
+///
 /// # Errors
 /// `AddrInUse` if the daemon of those keepers lives.
-pub fn inherit(run: &Path) -> io::Result<Option<Inheritance>> {
-    let mut all = Inheritance { ends: [None, None], held: BTreeMap::new(), events: Vec::new(), journal: None };
+pub fn inherit(run: &Path, handed: Vec<(String, OwnedFd)>) -> io::Result<Option<Inheritance>> {
+    let named = |(label, fd): (String, OwnedFd)| Some((Name::from_label(&label)?, fd));
+    let mut all = Inheritance {
+        ends: [None, None],
+        held: BTreeMap::new(),
+        handed: handed.into_iter().filter_map(named).collect(),
+        events: Vec::new(),
+        journal: None,
+    };
     for rank in 0..RANKS {
         let socket = match fdpass::connect(&socket_path(run, rank)) {
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => continue,
@@ -168,7 +183,10 @@ pub fn inherit(run: &Path) -> io::Result<Option<Inheritance>> {
             first.tell(Word::about(Op::Hold, *name), Some(fd))?;
         }
     }
-    Ok(all.ends.iter().any(Option::is_some).then_some(all))
+    all.add_handed()?;
+    let serves = |kind| all.held.contains_key(&Name::only(kind));
+    let is_there = all.ends.iter().any(Option::is_some) || serves(Kind::Group) || serves(Kind::Cachefiles);
+    Ok(is_there.then_some(all))
 }
 
 impl Inheritance {
@@ -196,6 +214,31 @@ impl Inheritance {
         }
     }
 
+    /// Adds what no keeper had.
+    fn add_handed(&mut self) -> io::Result<()> {
+        let missing = |(name, _): &(Name, OwnedFd)| !self.held.contains_key(name);
+        let journal = self.handed.iter().position(|it| it.0.kind == Kind::Journal && missing(it));
+        if let Some(at) = journal {
+            let (name, fd) = self.handed.swap_remove(at);
+            self.reserve(fd.try_clone()?)?;
+            self.held.insert(name, fd);
+        }
+        for (name, fd) in std::mem::take(&mut self.handed) {
+            self.held.entry(name).or_insert(fd);
+        }
+        Ok(())
+    }
+
+    /// Makes room for the number of an event, if a descriptor that was handed over has it.
+    fn clear_the_way(&mut self, number: i32) {
+        for (_, fd) in self.handed.iter_mut().filter(|(_, fd)| fd.as_raw_fd() == number) {
+            // Where it fails the reader is denied.
+            if let Ok(moved) = process::move_up(fd.as_fd()) {
+                *fd = moved;
+            }
+        }
+    }
+
     /// Keeps the numbers of the dead daemon's events from being given to new ones.
     fn reserve(&mut self, journal: OwnedFd) -> io::Result<()> {
         let journal = match Journal::open(journal) {
@@ -207,11 +250,10 @@ impl Inheritance {
             }
             Err(error) => return Err(error),
         };
-        self.events = journal
-            .inherited()
-            .into_iter()
-            .map(|event| (event, process::occupy(event.number).ok().flatten()))
-            .collect();
+        for event in journal.inherited() {
+            self.clear_the_way(event.number);
+            self.events.push((event, process::occupy(event.number).ok().flatten()));
+        }
         self.journal = Some(journal);
         Ok(())
     }
@@ -293,9 +335,17 @@ impl Keepers {
             // Held as long as the name is, the inode cannot have become another one.
             return Ok(());
         }
+        if let Err(error) = self.plan.supervisor.store(&name.label(), fd.as_fd()) {
+            tracing::warn!(%error, "the service manager does not hold a descriptor");
+        }
         self.tell_all(&mut state, Word::about(Op::Hold, name), Some(&fd)).inspect_err(|_| {
             state.held.remove(&name);
         })
+    }
+
+    fn forget_at_the_supervisor(&self, name: Name) {
+        // Told too late or not at all, it holds a descriptor for nothing.
+        let _ = self.plan.supervisor.remove(&name.label());
     }
 
     /// Makes them forget what has this name.
@@ -304,6 +354,7 @@ impl Keepers {
         if state.held.remove(&name).is_some() {
             // A keeper that does not hear this is dead and takes what it holds along.
             let _ = self.tell_all(&mut state, Word::about(Op::Release, name), None);
+            self.forget_at_the_supervisor(name);
         }
     }
 
@@ -328,6 +379,7 @@ impl Keepers {
     pub fn finish(&self) {
         let mut state = self.state.lock().unwrap();
         state.finished = true;
+        state.held.keys().for_each(|name| self.forget_at_the_supervisor(*name));
         for end in state.ends.iter_mut().filter_map(Option::take) {
             let told = end.tell(Word::new(Op::Finish), None);
             // Hanging up last: a keeper whose daemon vanishes takes that for something else.

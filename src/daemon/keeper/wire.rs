@@ -59,6 +59,9 @@ pub enum Kind {
 const KINDS: [Kind; 7] =
     [Kind::Group, Kind::Journal, Kind::Lock, Kind::Watch, Kind::Cachefiles, Kind::Program, Kind::Device];
 
+/// The same as words, in the same order.
+const LABELS: [&str; 7] = ["group", "journal", "lock", "watch", "cachefiles", "program", "device"];
+
 /// What names a held descriptor: its kind, and what tells it from others of the kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Name {
@@ -68,6 +71,27 @@ pub struct Name {
 }
 
 impl Name {
+    /// What a service manager calls it.
+    pub fn label(self) -> String {
+        let kind = LABELS[self.kind as usize];
+        match (self.kind, self.key) {
+            (Kind::Device, [device, inode]) => format!("{kind}-{device}-{inode}"),
+            _ => kind.to_owned(),
+        }
+    }
+
+    /// The inverse of [`Name::label`].
+    pub fn from_label(label: &str) -> Option<Self> {
+        let mut parts = label.split('-');
+        let known = parts.next()?;
+        let kind = KINDS[LABELS.iter().position(|label| *label == known)?];
+        let key = match kind {
+            Kind::Device => [parts.next()?.parse().ok()?, parts.next()?.parse().ok()?],
+            _ => [0; 2],
+        };
+        parts.next().is_none().then_some(Self { kind, key })
+    }
+
     /// The name of what there is only one of.
     pub const fn only(kind: Kind) -> Self {
         Self { kind, key: [0; 2] }
@@ -130,6 +154,17 @@ impl Word {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn labels_lead_back_to_names() {
+        for kind in KINDS {
+            let name = if kind == Kind::Device { Name { kind, key: [7, 1 << 40] } } else { Name::only(kind) };
+            assert_eq!(Name::from_label(&name.label()), Some(name));
+        }
+        for bad in ["", "control", "device", "device-1", "device-1-x", "group-1", "device-1-2-3"] {
+            assert_eq!(Name::from_label(bad), None, "{bad:?}");
+        }
+    }
 
     #[test]
     fn words_arrive_as_they_were_sent_and_others_are_refused() {
