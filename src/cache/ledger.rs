@@ -8,6 +8,7 @@
 //! durable is withdrawn from memory as well. `landing` keeps a writer that straddles such a sync
 //! from publishing afterwards.
 
+use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, RwLock};
@@ -72,6 +73,18 @@ impl Ledger {
         let _landing = self.landing.read().unwrap();
         write_blocks(&*self.sink, blocks, unit.blocks().start())?;
         Ok(self.publish(index))
+    }
+
+    /// The same for bytes that `fill` puts into the file by other means than writing them.
+    pub(super) fn land_by(&self, index: UnitIndex, fill: impl FnOnce(&File) -> io::Result<()>) -> io::Result<bool> {
+        let _landing = self.landing.read().unwrap();
+        fill(self.file().ok_or(io::ErrorKind::Unsupported)?)?;
+        Ok(self.publish(index))
+    }
+
+    /// The device file, opened before anybody could mark it: reads through it raise no events.
+    pub(super) fn file(&self) -> Option<&File> {
+        self.sink.file()
     }
 
     fn publish(&self, index: UnitIndex) -> bool {

@@ -15,6 +15,11 @@ pub trait Sink: Send + Sync {
     /// Returns when everything written before is on stable storage. After an error, nothing
     /// written since the last success may be relied on.
     fn sync(&self) -> io::Result<()>;
+
+    /// The file behind it, if that is an ordinary one that can be read as well.
+    fn file(&self) -> Option<&File> {
+        None
+    }
 }
 
 /// Longest single write in bytes. Kernels before the autumn of 2024 misreport longer short writes
@@ -26,7 +31,7 @@ pub const MAX_PIECE: usize = 1 << 20;
 pub struct FileSink(File);
 
 impl FileSink {
-    /// Writes to `file`, which must be open for writing.
+    /// Writes to `file`, which must be open for writing, and for reading if anybody asks for it.
     pub fn new(file: File) -> Self {
         Self(file)
     }
@@ -39,6 +44,10 @@ impl Sink for FileSink {
 
     fn sync(&self) -> io::Result<()> {
         self.0.sync_data()
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(&self.0)
     }
 }
 

@@ -6,7 +6,11 @@
 //!   v1/<blob id>/units             the unit map with all checks known so far
 //!                data              decoded bytes, sparse, as long as the device
 //!                present           which units of `data` can be trusted
+//!                used, verified    empty; when they were changed is when that last happened
+//!                pinned            empty; there if the blob must stay
 //!   v1/<blob id>.<16 hex digits>/  the same for images that disagree about the blob
+//!   v1/.trash-<number>/            a blob on its way out
+//!   bootstraps/<SHA-256>           copies of bootstraps
 //! ```
 //!
 //! Files appear under their names complete or not at all. `data` is never punched, shortened or
@@ -14,12 +18,13 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::UNIX_EPOCH;
 
 use tokio::runtime::Handle;
@@ -27,11 +32,16 @@ use tokio::runtime::Handle;
 use super::bits::{self, Identity};
 use super::device::{Device, Home};
 use super::engine::{Engine, StoreOptions};
+use super::evictor::Evictor;
 use super::is_needed;
 use super::ledger::{DurableCopy, FlushError, Ledger};
+use super::pool::Job;
 use super::presence::{bit, set_bit, words_for};
+use super::scrub::Scrub;
+use super::shelves::{Shelf, Shelves, note_use};
 use super::sink::FileSink;
-use crate::base::{BlobId, Digest};
+use super::stats::StoreStats;
+use crate::base::{BlobId, Class, Digest};
 use crate::blob::UnitMap;
 use crate::source::BlobSource;
 
@@ -63,38 +73,74 @@ pub enum StoreError {
     },
 }
 
-/// Devices by name in one directory, with the one right to write there.
-pub struct Store {
-    devices_dir: PathBuf,
-    engine: Arc<Engine>,
-    shelves: Mutex<HashMap<String, Shelf>>,
-    lock: Arc<File>,
+impl StoreError {
+    /// Whether the file system had no room.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Io { cause, .. } if is_full(cause))
+    }
 }
 
-/// What is alive of one device directory. A ledger outlives its device while the last jobs end;
-/// whoever opens the device again must go on with the same one.
-struct Shelf {
-    device: Weak<Device>,
-    ledger: Weak<Ledger>,
+/// Whether a failure is one of room.
+pub(super) fn is_full(cause: &io::Error) -> bool {
+    matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Devices by name in one directory, with the one right to write there.
+pub struct Store {
+    shelves: Arc<Shelves>,
+    engine: Arc<Engine>,
+    wants_twins: Arc<AtomicBool>,
+    _evictor: Evictor,
+    _scrub: Option<Scrub>,
 }
 
 impl Store {
     /// Opens the store at `root`, creating it if it is not there, and starts its threads.
     /// Fetches run on `runtime`.
+    ///
+    /// Nothing goes to make room before [`Store::say_uses_are_known`].
     pub fn open(root: &Path, options: StoreOptions, runtime: Handle) -> Result<Arc<Self>, StoreError> {
-        let devices_dir = root.join("v1");
-        DirBuilder::new().recursive(true).mode(0o700).create(&devices_dir).map_err(at(&devices_dir))?;
-        // Whoever can write to a device file can put anything into a container.
-        fs::set_permissions(root, Permissions::from_mode(0o700)).map_err(at(root))?;
-        let lock = Arc::new(lock(root)?);
         let engine = Engine::new(options, runtime).map_err(StoreError::Threads)?;
-        Ok(Arc::new(Self { devices_dir, engine, shelves: Mutex::default(), lock }))
+        let shelves = Shelves::prepare(root, Arc::clone(&engine.twins))?;
+        let wants_twins = Arc::default();
+        let evictor = Evictor::start(&shelves, &engine, &wants_twins).map_err(StoreError::Threads)?;
+        let scrub = Scrub::start(&shelves, &engine).map_err(StoreError::Threads)?;
+        Ok(Arc::new(Self { shelves, engine, wants_twins, _evictor: evictor, _scrub: scrub }))
+    }
+
+    /// From now on a blob that nobody is known to use may go. Whoever adopts mounts of a
+    /// predecessor says this when it holds their devices, and not before.
+    pub fn say_uses_are_known(&self) {
+        self.shelves.say_uses_are_known();
+        self.engine.space.kick();
+    }
+
+    /// What is in the store, who uses it, and how it goes.
+    pub fn shelves(&self) -> &Arc<Shelves> {
+        &self.shelves
+    }
+
+    /// What the store has done so far.
+    pub fn stats(&self) -> StoreStats {
+        let limit = self.engine.space.limit;
+        StoreStats {
+            used_bytes: self.engine.space.used(),
+            limit_bytes: (limit < u64::MAX).then_some(limit),
+            known_units: self.engine.twins.known() as u64,
+            ..self.engine.counters.snapshot()
+        }
+    }
+
+    /// Waits until what nobody uses has gone to make room for `bytes` that the file system
+    /// refused; whether there was anything, so that another attempt makes sense.
+    pub fn make_room(&self, bytes: u64) -> bool {
+        self.engine.space.make_room(bytes)
     }
 
     /// The open lock. Whoever keeps a copy of it keeps every other process out of the store, even
     /// when this one has died.
     pub fn lock_file(&self) -> BorrowedFd<'_> {
-        self.lock.as_fd()
+        self.shelves.lock.as_fd()
     }
 
     /// The threads and limits, for devices over foreign sinks.
@@ -104,20 +150,27 @@ impl Store {
 
     /// The unit map kept for `blob`, with all checks learnt so far; spares fetching its tables.
     pub fn saved_map(&self, blob: &BlobId) -> Option<UnitMap> {
-        saved(&self.devices_dir.join(blob.as_str())).filter(|map| map.blob() == blob)
+        saved(&self.shelves.dir(blob.as_str())).filter(|map| map.blob() == blob)
     }
 
     /// The device for `map`'s blob, shared with everyone whose map agrees.
     ///
     /// `source` is asked before those the device had, which stay for when it fails. A map that disagrees with what is known gets a
     /// directory of its own: an image with false digests must not poison another one's cache.
-    /// Waits for the disk.
+    /// Waits for the disk; on a full one, until what nobody uses has gone.
     pub fn device(&self, map: UnitMap, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
-        let mut shelves = self.shelves.lock().unwrap();
+        match self.find_or_open(&map, &source) {
+            Err(error) if error.is_full() && self.make_room(1) => self.find_or_open(&map, &source),
+            outcome => outcome,
+        }
+    }
+
+    fn find_or_open(&self, map: &UnitMap, source: &Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
+        let mut shelves = self.shelves.alive();
         let common = map.blob().to_string();
         let own = format!("{common}.{}", &map.fingerprint().to_string()[..16]);
         for name in [common, own] {
-            if let Some(device) = self.shared(&mut shelves, &name, &map, &source)? {
+            if let Some(device) = self.shared(&mut shelves, &name, map, source)? {
                 return Ok(device);
             }
         }
@@ -132,10 +185,15 @@ impl Store {
         map: &UnitMap,
         source: &Arc<dyn BlobSource>,
     ) -> Result<Option<Arc<Device>>, StoreError> {
-        let dir = self.devices_dir.join(name);
+        let dir = self.shelves.dir(name);
         let shelf = shelves.get(name);
         if let Some(device) = shelf.and_then(|shelf| shelf.device.upgrade()) {
-            return Ok(device.try_learn(map, Arc::clone(source))?.then_some(device));
+            let agrees = device.try_learn(map, Arc::clone(source))?;
+            // What it is missing now must not be copied from it.
+            if !device.is_complete_durable() && self.engine.twins.forget(&dir.join("data")) {
+                self.offer_when_complete(&device);
+            }
+            return Ok(agrees.then_some(device));
         }
         let ledger = shelf.and_then(|shelf| shelf.ledger.upgrade());
         let Some(merged) = settle_map(&dir, map)? else { return Ok(None) };
@@ -144,13 +202,37 @@ impl Store {
             None => Arc::new(open_ledger(&dir, &merged)?),
         };
         let weak = Arc::downgrade(&ledger);
-        let home =
-            Home { data: dir.join("data"), save: Box::new(move |map| save(&dir, map)), _lock: Arc::clone(&self.lock) };
+        note_use(&dir);
+        let lock = Arc::clone(&self.shelves.lock);
+        let home = Home { data: dir.join("data"), save: Box::new(move |map| save(&dir, map)), _lock: lock };
         let device =
             Device::assemble(Arc::new(merged), Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
-        shelves.retain(|_, shelf| shelf.ledger.strong_count() > 0);
+        shelves.retain(|_, shelf| shelf.is_alive());
         shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak });
+        if !device.is_complete_durable() {
+            self.engine.twins.forget(&self.shelves.dir(name).join("data"));
+            if self.engine.twins.is_wanted() && !self.wants_twins.swap(true, Ordering::AcqRel) {
+                self.engine.space.kick();
+            }
+        }
+        self.offer_when_complete(&device);
         Ok(Some(device))
+    }
+
+    /// Lets other devices copy from this one as soon as nothing is missing of it.
+    fn offer_when_complete(&self, device: &Arc<Device>) {
+        let (weak, engine) = (Arc::downgrade(device), Arc::downgrade(&self.engine));
+        let offer = move || {
+            let Some(engine) = engine.upgrade() else { return };
+            // A job, because whoever calls must not be held up.
+            let job = Job::new(Class::Prefetch, move |_| {
+                if let Some(device) = weak.upgrade() {
+                    device.offer();
+                }
+            });
+            engine.jobs().push(job);
+        };
+        device.on_complete(Box::new(offer));
     }
 
     /// Makes everything present in all devices durable. Waits for the disk. Devices stay usable.
@@ -158,7 +240,7 @@ impl Store {
     /// # Errors
     /// The first failure; the other devices are flushed all the same.
     pub fn close(&self) -> Result<(), StoreError> {
-        let devices: Vec<_> = self.shelves.lock().unwrap().values().filter_map(|s| s.device.upgrade()).collect();
+        let devices: Vec<_> = self.shelves.alive().values().filter_map(|s| s.device.upgrade()).collect();
         let mut outcome = Ok(());
         for device in devices {
             let flushed = device.flush().map_err(|cause| StoreError::Flush { blob: device.blob().clone(), cause });
@@ -170,18 +252,18 @@ impl Store {
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Store").field("devices_dir", &self.devices_dir).finish_non_exhaustive()
+        f.debug_struct("Store").field("shelves", &self.shelves).finish_non_exhaustive()
     }
 }
 
 /// Adds the path to an error of the system.
-fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+pub(super) fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     let path = path.to_owned();
     move |cause| StoreError::Io { path, cause }
 }
 
 /// Takes the right to write, which lasts until the file is closed.
-fn lock(root: &Path) -> Result<File, StoreError> {
+pub(super) fn lock(root: &Path) -> Result<File, StoreError> {
     let path = root.join("lock");
     let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
     let mut file = open.map_err(at(&path))?;
@@ -200,7 +282,7 @@ fn lock(root: &Path) -> Result<File, StoreError> {
 }
 
 /// The map saved in `dir`, if there is a sound one.
-fn saved(dir: &Path) -> Option<UnitMap> {
+pub(super) fn saved(dir: &Path) -> Option<UnitMap> {
     UnitMap::from_bytes(&fs::read(dir.join("units")).ok()?).ok()
 }
 
@@ -237,7 +319,7 @@ fn open_ledger(dir: &Path, map: &UnitMap) -> Result<Ledger, StoreError> {
     if !fits {
         replace(dir, "data", |file| file.set_len(map.decoded_len()))?;
     }
-    let data = OpenOptions::new().write(true).open(&data_path).map_err(at(&data_path))?;
+    let data = OpenOptions::new().read(true).write(true).open(&data_path).map_err(at(&data_path))?;
     let identity = identify(&data, map).map_err(at(&data_path))?;
 
     let present_path = dir.join("present");
@@ -258,7 +340,7 @@ fn open_ledger(dir: &Path, map: &UnitMap) -> Result<Ledger, StoreError> {
     Ok(Ledger::new(Box::new(FileSink::new(data)), words, Some(copy)))
 }
 
-fn identify(data: &File, map: &UnitMap) -> io::Result<Identity> {
+pub(super) fn identify(data: &File, map: &UnitMap) -> io::Result<Identity> {
     let meta = data.metadata()?;
     let born = meta.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
     let born = born.and_then(|age| u64::try_from(age.as_nanos()).ok()).unwrap_or(0);
@@ -280,6 +362,6 @@ fn replace(dir: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Result<(
     sync_dir(dir)
 }
 
-fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+pub(super) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
 }

@@ -6,6 +6,7 @@
 
 mod base;
 pub mod build;
+mod cache;
 mod check;
 mod chunkdict;
 mod compact;
@@ -84,6 +85,7 @@ enum Command {
     Umount(mount::UmountArgs),
     #[command(visible_alias = "ls")]
     List(mount::ListArgs),
+    Cache(cache::CacheArgs),
     Serve(serve::ServeArgs),
     Stop(serve::StopArgs),
     ServeBlobs(serve_blobs::ServeBlobsArgs),
@@ -116,6 +118,7 @@ pub fn run() -> ExitCode {
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),
+        Command::Cache(args) => cache::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Stop(args) => serve::stop(args),
         Command::ServeBlobs(args) => serve_blobs::run(args),

@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::connect::{Place, block_on};
+use crate::base::ByteSize;
 use crate::cache::{StoreError, StoreOptions};
 use crate::daemon::control::Control;
 use crate::daemon::{Daemon, DaemonError, Options};
@@ -33,6 +34,25 @@ pub(super) struct ServeArgs {
     /// Seconds that a read may wait for its data before it fails with EIO
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     deadline: u64,
+
+    /// Most bytes that the cache should take on disk [default: no limit]
+    ///
+    /// Above the high water, blobs that no mounted image uses go, the least recently used first,
+    /// down to the low water. What mounted images read is fetched beyond the limit too.
+    #[arg(long, value_name = "SIZE")]
+    cache_limit: Option<ByteSize>,
+
+    /// Percent of the limit at which blobs that nobody uses begin to go
+    #[arg(long, value_name = "PERCENT", default_value_t = 95, value_parser = clap::value_parser!(u8).range(1..=100))]
+    high_water: u8,
+
+    /// Percent of the limit at which that ends
+    #[arg(long, value_name = "PERCENT", default_value_t = 85, value_parser = clap::value_parser!(u8).range(0..=100))]
+    low_water: u8,
+
+    /// Bytes a second that complete blobs are read again and checked with; 0 for never
+    #[arg(long, value_name = "SIZE", default_value = "2MiB")]
+    scrub_rate: ByteSize,
 
     /// Exit after this many seconds without anything to serve
     #[arg(long, value_name = "SECONDS")]
@@ -68,7 +88,20 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         .thread_name("net")
         .enable_all()
         .build()?;
-    let store = StoreOptions { deadline: Duration::from_secs(args.deadline), ..StoreOptions::default() };
+    anyhow::ensure!(
+        args.low_water <= args.high_water,
+        "--low-water {} is above --high-water {}",
+        args.low_water,
+        args.high_water
+    );
+    let store = StoreOptions {
+        deadline: Duration::from_secs(args.deadline),
+        cache_limit: args.cache_limit.map(|size| size.0),
+        high_water: args.high_water,
+        low_water: args.low_water,
+        scrub_rate: args.scrub_rate.0,
+        ..StoreOptions::default()
+    };
     let program = PathBuf::from("/proc/self/exe");
     let options = Options { cache, run: run.clone(), program, store };
     let idle = args.exit_when_idle.map(Duration::from_secs);

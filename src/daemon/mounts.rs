@@ -71,6 +71,9 @@ impl Daemon {
         keeper.hold("store", store.lock_file()).map_err(start("the keeper"))?;
         let watch = Arc::new(MountWatch::new().map_err(start("the watch on mounts"))?);
         sweep(&options.cache);
+        // Nothing is adopted from a predecessor: what a kernel has mounted all the same, its open
+        // files tell.
+        store.say_uses_are_known();
         let objects = Objects::new(options.cache.join("cachefiles-maps"));
         let daemon = Arc::new(Self {
             options,
@@ -152,7 +155,30 @@ impl Daemon {
 
     fn prepare(&self, spec: &ImageSpec) -> Result<Prepared, DaemonError> {
         let saved = |blob: &BlobId| self.store.saved_map(blob).or_else(|| self.objects.saved(DOMAIN, blob));
-        prepare(spec, &self.options.cache, &saved, &self.runtime)
+        let once = || prepare(spec, self.store.shelves().bootstraps(), &saved, &self.runtime);
+        match once() {
+            Err(DaemonError::Store(error)) if error.is_full() && self.store.make_room(1) => once(),
+            outcome => outcome,
+        }
+    }
+
+    /// The store, for what is said about it and done to it beside mounting.
+    pub(super) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Everything that is served, with where it is mounted, if anywhere: lingering mounts too.
+    pub(super) fn served(&self) -> Vec<(Option<PathBuf>, Served)> {
+        let state = self.state.lock().unwrap();
+        let mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, mounted.as_ref()?)));
+        let mounted = mounted.map(|(dir, mounted)| (Some(dir.clone()), mounted.served.clone()));
+        let lingering = state.lingering.iter().map(|mounted| (None, mounted.served.clone()));
+        mounted.chain(lingering).chain(state.registered.values().map(|served| (None, served.clone()))).collect()
+    }
+
+    /// Whether it is on its way out, so that long work should end.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.state.lock().unwrap().stopping
     }
 
     fn mount_fanotify(

@@ -1,17 +1,15 @@
 //! From a bootstrap file and a source to maps and a mountable copy.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use ring::digest;
 
 use super::DaemonError;
 use super::api::ImageSpec;
 use crate::base::{BLOCK, BlobId, Digest};
 use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
+use crate::cache::{Bootstraps, KeptBootstrap};
 use crate::image::{Device, Image};
 use crate::net::{ClientOptions, RetryPolicy};
 use crate::reader::{self, ensure_block_size, ensure_checkable, maps};
@@ -27,6 +25,8 @@ pub(super) struct Prepared {
     /// One map per device, with the digests this image names.
     pub(super) maps: Vec<UnitMap>,
     pub(super) source: Arc<dyn BlobSource>,
+    /// The copy stays while the image is served.
+    _kept: KeptBootstrap,
 }
 
 impl std::fmt::Debug for Prepared {
@@ -38,16 +38,17 @@ impl std::fmt::Debug for Prepared {
 /// Pieces in which a bootstrap is served by the cachefiles backend.
 const BOOTSTRAP_UNIT: usize = 1 << 20;
 
-/// Reads everything a mount needs. `saved` knows maps from before, which spare fetching a blob's
+/// Reads everything a mount needs, with a copy of the bootstrap in `bootstraps`. `saved` knows maps from before, which spare fetching a blob's
 /// tables. Blocks; runs its fetches on `runtime`.
 pub(super) fn prepare(
     spec: &ImageSpec,
-    cache: &Path,
+    bootstraps: &Arc<Bootstraps>,
     saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Prepared, DaemonError> {
     let loaded = reader::bootstrap::load(&spec.bootstrap).map_err(DaemonError::Load)?;
-    let (bootstrap, key) = adopt(&loaded.bytes, &cache.join("bootstraps"))?;
+    let kept = bootstraps.keep(&loaded.bytes)?;
+    let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
     drop(loaded);
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, &spec.bootstrap)))?;
     ensure_block_size(&image)?;
@@ -60,7 +61,7 @@ pub(super) fn prepare(
         .map(|device| map(device, &image, saved, source.as_ref(), runtime))
         .collect::<Result<Vec<_>, _>>()?;
     ensure_checkable(&image, &maps)?;
-    Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source })
+    Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source, _kept: kept })
 }
 
 /// The unit map of one device: from the cache if it is there and agrees, else from the blob.
@@ -75,52 +76,6 @@ fn map(
     let saved = saved(&device.blob).and_then(|saved| maps::renew(&saved, device, image));
     let fetched = || maps::map(device, image, source, runtime).map(|mapped| mapped.map);
     saved.map_or_else(|| fetched().map_err(DaemonError::Map), Ok)
-}
-
-/// Keeps the bootstrap in the cache under its digest, so that nobody can change it while the
-/// kernel has it mounted, and so that it lies on a file system that EROFS accepts.
-fn adopt(bytes: &[u8], dir: &Path) -> Result<(PathBuf, Digest), DaemonError> {
-    let write = |cause| DaemonError::Io { path: dir.to_owned(), cause };
-    let mut hasher = digest::Context::new(&digest::SHA256);
-    hasher.update(bytes);
-    let key = finish(hasher);
-    let path = dir.join(key.to_string());
-    // A copy from before is used only if it is still what its name says.
-    if File::open(&path).and_then(sha256_of).is_ok_and(|there| there == key) {
-        return Ok((path, key));
-    }
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(write)?;
-    let scratch = dir.join(format!(".new-{}-{:?}", std::process::id(), std::thread::current().id()));
-    let mut to =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&scratch).map_err(write)?;
-    let _remove = RemoveOnDrop(&scratch);
-    to.write_all(bytes).and_then(|()| to.sync_all()).map_err(write)?;
-    fs::rename(&scratch, &path).map_err(write)?;
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(write)?;
-    Ok((path, key))
-}
-
-fn sha256_of(mut file: File) -> io::Result<Digest> {
-    let (mut hasher, mut buffer) = (digest::Context::new(&digest::SHA256), vec![0; BOOTSTRAP_UNIT]);
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(finish(hasher)),
-            len => hasher.update(&buffer[..len]),
-        }
-    }
-}
-
-fn finish(hasher: digest::Context) -> Digest {
-    Digest(hasher.finish().as_ref().try_into().expect("SHA-256 has 32 bytes"))
-}
-
-struct RemoveOnDrop<'a>(&'a Path);
-
-impl Drop for RemoveOnDrop<'_> {
-    fn drop(&mut self) {
-        // Gone already when it was renamed.
-        let _ = fs::remove_file(self.0);
-    }
 }
 
 /// People know the file they named, not our copy.
@@ -158,6 +113,7 @@ pub(super) fn bootstrap_as_blob(prepared: &Prepared) -> Result<(UnitMap, Arc<dyn
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::{Store, StoreOptions};
     use crate::reader::LoadError;
 
     #[test]
@@ -171,9 +127,10 @@ mod tests {
             let blobs = dir.path().to_str().unwrap().to_owned();
             let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: false };
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-            let error = prepare(&spec, dir.path(), &|_| None, runtime.handle()).unwrap_err();
+            let store = Store::open(dir.path(), StoreOptions::default(), runtime.handle().clone()).unwrap();
+            let error = prepare(&spec, store.shelves().bootstraps(), &|_| None, runtime.handle()).unwrap_err();
             assert!(matches!(&error, DaemonError::Load(LoadError::Io { path: at, .. }) if at == path), "{error:?}");
         }
-        assert!(!bootstraps.exists() || fs::read_dir(&bootstraps).unwrap().next().is_none());
+        assert!(!bootstraps.exists() || std::fs::read_dir(&bootstraps).unwrap().next().is_none());
     }
 }

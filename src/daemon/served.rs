@@ -50,7 +50,7 @@ pub(super) enum Live {
 }
 
 impl Live {
-    fn device(&self) -> Option<Arc<Device>> {
+    pub(super) fn device(&self) -> Option<Arc<Device>> {
         match self {
             Self::Stored(device) => device.upgrade(),
             Self::Object(object) => object.device(),

@@ -1,5 +1,9 @@
 //! What goes over the control socket, as JSON.
 
+mod cache;
+
+pub use cache::{BlobReport, BlobRequest, BlobUsage, CacheReport, GcReport, GcRequest, ImageUsage, PinRequest};
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};

@@ -1,5 +1,7 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
+mod cache;
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -73,6 +75,7 @@ impl Control {
             .route("/v1/mounts", get(list).post(mount).delete(unmount))
             .route("/v1/images", post(register).delete(unregister))
             .route("/v1/stop", post(request_stop))
+            .merge(cache::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .with_state(shared);
@@ -147,6 +150,7 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::Reach(_)
         | DaemonError::SourceSpec(_)
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+        DaemonError::Stock(error) => cache::status(error),
         DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
         DaemonError::Io { .. }
         | DaemonError::Start { .. }
