@@ -124,10 +124,10 @@ fn a_second_mount_with_a_bad_source_harms_nobody(ctx: &Ctx) -> Outcome {
 }
 
 /// A small file system in a file. Dropping it unmounts.
-struct SmallDisk(PathBuf);
+pub(super) struct SmallDisk(pub(super) PathBuf);
 
 impl SmallDisk {
-    fn new(ctx: &Ctx, megabytes: u64) -> anyhow::Result<Self> {
+    pub(super) fn new(ctx: &Ctx, megabytes: u64) -> anyhow::Result<Self> {
         let (file, dir) = (ctx.dir.join("disk"), ctx.dir.join("small"));
         fs::File::create(&file)?.set_len(megabytes << 20)?;
         fs::create_dir(&dir)?;

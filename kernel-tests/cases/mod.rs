@@ -8,3 +8,4 @@ pub(crate) mod interop;
 pub(crate) mod lifecycle;
 pub(crate) mod reading;
 pub(crate) mod sharing;
+pub(crate) mod space;

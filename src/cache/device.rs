@@ -435,7 +435,7 @@ impl Core {
 
     /// Has led units copied where that can be, and the others fetched.
     fn submit(self: &Arc<Self>, map: &UnitMap, leads: Vec<Lead>, class: Class) {
-        let leads = if self.engine.twins.known() == 0 { leads } else { self.copy_twins(map, leads) };
+        let leads = if self.engine.twins.is_of_use() { self.copy_twins(map, leads) } else { leads };
         self.fetch(map, leads, class);
     }
 

@@ -131,12 +131,17 @@ impl Engine {
     /// # Errors
     /// If the system has no room for the threads.
     pub fn new(options: StoreOptions, runtime: Handle) -> io::Result<Arc<Self>> {
+        let twins = Arc::new(Twins::new(options.twins));
+        Self::over(options, runtime, twins)
+    }
+
+    /// The same, with the index of a store.
+    pub(super) fn over(options: StoreOptions, runtime: Handle, twins: Arc<Twins>) -> io::Result<Arc<Self>> {
         let options = Arc::new(options);
         let pool = Pool::start(options.decode_threads)?;
         let fetcher = Fetcher::new(Arc::clone(&options), runtime.clone(), Arc::clone(pool.queue()));
         let flusher = Flusher::start(options.flush_every)?;
         let space = Arc::new(Space::new(&options));
-        let twins = Arc::new(Twins::new(options.twins));
         let (counters, next_device) = (Arc::default(), AtomicU64::new(0));
         Ok(Arc::new(Self { options, runtime, fetcher, flusher, space, twins, counters, pool, next_device }))
     }

@@ -20,7 +20,8 @@ use crate::base::{ByteSize, Chain};
 /// How often the disk is measured when nothing calls for it.
 const LOOK_EVERY: Duration = Duration::from_secs(300);
 
-/// How long the high water calls in vain after nothing could go.
+/// How long the high water calls in vain after nothing could go; and how often it is looked whether
+/// anything can go by now.
 const CALM: Duration = Duration::from_secs(5);
 
 /// Least bytes freed after a refused write, if there are as many, so that not every write is.
@@ -38,6 +39,8 @@ struct Work {
     counters: Arc<StoreCounters>,
     /// Whether somebody opened a device that misses something, so that twins are of use.
     wants_twins: Arc<AtomicBool>,
+    /// Whether it was said that the cache is over its high water and nothing can go.
+    was_over: AtomicBool,
 }
 
 impl Evictor {
@@ -47,6 +50,7 @@ impl Evictor {
             space: Arc::clone(&engine.space),
             counters: Arc::clone(&engine.counters),
             wants_twins: Arc::clone(wants_twins),
+            was_over: AtomicBool::new(false),
         };
         let thread = std::thread::Builder::new().name("evict-0".to_owned()).spawn(move || {
             let leave = Leave(Arc::clone(&work.space));
@@ -81,15 +85,16 @@ impl Work {
         self.shelves.sweep();
         self.space.measured(self.shelves.bytes());
         let mut calm = Instant::now();
-        let mut knows_twins = false;
-        while let Some(call) = self.space.next_call(LOOK_EVERY, calm) {
-            if !knows_twins && self.wants_twins.load(Ordering::Acquire) {
+        let (mut knows_twins, mut every) = (false, LOOK_EVERY);
+        while let Some(call) = self.space.next_call(every, calm) {
+            if !knows_twins && self.wants_twins.load(Ordering::Acquire) && self.shelves.are_uses_known() {
                 self.shelves.tell_twins();
                 knows_twins = true;
             }
             let freed = self.look(call);
+            every = LOOK_EVERY;
             if freed == 0 && self.space.used() > self.space.high {
-                calm = Instant::now() + CALM;
+                (calm, every) = (Instant::now() + CALM, CALM);
             }
             self.space.answered(freed);
         }
@@ -102,6 +107,9 @@ impl Work {
         let over = if used > self.space.high { used - self.space.low } else { 0 };
         let refused = if call.refused > 0 { call.refused.max(LEAST_ROOM) } else { 0 };
         let excess = over.max(refused);
+        if over == 0 {
+            self.was_over.store(false, Ordering::Relaxed);
+        }
         if excess == 0 {
             return 0;
         }
@@ -121,7 +129,9 @@ impl Work {
             tracing::info!(name, kind = ?removed.kind, %size, "evicted");
         }
         let left = used.saturating_sub(freed);
-        if over > 0 && left > self.space.high {
+        // Said once, not at every look.
+        let is_over = over > 0 && left > self.space.high;
+        if is_over && !self.was_over.swap(is_over, Ordering::Relaxed) {
             let (left, limit) = (ByteSize(left), ByteSize(self.space.limit));
             tracing::warn!(%left, %limit, "the cache is over its high water, and all of it is in use or pinned");
         }

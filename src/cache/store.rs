@@ -41,6 +41,7 @@ use super::scrub::Scrub;
 use super::shelves::{Shelf, Shelves, note_use};
 use super::sink::FileSink;
 use super::stats::StoreStats;
+use super::twins::Twins;
 use crate::base::{BlobId, Class, Digest};
 use crate::blob::UnitMap;
 use crate::source::BlobSource;
@@ -100,17 +101,20 @@ impl Store {
     ///
     /// Nothing goes to make room before [`Store::say_uses_are_known`].
     pub fn open(root: &Path, options: StoreOptions, runtime: Handle) -> Result<Arc<Self>, StoreError> {
-        let engine = Engine::new(options, runtime).map_err(StoreError::Threads)?;
-        let shelves = Shelves::prepare(root, Arc::clone(&engine.twins))?;
+        let shelves = Shelves::prepare(root, Arc::new(Twins::new(options.twins)))?;
+        let engine = Engine::over(options, runtime, Arc::clone(&shelves.twins)).map_err(StoreError::Threads)?;
         let wants_twins = Arc::default();
         let evictor = Evictor::start(&shelves, &engine, &wants_twins).map_err(StoreError::Threads)?;
         let scrub = Scrub::start(&shelves, &engine).map_err(StoreError::Threads)?;
         Ok(Arc::new(Self { shelves, engine, wants_twins, _evictor: evictor, _scrub: scrub }))
     }
 
-    /// From now on a blob that nobody is known to use may go. Whoever adopts mounts of a
-    /// predecessor says this when it holds their devices, and not before.
+    /// From now on a blob that nobody is known to use may go, and bytes may be copied from one blob
+    /// to another. Whoever adopts mounts of a predecessor says this when it holds their devices
+    /// and answers the events of their files, and not before: a file that is still marked may be
+    /// read by the threads that fill.
     pub fn say_uses_are_known(&self) {
+        self.engine.twins.open();
         self.shelves.say_uses_are_known();
         self.engine.space.kick();
     }

@@ -29,6 +29,8 @@ use crate::blob::{Check, Unit, UnitMap};
 pub(super) struct Twins {
     most: usize,
     state: Mutex<State>,
+    /// Whether files may be read: only once somebody answers the events of those that are marked.
+    open: AtomicBool,
     /// Whether the file system has not yet refused to share blocks between files.
     sharing: AtomicBool,
 }
@@ -59,11 +61,21 @@ pub(super) struct Twin {
 impl Twins {
     /// An index of at most `most` units.
     pub(super) fn new(most: usize) -> Self {
-        Self { most, state: Mutex::default(), sharing: AtomicBool::new(true) }
+        Self { most, state: Mutex::default(), open: AtomicBool::new(false), sharing: AtomicBool::new(true) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
+    }
+
+    /// From now on files of the store may be read by any thread.
+    pub(super) fn open(&self) {
+        self.open.store(true, Ordering::Release);
+    }
+
+    /// Whether there is any sense in asking.
+    pub(super) fn is_of_use(&self) -> bool {
+        self.open.load(Ordering::Acquire) && self.known() > 0
     }
 
     /// Whether it is worth trying to share blocks between files instead of copying them.
