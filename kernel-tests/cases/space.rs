@@ -204,8 +204,9 @@ fn on_a_full_disk_readers_wait_for_what_nobody_uses_to_go(ctx: &Ctx) -> Outcome 
     }
     let stats = cache(&fixture)?["stats"].clone();
     ensure!(stats["refused_writes"].as_u64() > Some(0) && stats["evicted"].as_u64() > Some(0), "{stats}");
-    fixture.finish()?;
+    fixture.stop()?;
     drop(disk);
+    ensure!(crate::mounts::below(&ctx.dir)?.is_empty(), "mounts are left");
     Ok(())
 }
 

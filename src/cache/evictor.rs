@@ -24,6 +24,10 @@ const LOOK_EVERY: Duration = Duration::from_secs(300);
 /// anything can go by now.
 const CALM: Duration = Duration::from_secs(5);
 
+/// How long it is believed that nothing can go. On a full disk every read asks, and looking through a
+/// large cache for each would take its time from those that can be answered.
+const BELIEF: Duration = Duration::from_millis(200);
+
 /// Least bytes freed after a refused write, if there are as many, so that not every write is.
 const LEAST_ROOM: u64 = 64 << 20;
 
@@ -86,12 +90,18 @@ impl Work {
         self.space.measured(self.shelves.bytes());
         let mut calm = Instant::now();
         let (mut knows_twins, mut every) = (false, LOOK_EVERY);
+        let mut hopeless: Option<Instant> = None;
         while let Some(call) = self.space.next_call(every, calm) {
             if !knows_twins && self.wants_twins.load(Ordering::Acquire) && self.shelves.are_uses_known() {
                 self.shelves.tell_twins();
                 knows_twins = true;
             }
+            if call.only_refused && hopeless.is_some_and(|at| at.elapsed() < BELIEF) {
+                self.space.answered(0);
+                continue;
+            }
             let freed = self.look(call);
+            hopeless = (freed == 0).then(Instant::now);
             every = LOOK_EVERY;
             if freed == 0 && self.space.used() > self.space.high {
                 (calm, every) = (Instant::now() + CALM, CALM);

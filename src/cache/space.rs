@@ -54,6 +54,8 @@ struct State {
 pub(super) struct Call {
     /// Bytes that the file system had no room for; 0 if nothing was refused.
     pub(super) refused: u64,
+    /// Whether there is no other reason.
+    pub(super) only_refused: bool,
 }
 
 impl Space {
@@ -165,22 +167,26 @@ impl Space {
     pub(super) fn next_call(&self, every: Duration, calm: Instant) -> Option<Call> {
         let due = Instant::now() + every;
         let mut state = self.state.lock().unwrap();
-        loop {
+        let only_refused = loop {
             if state.stopped {
                 return None;
             }
             let now = Instant::now();
-            let urgent = state.refused > 0 || !state.parked.is_empty();
-            if urgent || (state.kicked && now >= calm) || now >= due {
-                break;
+            if !state.parked.is_empty() || (state.kicked && now >= calm) || now >= due {
+                break false;
+            }
+            if state.refused > 0 {
+                break true;
             }
             let until = if state.kicked { due.min(calm) } else { due };
             state = self.wake.wait_timeout(state, until.saturating_duration_since(now)).unwrap().0;
+        };
+        if !only_refused {
+            state.kicked = false;
+            self.woken.store(false, Ordering::Release);
         }
-        state.kicked = false;
-        self.woken.store(false, Ordering::Release);
         state.begun += 1;
-        Some(Call { refused: std::mem::take(&mut state.refused) })
+        Some(Call { refused: std::mem::take(&mut state.refused), only_refused })
     }
 
     /// Ends the round that [`Space::next_call`] began.
@@ -229,7 +235,7 @@ mod tests {
         assert!(!space.state.lock().unwrap().kicked);
 
         space.landed(1);
-        assert_eq!(space.next_call(LONG, Instant::now()), Some(Call { refused: 0 }));
+        assert_eq!(space.next_call(LONG, Instant::now()), Some(Call { refused: 0, only_refused: false }));
         space.answered(0);
 
         assert!(!space.is_spent());
@@ -252,7 +258,7 @@ mod tests {
         }
 
         space.answered(0);
-        assert_eq!(space.next_call(LONG, Instant::now()), Some(Call { refused: 7 }));
+        assert_eq!(space.next_call(LONG, Instant::now()), Some(Call { refused: 7, only_refused: true }));
         assert!(!asking.is_finished(), "the first round had begun before it asked");
         space.answered(100);
 

@@ -77,8 +77,8 @@ pub fn is_open_elsewhere(file: BorrowedFd<'_>) -> io::Result<bool> {
     // Whoever opens the file while it is leased has us told by a signal. The usual one would end
     // this process, this one does nothing.
     control(F_SETSIG, libc::SIGURG)?;
-    match control(libc::F_SETLEASE, libc::F_WRLCK.into()) {
-        Ok(()) => control(libc::F_SETLEASE, libc::F_UNLCK.into()).map(|()| false),
+    match control(libc::F_SETLEASE, libc::F_WRLCK) {
+        Ok(()) => control(libc::F_SETLEASE, libc::F_UNLCK).map(|()| false),
         Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => Ok(true),
         Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOLCK)) => {
             Err(io::ErrorKind::Unsupported.into())
