@@ -24,6 +24,7 @@ pub struct Bootstraps {
     dir: PathBuf,
     /// How many owners keep each.
     kept: Mutex<HashMap<Digest, usize>>,
+    asking: Mutex<()>,
     scratch: AtomicU64,
 }
 
@@ -63,7 +64,7 @@ impl Drop for KeptBootstrap {
 
 impl Bootstraps {
     pub(super) fn new(dir: PathBuf) -> Arc<Self> {
-        Arc::new(Self { dir, kept: Mutex::default(), scratch: AtomicU64::new(0) })
+        Arc::new(Self { dir, kept: Mutex::default(), asking: Mutex::default(), scratch: AtomicU64::new(0) })
     }
 
     /// The directory they lie in.
@@ -100,7 +101,7 @@ impl Bootstraps {
     }
 
     fn is_held(&self, kept: &HashMap<Digest, usize>, digest: Digest) -> bool {
-        kept.contains_key(&digest) || super::shelves::is_open(&self.dir.join(digest.to_string()))
+        kept.contains_key(&digest) || super::shelves::is_open(&self.asking, &self.dir.join(digest.to_string()))
     }
 
     /// All of them, as what takes room.

@@ -87,7 +87,7 @@ impl Drop for Leave {
 impl Work {
     fn run(&self) {
         self.shelves.sweep();
-        self.space.measured(self.shelves.bytes());
+        self.space.measured(|| self.shelves.bytes());
         let mut calm = Instant::now();
         let (mut knows_twins, mut every) = (false, LOOK_EVERY);
         let mut hopeless: Option<Instant> = None;
@@ -101,7 +101,7 @@ impl Work {
                 continue;
             }
             let freed = self.look(call);
-            hopeless = (freed == 0).then(Instant::now);
+            hopeless = (call.refused > 0 && freed == 0).then(Instant::now);
             every = LOOK_EVERY;
             if freed == 0 && self.space.used() > self.space.high {
                 (calm, every) = (Instant::now() + CALM, CALM);
@@ -112,8 +112,7 @@ impl Work {
 
     /// Measures, and removes what must go. Gives the bytes that were freed.
     fn look(&self, call: Call) -> u64 {
-        let used = self.shelves.bytes();
-        self.space.measured(used);
+        let used = self.space.measured(|| self.shelves.bytes());
         let over = if used > self.space.high { used - self.space.low } else { 0 };
         let refused = if call.refused > 0 { call.refused.max(LEAST_ROOM) } else { 0 };
         let excess = over.max(refused);
@@ -145,7 +144,7 @@ impl Work {
             let (left, limit) = (ByteSize(left), ByteSize(self.space.limit));
             tracing::warn!(%left, %limit, "the cache is over its high water, and all of it is in use or pinned");
         }
-        self.space.measured(left);
+        self.space.freed(freed);
         freed
     }
 }

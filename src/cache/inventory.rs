@@ -1,9 +1,9 @@
 //! What is in a store, for people and for accounts.
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use super::bits;
+use super::bits::{self, Identity};
 use super::is_needed;
 use super::presence::{bit, set_bit, words_for};
 use super::shelves::{Shelf, Shelves, allocated};
@@ -71,6 +71,7 @@ impl Inventory {
 pub(super) struct Shelved {
     pub(super) map: UnitMap,
     pub(super) words: Vec<u64>,
+    pub(super) identity: Identity,
 }
 
 impl Shelved {
@@ -140,9 +141,10 @@ impl Shelves {
     pub(super) fn shelved(&self, name: &str) -> Option<Shelved> {
         let dir = self.dir(name);
         let map = saved(&dir)?;
-        let data = File::open(dir.join("data")).ok()?;
-        let fits = data.metadata().is_ok_and(|meta| meta.is_file() && meta.len() == map.decoded_len());
-        let identity = identify(&data, &map).ok().filter(|_| fits)?;
+        // Not opened, for that would count as a use.
+        let data = fs::symlink_metadata(dir.join("data")).ok()?;
+        let fits = data.is_file() && data.len() == map.decoded_len();
+        let identity = fits.then(|| identify(&data, &map))?;
         let read = bits::read(&fs::read(dir.join("present")).unwrap_or_default(), &identity);
         let mut words = vec![0; words_for(map.count())];
         for (index, unit) in (0..).zip(map.units()) {
@@ -150,7 +152,7 @@ impl Shelves {
                 set_bit(&mut words, index);
             }
         }
-        Some(Shelved { map, words })
+        Some(Shelved { map, words, identity })
     }
 
     /// Tells the index of twins of every complete blob that is not open, for open ones tell of

@@ -71,6 +71,7 @@ pub struct Shelves {
     open: Mutex<HashMap<String, Shelf>>,
     bootstraps: Arc<Bootstraps>,
     uses_known: AtomicBool,
+    asking: Mutex<()>,
     trash: AtomicU64,
 }
 
@@ -122,6 +123,7 @@ impl Shelves {
             twins,
             open: Mutex::default(),
             uses_known: AtomicBool::new(false),
+            asking: Mutex::default(),
             trash: AtomicU64::new(0),
         }))
     }
@@ -186,7 +188,9 @@ impl Shelves {
 
     /// Whether anybody may be using the blob in directory `name`.
     pub(super) fn is_used(&self, alive: &HashMap<String, Shelf>, name: &str) -> bool {
-        !self.are_uses_known() || alive.get(name).is_some_and(Shelf::is_alive) || is_open(&self.dir(name).join("data"))
+        !self.are_uses_known()
+            || alive.get(name).is_some_and(Shelf::is_alive)
+            || is_open(&self.asking, &self.dir(name).join("data"))
     }
 
     pub(super) fn is_pinned(&self, name: &str) -> bool {
@@ -326,8 +330,10 @@ pub(super) fn stamp(path: &Path) {
 }
 
 /// Whether anybody has the file at `path` open, or that cannot be told. Where the file system does
-/// not say, what this process knows must do.
-pub(super) fn is_open(path: &Path) -> bool {
+/// not say, what this process knows must do. Two who ask at once would be told of each other, so
+/// they take turns by `asking`.
+pub(super) fn is_open(asking: &Mutex<()>, path: &Path) -> bool {
+    let _alone = asking.lock().unwrap();
     match File::open(path).and_then(|file| is_open_elsewhere(file.as_fd())) {
         Ok(open) => open,
         Err(e) => !matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::Unsupported),

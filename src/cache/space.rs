@@ -20,7 +20,10 @@ type Parked = Box<dyn FnOnce(bool) + Send>;
 
 /// Bytes taken and bytes allowed.
 pub(super) struct Space {
-    used: AtomicU64,
+    /// Bytes landed since the start,
+    landed: AtomicU64,
+    /// and what must be added to them for what is used; modulo 2^64, for it may be negative.
+    base: AtomicU64,
     /// `u64::MAX` where there is no limit.
     pub(super) limit: u64,
     pub(super) high: u64,
@@ -67,7 +70,8 @@ impl Space {
         };
         let high = part(options.high_water);
         Self {
-            used: AtomicU64::new(0),
+            landed: AtomicU64::new(0),
+            base: AtomicU64::new(0),
             limit,
             high,
             low: part(options.low_water).min(high),
@@ -79,19 +83,28 @@ impl Space {
     }
 
     pub(super) fn used(&self) -> u64 {
-        self.used.load(Ordering::Relaxed)
+        self.landed.load(Ordering::Relaxed).wrapping_add(self.base.load(Ordering::Relaxed))
     }
 
-    /// What the disk says, in place of what was counted.
-    pub(super) fn measured(&self, bytes: u64) {
-        self.used.store(bytes, Ordering::Relaxed);
+    /// Puts what `measure` finds in place of what was counted; gives that. What lands meanwhile is
+    /// counted in any case: rather twice, until the next time, than not at all.
+    pub(super) fn measured(&self, measure: impl FnOnce() -> u64) -> u64 {
+        let before = self.landed.load(Ordering::Relaxed);
+        let bytes = measure();
+        self.base.store(bytes.wrapping_sub(before), Ordering::Relaxed);
+        bytes
+    }
+
+    /// Counts bytes that have gone.
+    pub(super) fn freed(&self, bytes: u64) {
+        self.base.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Counts bytes that were written where nothing was. No lock but the first time that the high
     /// water is reached.
     pub(super) fn landed(&self, bytes: u64) {
-        let used = self.used.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-        if used > self.high && !self.woken.swap(true, Ordering::AcqRel) {
+        self.landed.fetch_add(bytes, Ordering::Relaxed);
+        if self.used() > self.high && !self.woken.swap(true, Ordering::AcqRel) {
             self.kick();
         }
     }
@@ -244,6 +257,20 @@ mod tests {
     }
 
     #[test]
+    fn what_lands_while_the_disk_is_measured_is_not_lost() {
+        let space = space(1000);
+        space.landed(300);
+        space.measured(|| {
+            space.landed(40);
+            200
+        });
+        assert_eq!(space.used(), 240);
+        space.freed(140);
+        space.landed(1);
+        assert_eq!(space.used(), 101);
+    }
+
+    #[test]
     fn who_was_refused_waits_for_a_round_that_began_after_it_asked() {
         let space = space(1000);
         space.attend(std::thread::current().id());
@@ -306,7 +333,7 @@ mod tests {
             space.when_looked(Box::new(move |room| tx.send(room).unwrap()));
             assert!(rx.try_recv().is_err());
             space.next_call(LONG, Instant::now());
-            space.measured(measured);
+            assert_eq!(space.measured(|| measured), measured);
             space.answered(0);
             assert_eq!(rx.recv(), Ok(room));
         }

@@ -324,7 +324,7 @@ fn open_ledger(dir: &Path, map: &UnitMap) -> Result<Ledger, StoreError> {
         replace(dir, "data", |file| file.set_len(map.decoded_len()))?;
     }
     let data = OpenOptions::new().read(true).write(true).open(&data_path).map_err(at(&data_path))?;
-    let identity = identify(&data, map).map_err(at(&data_path))?;
+    let identity = identify(&data.metadata().map_err(at(&data_path))?, map);
 
     let present_path = dir.join("present");
     let bytes = fs::read(&present_path).unwrap_or_default();
@@ -344,11 +344,10 @@ fn open_ledger(dir: &Path, map: &UnitMap) -> Result<Ledger, StoreError> {
     Ok(Ledger::new(Box::new(FileSink::new(data)), words, Some(copy)))
 }
 
-pub(super) fn identify(data: &File, map: &UnitMap) -> io::Result<Identity> {
-    let meta = data.metadata()?;
+pub(super) fn identify(meta: &fs::Metadata, map: &UnitMap) -> Identity {
     let born = meta.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
     let born = born.and_then(|age| u64::try_from(age.as_nanos()).ok()).unwrap_or(0);
-    Ok(Identity { layout: layout(map), units: map.count(), inode: meta.ino(), born })
+    Identity { layout: layout(map), units: map.count(), inode: meta.ino(), born }
 }
 
 /// Fingerprint of where units lie, without how they are checked.

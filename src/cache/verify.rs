@@ -6,7 +6,7 @@
 //! is in use it is only told, loudly, because a kernel may be reading the file without asking.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
 use rustix::fs::Advice;
@@ -17,7 +17,7 @@ use super::inventory::Shelved;
 use super::presence::{bit, clear_bit};
 use super::shelves::{Shelves, StockError};
 use super::sink::FileSink;
-use super::store::{StoreError, at, identify};
+use super::store::{StoreError, at};
 use crate::base::ByteRange;
 use crate::blob::{Unit, UnitIndex, verify};
 
@@ -46,44 +46,56 @@ pub struct SpoiltUnit {
     pub what: String,
 }
 
-/// Where the bytes are read from.
+/// Where the bytes of one unit are read from.
 enum Reading {
-    /// A device of this process.
+    /// A device of this process, through the descriptor that raises no events.
     Live(Arc<Device>),
     Shelved(File),
+}
+
+impl Reading {
+    fn file(&self) -> Option<&File> {
+        match self {
+            Self::Live(device) => device.reader(),
+            Self::Shelved(file) => Some(file),
+        }
+    }
 }
 
 impl Shelves {
     /// Reads every present unit of the blob in directory `name`, a whole name, and checks it.
     /// `go_on` is told of the bytes of each unit when it has been read; the reading ends when it
-    /// says no.
+    /// says no, and when the blob goes meanwhile.
+    ///
+    /// The file is opened for each unit anew, and not kept open in between: whoever wants to know
+    /// whether the blob is in use must not be told of us for as long as all of it takes.
     pub fn verify(&self, name: &str, go_on: &mut dyn FnMut(u64) -> bool) -> Result<VerifyReport, StockError> {
         let mut report = VerifyReport { name: name.to_owned(), ..VerifyReport::default() };
+        let path = self.dir(&self.whole(name)?).join("data");
         let device = self.alive().get(name).and_then(|shelf| shelf.device.upgrade());
-        let (shelved, reading) = match device {
-            Some(device) => {
-                let (map, words) = (device.map().as_ref().clone(), device.snapshot());
-                (Shelved { map, words }, Reading::Live(device))
-            }
-            None => {
-                let path = self.dir(&self.whole(name)?).join("data");
-                let Some(shelved) = self.shelved(name) else { return Ok(report) };
-                // Opened before anybody can mark it, or else the reading asks this very process.
-                (shelved, Reading::Shelved(File::open(&path).map_err(at(&path))?))
-            }
+        let (map, words) = match device {
+            Some(device) => (device.map(), device.snapshot()),
+            None => match self.shelved(name) {
+                Some(shelved) => (Arc::new(shelved.map), shelved.words),
+                None => return Ok(report),
+            },
         };
-        let file = match &reading {
-            Reading::Live(device) => device.reader().ok_or_else(|| StockError::InUse(name.to_owned()))?,
-            Reading::Shelved(file) => file,
-        };
-        let present = (0..).zip(shelved.map.units()).filter(|(index, _)| bit(&shelved.words, *index));
+        let inode = fs::metadata(&path).map_err(at(&path))?.ino();
+        let present = (0..).zip(map.units()).filter(|(index, _)| bit(&words, *index));
         let mut room = Vec::new();
         for (index, unit) in present {
             let blocks = unit.blocks();
-            if let Err(what) = check(file, unit, &mut room) {
+            let Some(reading) = self.reading(name, inode) else {
+                report.cut_short = true;
+                break;
+            };
+            if let Some(file) = reading.file()
+                && let Err(what) = check(file, unit, &mut room)
+            {
                 let (start, len) = (blocks.start(), blocks.len());
                 report.spoilt.push(SpoiltUnit { unit: index, start, len, what });
             }
+            drop(reading);
             report.units += 1;
             report.bytes += blocks.len();
             if !go_on(blocks.len()) {
@@ -91,14 +103,26 @@ impl Shelves {
                 break;
             }
         }
-        let was_live = matches!(reading, Reading::Live(_));
-        // Our own descriptor would count as a use.
-        drop(reading);
         if !report.spoilt.is_empty() {
-            report.mended = !was_live && self.make_absent(name, &report.spoilt)?;
+            report.mended = self.make_absent(name, &report.spoilt)?;
             report.log();
         }
         Ok(report)
+    }
+
+    /// The data file of directory `name`, if it is still the one with this inode.
+    fn reading(&self, name: &str, inode: u64) -> Option<Reading> {
+        let alive = self.alive();
+        let device = alive.get(name).and_then(|shelf| shelf.device.upgrade());
+        let reading = match device {
+            Some(device) => Reading::Live(device),
+            // Opened under the lock that devices are opened under, and so before anybody can mark
+            // it, or else the reading would ask this very process.
+            None => Reading::Shelved(File::open(self.dir(name).join("data")).ok()?),
+        };
+        drop(alive);
+        let same = reading.file().is_some_and(|file| file.metadata().is_ok_and(|meta| meta.ino() == inode));
+        same.then_some(reading)
     }
 
     fn whole(&self, name: &str) -> Result<String, StockError> {
@@ -113,11 +137,10 @@ impl Shelves {
         }
         let dir = self.dir(name);
         self.twins.forget(&dir.join("data"));
-        let Some(Shelved { map, words: before }) = self.shelved(name) else { return Ok(true) };
+        let Some(Shelved { words: before, identity, .. }) = self.shelved(name) else { return Ok(true) };
         let mut after = before.clone();
         spoilt.iter().for_each(|spoilt| clear_bit(&mut after, spoilt.unit));
-        let (data, path) = (dir.join("data"), dir.join("present"));
-        let identity = File::open(&data).and_then(|file| identify(&file, &map)).map_err(at(&data))?;
+        let path = dir.join("present");
         let present = OpenOptions::new().write(true).open(&path).map_err(at(&path))?;
         bits::write_changed(&FileSink::new(present), &identity, &before, &after).map_err(at(&path))?;
         Ok(true)
