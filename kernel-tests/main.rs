@@ -61,6 +61,7 @@ const TABLES: &[&[Case]] = &[
     cases::images::CASES,
     cases::interop::CASES,
     cases::sharing::CASES,
+    cases::space::CASES,
     cases::faults::CASES,
     cases::takeover::CASES,
     cases::many::CASES,

@@ -13,4 +13,5 @@ pub(crate) mod prefetch;
 pub(crate) mod reading;
 pub(crate) mod service;
 pub(crate) mod sharing;
+pub(crate) mod space;
 pub(crate) mod takeover;

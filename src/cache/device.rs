@@ -20,10 +20,11 @@ use super::pool::Job;
 use super::prefetch::Want;
 use super::presence::found;
 use super::readahead::{Reach, Streams};
+use super::shelves::note_use;
 use super::sink::{Scratch, Sink};
 use super::sources::Sources;
-use super::stats::{Counters, DeviceStats};
-use super::store::StoreError;
+use super::stats::{Counters, DeviceStats, count};
+use super::store::{StoreError, is_full};
 use super::trace::Trace;
 use super::{Completion, Fill, FillError, is_needed};
 use crate::base::{BlobId, ByteRange, Class};
@@ -77,6 +78,8 @@ pub(super) struct Core {
     pub(super) sources: Sources,
     pub(super) ledger: Arc<Ledger>,
     inflight: Arc<Inflight>,
+    /// The data file, if it is a store's.
+    pub(super) data: Option<PathBuf>,
     streams: Mutex<Streams>,
     pub(super) engine: Arc<Engine>,
     pub(super) counters: Counters,
@@ -132,6 +135,7 @@ impl Device {
             sources: Sources::new(source),
             ledger,
             inflight: Arc::default(),
+            data: home.as_ref().map(|home| home.data.clone()),
             streams: Mutex::default(),
             engine: Arc::clone(&engine),
             counters: Counters::default(),
@@ -193,12 +197,43 @@ impl Device {
             units: core.completeness.needed.load(Ordering::Acquire),
             units_present: core.ledger.presence.count(),
             units_filled: read(&counters.filled),
+            units_copied: read(&counters.copied),
             stored_bytes_fetched: read(&counters.fetched),
             requests: read(&counters.requests),
             hits: read(&counters.hits),
             misses: read(&counters.misses),
             errors: read(&counters.errors),
             complete: self.is_complete_durable(),
+        }
+    }
+
+    /// Bytes of the units that are present, in whole blocks.
+    pub fn present_bytes(&self) -> u64 {
+        let layout = &self.core.layout;
+        let present = (0..).zip(layout.units()).filter(|(index, _)| self.core.ledger.presence.get(*index));
+        present.map(|(_, unit)| unit.blocks().len()).sum()
+    }
+
+    /// A copy of the presence of all units.
+    pub(super) fn snapshot(&self) -> Vec<u64> {
+        self.core.ledger.presence.snapshot()
+    }
+
+    /// The data file, for reading without raising events.
+    pub(super) fn reader(&self) -> Option<&File> {
+        self.core.ledger.file()
+    }
+
+    /// Lets other devices copy from this one, if nothing is missing of it.
+    pub(super) fn offer(&self) {
+        if let Some(data) = self.data_path()
+            && self.is_complete_durable()
+        {
+            self.core.engine.twins.add(data, &self.map());
+            // Another image may have made more of it wanted in between.
+            if !self.is_complete_durable() {
+                self.core.engine.twins.forget(data);
+            }
         }
     }
 
@@ -307,6 +342,9 @@ impl Drop for Device {
         self.core.background.stop();
         self.core.engine.fetcher.remove(self.core.id);
         self.core.flush_and_log();
+        if let Some(dir) = self.data_path().and_then(Path::parent) {
+            note_use(dir);
+        }
         self.core.ledger.detach();
     }
 }
@@ -385,9 +423,43 @@ impl Core {
         self.fill(units, class, Box::new(done));
     }
 
-    /// Makes `units` present, then calls `done`.
+    /// Makes `units` present, then calls `done`. At the limit of the cache, what nobody waits for
+    /// is put off until the evictor has looked, and fails if there is no room then.
     pub(super) fn fill(self: &Arc<Self>, units: Range<UnitIndex>, class: Class, done: Completion) {
         let wait = Wait::new(done);
+        match class {
+            Class::OnDemand => self.fill_now(units, class, &wait),
+            Class::Prefetch => {
+                self.when_room(units.clone(), &wait, move |core, wait| core.fill_now(units, class, wait));
+            }
+        }
+    }
+
+    /// Goes on with `then` at once, or at the limit of the cache when the evictor has looked, if
+    /// there is room then and any of `units` is absent now.
+    pub(super) fn when_room(
+        self: &Arc<Self>,
+        mut units: impl Iterator<Item = UnitIndex>,
+        wait: &Arc<Wait>,
+        then: impl FnOnce(&Arc<Self>, &Arc<Wait>) + Send + 'static,
+    ) {
+        if self.engine.space.is_spent()
+            && let Some(unit) = units.find(|&index| !self.ledger.presence.get(index))
+        {
+            let (core, wait) = (Arc::clone(self), Arc::clone(wait));
+            let later = move |room| {
+                if room {
+                    then(&core, &wait);
+                } else {
+                    wait.settle(&Err(FillError::NoSpace { blob: core.blob().clone(), unit }));
+                }
+            };
+            return self.engine.space.when_looked(Box::new(later));
+        }
+        then(self, wait);
+    }
+
+    fn fill_now(self: &Arc<Self>, units: Range<UnitIndex>, class: Class, wait: &Arc<Wait>) {
         let map = self.map();
         let (mut leads, mut urgent) = (Vec::new(), Vec::new());
         let mut hit = true;
@@ -395,7 +467,7 @@ impl Core {
             hit = false;
             let unit = &map.units()[index as usize];
             if is_needed(unit) {
-                leads.extend(self.enter(&map, index, units.clone(), class, Some(&wait), &mut urgent));
+                leads.extend(self.enter(&map, index, units.clone(), class, Some(wait), &mut urgent));
             } else {
                 wait.fail(self.corrupt(index, unit, DecodeError::Unverifiable));
             }
@@ -454,8 +526,15 @@ impl Core {
         before.take(MOST_SIBLINGS).chain(after.take(MOST_SIBLINGS)).filter(can_come)
     }
 
-    /// Gathers led units into ranged reads and queues them; by the limits of `bulk` behind everything.
+    /// Has led units copied where that can be, and the others fetched; by the limits of `bulk` behind
+    /// everything.
     pub(super) fn submit(self: &Arc<Self>, map: &UnitMap, leads: Vec<Lead>, class: Class, bulk: Option<PlanLimits>) {
+        let leads = if self.engine.twins.is_of_use() { self.copy_twins(map, leads) } else { leads };
+        self.fetch(map, leads, class, bulk);
+    }
+
+    /// Gathers led units into ranged reads and queues them.
+    pub(super) fn fetch(self: &Arc<Self>, map: &UnitMap, leads: Vec<Lead>, class: Class, bulk: Option<PlanLimits>) {
         if leads.is_empty() {
             return;
         }
@@ -488,7 +567,7 @@ impl Core {
     fn observe(self: &Arc<Self>, units: Range<UnitIndex>) {
         let options = &self.engine.options;
         let reach = Reach { first: options.readahead_first, most: options.readahead_most };
-        if units.is_empty() || reach.first == 0 {
+        if units.is_empty() || reach.first == 0 || self.engine.space.is_spent() {
             return;
         }
         // A missed observation costs a little speed; waiting would cost a reader its answer.
@@ -541,17 +620,39 @@ impl Core {
         let outcome = match decoder.decode(self.layout.key(), &unit, stored, room) {
             Err(_) if !led.again => return Some(led),
             Err(cause) => Err(self.corrupt(index, &unit, cause)),
-            Ok(()) => self.ledger.land(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
+            Ok(()) => self.land_checked(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
         };
         match &outcome {
             Ok(_) => self.counters.filled.fetch_add(1, Ordering::Relaxed),
             Err(_) => self.counters.errors.fetch_add(1, Ordering::Relaxed),
         };
         led.lead.finish(&outcome.map(drop));
+        self.flush_if_full();
+        None
+    }
+
+    /// Writes checked blocks and publishes them. Where the disk is full, waits until what nobody
+    /// uses has gone, and tries once more.
+    pub(super) fn land_checked(&self, index: UnitIndex, unit: &Unit, blocks: &[u8]) -> io::Result<bool> {
+        let fresh = match self.ledger.land(index, unit, blocks) {
+            Err(cause) if is_full(&cause) => {
+                count(&self.engine.counters.refused_writes, 1);
+                let room = self.engine.space.make_room(blocks.len() as u64);
+                if room { self.ledger.land(index, unit, blocks)? } else { return Err(cause) }
+            }
+            outcome => outcome?,
+        };
+        if fresh {
+            self.engine.space.landed(blocks.len() as u64);
+        }
+        Ok(fresh)
+    }
+
+    /// Has the device made durable at once if nothing is missing any more.
+    pub(super) fn flush_if_full(&self) {
         if self.ledger.presence.count() >= self.completeness.needed.load(Ordering::Acquire) {
             self.engine.flusher.kick();
         }
-        None
     }
 
     /// Asks for every stored range of a window alone, because the blob ends before the window does: the
@@ -598,9 +699,10 @@ impl Core {
 
     fn unwritten(&self, unit: UnitIndex, cause: io::Error) -> FillError {
         let blob = self.blob().clone();
-        match cause.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FillError::NoSpace { blob, unit },
-            _ => FillError::Io { blob, unit, cause: Arc::new(cause) },
+        if is_full(&cause) {
+            FillError::NoSpace { blob, unit }
+        } else {
+            FillError::Io { blob, unit, cause: Arc::new(cause) }
         }
     }
 
@@ -622,6 +724,8 @@ impl Core {
     pub(super) fn flush_and_log(&self) {
         match self.flush() {
             Ok(()) => self.flush_failed.store(false, Ordering::Relaxed),
+            Err(FlushError::Data(cause) | FlushError::Bits(cause))
+                if is_full(&cause) && self.engine.space.make_room(1) => {}
             Err(error) if !self.flush_failed.swap(true, Ordering::Relaxed) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
                 tracing::error!(blob = %self.blob(), cause, "{error}");

@@ -13,6 +13,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
+use rustix::fs::OFlags;
+
 use super::sink::Sink;
 use crate::base::ByteRange;
 use crate::sys::files::data_ranges;
@@ -34,7 +36,7 @@ pub trait Disk: Send + Sync + 'static {
     /// Opens an empty file at `path` for writing, closed to other users; what was there is gone.
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
 
-    /// Opens the file at `path` for writing.
+    /// Opens the file at `path` for reading and writing.
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
 
     /// Gives a file another name in the same directory; what had that name is gone.
@@ -59,7 +61,7 @@ pub trait DiskFile: Sink {
     fn data_ranges(&self, len: u64) -> io::Result<Vec<ByteRange>>;
 
     /// The open file of this host that is written to, if it is one.
-    fn host_file(&self) -> Option<Arc<File>> {
+    fn host_file(&self) -> Option<&Arc<File>> {
         None
     }
 }
@@ -109,7 +111,7 @@ impl Disk for HostDisk {
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        Ok(Box::new(FileSink::new(OpenOptions::new().write(true).open(path)?)))
+        Ok(Box::new(FileSink::new(OpenOptions::new().read(true).write(true).open(path)?)))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -127,40 +129,51 @@ impl Disk for HostDisk {
 
 /// An ordinary file.
 #[derive(Debug)]
-pub struct FileSink(Arc<File>);
+pub struct FileSink {
+    file: Arc<File>,
+    /// Whether it is open for reading as well.
+    readable: bool,
+}
 
 impl FileSink {
-    /// Writes to `file`, which must be open for writing.
+    /// Writes to `file`, which must be open for writing, and for reading if anybody asks for it.
     pub fn new(file: impl Into<Arc<File>>) -> Self {
-        Self(file.into())
+        let file = file.into();
+        // What an earlier release had opened and left behind is not.
+        let mode = rustix::fs::fcntl_getfl(&file).map(|flags| flags & OFlags::ACCMODE);
+        Self { file, readable: mode.is_ok_and(|mode| mode == OFlags::RDWR) }
     }
 }
 
 impl Sink for FileSink {
     fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
-        self.0.write_all_at(bytes, at)
+        self.file.write_all_at(bytes, at)
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.sync_data()
+        self.file.sync_data()
+    }
+
+    fn file(&self) -> Option<&File> {
+        self.readable.then_some(&*self.file)
     }
 }
 
 impl DiskFile for FileSink {
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
+        self.file.set_len(len)
     }
 
     fn facts(&self) -> io::Result<FileFacts> {
-        self.0.metadata().map(FileFacts::from)
+        self.file.metadata().map(FileFacts::from)
     }
 
     fn data_ranges(&self, len: u64) -> io::Result<Vec<ByteRange>> {
-        data_ranges(self.0.as_fd(), len)
+        data_ranges(self.file.as_fd(), len)
     }
 
-    fn host_file(&self) -> Option<Arc<File>> {
-        Some(Arc::clone(&self.0))
+    fn host_file(&self) -> Option<&Arc<File>> {
+        Some(&self.file)
     }
 }
 

@@ -10,6 +10,9 @@ use super::fetch::Fetcher;
 use super::flush::Flusher;
 use super::plan::PlanLimits;
 use super::pool::{Pool, Queue};
+use super::space::Space;
+use super::stats::StoreCounters;
+use super::twins::Twins;
 use crate::base::Class;
 use crate::sys::sandbox::Sandbox;
 
@@ -57,6 +60,18 @@ pub struct StoreOptions {
     pub flush_every: Duration,
     /// What the decoding threads narrow themselves by. Default: nothing.
     pub sandbox: Sandbox,
+    /// Most bytes that the cache should take on disk; `None`, the default, for as many as there are.
+    /// Readers of mounted images are let through beyond it.
+    pub cache_limit: Option<u64>,
+    /// Percent of `cache_limit` at which blobs that nobody uses begin to go. Default 95.
+    pub high_water: u8,
+    /// Percent of `cache_limit` at which that ends. Default 85.
+    pub low_water: u8,
+    /// Bytes a second that the scrub reads again of complete blobs; 0 for no scrub. Default 2 MiB.
+    pub scrub_rate: u64,
+    /// Most units that are remembered for copying instead of fetching, at 34 bytes each at most; 0
+    /// to copy nothing. Default 458752, which are 448 GiB in chunks of 1 MiB and take up to 9 MiB.
+    pub twins: usize,
 }
 
 impl Default for StoreOptions {
@@ -80,6 +95,12 @@ impl Default for StoreOptions {
             readahead_most: 16 * MIB,
             flush_every: Duration::from_secs(2),
             sandbox: Sandbox::off(),
+            cache_limit: None,
+            high_water: 95,
+            low_water: 85,
+            scrub_rate: 2 * MIB,
+            // As many as fill the table of a hash map to the brim.
+            twins: (1 << 19) / 8 * 7,
         }
     }
 }
@@ -144,6 +165,9 @@ pub struct Engine {
     pub(super) runtime: Handle,
     pub(super) fetcher: Arc<Fetcher>,
     pub(super) flusher: Flusher,
+    pub(super) space: Arc<Space>,
+    pub(super) twins: Arc<Twins>,
+    pub(super) counters: Arc<StoreCounters>,
     pool: Pool,
     next_device: AtomicU64,
 }
@@ -154,11 +178,19 @@ impl Engine {
     /// # Errors
     /// If the system has no room for the threads.
     pub fn new(options: StoreOptions, runtime: Handle) -> io::Result<Arc<Self>> {
+        let twins = Arc::new(Twins::new(options.twins));
+        Self::over(options, runtime, twins)
+    }
+
+    /// The same, with the index of a store.
+    pub(super) fn over(options: StoreOptions, runtime: Handle, twins: Arc<Twins>) -> io::Result<Arc<Self>> {
         let options = Arc::new(options);
         let pool = Pool::start(options.decode_threads, &options.sandbox)?;
         let fetcher = Fetcher::new(Arc::clone(&options), runtime.clone(), Arc::clone(pool.queue()));
         let flusher = Flusher::start(options.flush_every)?;
-        Ok(Arc::new(Self { options, runtime, fetcher, flusher, pool, next_device: AtomicU64::new(0) }))
+        let space = Arc::new(Space::new(&options));
+        let (counters, next_device) = (Arc::default(), AtomicU64::new(0));
+        Ok(Arc::new(Self { options, runtime, fetcher, flusher, space, twins, counters, pool, next_device }))
     }
 
     pub(super) fn jobs(&self) -> &Queue {

@@ -10,6 +10,7 @@
 //! durable is withdrawn from memory as well. `landing` keeps a writer that straddles such a sync
 //! from publishing afterwards.
 
+use std::fs::File;
 use std::io;
 
 use super::bits::{self, Identity};
@@ -94,6 +95,18 @@ impl Ledger {
         let fresh = self.publish(index);
         faultpoint::reach("published");
         Ok(fresh)
+    }
+
+    /// The same for bytes that `fill` puts into the file by other means than writing them.
+    pub(super) fn land_by(&self, index: UnitIndex, fill: impl FnOnce(&File) -> io::Result<()>) -> io::Result<bool> {
+        let _landing = self.landing.read().unwrap();
+        fill(self.file().ok_or(io::ErrorKind::Unsupported)?)?;
+        Ok(self.publish(index))
+    }
+
+    /// The device file, opened before anybody could mark it: reads through it raise no events.
+    pub(super) fn file(&self) -> Option<&File> {
+        self.sink.file()
     }
 
     fn publish(&self, index: UnitIndex) -> bool {

@@ -35,6 +35,14 @@ pub(super) fn set_bit(words: &mut [u64], unit: UnitIndex) {
     words[word] |= mask;
 }
 
+/// Clears `unit` in a plain copy of the bits, if there is such a bit.
+pub(super) fn clear_bit(words: &mut [u64], unit: UnitIndex) {
+    let (word, mask) = place(unit);
+    if let Some(word) = words.get_mut(word) {
+        *word &= !mask;
+    }
+}
+
 /// A plain copy of the bits of all checkable units that lie wholly in `ranges`. Costs a walk over
 /// both, because a file may be in a million pieces.
 pub(super) fn found(map: &UnitMap, ranges: &[ByteRange]) -> Vec<u64> {

@@ -1,3 +1,4 @@
+use std::fs::File;
 use std::io;
 
 use crate::base::BLOCK;
@@ -13,6 +14,11 @@ pub trait Sink: Send + Sync {
     /// Returns when everything written before is on stable storage. After an error, nothing
     /// written since the last success may be relied on.
     fn sync(&self) -> io::Result<()>;
+
+    /// The file behind it, if that is an ordinary one that can be read as well.
+    fn file(&self) -> Option<&File> {
+        None
+    }
 }
 
 /// Longest single write in bytes. Kernels before the autumn of 2024 misreport longer short writes

@@ -6,7 +6,11 @@
 //!   v1/<blob id>/units             the unit map with all checks known so far
 //!                data              decoded bytes, sparse, as long as the device
 //!                present           which units of `data` can be trusted
+//!                used, verified    empty; when they were changed is when that last happened
+//!                pinned            empty; there if the blob must stay
 //!   v1/<blob id>.<16 hex digits>/  the same for images that disagree about the blob
+//!   v1/.trash-<number>/            a blob on its way out
+//!   bootstraps/<SHA-256>           copies of bootstraps
 //! ```
 //!
 //! Files appear under their names complete or not at all. `data` is never punched, shortened or
@@ -14,23 +18,29 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::runtime::Handle;
 
-use super::bits::{self, Identity};
 use super::device::{Device, Home};
-use super::disk::{Disk, DiskFile, FileFacts, FileSink, HostDisk};
+use super::disk::{Disk, DiskFile, FileSink, HostDisk};
 use super::engine::{Engine, StoreOptions};
+use super::evictor::Evictor;
 use super::is_needed;
-use super::ledger::{DurableCopy, FlushError, Ledger, SyncNames};
-use super::presence::{bit, found};
-use super::sink::Sink;
-use crate::base::{BlobId, ByteRange, Digest};
+use super::ledger::FlushError;
+use super::place::Opened;
+use super::pool::Job;
+use super::presence::bit;
+use super::scrub::Scrub;
+use super::shelves::{Shelf, Shelves, note_use};
+use super::stats::StoreStats;
+use super::twins::Twins;
+use crate::base::{BlobId, Class};
 use crate::blob::UnitMap;
 use crate::source::BlobSource;
 use crate::sys::files::{inode_id, inode_id_at};
@@ -72,36 +82,32 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether the file system had no room.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Io { cause, .. } if is_full(cause))
+    }
+}
+
+/// Whether a failure is one of room.
+pub(super) fn is_full(cause: &io::Error) -> bool {
+    matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 /// Devices by name in one directory, with the one right to write there.
 pub struct Store {
-    devices_dir: PathBuf,
-    disk: Arc<dyn Disk>,
+    shelves: Arc<Shelves>,
     engine: Arc<Engine>,
-    shelves: Mutex<HashMap<String, Shelf>>,
-    lock: Arc<File>,
-}
-
-/// What is alive of one device directory. A ledger outlives its device while the last jobs end;
-/// whoever opens the device again must go on with the same one.
-struct Shelf {
-    device: Weak<Device>,
-    ledger: Weak<Ledger>,
-    /// What tells the file apart that the ledger writes to.
-    data: FileFacts,
-    /// The same file, open for writing; `None` if it is not one of this host.
-    file: Option<Arc<File>>,
-}
-
-/// A data file with what is known about it.
-struct Opened {
-    ledger: Arc<Ledger>,
-    data: FileFacts,
-    file: Option<Arc<File>>,
+    wants_twins: Arc<AtomicBool>,
+    _evictor: Evictor,
+    _scrub: Option<Scrub>,
 }
 
 impl Store {
     /// Opens the store at `root`, creating it if it is not there, and starts its threads.
     /// Fetches run on `runtime`.
+    ///
+    /// Nothing goes to make room before [`Store::say_uses_are_known`].
     pub fn open(root: &Path, options: StoreOptions, runtime: Handle) -> Result<Arc<Self>, StoreError> {
         Self::open_locked(root, options, runtime, None)
     }
@@ -136,24 +142,50 @@ impl Store {
         runtime: Handle,
         held: Option<File>,
     ) -> Result<Arc<Self>, StoreError> {
-        let devices_dir = root.join("v1");
-        DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(at(root))?;
-        // Whoever can write to a device file can put anything into a container.
-        fs::set_permissions(root, Permissions::from_mode(0o700)).map_err(at(root))?;
-        let lock = Arc::new(match held {
-            Some(held) => take_over(root, held)?,
-            None => lock(root)?,
-        });
-        disk.create_dir(&devices_dir).map_err(at(&devices_dir))?;
-        disk.sync_dir(root).map_err(at(root))?;
-        let engine = Engine::new(options, runtime).map_err(StoreError::Threads)?;
-        Ok(Arc::new(Self { devices_dir, disk, engine, shelves: Mutex::default(), lock }))
+        let shelves = Shelves::prepare(root, Arc::new(Twins::new(options.twins)), disk, held)?;
+        let engine = Engine::over(options, runtime, Arc::clone(&shelves.twins)).map_err(StoreError::Threads)?;
+        let wants_twins = Arc::default();
+        let evictor = Evictor::start(&shelves, &engine, &wants_twins).map_err(StoreError::Threads)?;
+        let scrub = Scrub::start(&shelves, &engine).map_err(StoreError::Threads)?;
+        Ok(Arc::new(Self { shelves, engine, wants_twins, _evictor: evictor, _scrub: scrub }))
+    }
+
+    /// From now on a blob that nobody is known to use may go, and bytes may be copied from one blob
+    /// to another. Whoever adopts mounts of a predecessor says this when it holds their devices
+    /// and answers the events of their files, and not before: a file that is still marked may be
+    /// read by the threads that fill.
+    pub fn say_uses_are_known(&self) {
+        self.engine.twins.open();
+        self.shelves.say_uses_are_known();
+        self.engine.space.kick();
+    }
+
+    /// What is in the store, who uses it, and how it goes.
+    pub fn shelves(&self) -> &Arc<Shelves> {
+        &self.shelves
+    }
+
+    /// What the store has done so far.
+    pub fn stats(&self) -> StoreStats {
+        let limit = self.engine.space.limit;
+        StoreStats {
+            used_bytes: self.engine.space.used(),
+            limit_bytes: (limit < u64::MAX).then_some(limit),
+            known_units: self.engine.twins.known() as u64,
+            ..self.engine.counters.snapshot()
+        }
+    }
+
+    /// Waits until what nobody uses has gone to make room for `bytes` that the file system
+    /// refused; whether there was anything, so that another attempt makes sense.
+    pub fn make_room(&self, bytes: u64) -> bool {
+        self.engine.space.make_room(bytes)
     }
 
     /// The open lock. Whoever keeps a copy of it keeps every other process out of the store, even
     /// when this one has died.
     pub fn lock_file(&self) -> &Arc<File> {
-        &self.lock
+        &self.shelves.lock
     }
 
     /// The threads and limits, for devices over foreign sinks.
@@ -163,20 +195,27 @@ impl Store {
 
     /// The unit map kept for `blob`, with all checks learnt so far; spares fetching its tables.
     pub fn saved_map(&self, blob: &BlobId) -> Option<UnitMap> {
-        self.place(blob.as_str()).saved().filter(|map| map.blob() == blob)
+        self.shelves.place(blob.as_str()).saved().filter(|map| map.blob() == blob)
     }
 
     /// The device for `map`'s blob, shared with everyone whose map agrees.
     ///
     /// `source` is asked before those the device had, which stay for when it fails. A map that disagrees with what is known gets a
     /// directory of its own: an image with false digests must not poison another one's cache.
-    /// Waits for the disk.
+    /// Waits for the disk; on a full one, until what nobody uses has gone.
     pub fn device(&self, map: UnitMap, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
-        let mut shelves = self.shelves.lock().unwrap();
+        match self.find_or_open(&map, &source) {
+            Err(error) if error.is_full() && self.make_room(1) => self.find_or_open(&map, &source),
+            outcome => outcome,
+        }
+    }
+
+    fn find_or_open(&self, map: &UnitMap, source: &Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
+        let mut shelves = self.shelves.alive();
         let common = map.blob().to_string();
         let own = format!("{common}.{}", &map.fingerprint().to_string()[..16]);
         for name in [common, own] {
-            if let Some(device) = self.shared(&mut shelves, &name, &map, &source)? {
+            if let Some(device) = self.shared(&mut shelves, &name, map, source)? {
                 return Ok(device);
             }
         }
@@ -191,13 +230,18 @@ impl Store {
         map: &UnitMap,
         source: &Arc<dyn BlobSource>,
     ) -> Result<Option<Arc<Device>>, StoreError> {
-        let place = self.place(name);
+        let place = self.shelves.place(name);
         let shelf = shelves.get(name);
         if let Some(shelf) = shelf.filter(|shelf| shelf.ledger.strong_count() > 0) {
             place.ensure_unchanged(&shelf.data)?;
         }
         if let Some(device) = shelf.and_then(|shelf| shelf.device.upgrade()) {
-            return Ok(device.try_learn(map, Arc::clone(source))?.then_some(device));
+            let agrees = device.try_learn(map, Arc::clone(source))?;
+            // What it is missing now must not be copied from it.
+            if !device.is_complete_durable() && self.engine.twins.forget(&place.data()) {
+                self.offer_when_complete(&device);
+            }
+            return Ok(agrees.then_some(device));
         }
         let opened = shelf.and_then(|shelf| {
             Some(Opened { ledger: shelf.ledger.upgrade()?, data: shelf.data, file: shelf.file.clone() })
@@ -212,21 +256,20 @@ impl Store {
 
     /// Names of the directories of all devices, whether somebody uses them or not.
     pub fn directories(&self) -> Vec<String> {
-        let entries = fs::read_dir(&self.devices_dir).into_iter().flatten().flatten();
-        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+        self.shelves.names().unwrap_or_default()
     }
 
     /// The file of decoded bytes of the device in directory `name`.
     pub fn data_path(&self, name: &str) -> PathBuf {
-        self.place(name).data()
+        self.shelves.place(name).data()
     }
 
     /// Whether everything that can be is in the device in directory `name`, durably. For a device
     /// that nobody uses.
     pub fn is_complete(&self, name: &str) -> bool {
-        let place = self.place(name);
+        let place = self.shelves.place(name);
         let Some(map) = place.saved() else { return false };
-        let Ok(data) = self.disk.open(&place.data()) else { return false };
+        let Ok(data) = place.disk.open(&place.data()) else { return false };
         let Ok((_, Some(words))) = place.believed(&map, &*data) else { return false };
         (0..).zip(map.units()).all(|(index, unit)| !is_needed(unit) || bit(&words, index))
     }
@@ -239,8 +282,8 @@ impl Store {
     /// `Unknown` if the store has lost the map of the device, `Replaced` if `data` is not the file
     /// any more that the store has there, or has another length than the device.
     pub fn adopt(&self, name: &str, data: File, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
-        let mut shelves = self.shelves.lock().unwrap();
-        let place = self.place(name);
+        let mut shelves = self.shelves.alive();
+        let place = self.shelves.place(name);
         let data = FileSink::new(data);
         place.ensure_unchanged(&data.facts().map_err(at(&place.data()))?)?;
         if let Some(device) = shelves.get(name).and_then(|shelf| shelf.device.upgrade()) {
@@ -260,22 +303,42 @@ impl Store {
         source: &Arc<dyn BlobSource>,
         Opened { ledger, data, file }: Opened,
     ) -> Arc<Device> {
-        let place = self.place(name);
-        let weak = Arc::downgrade(&ledger);
+        let place = self.shelves.place(name);
+        let (weak, data_path) = (Arc::downgrade(&ledger), place.data());
+        note_use(&place.dir);
         let home = Home {
-            data: place.data(),
+            data: data_path.clone(),
             file: file.clone(),
             save: Box::new(move |map| place.save(map)),
-            _lock: Arc::clone(&self.lock),
+            _lock: Arc::clone(&self.shelves.lock),
         };
         let device = Device::assemble(Arc::new(map), Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
-        shelves.retain(|_, shelf| shelf.ledger.strong_count() > 0);
+        shelves.retain(|_, shelf| shelf.is_alive());
         shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak, data, file });
+        if !device.is_complete_durable() {
+            self.engine.twins.forget(&data_path);
+            if self.engine.twins.is_wanted() && !self.wants_twins.swap(true, Ordering::AcqRel) {
+                self.engine.space.kick();
+            }
+        }
+        self.offer_when_complete(&device);
         device
     }
 
-    fn place(&self, name: &str) -> Place {
-        Place { dir: self.devices_dir.join(name), disk: Arc::clone(&self.disk) }
+    /// Lets other devices copy from this one as soon as nothing is missing of it.
+    fn offer_when_complete(&self, device: &Arc<Device>) {
+        let (weak, engine) = (Arc::downgrade(device), Arc::downgrade(&self.engine));
+        let offer = move || {
+            let Some(engine) = engine.upgrade() else { return };
+            // A job, because whoever calls must not be held up.
+            let job = Job::new(Class::Prefetch, move |_| {
+                if let Some(device) = weak.upgrade() {
+                    device.offer();
+                }
+            });
+            engine.jobs().push(job);
+        };
+        device.on_complete(Box::new(offer));
     }
 
     /// Makes everything present in all devices durable. Waits for the disk. Devices stay usable.
@@ -283,7 +346,7 @@ impl Store {
     /// # Errors
     /// The first failure; the other devices are flushed all the same.
     pub fn close(&self) -> Result<(), StoreError> {
-        let devices: Vec<_> = self.shelves.lock().unwrap().values().filter_map(|s| s.device.upgrade()).collect();
+        let devices: Vec<_> = self.shelves.alive().values().filter_map(|s| s.device.upgrade()).collect();
         let mut outcome = Ok(());
         for device in devices {
             let flushed = device.flush().map_err(|cause| StoreError::Flush { blob: device.blob().clone(), cause });
@@ -295,18 +358,18 @@ impl Store {
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Store").field("devices_dir", &self.devices_dir).finish_non_exhaustive()
+        f.debug_struct("Store").field("shelves", &self.shelves).finish_non_exhaustive()
     }
 }
 
 /// Adds the path to an error of the system.
-fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+pub(super) fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     let path = path.to_owned();
     move |cause| StoreError::Io { path, cause }
 }
 
 /// Takes the right to write, which lasts until the file is closed.
-fn lock(root: &Path) -> Result<File, StoreError> {
+pub(super) fn lock(root: &Path) -> Result<File, StoreError> {
     let path = root.join("lock");
     let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
     let mut file = open.map_err(at(&path))?;
@@ -325,7 +388,7 @@ fn lock(root: &Path) -> Result<File, StoreError> {
 }
 
 /// Goes on with a lock that is held already, if it is the one of `root`.
-fn take_over(root: &Path, mut held: File) -> Result<File, StoreError> {
+pub(super) fn take_over(root: &Path, mut held: File) -> Result<File, StoreError> {
     let path = root.join("lock");
     let same = inode_id_at(&path).and_then(|there| Ok(there == inode_id(&held)?)).unwrap_or(false);
     if !same {
@@ -334,167 +397,4 @@ fn take_over(root: &Path, mut held: File) -> Result<File, StoreError> {
     // Only for people, so a failure to write it is no failure.
     let _ = held.set_len(0).and_then(|()| held.rewind()).and_then(|()| writeln!(held, "{}", std::process::id()));
     Ok(held)
-}
-
-/// The directory of one device and what is done to its files.
-struct Place {
-    dir: PathBuf,
-    disk: Arc<dyn Disk>,
-}
-
-impl Place {
-    fn data(&self) -> PathBuf {
-        self.dir.join("data")
-    }
-
-    /// The map saved here, if there is a sound one.
-    fn saved(&self) -> Option<UnitMap> {
-        UnitMap::from_bytes(&self.disk.read(&self.dir.join("units")).ok()?).ok()
-    }
-
-    fn save(&self, map: &UnitMap) -> Result<(), StoreError> {
-        self.replace("units", |file| file.write_at(&map.to_bytes(), 0))
-    }
-
-    /// Merges `map` with the one saved and saves the outcome; `None` if they disagree.
-    fn settle_map(&self, map: &UnitMap) -> Result<Option<UnitMap>, StoreError> {
-        if let Some(known) = self.saved() {
-            let merged = known.merge(map);
-            if let Some(merged) = &merged
-                && *merged != known
-            {
-                self.save(merged)?;
-            }
-            return Ok(merged);
-        }
-        self.disk.create_dir(&self.dir).map_err(at(&self.dir))?;
-        // What is present was checked against a map that is lost.
-        self.forget_presence()?;
-        self.save(map)?;
-        Ok(Some(map.clone()))
-    }
-
-    /// Opens `data` for writing, creating or replacing what is missing or does not fit.
-    fn open_data(&self, map: &UnitMap) -> Result<Box<dyn DiskFile>, StoreError> {
-        let path = self.data();
-        let fits = self.disk.facts(&path).is_ok_and(|file| file.is_file && file.len == map.decoded_len());
-        if !fits {
-            // First, or a new file with the old one's inode number could be taken for it.
-            self.forget_presence()?;
-            self.replace("data", |file| file.set_len(map.decoded_len()))?;
-        }
-        self.disk.open(&path).map_err(at(&path))
-    }
-
-    /// What `data` is, and the units that `present` can be believed about; `None` if about nothing,
-    /// and it has to be made anew.
-    fn believed(&self, map: &UnitMap, data: &dyn DiskFile) -> io::Result<(FileFacts, Option<Vec<u64>>)> {
-        let facts = data.facts()?;
-        let identity = identity(map, &facts);
-        let bytes = self.disk.read(&self.dir.join("present")).unwrap_or_default();
-        if !bytes.starts_with(&bits::empty(&identity)) {
-            return Ok((facts, None));
-        }
-        let words = bits::read(&bytes, &identity);
-        let nothing = words.iter().all(|&word| word == 0);
-        let sound = nothing || is_possible(map, &words, &data.data_ranges(facts.len)?);
-        Ok((facts, sound.then_some(words)))
-    }
-
-    /// Opens `present`, creating or replacing it if it is missing or does not fit to `data`.
-    fn open_ledger(&self, map: &UnitMap, data: Box<dyn DiskFile>) -> Result<Opened, StoreError> {
-        let (facts, believed) = self.believed(map, &*data).map_err(at(&self.data()))?;
-        if facts.len != map.decoded_len() {
-            return Err(StoreError::Replaced { path: self.data() });
-        }
-        let identity = identity(map, &facts);
-        let words = match believed {
-            Some(words) => words,
-            None => {
-                let fresh = bits::empty(&identity);
-                self.replace("present", |file| file.write_at(&fresh, 0))?;
-                bits::read(&fresh, &identity)
-            }
-        };
-        let present = self.dir.join("present");
-        let bits = self.disk.open(&present).map_err(at(&present))?;
-        let copy = DurableCopy { file: bits, identity, names: Some(self.sync_names()) };
-        let file = data.host_file();
-        let sink = WholeFile { file: data, len: facts.len };
-        Ok(Opened { ledger: Arc::new(Ledger::new(Box::new(sink), words, Some(copy))), data: facts, file })
-    }
-
-    /// Removes `present`, durably.
-    fn forget_presence(&self) -> Result<(), StoreError> {
-        let present = self.dir.join("present");
-        match self.disk.remove(&present) {
-            Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(at(&present)(cause)),
-            _ => self.disk.sync_dir(&self.dir).map_err(at(&self.dir)),
-        }
-    }
-
-    /// Fails if `data` is not the file any more that it was when it was opened: what is known about
-    /// that file must not be said of another.
-    fn ensure_unchanged(&self, opened: &FileFacts) -> Result<(), StoreError> {
-        let path = self.data();
-        match self.disk.facts(&path) {
-            Ok(now) if now == *opened => Ok(()),
-            Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(at(&path)(cause)),
-            _ => Err(StoreError::Replaced { path }),
-        }
-    }
-
-    /// Makes a file appear under `name` complete and durable, or not at all.
-    fn replace(&self, name: &str, write: impl FnOnce(&dyn DiskFile) -> io::Result<()>) -> Result<(), StoreError> {
-        let (path, new) = (self.dir.join(name), self.dir.join(format!("{name}.new")));
-        let file = self.disk.create(&new).map_err(at(&new))?;
-        write(&*file).and_then(|()| file.sync()).map_err(at(&new))?;
-        self.disk.rename(&new, &path).map_err(at(&path))?;
-        self.disk.sync_dir(&self.dir).map_err(at(&self.dir))
-    }
-
-    /// Makes the names of the files and of their directory durable.
-    fn sync_names(&self) -> Box<SyncNames> {
-        let (dir, disk) = (self.dir.clone(), Arc::clone(&self.disk));
-        Box::new(move || {
-            disk.sync_dir(&dir)?;
-            disk.sync_dir(dir.parent().unwrap_or(&dir))
-        })
-    }
-}
-
-/// A data file that must stay as long as it is. Written to after somebody cut it off, it would grow
-/// again, with a hole where units were present; as it is, a kernel that reads there gets an error.
-struct WholeFile {
-    file: Box<dyn DiskFile>,
-    len: u64,
-}
-
-impl Sink for WholeFile {
-    fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
-        if self.file.facts()?.len != self.len {
-            return Err(io::Error::other("somebody else changed the length of the cache file"));
-        }
-        self.file.write_at(bytes, at)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.file.sync()
-    }
-}
-
-/// Whether the units in `words` can all be in a file whose data is `there`, having been checked. A
-/// file of which pieces were cut out or lost is not believed about the rest either.
-fn is_possible(map: &UnitMap, words: &[u64], there: &[ByteRange]) -> bool {
-    words.iter().zip(found(map, there)).all(|(claimed, possible)| claimed & !possible == 0)
-}
-
-/// What presence is bound to: where units lie, without how they are checked, and the file.
-fn identity(map: &UnitMap, data: &FileFacts) -> Identity {
-    Identity { layout: layout(map), units: map.count(), inode: data.inode, born: data.born }
-}
-
-/// Fingerprint of where units lie, without how they are checked.
-fn layout(map: &UnitMap) -> Digest {
-    map.without_checks().fingerprint()
 }

@@ -3,6 +3,7 @@
 mod prefetch;
 mod trace;
 
+mod cache;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -114,6 +115,7 @@ impl Control {
             .route("/v1/upgrade", post(upgrade))
             .merge(prefetch::routes())
             .merge(trace::routes())
+            .merge(cache::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .layer(DefaultBodyLimit::max(MOST_BODY))
@@ -200,6 +202,7 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::Reach(_)
         | DaemonError::SourceSpec(_)
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+        DaemonError::Stock(error) => cache::status(error),
         DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
         DaemonError::NoSuccessor => StatusCode::CONFLICT,
         DaemonError::Io { .. }

@@ -138,6 +138,7 @@ impl Settings {
         let pairs = [
             ("memory_reserve", store.memory_reserve, "memory", store.memory),
             ("readahead_first", store.readahead_first, "readahead_most", store.readahead_most),
+            ("low_water", store.low_water.into(), "high_water", store.high_water.into()),
         ];
         let wrong = pairs.into_iter().filter(|(_, lesser, _, greater)| lesser > greater);
         wrong.map(|(key, _, most, _)| Mistake::Above { key, most }).collect()

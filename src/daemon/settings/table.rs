@@ -109,6 +109,30 @@ pub const TABLE: &[Setting] = &[
         "Threads that decode, check and write; 0 for one per core",
     ),
     setting(
+        "cache_limit",
+        Field::SizeOrNone(Range(MIB, 1 << 60), |s| &mut s.store.cache_limit),
+        "none",
+        "Most bytes that the cache should take on disk; what mounted images read is fetched beyond it too",
+    ),
+    setting(
+        "high_water",
+        Field::Percent(Range(1, 100), |s| &mut s.store.high_water),
+        "95",
+        "Percent of the limit at which blobs that no mounted image uses go, the least recently used first",
+    ),
+    setting(
+        "low_water",
+        Field::Percent(Range(0, 100), |s| &mut s.store.low_water),
+        "85",
+        "Percent of the limit at which that ends",
+    ),
+    setting(
+        "scrub_rate",
+        Field::Size(Range(0, 1024 * GIB), |s| &mut s.store.scrub_rate),
+        "2MiB",
+        "Bytes a second that complete blobs are read again and checked with; 0 for never",
+    ),
+    setting(
         "exit_when_idle",
         Field::TimeOrNever(Range(SECOND, 365 * DAY), |s| &mut s.exit_when_idle),
         "never",
