@@ -24,6 +24,8 @@ pub(crate) enum Need {
     DiskStore,
     /// Images made by other builders are at hand.
     Interop,
+    /// A memory control group can be made and given a limit.
+    MemoryGroups,
     /// A program on the path. The guest gets the host's, with its libraries.
     Program(&'static str),
 }
@@ -43,6 +45,9 @@ impl Need {
             }
             Self::Interop => {
                 interop(in_guest).is_none().then(|| "no images of other builders; set RAFSD_INTEROP".into())
+            }
+            Self::MemoryGroups => {
+                memory_groups().is_none().then(|| "no memory control groups that we may change".into())
             }
             Self::Program(name) => find_program(name).is_none().then(|| format!("no program {name}")),
         }
@@ -111,6 +116,19 @@ pub(crate) fn store(in_guest: bool) -> PathBuf {
 fn on_disk(dir: &Path) -> bool {
     let kinds = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC];
     statfs(dir).is_ok_and(|fs| kinds.contains(&fs.filesystem_type()))
+}
+
+/// Where memory control groups are made, and the file that takes a limit; of version 2 if it has the
+/// controller, else of version 1.
+pub(crate) fn memory_groups() -> Option<(PathBuf, &'static str)> {
+    let second = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new).into_iter().find(|root| {
+        let enabled = std::fs::read_to_string(root.join("cgroup.subtree_control")).unwrap_or_default();
+        enabled.split_whitespace().any(|controller| controller == "memory")
+    });
+    let first = Path::new("/sys/fs/cgroup/memory");
+    let first = first.join("memory.limit_in_bytes").exists().then_some((first.to_owned(), "memory.limit_in_bytes"));
+    let found = second.map(|root| (root.to_owned(), "memory.max")).or(first);
+    found.filter(|(root, _)| nix::unistd::access(root, nix::unistd::AccessFlags::W_OK).is_ok())
 }
 
 /// Finds a program on the path, or in the directories that only root's path has.

@@ -889,6 +889,77 @@ fn damage_to_any_file_of_a_device_never_makes_absent_units_present() {
 }
 
 #[test]
+fn a_data_file_that_lost_pieces_is_not_believed_about_the_rest() {
+    let (bench, blob) = (Bench::new(), Blob::new(5, 50_000, 0));
+    let data = bench.root.path().join("v1/blob/data");
+    let reopened = |change: &dyn Fn(&std::fs::File)| {
+        let device = bench.store(quiet()).device(blob.map(), Scripted::honest(&blob)).unwrap();
+        fill_blocking(&*device, blob.range(0..5)).unwrap();
+        drop(device);
+        change(&std::fs::File::options().write(true).open(&data).unwrap());
+        let device = bench.store(quiet()).device(blob.map(), Scripted::honest(&blob)).unwrap();
+        let found = present(&device, &blob);
+        fill_blocking(&*device, blob.range(0..5)).unwrap();
+        assert_bytes(&device, &blob, 0..5);
+        found
+    };
+    let len = blob.plain.len() as u64;
+
+    assert_eq!(reopened(&|_| ()), [0, 1, 2, 3, 4], "a sound file is trusted");
+    let cut_and_stretched = |file: &std::fs::File| {
+        file.set_len(4096).unwrap();
+        file.set_len(len).unwrap();
+    };
+    assert_eq!(reopened(&cut_and_stretched), Vec::<usize>::new(), "holes where units were");
+    assert_eq!(reopened(&|file| file.set_len(len + 4096).unwrap()), Vec::<usize>::new(), "longer");
+    assert_eq!(reopened(&|file| file.set_len(len - 4096).unwrap()), Vec::<usize>::new(), "shorter");
+}
+
+#[test]
+fn a_data_file_cut_off_while_in_use_does_not_grow_again() {
+    let (bench, blob) = (Bench::new(), Blob::new(5, 50_000, 0));
+    let store = bench.store(quiet());
+    let device = store.device(blob.map(), Scripted::honest(&blob)).unwrap();
+    fill_blocking(&*device, blob.range(0..2)).unwrap();
+    let file = std::fs::File::options().write(true).open(device.data_path().unwrap()).unwrap();
+    file.set_len(4096).unwrap();
+
+    // Grown again, it would have a hole where units 0 and 1 are called present.
+    let error = fill_blocking(&*device, blob.one(4)).unwrap_err();
+
+    assert!(matches!(error, FillError::Io { unit: 4, .. }), "{error:?}");
+    assert_eq!(file.metadata().unwrap().len(), 4096);
+    let refused = store.device(blob.map(), Scripted::honest(&blob)).unwrap_err();
+    assert!(matches!(refused, StoreError::Replaced { .. }), "{refused:?}");
+    drop(device);
+    let device = store.device(blob.map(), Scripted::honest(&blob)).unwrap();
+    assert_eq!(present(&device, &blob), Vec::<usize>::new());
+    fill_blocking(&*device, blob.range(0..5)).unwrap();
+    assert_bytes(&device, &blob, 0..5);
+}
+
+#[test]
+fn a_data_file_replaced_while_in_use_is_shared_with_nobody_new() {
+    let (bench, blob) = (Bench::new(), Blob::new(2, 50_000, 0));
+    let store = bench.store(quiet());
+    let device = store.device(blob.map(), Scripted::honest(&blob)).unwrap();
+    fill_blocking(&*device, blob.range(0..2)).unwrap();
+    let data = device.data_path().unwrap().to_owned();
+    let second = || store.device(blob.map(), Scripted::honest(&blob));
+
+    std::fs::copy(&data, data.with_extension("copy")).unwrap();
+    std::fs::rename(data.with_extension("copy"), &data).unwrap();
+    assert!(matches!(second(), Err(StoreError::Replaced { path }) if path == data), "another file");
+    std::fs::remove_file(&data).unwrap();
+    assert!(matches!(second(), Err(StoreError::Replaced { path }) if path == data), "no file");
+
+    drop(device);
+    let device = second().unwrap();
+    fill_blocking(&*device, blob.range(0..2)).unwrap();
+    assert_bytes(&device, &blob, 0..2);
+}
+
+#[test]
 fn a_full_disk_is_an_error_until_there_is_room_again() {
     let (bench, blob) = (Bench::new(), Blob::new(3, 50_000, 0));
     let (device, memory) = bench.in_memory(&blob, &Scripted::honest(&blob), quiet());

@@ -277,7 +277,7 @@ fn a_settled_blob_has_no_events_and_no_daemon_time(ctx: &Ctx) -> Outcome {
 }
 
 /// Events of the daemon so far, by its control socket.
-fn events(fixture: &Fixture<'_>) -> anyhow::Result<u64> {
+pub(crate) fn events(fixture: &Fixture<'_>) -> anyhow::Result<u64> {
     let client = rafsd::daemon::client::Client::new(&fixture.run())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let info = runtime.block_on(client.info())?;

@@ -1,5 +1,6 @@
 //! Cases that run the daemon, and the facts it rests on.
 
+pub(crate) mod baddays;
 pub(crate) mod events;
 pub(crate) mod faults;
 mod fixture;
@@ -7,9 +8,11 @@ pub(crate) mod images;
 pub(crate) mod interop;
 pub(crate) mod lifecycle;
 pub(crate) mod many;
+pub(crate) mod meddling;
 pub(crate) mod observing;
 pub(crate) mod prefetch;
 pub(crate) mod reading;
 pub(crate) mod service;
 pub(crate) mod sharing;
+pub(crate) mod space;
 pub(crate) mod takeover;

@@ -10,6 +10,7 @@ mod range;
 mod request;
 mod size;
 mod span;
+pub(crate) mod sync;
 
 pub use chain::Chain;
 pub use class::Class;

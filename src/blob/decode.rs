@@ -185,7 +185,8 @@ fn window<'a>(unit: &Unit, windows: Option<&'a Contexts>) -> Result<Window<'a>, 
     Ok(Window { bits: context.bits, byte: context.byte, dictionary: windows.dictionary(context) })
 }
 
-fn verify(check: &Check, plain: &[u8]) -> Result<(), DecodeError> {
+/// Whether `plain` are the bytes that `check` promises.
+pub fn verify(check: &Check, plain: &[u8]) -> Result<(), DecodeError> {
     let (got, want) = match check {
         Check::Blake3(want) => (codec::blake3(plain), Digest(*want)),
         Check::Sha256(want) => (codec::sha256(plain), Digest(*want)),

@@ -14,7 +14,7 @@ pub mod toc;
 pub mod zran;
 
 pub use crate::codec::xts::{BlobKey, EqualHalves};
-pub use decode::{DecodeError, Decoder, decode};
+pub use decode::{DecodeError, Decoder, decode, verify};
 pub use entry::BlobKind;
 pub use map::{UnitMap, UnitMapError};
 pub use tables::{BlobTables, TablesError};

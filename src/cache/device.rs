@@ -21,10 +21,11 @@ use super::pool::Job;
 use super::prefetch::Want;
 use super::presence::found;
 use super::readahead::{Reach, Streams};
+use super::shelves::note_use;
 use super::sink::{Scratch, Sink};
 use super::sources::Sources;
-use super::stats::{Counters, DeviceStats};
-use super::store::StoreError;
+use super::stats::{Counters, DeviceStats, count};
+use super::store::{StoreError, is_full};
 use super::trace::Trace;
 use super::{Completion, Fill, FillError, Request, is_needed};
 use crate::base::{BlobId, ByteRange, Class, RequestId};
@@ -50,8 +51,8 @@ type Save = dyn Fn(&UnitMap) -> Result<(), StoreError> + Send + Sync;
 pub(super) struct Home {
     /// The file of decoded bytes.
     pub(super) data: PathBuf,
-    /// The same, open for writing since before anybody could mark it.
-    pub(super) file: Arc<File>,
+    /// The same, open for writing since before anybody could mark it, if it is a file of this host.
+    pub(super) file: Option<Arc<File>>,
     /// Makes what the map says durable. Presence must not outlive the checks it was won by.
     pub(super) save: Box<Save>,
     /// The right to write there: the store stays locked while a device can write to it.
@@ -78,6 +79,8 @@ pub(super) struct Core {
     pub(super) sources: Sources,
     pub(super) ledger: Arc<Ledger>,
     inflight: Arc<Inflight>,
+    /// The data file, if it is a store's.
+    pub(super) data: Option<PathBuf>,
     streams: Mutex<Streams>,
     pub(super) engine: Arc<Engine>,
     pub(super) counters: Counters,
@@ -133,6 +136,7 @@ impl Device {
             sources: Sources::new(source),
             ledger,
             inflight: Arc::new(Inflight::new(engine.telemetry.clone())),
+            data: home.as_ref().map(|home| home.data.clone()),
             streams: Mutex::default(),
             engine: Arc::clone(&engine),
             counters: Counters::default(),
@@ -168,9 +172,9 @@ impl Device {
     }
 
     /// The file that holds the decoded bytes, open for writing since before anybody could mark it;
-    /// `None` over a foreign sink.
+    /// `None` over a foreign sink, or if the store's disk is not one of this host.
     pub fn data_file(&self) -> Option<&Arc<File>> {
-        self.home.as_ref().map(|home| &home.file)
+        self.home.as_ref().and_then(|home| home.file.as_ref())
     }
 
     /// Name of the device's directory in its store; `None` over a foreign sink.
@@ -194,6 +198,7 @@ impl Device {
             units: core.completeness.needed.load(Ordering::Acquire),
             units_present: core.ledger.presence.count(),
             units_filled: read(&counters.filled),
+            units_copied: read(&counters.copied),
             stored_bytes_fetched: read(&counters.fetched),
             requests: read(&counters.requests),
             hits: read(&counters.hits),
@@ -233,6 +238,36 @@ impl Device {
     /// Readers that wait for data of it now, and since when the first of them has.
     pub fn waiting(&self) -> (usize, Option<Instant>) {
         self.core.inflight.waiting()
+    }
+
+    /// Bytes of the units that are present, in whole blocks.
+    pub fn present_bytes(&self) -> u64 {
+        let layout = &self.core.layout;
+        let present = (0..).zip(layout.units()).filter(|(index, _)| self.core.ledger.presence.get(*index));
+        present.map(|(_, unit)| unit.blocks().len()).sum()
+    }
+
+    /// A copy of the presence of all units.
+    pub(super) fn snapshot(&self) -> Vec<u64> {
+        self.core.ledger.presence.snapshot()
+    }
+
+    /// The data file, for reading without raising events.
+    pub(super) fn reader(&self) -> Option<&File> {
+        self.core.ledger.file()
+    }
+
+    /// Lets other devices copy from this one, if nothing is missing of it.
+    pub(super) fn offer(&self) {
+        if let Some(data) = self.data_path()
+            && self.is_complete_durable()
+        {
+            self.core.engine.twins.add(data, &self.map());
+            // Another image may have made more of it wanted in between.
+            if !self.is_complete_durable() {
+                self.core.engine.twins.forget(data);
+            }
+        }
     }
 
     /// Whether every unit whose check is known is present and on stable storage. Never true while
@@ -340,6 +375,9 @@ impl Drop for Device {
         self.core.background.stop();
         self.core.engine.fetcher.remove(self.core.id);
         self.core.flush_and_log();
+        if let Some(dir) = self.data_path().and_then(Path::parent) {
+            note_use(dir);
+        }
         self.core.ledger.detach();
     }
 }
@@ -421,10 +459,46 @@ impl Core {
         self.fill_for(request, units, Box::new(done));
     }
 
-    /// Makes `units` present for `request`, then calls `done`.
+    /// Makes `units` present for `request`, then calls `done`. At the limit of the cache, what nobody
+    /// waits for is put off until the evictor has looked, and fails if there is no room then.
     fn fill_for(self: &Arc<Self>, request: Request, units: Range<UnitIndex>, done: Completion) {
         let (class, id) = (request.class(), request.id());
         let wait = Wait::of(request, done);
+        match class {
+            Class::OnDemand => self.fill_now(units, Class::OnDemand, id, &wait),
+            Class::Prefetch => {
+                let wanted = units.clone();
+                let then = move |core: &Arc<Self>, wait: &Arc<Wait>| core.fill_now(units, Class::Prefetch, id, wait);
+                self.when_room(wanted, &wait, then);
+            }
+        }
+    }
+
+    /// Goes on with `then` at once, or at the limit of the cache when the evictor has looked, if
+    /// there is room then and any of `units` is absent now.
+    pub(super) fn when_room(
+        self: &Arc<Self>,
+        mut units: impl Iterator<Item = UnitIndex>,
+        wait: &Arc<Wait>,
+        then: impl FnOnce(&Arc<Self>, &Arc<Wait>) + Send + 'static,
+    ) {
+        if self.engine.space.is_spent()
+            && let Some(unit) = units.find(|&index| !self.ledger.presence.get(index))
+        {
+            let (core, wait) = (Arc::clone(self), Arc::clone(wait));
+            let later = move |room| {
+                if room {
+                    then(&core, &wait);
+                } else {
+                    wait.settle(&Err(FillError::NoSpace { blob: core.blob().clone(), unit }));
+                }
+            };
+            return self.engine.space.when_looked(Box::new(later));
+        }
+        then(self, wait);
+    }
+
+    fn fill_now(self: &Arc<Self>, units: Range<UnitIndex>, class: Class, id: RequestId, wait: &Arc<Wait>) {
         let map = self.map();
         let (mut leads, mut urgent) = (Vec::new(), Vec::new());
         let mut hit = true;
@@ -432,7 +506,7 @@ impl Core {
             hit = false;
             let unit = &map.units()[index as usize];
             if is_needed(unit) {
-                leads.extend(self.enter(&map, index, units.clone(), class, Some(&wait), &mut urgent));
+                leads.extend(self.enter(&map, index, units.clone(), class, Some(wait), &mut urgent));
             } else {
                 let error = self.corrupt(index, unit, DecodeError::Unverifiable);
                 self.inflight.failures.note(&error);
@@ -496,9 +570,22 @@ impl Core {
         before.take(MOST_SIBLINGS).chain(after.take(MOST_SIBLINGS)).filter(can_come)
     }
 
-    /// Gathers led units into ranged reads and queues them, for `request`; by the limits of `bulk` behind
-    /// everything.
+    /// Has led units copied where that can be, and the others fetched, for `request`; by the limits of
+    /// `bulk` behind everything.
     pub(super) fn submit(
+        self: &Arc<Self>,
+        map: &UnitMap,
+        leads: Vec<Lead>,
+        class: Class,
+        request: RequestId,
+        bulk: Option<PlanLimits>,
+    ) {
+        let leads = if self.engine.twins.is_of_use() { self.copy_twins(map, leads) } else { leads };
+        self.fetch(map, leads, class, request, bulk);
+    }
+
+    /// Gathers led units into ranged reads and queues them.
+    pub(super) fn fetch(
         self: &Arc<Self>,
         map: &UnitMap,
         leads: Vec<Lead>,
@@ -538,7 +625,7 @@ impl Core {
     fn observe(self: &Arc<Self>, units: Range<UnitIndex>) {
         let options = &self.engine.options;
         let reach = Reach { first: options.readahead_first, most: options.readahead_most };
-        if units.is_empty() || reach.first == 0 {
+        if units.is_empty() || reach.first == 0 || self.engine.space.is_spent() {
             return;
         }
         // A missed observation costs a little speed; waiting would cost a reader its answer.
@@ -591,17 +678,39 @@ impl Core {
         let outcome = match decoder.decode(self.layout.key(), &unit, stored, room) {
             Err(_) if !led.again => return Some(led),
             Err(cause) => Err(self.corrupt(index, &unit, cause)),
-            Ok(()) => self.ledger.land(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
+            Ok(()) => self.land_checked(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
         };
         match &outcome {
             Ok(_) => self.note_filled(&unit, led.lead.urgency().class()),
             Err(_) => self.counters.failed(),
         }
         led.lead.finish(&outcome.map(drop));
+        self.flush_if_full();
+        None
+    }
+
+    /// Writes checked blocks and publishes them. Where the disk is full, waits until what nobody
+    /// uses has gone, and tries once more.
+    pub(super) fn land_checked(&self, index: UnitIndex, unit: &Unit, blocks: &[u8]) -> io::Result<bool> {
+        let fresh = match self.ledger.land(index, unit, blocks) {
+            Err(cause) if is_full(&cause) => {
+                count(&self.engine.counters.refused_writes, 1);
+                let room = self.engine.space.make_room(blocks.len() as u64);
+                if room { self.ledger.land(index, unit, blocks)? } else { return Err(cause) }
+            }
+            outcome => outcome?,
+        };
+        if fresh {
+            self.engine.space.landed(blocks.len() as u64);
+        }
+        Ok(fresh)
+    }
+
+    /// Has the device made durable at once if nothing is missing any more.
+    pub(super) fn flush_if_full(&self) {
         if self.ledger.presence.count() >= self.completeness.needed.load(Ordering::Acquire) {
             self.engine.flusher.kick();
         }
-        None
     }
 
     fn note_filled(&self, unit: &Unit, class: Class) {
@@ -657,9 +766,10 @@ impl Core {
 
     fn unwritten(&self, unit: UnitIndex, cause: io::Error) -> FillError {
         let blob = self.blob().clone();
-        match cause.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FillError::NoSpace { blob, unit },
-            _ => FillError::Io { blob, unit, cause: Arc::new(cause) },
+        if is_full(&cause) {
+            FillError::NoSpace { blob, unit }
+        } else {
+            FillError::Io { blob, unit, cause: Arc::new(cause) }
         }
     }
 
@@ -681,6 +791,8 @@ impl Core {
     pub(super) fn flush_and_log(&self) {
         match self.flush() {
             Ok(()) => self.flush_failed.store(false, Ordering::Relaxed),
+            Err(FlushError::Data(cause) | FlushError::Bits(cause))
+                if is_full(&cause) && self.engine.space.make_room(1) => {}
             Err(error) if !self.flush_failed.swap(true, Ordering::Relaxed) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
                 tracing::error!(blob = %self.blob(), cause, "{error}");

@@ -10,6 +10,9 @@ use super::fetch::Fetcher;
 use super::flush::Flusher;
 use super::plan::PlanLimits;
 use super::pool::{Pool, Queue};
+use super::space::Space;
+use super::stats::StoreCounters;
+use super::twins::Twins;
 use crate::base::Class;
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Telemetry;
@@ -58,6 +61,18 @@ pub struct StoreOptions {
     pub flush_every: Duration,
     /// What the decoding threads narrow themselves by. Default: nothing.
     pub sandbox: Sandbox,
+    /// Most bytes that the cache should take on disk; `None`, the default, for as many as there are.
+    /// Readers of mounted images are let through beyond it.
+    pub cache_limit: Option<u64>,
+    /// Percent of `cache_limit` at which blobs that nobody uses begin to go. Default 95.
+    pub high_water: u8,
+    /// Percent of `cache_limit` at which that ends. Default 85.
+    pub low_water: u8,
+    /// Bytes a second that the scrub reads again of complete blobs; 0 for no scrub. Default 2 MiB.
+    pub scrub_rate: u64,
+    /// Most units that are remembered for copying instead of fetching, at 34 bytes each at most; 0
+    /// to copy nothing. Default 458752, which are 448 GiB in chunks of 1 MiB and take up to 9 MiB.
+    pub twins: usize,
 }
 
 impl Default for StoreOptions {
@@ -81,11 +96,37 @@ impl Default for StoreOptions {
             readahead_most: 16 * MIB,
             flush_every: Duration::from_secs(2),
             sandbox: Sandbox::off(),
+            cache_limit: None,
+            high_water: 95,
+            low_water: 85,
+            scrub_rate: 2 * MIB,
+            // As many as fill the table of a hash map to the brim.
+            twins: (1 << 19) / 8 * 7,
         }
     }
 }
 
 impl StoreOptions {
+    /// The defaults for a process that may use `limit` bytes of memory altogether. With little, fewer
+    /// and shorter reads run at once: slower, but alive.
+    ///
+    /// Fetched bytes get an eighth of it. They exist twice for moments, what a system allocator keeps
+    /// comes on top, and the kernel charges the dirty pages of the cache to the same account.
+    pub fn within(limit: Option<u64>) -> Self {
+        let default = Self::default();
+        let Some(share) = limit.map(|bytes| bytes / 8).filter(|&share| share < default.memory) else { return default };
+        Self {
+            memory: share,
+            memory_reserve: share / 4,
+            window: default.window.min(share / 4),
+            prefetch_window: default.prefetch_window.min(share / 4),
+            stream: default.stream.min(share / 4),
+            readahead_first: default.readahead_first.min(share),
+            readahead_most: default.readahead_most.min(share),
+            ..default
+        }
+    }
+
     pub(super) fn window(&self, class: Class) -> u64 {
         match class {
             Class::OnDemand => self.window,
@@ -126,6 +167,9 @@ pub struct Engine {
     pub(super) runtime: Handle,
     pub(super) fetcher: Arc<Fetcher>,
     pub(super) flusher: Flusher,
+    pub(super) space: Arc<Space>,
+    pub(super) twins: Arc<Twins>,
+    pub(super) counters: Arc<StoreCounters>,
     pool: Pool,
     next_device: AtomicU64,
 }
@@ -141,11 +185,24 @@ impl Engine {
 
     /// The same, with `telemetry` counting what its devices do.
     pub fn counted(options: StoreOptions, runtime: Handle, telemetry: Telemetry) -> io::Result<Arc<Self>> {
+        let twins = Arc::new(Twins::new(options.twins));
+        Self::over(options, runtime, twins, telemetry)
+    }
+
+    /// The same, with the index of a store, and `telemetry` counting what its devices do.
+    pub(super) fn over(
+        options: StoreOptions,
+        runtime: Handle,
+        twins: Arc<Twins>,
+        telemetry: Telemetry,
+    ) -> io::Result<Arc<Self>> {
         let options = Arc::new(options);
         let pool = Pool::start(options.decode_threads, &options.sandbox)?;
         let fetcher = Fetcher::new(Arc::clone(&options), runtime.clone(), Arc::clone(pool.queue()), telemetry.clone());
         let flusher = Flusher::start(options.flush_every)?;
-        Ok(Arc::new(Self { options, telemetry, runtime, fetcher, flusher, pool, next_device: AtomicU64::new(0) }))
+        let space = Arc::new(Space::new(&options));
+        let (counters, next_device) = (Arc::default(), AtomicU64::new(0));
+        Ok(Arc::new(Self { options, telemetry, runtime, fetcher, flusher, space, twins, counters, pool, next_device }))
     }
 
     pub(super) fn jobs(&self) -> &Queue {
@@ -160,5 +217,21 @@ impl Engine {
 impl fmt::Debug for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Engine").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn little_memory_means_short_reads_and_much_changes_nothing() {
+        const MIB: u64 = 1 << 20;
+        let small = StoreOptions::within(Some(32 * MIB));
+
+        assert_eq!((small.memory, small.memory_reserve, small.readahead_most), (4 * MIB, MIB, 4 * MIB));
+        assert_eq!((small.window, small.prefetch_window), (MIB, MIB));
+        assert_eq!(StoreOptions::within(Some(1024 * MIB)), StoreOptions::default());
+        assert_eq!(StoreOptions::within(None), StoreOptions::default());
     }
 }

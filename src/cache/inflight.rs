@@ -9,13 +9,14 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::health::Failures;
 use super::{Completion, FillError, Request};
 use crate::base::Class;
+use crate::base::sync::Mutex;
+use crate::base::sync::atomic::{AtomicBool, Ordering};
 use crate::blob::UnitIndex;
 use crate::telemetry::Telemetry;
 
@@ -249,7 +250,7 @@ impl Drop for Lead {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests {
     use std::sync::mpsc::{Receiver, TryRecvError, channel};
     use std::time::Duration;

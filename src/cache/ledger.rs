@@ -2,19 +2,22 @@
 //!
 //! Order is everything. In memory: bytes, then bit. On disk: a flush takes a snapshot of the bits,
 //! syncs the bytes, writes the bits, syncs the bits. So the durable copy may lag but never leads,
-//! and after a crash unknown means absent.
+//! and after a crash unknown means absent. Before the first bits, the names of all files are synced:
+//! a process that died may have left them new in memory and old on disk, and bits must not outlive
+//! the file of checks they were won by.
 //!
 //! A failed sync may have lost pages that the kernel already calls clean, so every bit that is not
 //! durable is withdrawn from memory as well. `landing` keeps a writer that straddles such a sync
 //! from publishing afterwards.
 
+use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, RwLock};
 
 use super::bits::{self, Identity};
 use super::presence::{Presence, bit};
 use super::sink::{Sink, write_blocks};
+use crate::base::sync::atomic::{AtomicBool, Ordering};
+use crate::base::sync::{Mutex, RwLock};
 use crate::blob::{Unit, UnitIndex, UnitMap};
 use crate::sys::faultpoint;
 
@@ -54,6 +57,21 @@ struct Durable {
 pub(super) struct DurableCopy {
     pub(super) file: Box<dyn Sink>,
     pub(super) identity: Identity,
+    /// Makes the names of the files durable; `None` once that has been done.
+    pub(super) names: Option<Box<SyncNames>>,
+}
+
+pub(super) type SyncNames = dyn Fn() -> io::Result<()> + Send + Sync;
+
+impl DurableCopy {
+    /// Writes the pages that differ and returns when they are on stable storage.
+    fn write(&mut self, before: &[u64], after: &[u64]) -> io::Result<()> {
+        if let Some(sync) = &self.names {
+            sync()?;
+            self.names = None;
+        }
+        bits::write_changed(&*self.file, &self.identity, before, after)
+    }
 }
 
 impl Ledger {
@@ -77,6 +95,18 @@ impl Ledger {
         let fresh = self.publish(index);
         faultpoint::reach("published");
         Ok(fresh)
+    }
+
+    /// The same for bytes that `fill` puts into the file by other means than writing them.
+    pub(super) fn land_by(&self, index: UnitIndex, fill: impl FnOnce(&File) -> io::Result<()>) -> io::Result<bool> {
+        let _landing = self.landing.read().unwrap();
+        fill(self.file().ok_or(io::ErrorKind::Unsupported)?)?;
+        Ok(self.publish(index))
+    }
+
+    /// The device file, opened before anybody could mark it: reads through it raise no events.
+    pub(super) fn file(&self) -> Option<&File> {
+        self.sink.file()
     }
 
     fn publish(&self, index: UnitIndex) -> bool {
@@ -108,9 +138,9 @@ impl Ledger {
             return Err(FlushError::Data(error));
         }
         faultpoint::reach("synced");
-        let before = &durable.words;
-        if let Some(copy) = &durable.copy
-            && let Err(error) = bits::write_changed(&*copy.file, &copy.identity, before, &words)
+        let Durable { words: before, copy, .. } = &mut *durable;
+        if let Some(copy) = copy
+            && let Err(error) = copy.write(before, &words)
         {
             self.dirty.store(true, Ordering::Release);
             return Err(FlushError::Bits(error));
@@ -127,7 +157,7 @@ impl Ledger {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests {
     use std::collections::{BTreeSet, VecDeque};
     use std::sync::Arc;
@@ -285,7 +315,7 @@ mod tests {
             fail_data: false,
             fail_bits: false,
         }));
-        let copy = DurableCopy { file: Box::new(BitsFile(world.clone())), identity: identity() };
+        let copy = DurableCopy { file: Box::new(BitsFile(world.clone())), identity: identity(), names: None };
         let words = vec![0; super::super::presence::words_for(UNITS)];
         let ledger = Arc::new(Ledger::new(Box::new(DataFile(world.clone())), words, Some(copy)));
         ledger.attach();

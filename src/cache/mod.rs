@@ -10,19 +10,29 @@
 //! or leads each in `inflight`, `plan` gathers the led ones into ranged reads, `fetch` queues the
 //! reads and runs them on the network threads, `pool` decodes and checks, `ledger` writes and
 //! publishes, and the last unit to settle runs the completion.
+//!
+//! What there is, who uses it and how it goes is in [`Shelves`]: `space` counts bytes, `victims`
+//! chooses, `evictor` removes, `verify` and `scrub` read again. `twins` knows where else bytes are,
+//! so that `copy` spares fetching them.
 
 mod admission;
 mod background;
 mod bits;
+mod bootstraps;
 mod budget;
+mod copy;
 mod device;
+mod disk;
 mod engine;
+mod evictor;
 mod fetch;
 mod flush;
 mod health;
 mod inflight;
+mod inventory;
 mod lanes;
 mod ledger;
+mod place;
 mod plan;
 mod pool;
 mod prefetch;
@@ -30,23 +40,39 @@ mod presence;
 mod queues;
 mod readahead;
 mod request;
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
+mod scrub;
+mod shelves;
 mod sink;
 mod sources;
+mod space;
 mod stats;
 mod store;
 mod stream;
 mod trace;
+mod twins;
+mod verify;
+mod victims;
 
+pub use bootstraps::{Bootstraps, KeptBootstrap};
 pub use device::Device;
+pub use disk::{Disk, DiskFile, FileFacts, FileSink, HostDisk};
 pub use engine::{Engine, StoreOptions};
 pub use health::DeviceHealth;
+pub use inventory::{BlobStock, BootstrapStock, Inventory};
 pub use ledger::FlushError;
 pub use prefetch::{Prefetch, PrefetchState, PrefetchStats, Want};
 pub use request::Request;
-pub use sink::{FileSink, MAX_PIECE, Sink};
-pub use stats::DeviceStats;
+#[cfg(all(test, feature = "shuttle"))]
+pub(crate) use schedules::explore;
+pub use shelves::{Removed, Shelves, StockError};
+pub use sink::{MAX_PIECE, Sink};
+pub use stats::{DeviceStats, StoreStats};
 pub use store::{Store, StoreError};
 pub use trace::{MOST_READS, Recorded, Trace};
+pub use verify::{SpoiltUnit, VerifyReport};
+pub use victims::{LotKind, Wanted};
 
 use std::sync::Arc;
 

@@ -406,12 +406,17 @@ fn told(device: usize, tx: UnboundedSender<Outcome>) -> super::Completion {
 impl Core {
     /// Makes `units` present behind everything else, then calls `done`.
     fn fill_bulk(self: &Arc<Self>, units: &[UnitIndex], limits: PlanLimits, done: super::Completion) {
-        let wait = Wait::of(Request::new(RequestId::NONE, Class::Prefetch), done);
+        let (wait, owned) = (Wait::of(Request::new(RequestId::NONE, Class::Prefetch), done), units.to_vec());
+        let then = move |core: &Arc<Self>, wait: &Arc<Wait>| core.fill_bulk_now(&owned, limits, wait);
+        self.when_room(units.iter().copied(), &wait, then);
+    }
+
+    fn fill_bulk_now(self: &Arc<Self>, units: &[UnitIndex], limits: PlanLimits, wait: &Arc<Wait>) {
         self.engine.telemetry.fills.misses.at(Class::Prefetch).inc();
         let map = self.map();
         // Prefetch that joins a fetch makes nothing urgent.
         let lead = |&index: &UnitIndex| {
-            self.enter(&map, index, index..index + 1, Class::Prefetch, Some(&wait), &mut Vec::new())
+            self.enter(&map, index, index..index + 1, Class::Prefetch, Some(wait), &mut Vec::new())
         };
         let leads = units.iter().flat_map(lead).collect();
         self.submit(&map, leads, Class::Prefetch, RequestId::NONE, Some(limits));

@@ -1,8 +1,8 @@
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::is_needed;
 use crate::base::ByteRange;
+use crate::base::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::blob::{UnitIndex, UnitMap};
 
 /// Which units are in the device file: one bit each, readable without a lock.
@@ -33,6 +33,14 @@ pub(super) fn bit(words: &[u64], unit: UnitIndex) -> bool {
 pub(super) fn set_bit(words: &mut [u64], unit: UnitIndex) {
     let (word, mask) = place(unit);
     words[word] |= mask;
+}
+
+/// Clears `unit` in a plain copy of the bits, if there is such a bit.
+pub(super) fn clear_bit(words: &mut [u64], unit: UnitIndex) {
+    let (word, mask) = place(unit);
+    if let Some(word) = words.get_mut(word) {
+        *word &= !mask;
+    }
 }
 
 /// A plain copy of the bits of all checkable units that lie wholly in `ranges`. Costs a walk over
@@ -106,7 +114,7 @@ impl Presence {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests {
     use super::*;
 

@@ -1,7 +1,5 @@
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 
 use crate::base::BLOCK;
 
@@ -16,32 +14,16 @@ pub trait Sink: Send + Sync {
     /// Returns when everything written before is on stable storage. After an error, nothing
     /// written since the last success may be relied on.
     fn sync(&self) -> io::Result<()>;
+
+    /// The file behind it, if that is an ordinary one that can be read as well.
+    fn file(&self) -> Option<&File> {
+        None
+    }
 }
 
 /// Longest single write in bytes. Kernels before the autumn of 2024 misreport longer short writes
 /// to cachefiles objects (`cachefiles-ondemand.md` section 6).
 pub const MAX_PIECE: usize = 1 << 20;
-
-/// An ordinary file.
-#[derive(Debug)]
-pub struct FileSink(Arc<File>);
-
-impl FileSink {
-    /// Writes to `file`, which must be open for writing.
-    pub fn new(file: impl Into<Arc<File>>) -> Self {
-        Self(file.into())
-    }
-}
-
-impl Sink for FileSink {
-    fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
-        self.0.write_all_at(bytes, at)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.0.sync_data()
-    }
-}
 
 /// Writes `blocks` at `at` in pieces a sink accepts.
 pub(super) fn write_blocks(sink: &dyn Sink, blocks: &[u8], at: u64) -> io::Result<()> {

@@ -6,7 +6,11 @@
 //!   v1/<blob id>/units             the unit map with all checks known so far
 //!                data              decoded bytes, sparse, as long as the device
 //!                present           which units of `data` can be trusted
+//!                used, verified    empty; when they were changed is when that last happened
+//!                pinned            empty; there if the blob must stay
 //!   v1/<blob id>.<16 hex digits>/  the same for images that disagree about the blob
+//!   v1/.trash-<number>/            a blob on its way out
+//!   bootstraps/<SHA-256>           copies of bootstraps
 //! ```
 //!
 //! Files appear under their names complete or not at all. `data` is never punched, shortened or
@@ -14,23 +18,29 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, Weak};
-use std::time::UNIX_EPOCH;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::runtime::Handle;
 
-use super::bits::{self, Identity};
 use super::device::{Device, Home};
+use super::disk::{Disk, DiskFile, FileSink, HostDisk};
 use super::engine::{Engine, StoreOptions};
+use super::evictor::Evictor;
 use super::is_needed;
-use super::ledger::{DurableCopy, FlushError, Ledger};
-use super::presence::{bit, set_bit, words_for};
-use super::sink::FileSink;
-use crate::base::{BlobId, Digest};
+use super::ledger::FlushError;
+use super::place::Opened;
+use super::pool::Job;
+use super::presence::bit;
+use super::scrub::Scrub;
+use super::shelves::{Shelf, Shelves, note_use};
+use super::stats::StoreStats;
+use super::twins::Twins;
+use crate::base::{BlobId, Class};
 use crate::blob::UnitMap;
 use crate::source::BlobSource;
 use crate::sys::files::{inode_id, inode_id_at};
@@ -58,6 +68,9 @@ pub enum StoreError {
     /// Two maps with the same fingerprint prefix disagree: one of them was made to.
     #[error("the cache holds another blob {blob} that contradicts this one")]
     Contradiction { blob: BlobId },
+    /// Somebody else than the store changed a file that is in use.
+    #[error("{} was replaced or changed from outside while it is in use; unmount what uses it, then mount again", .path.display())]
+    Replaced { path: PathBuf },
     /// The threads could not be started.
     #[error("cannot start the threads of the cache")]
     Threads(#[source] io::Error),
@@ -70,26 +83,32 @@ pub enum StoreError {
     },
 }
 
-/// Devices by name in one directory, with the one right to write there.
-pub struct Store {
-    devices_dir: PathBuf,
-    engine: Arc<Engine>,
-    shelves: Mutex<HashMap<String, Shelf>>,
-    lock: Arc<File>,
+impl StoreError {
+    /// Whether the file system had no room.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Io { cause, .. } if is_full(cause))
+    }
 }
 
-/// What is alive of one device directory. A ledger outlives its device while the last jobs end;
-/// whoever opens the device again must go on with the same one.
-struct Shelf {
-    device: Weak<Device>,
-    ledger: Weak<Ledger>,
-    /// What the ledger writes to.
-    data: Arc<File>,
+/// Whether a failure is one of room.
+pub(super) fn is_full(cause: &io::Error) -> bool {
+    matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Devices by name in one directory, with the one right to write there.
+pub struct Store {
+    shelves: Arc<Shelves>,
+    engine: Arc<Engine>,
+    wants_twins: Arc<AtomicBool>,
+    _evictor: Evictor,
+    _scrub: Option<Scrub>,
 }
 
 impl Store {
     /// Opens the store at `root`, creating it if it is not there, and starts its threads.
     /// Fetches run on `runtime`.
+    ///
+    /// Nothing goes to make room before [`Store::say_uses_are_known`].
     pub fn open(root: &Path, options: StoreOptions, runtime: Handle) -> Result<Arc<Self>, StoreError> {
         Self::open_locked(root, options, runtime, None, Telemetry::default())
     }
@@ -106,23 +125,72 @@ impl Store {
         held: Option<File>,
         telemetry: Telemetry,
     ) -> Result<Arc<Self>, StoreError> {
-        let devices_dir = root.join("v1");
-        DirBuilder::new().recursive(true).mode(0o700).create(&devices_dir).map_err(at(&devices_dir))?;
-        // Whoever can write to a device file can put anything into a container.
-        fs::set_permissions(root, Permissions::from_mode(0o700)).map_err(at(root))?;
-        let lock = match held {
-            Some(held) => take_over(root, held)?,
-            None => lock(root)?,
-        };
-        let lock = Arc::new(lock);
-        let engine = Engine::counted(options, runtime, telemetry).map_err(StoreError::Threads)?;
-        Ok(Arc::new(Self { devices_dir, engine, shelves: Mutex::default(), lock }))
+        Self::assemble(Arc::new(HostDisk), root, options, runtime, held, telemetry)
+    }
+
+    /// As [`Store::open`] with the devices on `disk`. Only the lock is a file of this host in any case.
+    pub fn open_on(
+        disk: Arc<dyn Disk>,
+        root: &Path,
+        options: StoreOptions,
+        runtime: Handle,
+    ) -> Result<Arc<Self>, StoreError> {
+        Self::assemble(disk, root, options, runtime, None, Telemetry::default())
+    }
+
+    fn assemble(
+        disk: Arc<dyn Disk>,
+        root: &Path,
+        options: StoreOptions,
+        runtime: Handle,
+        held: Option<File>,
+        telemetry: Telemetry,
+    ) -> Result<Arc<Self>, StoreError> {
+        let shelves = Shelves::prepare(root, Arc::new(Twins::new(options.twins)), disk, held)?;
+        let engine =
+            Engine::over(options, runtime, Arc::clone(&shelves.twins), telemetry).map_err(StoreError::Threads)?;
+        let wants_twins = Arc::default();
+        let evictor = Evictor::start(&shelves, &engine, &wants_twins).map_err(StoreError::Threads)?;
+        let scrub = Scrub::start(&shelves, &engine).map_err(StoreError::Threads)?;
+        Ok(Arc::new(Self { shelves, engine, wants_twins, _evictor: evictor, _scrub: scrub }))
+    }
+
+    /// From now on a blob that nobody is known to use may go, and bytes may be copied from one blob
+    /// to another. Whoever adopts mounts of a predecessor says this when it holds their devices
+    /// and answers the events of their files, and not before: a file that is still marked may be
+    /// read by the threads that fill.
+    pub fn say_uses_are_known(&self) {
+        self.engine.twins.open();
+        self.shelves.say_uses_are_known();
+        self.engine.space.kick();
+    }
+
+    /// What is in the store, who uses it, and how it goes.
+    pub fn shelves(&self) -> &Arc<Shelves> {
+        &self.shelves
+    }
+
+    /// What the store has done so far.
+    pub fn stats(&self) -> StoreStats {
+        let limit = self.engine.space.limit;
+        StoreStats {
+            used_bytes: self.engine.space.used(),
+            limit_bytes: (limit < u64::MAX).then_some(limit),
+            known_units: self.engine.twins.known() as u64,
+            ..self.engine.counters.snapshot()
+        }
+    }
+
+    /// Waits until what nobody uses has gone to make room for `bytes` that the file system
+    /// refused; whether there was anything, so that another attempt makes sense.
+    pub fn make_room(&self, bytes: u64) -> bool {
+        self.engine.space.make_room(bytes)
     }
 
     /// The open lock. Whoever keeps a copy of it keeps every other process out of the store, even
     /// when this one has died.
     pub fn lock_file(&self) -> &Arc<File> {
-        &self.lock
+        &self.shelves.lock
     }
 
     /// The threads and limits, for devices over foreign sinks.
@@ -132,20 +200,27 @@ impl Store {
 
     /// The unit map kept for `blob`, with all checks learnt so far; spares fetching its tables.
     pub fn saved_map(&self, blob: &BlobId) -> Option<UnitMap> {
-        saved(&self.devices_dir.join(blob.as_str())).filter(|map| map.blob() == blob)
+        self.shelves.place(blob.as_str()).saved().filter(|map| map.blob() == blob)
     }
 
     /// The device for `map`'s blob, shared with everyone whose map agrees.
     ///
     /// `source` is asked before those the device had, which stay for when it fails. A map that disagrees with what is known gets a
     /// directory of its own: an image with false digests must not poison another one's cache.
-    /// Waits for the disk.
+    /// Waits for the disk; on a full one, until what nobody uses has gone.
     pub fn device(&self, map: UnitMap, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
-        let mut shelves = self.shelves.lock().unwrap();
+        match self.find_or_open(&map, &source) {
+            Err(error) if error.is_full() && self.make_room(1) => self.find_or_open(&map, &source),
+            outcome => outcome,
+        }
+    }
+
+    fn find_or_open(&self, map: &UnitMap, source: &Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
+        let mut shelves = self.shelves.alive();
         let common = map.blob().to_string();
         let own = format!("{common}.{}", &map.fingerprint().to_string()[..16]);
         for name in [common, own] {
-            if let Some(device) = self.shared(&mut shelves, &name, &map, &source)? {
+            if let Some(device) = self.shared(&mut shelves, &name, map, source)? {
                 return Ok(device);
             }
         }
@@ -160,42 +235,47 @@ impl Store {
         map: &UnitMap,
         source: &Arc<dyn BlobSource>,
     ) -> Result<Option<Arc<Device>>, StoreError> {
-        let dir = self.devices_dir.join(name);
+        let place = self.shelves.place(name);
         let shelf = shelves.get(name);
-        if let Some(device) = shelf.and_then(|shelf| shelf.device.upgrade()) {
-            return Ok(device.try_learn(map, Arc::clone(source))?.then_some(device));
+        if let Some(shelf) = shelf.filter(|shelf| shelf.ledger.strong_count() > 0) {
+            place.ensure_unchanged(&shelf.data)?;
         }
-        let opened = shelf.and_then(|shelf| Some((shelf.ledger.upgrade()?, Arc::clone(&shelf.data))));
-        let Some(merged) = settle_map(&dir, map)? else { return Ok(None) };
-        let (ledger, data) = match opened {
-            Some(opened) => opened,
-            None => {
-                let data = open_data(&dir, &merged)?;
-                (Arc::new(open_ledger(&dir, &merged, &data)?), data)
+        if let Some(device) = shelf.and_then(|shelf| shelf.device.upgrade()) {
+            let agrees = device.try_learn(map, Arc::clone(source))?;
+            // What it is missing now must not be copied from it.
+            if !device.is_complete_durable() && self.engine.twins.forget(&place.data()) {
+                self.offer_when_complete(&device);
             }
+            return Ok(agrees.then_some(device));
+        }
+        let opened = shelf.and_then(|shelf| {
+            Some(Opened { ledger: shelf.ledger.upgrade()?, data: shelf.data, file: shelf.file.clone() })
+        });
+        let Some(merged) = place.settle_map(map)? else { return Ok(None) };
+        let opened = match opened {
+            Some(opened) => opened,
+            None => place.open_ledger(&merged, place.open_data(&merged)?)?,
         };
-        Ok(Some(self.shelve(shelves, name, merged, source, (ledger, data))))
+        Ok(Some(self.shelve(shelves, name, merged, source, opened)))
     }
 
     /// Names of the directories of all devices, whether somebody uses them or not.
     pub fn directories(&self) -> Vec<String> {
-        let entries = fs::read_dir(&self.devices_dir).into_iter().flatten().flatten();
-        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+        self.shelves.names().unwrap_or_default()
     }
 
     /// The file of decoded bytes of the device in directory `name`.
     pub fn data_path(&self, name: &str) -> PathBuf {
-        self.devices_dir.join(name).join("data")
+        self.shelves.place(name).data()
     }
 
     /// Whether everything that can be is in the device in directory `name`, durably. For a device
     /// that nobody uses.
     pub fn is_complete(&self, name: &str) -> bool {
-        let dir = self.devices_dir.join(name);
-        let Some(map) = saved(&dir) else { return false };
-        let Ok(data) = File::open(dir.join("data")) else { return false };
-        let Ok(identity) = identify(&data, &map) else { return false };
-        let words = bits::read(&fs::read(dir.join("present")).unwrap_or_default(), &identity);
+        let place = self.shelves.place(name);
+        let Some(map) = place.saved() else { return false };
+        let Ok(data) = place.disk.open(&place.data()) else { return false };
+        let Ok((_, Some(words))) = place.believed(&map, &*data) else { return false };
         (0..).zip(map.units()).all(|(index, unit)| !is_needed(unit) || bit(&words, index))
     }
 
@@ -204,18 +284,20 @@ impl Store {
     /// writes would wait for an answer to themselves.
     ///
     /// # Errors
-    /// `Unknown` if the store has lost the map of the device.
+    /// `Unknown` if the store has lost the map of the device, `Replaced` if `data` is not the file
+    /// any more that the store has there, or has another length than the device.
     pub fn adopt(&self, name: &str, data: File, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
-        let mut shelves = self.shelves.lock().unwrap();
+        let mut shelves = self.shelves.alive();
+        let place = self.shelves.place(name);
+        let data = FileSink::new(data);
+        place.ensure_unchanged(&data.facts().map_err(at(&place.data()))?)?;
         if let Some(device) = shelves.get(name).and_then(|shelf| shelf.device.upgrade()) {
             device.try_learn(&device.map(), source)?;
             return Ok(device);
         }
-        let dir = self.devices_dir.join(name);
-        let map = saved(&dir).ok_or_else(|| StoreError::Unknown { dir: dir.clone() })?;
-        let data = Arc::new(data);
-        let ledger = Arc::new(open_ledger(&dir, &map, &data)?);
-        Ok(self.shelve(&mut shelves, name, map, &source, (ledger, data)))
+        let map = place.saved().ok_or_else(|| StoreError::Unknown { dir: place.dir.clone() })?;
+        let opened = place.open_ledger(&map, Box::new(data))?;
+        Ok(self.shelve(&mut shelves, name, map, &source, opened))
     }
 
     fn shelve(
@@ -224,20 +306,44 @@ impl Store {
         name: &str,
         map: UnitMap,
         source: &Arc<dyn BlobSource>,
-        (ledger, file): (Arc<Ledger>, Arc<File>),
+        Opened { ledger, data, file }: Opened,
     ) -> Arc<Device> {
-        let dir = self.devices_dir.join(name);
-        let (weak, data) = (Arc::downgrade(&ledger), Arc::clone(&file));
+        let place = self.shelves.place(name);
+        let (weak, data_path) = (Arc::downgrade(&ledger), place.data());
+        note_use(&place.dir);
         let home = Home {
-            data: dir.join("data"),
-            file,
-            save: Box::new(move |map| save(&dir, map)),
-            _lock: Arc::clone(&self.lock),
+            data: data_path.clone(),
+            file: file.clone(),
+            save: Box::new(move |map| place.save(map)),
+            _lock: Arc::clone(&self.shelves.lock),
         };
         let device = Device::assemble(Arc::new(map), Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
-        shelves.retain(|_, shelf| shelf.ledger.strong_count() > 0);
-        shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak, data });
+        shelves.retain(|_, shelf| shelf.is_alive());
+        shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak, data, file });
+        if !device.is_complete_durable() {
+            self.engine.twins.forget(&data_path);
+            if self.engine.twins.is_wanted() && !self.wants_twins.swap(true, Ordering::AcqRel) {
+                self.engine.space.kick();
+            }
+        }
+        self.offer_when_complete(&device);
         device
+    }
+
+    /// Lets other devices copy from this one as soon as nothing is missing of it.
+    fn offer_when_complete(&self, device: &Arc<Device>) {
+        let (weak, engine) = (Arc::downgrade(device), Arc::downgrade(&self.engine));
+        let offer = move || {
+            let Some(engine) = engine.upgrade() else { return };
+            // A job, because whoever calls must not be held up.
+            let job = Job::new(Class::Prefetch, move |_| {
+                if let Some(device) = weak.upgrade() {
+                    device.offer();
+                }
+            });
+            engine.jobs().push(job);
+        };
+        device.on_complete(Box::new(offer));
     }
 
     /// Makes everything present in all devices durable. Waits for the disk. Devices stay usable.
@@ -245,7 +351,7 @@ impl Store {
     /// # Errors
     /// The first failure; the other devices are flushed all the same.
     pub fn close(&self) -> Result<(), StoreError> {
-        let devices: Vec<_> = self.shelves.lock().unwrap().values().filter_map(|s| s.device.upgrade()).collect();
+        let devices: Vec<_> = self.shelves.alive().values().filter_map(|s| s.device.upgrade()).collect();
         let mut outcome = Ok(());
         for device in devices {
             let flushed = device.flush().map_err(|cause| StoreError::Flush { blob: device.blob().clone(), cause });
@@ -257,18 +363,18 @@ impl Store {
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Store").field("devices_dir", &self.devices_dir).finish_non_exhaustive()
+        f.debug_struct("Store").field("shelves", &self.shelves).finish_non_exhaustive()
     }
 }
 
 /// Adds the path to an error of the system.
-fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+pub(super) fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     let path = path.to_owned();
     move |cause| StoreError::Io { path, cause }
 }
 
 /// Takes the right to write, which lasts until the file is closed.
-fn lock(root: &Path) -> Result<File, StoreError> {
+pub(super) fn lock(root: &Path) -> Result<File, StoreError> {
     let path = root.join("lock");
     let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
     let mut file = open.map_err(at(&path))?;
@@ -287,7 +393,7 @@ fn lock(root: &Path) -> Result<File, StoreError> {
 }
 
 /// Goes on with a lock that is held already, if it is the one of `root`.
-fn take_over(root: &Path, mut held: File) -> Result<File, StoreError> {
+pub(super) fn take_over(root: &Path, mut held: File) -> Result<File, StoreError> {
     let path = root.join("lock");
     let same = inode_id_at(&path).and_then(|there| Ok(there == inode_id(&held)?)).unwrap_or(false);
     if !same {
@@ -296,92 +402,4 @@ fn take_over(root: &Path, mut held: File) -> Result<File, StoreError> {
     // Only for people, so a failure to write it is no failure.
     let _ = held.set_len(0).and_then(|()| held.rewind()).and_then(|()| writeln!(held, "{}", std::process::id()));
     Ok(held)
-}
-
-/// The map saved in `dir`, if there is a sound one.
-fn saved(dir: &Path) -> Option<UnitMap> {
-    UnitMap::from_bytes(&fs::read(dir.join("units")).ok()?).ok()
-}
-
-fn save(dir: &Path, map: &UnitMap) -> Result<(), StoreError> {
-    replace(dir, "units", |file| file.write_all(&map.to_bytes()))
-}
-
-/// Merges `map` with the one saved in `dir` and saves the outcome; `None` if they disagree.
-fn settle_map(dir: &Path, map: &UnitMap) -> Result<Option<UnitMap>, StoreError> {
-    if let Some(known) = saved(dir) {
-        let merged = known.merge(map);
-        if let Some(merged) = &merged
-            && *merged != known
-        {
-            save(dir, merged)?;
-        }
-        return Ok(merged);
-    }
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
-    // What is present was checked against a map that is lost.
-    let present = dir.join("present");
-    match fs::remove_file(&present) {
-        Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(at(&present)(cause)),
-        _ => sync_dir(dir)?,
-    }
-    save(dir, map)?;
-    Ok(Some(map.clone()))
-}
-
-/// Opens `data` for writing, creating or replacing what is missing or does not fit.
-fn open_data(dir: &Path, map: &UnitMap) -> Result<Arc<File>, StoreError> {
-    let data_path = dir.join("data");
-    let fits = fs::symlink_metadata(&data_path).is_ok_and(|meta| meta.is_file() && meta.len() == map.decoded_len());
-    if !fits {
-        replace(dir, "data", |file| file.set_len(map.decoded_len()))?;
-    }
-    Ok(Arc::new(OpenOptions::new().write(true).open(&data_path).map_err(at(&data_path))?))
-}
-
-/// Opens `present`, creating or replacing it if it is missing or does not fit to `data`.
-fn open_ledger(dir: &Path, map: &UnitMap, data: &Arc<File>) -> Result<Ledger, StoreError> {
-    let identity = identify(data, map).map_err(at(&dir.join("data")))?;
-    let present_path = dir.join("present");
-    let bytes = fs::read(&present_path).unwrap_or_default();
-    let fresh = bits::empty(&identity);
-    if !bytes.starts_with(&fresh) {
-        replace(dir, "present", |file| file.write_all(&fresh))?;
-    }
-    let read = bits::read(&bytes, &identity);
-    let mut words = vec![0; words_for(map.count())];
-    for (index, unit) in (0..).zip(map.units()) {
-        if is_needed(unit) && bit(&read, index) {
-            set_bit(&mut words, index);
-        }
-    }
-    let file = OpenOptions::new().write(true).open(&present_path).map_err(at(&present_path))?;
-    let copy = DurableCopy { file: Box::new(FileSink::new(file)), identity };
-    Ok(Ledger::new(Box::new(FileSink::new(Arc::clone(data))), words, Some(copy)))
-}
-
-fn identify(data: &File, map: &UnitMap) -> io::Result<Identity> {
-    let meta = data.metadata()?;
-    let born = meta.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-    let born = born.and_then(|age| u64::try_from(age.as_nanos()).ok()).unwrap_or(0);
-    Ok(Identity { layout: layout(map), units: map.count(), inode: meta.ino(), born })
-}
-
-/// Fingerprint of where units lie, without how they are checked.
-fn layout(map: &UnitMap) -> Digest {
-    map.without_checks().fingerprint()
-}
-
-/// Makes a file appear under `name` complete and durable, or not at all.
-fn replace(dir: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<(), StoreError> {
-    let (path, new) = (dir.join(name), dir.join(format!("{name}.new")));
-    let open = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
-    let mut file = open.map_err(at(&new))?;
-    write(&mut file).and_then(|()| file.sync_all()).map_err(at(&new))?;
-    fs::rename(&new, &path).map_err(at(&path))?;
-    sync_dir(dir)
-}
-
-fn sync_dir(dir: &Path) -> Result<(), StoreError> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
 }

@@ -6,6 +6,7 @@
 
 mod base;
 pub mod build;
+mod cache;
 mod check;
 mod chunkdict;
 mod compact;
@@ -97,6 +98,7 @@ enum Command {
     List(mount::ListArgs),
     Prefetch(prefetch::PrefetchArgs),
     Trace(trace::TraceArgs),
+    Cache(cache::CacheArgs),
     Serve(serve::ServeArgs),
     Stop(serve::StopArgs),
     Upgrade(upgrade::UpgradeArgs),
@@ -139,6 +141,7 @@ pub fn run() -> ExitCode {
         Command::List(args) => mount::list(args),
         Command::Prefetch(args) => prefetch::run(args),
         Command::Trace(args) => trace::run(args),
+        Command::Cache(args) => cache::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Stop(args) => serve::stop(args),
         Command::Upgrade(args) => upgrade::run(args),

@@ -18,9 +18,9 @@ use crate::cache::StoreError;
 use crate::daemon::control::Control;
 use crate::daemon::settings::{Origin, Resolved, Restart, Settings, TABLE};
 use crate::daemon::{Daemon, DaemonError, Ending, Options, keeper};
-use crate::sys::process;
 use crate::sys::sandbox::{Policy, Sandbox};
 use crate::sys::service::Supervisor;
+use crate::sys::{memory, process};
 use crate::telemetry::logging::{self, LogControl};
 
 /// Run the daemon that serves mounted images
@@ -56,7 +56,8 @@ const CONTROL_NAME: &str = "control";
 pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     // First, because it takes descriptors that it knows by number.
     let supervisor = Supervisor::from_environment();
-    let (resolved, file) = args.settings.resolve()?;
+    let (mut resolved, file) = args.settings.resolve()?;
+    resolved.fit_memory(memory::limit());
     let idle = idle_of(&resolved, args.detached);
     let mut settings = resolved.settings;
     let rules = logging::parse(&settings.log).context("cannot use the rules of the log")?;

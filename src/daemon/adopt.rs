@@ -110,6 +110,7 @@ impl Daemon {
             spawn("mnt-0", &daemon, |daemon| daemon.follow_unmounts()).map_err(start("the watch on mounts"))?;
         *daemon.watcher.lock().unwrap() = Some(thread);
         daemon.backends.examine().map_err(start("the examination of this host"))?;
+        daemon.say_uses_are_known();
         Ok(daemon)
     }
 
@@ -191,6 +192,13 @@ impl Daemon {
         }
     }
 
+    /// Lets blobs go that nobody uses, unless there is a superblock of which nobody knows what it uses.
+    pub(super) fn say_uses_are_known(&self) {
+        if self.state.lock().unwrap().unserved.is_empty() {
+            self.store.say_uses_are_known();
+        }
+    }
+
     /// Takes note of a superblock that lives and cannot be served.
     fn leave_unserved(&self, watch: Option<WatchId>, record: Option<RecordId>) {
         if let Some(watch) = watch {
@@ -209,9 +217,10 @@ impl Daemon {
         let damaged = |what: &str| DaemonError::Record { what: what.to_owned() };
         let key = Digest::from_hex(&record.key).ok_or_else(|| damaged("no digest"))?;
         let source = self.origins.open_or_absent(&record.spec);
+        let kept = self.store.shelves().bootstraps().keep_known(key);
         let mut image = match prepared.get(&key) {
-            Some(image) => Prepared::known(&self.options.cache, key, image.clone(), source.clone()),
-            None => resume(&self.options.cache, key, source.clone())?,
+            Some(image) => Prepared::known(kept, image.clone(), source.clone()),
+            None => resume(kept, source.clone())?,
         };
         prepared.insert(key, image.image.clone());
         let watch = record.superblock.map(WatchId::from);

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 
 use crate::base::BlobId;
 use crate::blob::TablesError;
-use crate::cache::StoreError;
+use crate::cache::{StockError, StoreError};
 use crate::export::AttachError;
 use crate::image::{ImageError, OpenError as ImageOpenError};
 use crate::reader::{LoadError, MapError, ReachError};
@@ -38,6 +38,8 @@ pub enum DaemonError {
     SourceSpec(OpenError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Stock(#[from] StockError),
     #[error(transparent)]
     Attach(#[from] AttachError),
     #[error("no backend can serve on this host: {reasons}; `rafsd doctor` tells more")]

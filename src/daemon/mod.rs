@@ -3,6 +3,7 @@
 //!
 //! * [`Daemon`] mounts, unmounts and lists; its methods may block and are called from blocking
 //!   threads.
+//! * [`stock`] is the cache as people see it: what is there, which images use it, what may go.
 //! * [`control`] puts it behind a Unix socket, [`client`] is the other end.
 //! * [`keeper`] are the processes that hold the kernel descriptors, so that a killed daemon leaves
 //!   readers waiting, for the next daemon, instead of showing them zeros. `records` tells it what was
@@ -27,6 +28,8 @@ mod records;
 mod served;
 mod serving;
 pub mod settings;
+pub mod stock;
+mod stockclient;
 mod stop;
 mod trace;
 mod unkept;

@@ -167,7 +167,31 @@ impl Daemon {
     fn prepare(&self, spec: &ImageSpec) -> Result<Prepared, DaemonError> {
         let saved = |blob: &BlobId| self.store.saved_map(blob).or_else(|| self.objects.saved(DOMAIN, blob));
         let source = self.origins.open(spec).map_err(DaemonError::SourceSpec)?;
-        prepare(spec, source, &self.options.cache, &saved, &self.runtime)
+        let bootstraps = self.store.shelves().bootstraps();
+        let once = || prepare(spec, source.clone(), bootstraps, &saved, &self.runtime);
+        match once() {
+            Err(DaemonError::Store(error)) if error.is_full() && self.store.make_room(1) => once(),
+            outcome => outcome,
+        }
+    }
+
+    /// The store, for what is said about it and done to it beside mounting.
+    pub(super) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Everything that is served, with where it is mounted, if anywhere: lingering mounts too.
+    pub(super) fn all_served(&self) -> Vec<(Option<PathBuf>, Served)> {
+        let state = self.state.lock().unwrap();
+        let mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, mounted.as_ref()?)));
+        let mounted = mounted.map(|(dir, mounted)| (Some(dir.clone()), mounted.served.clone()));
+        let lingering = state.lingering.iter().map(|mounted| (None, mounted.served.clone()));
+        mounted.chain(lingering).chain(state.registered.values().map(|(served, _)| (None, served.clone()))).collect()
+    }
+
+    /// Whether it is on its way out, so that long work should end.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.state.lock().unwrap().stopping
     }
 
     fn mount_fanotify(
@@ -401,6 +425,9 @@ impl Daemon {
         }
         let unserved: Vec<_> = state.unserved.extract_if(.., |(watch, _)| !self.watch.is_alive(*watch)).collect();
         drop(state);
+        if !unserved.is_empty() {
+            self.say_uses_are_known();
+        }
         // Outside the lock: the last owner of a device waits for the disk.
         for mounted in gone {
             let record = mounted.record;

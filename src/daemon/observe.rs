@@ -62,7 +62,7 @@ impl Daemon {
 
     /// All metrics in the OpenMetrics text format. May look at the files of the cache.
     pub fn metrics(&self) -> String {
-        self.telemetry.space.bytes.set(self.occupied.below(&self.options.cache));
+        self.note_space();
         let backends = self.served().into_iter().map(|(_, served)| served.backend).collect::<Vec<_>>();
         for kind in [BackendKind::Fanotify, BackendKind::Cachefiles] {
             let count = backends.iter().filter(|backend| **backend == kind).count();
@@ -71,8 +71,26 @@ impl Daemon {
         self.telemetry.exposition()
     }
 
+    /// Takes over what the store has counted.
+    fn note_space(&self) {
+        let (stats, space) = (self.store.stats(), &self.telemetry.space);
+        space.bytes.set(self.occupied.below(&self.options.cache));
+        space.limit.set(stats.limit_bytes.unwrap_or(0));
+        for (counter, total) in [
+            (&space.evictions, stats.evicted),
+            (&space.evicted_bytes, stats.evicted_bytes),
+            (&space.scrubbed_bytes, stats.scrubbed_bytes),
+            (&space.scrub_bad_units, stats.spoilt_units),
+            (&space.dedup_units, stats.copied_units),
+            (&space.dedup_bytes, stats.copied_bytes),
+        ] {
+            counter.raise_to(total);
+        }
+    }
+
     /// What happened since the start, in numbers. May look at the files of the cache.
     pub fn activity(&self) -> Activity {
+        self.note_space();
         let (fills, reads) = (&self.telemetry.fills, &self.telemetry.reads);
         let places = self.telemetry.places();
         let bytes = |class| places.iter().map(|(_, place)| place.bytes.at(class).get()).sum();

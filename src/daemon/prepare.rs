@@ -1,17 +1,15 @@
 //! From a bootstrap file and a source to maps and a mountable copy.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use ring::digest;
 
 use super::DaemonError;
 use super::api::ImageSpec;
 use crate::base::{BLOCK, BlobId, Digest};
 use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
+use crate::cache::{Bootstraps, KeptBootstrap};
 use crate::export::{Backing, LiveImage};
 use crate::image::{Device, Image};
 use crate::reader::{self, ensure_block_size, ensure_checkable, maps};
@@ -27,6 +25,8 @@ pub(super) struct Prepared {
     /// One map per device, with the digests this image names.
     pub(super) maps: Vec<Arc<UnitMap>>,
     pub(super) source: Arc<dyn BlobSource>,
+    /// The copy stays while the image is served.
+    _kept: KeptBootstrap,
 }
 
 impl std::fmt::Debug for Prepared {
@@ -37,9 +37,9 @@ impl std::fmt::Debug for Prepared {
 
 impl Prepared {
     /// The same image once more.
-    pub(super) fn known(cache: &Path, key: Digest, image: Arc<Image>, source: Arc<dyn BlobSource>) -> Self {
-        let bootstrap = cache.join("bootstraps").join(key.to_string());
-        Self { image, key, bootstrap, maps: Vec::new(), source }
+    pub(super) fn known(kept: KeptBootstrap, image: Arc<Image>, source: Arc<dyn BlobSource>) -> Self {
+        let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
+        Self { image, key, bootstrap, maps: Vec::new(), source, _kept: kept }
     }
 
     /// The image over these devices, as a backend mounts it.
@@ -55,17 +55,18 @@ impl Prepared {
 /// Pieces in which a bootstrap is served by the cachefiles backend.
 const BOOTSTRAP_UNIT: usize = 1 << 20;
 
-/// Reads everything a mount needs. `saved` knows maps from before, which spare fetching a blob's
-/// tables. Blocks; runs its fetches on `runtime`.
+/// Reads everything a mount needs, with a copy of the bootstrap in `bootstraps`. `saved` knows maps
+/// from before, which spare fetching a blob's tables. Blocks; runs its fetches on `runtime`.
 pub(super) fn prepare(
     spec: &ImageSpec,
     source: Arc<dyn BlobSource>,
-    cache: &Path,
+    bootstraps: &Arc<Bootstraps>,
     saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Prepared, DaemonError> {
     let loaded = reader::bootstrap::load(&spec.bootstrap).map_err(DaemonError::Load)?;
-    let (bootstrap, key) = adopt(&loaded.bytes, &cache.join("bootstraps"))?;
+    let kept = bootstraps.keep(&loaded.bytes)?;
+    let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
     drop(loaded);
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, &spec.bootstrap)))?;
     ensure_block_size(&image)?;
@@ -76,15 +77,14 @@ pub(super) fn prepare(
         .collect::<Result<Vec<_>, _>>()?;
     ensure_checkable(&image, &maps)?;
     let maps = maps.into_iter().map(Arc::new).collect();
-    Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source })
+    Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source, _kept: kept })
 }
 
 /// An image that a dead daemon had prepared, from our copy of its bootstrap. It was checked then, and
 /// the kernel has it mounted: what matters now is not to keep its readers waiting.
-pub(super) fn resume(cache: &Path, key: Digest, source: Arc<dyn BlobSource>) -> Result<Prepared, DaemonError> {
-    let bootstrap = cache.join("bootstraps").join(key.to_string());
-    let image = Arc::new(Image::open(&bootstrap).map_err(DaemonError::Bootstrap)?);
-    Ok(Prepared { image, key, bootstrap, maps: Vec::new(), source })
+pub(super) fn resume(kept: KeptBootstrap, source: Arc<dyn BlobSource>) -> Result<Prepared, DaemonError> {
+    let image = Arc::new(Image::open(kept.path()).map_err(DaemonError::Bootstrap)?);
+    Ok(Prepared::known(kept, image, source))
 }
 
 /// The unit map of one device: from the cache if it is there and agrees, else from the blob.
@@ -99,52 +99,6 @@ fn map(
     let saved = saved(&device.blob).and_then(|saved| maps::renew(&saved, device, image));
     let fetched = || maps::map(device, image, source, runtime).map(|mapped| mapped.map);
     saved.map_or_else(|| fetched().map_err(DaemonError::Map), Ok)
-}
-
-/// Keeps the bootstrap in the cache under its digest, so that nobody can change it while the
-/// kernel has it mounted, and so that it lies on a file system that EROFS accepts.
-fn adopt(bytes: &[u8], dir: &Path) -> Result<(PathBuf, Digest), DaemonError> {
-    let write = |cause| DaemonError::Io { path: dir.to_owned(), cause };
-    let mut hasher = digest::Context::new(&digest::SHA256);
-    hasher.update(bytes);
-    let key = finish(hasher);
-    let path = dir.join(key.to_string());
-    // A copy from before is used only if it is still what its name says.
-    if File::open(&path).and_then(sha256_of).is_ok_and(|there| there == key) {
-        return Ok((path, key));
-    }
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(write)?;
-    let scratch = dir.join(format!(".new-{}-{:?}", std::process::id(), std::thread::current().id()));
-    let mut to =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&scratch).map_err(write)?;
-    let _remove = RemoveOnDrop(&scratch);
-    to.write_all(bytes).and_then(|()| to.sync_all()).map_err(write)?;
-    fs::rename(&scratch, &path).map_err(write)?;
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(write)?;
-    Ok((path, key))
-}
-
-fn sha256_of(mut file: File) -> io::Result<Digest> {
-    let (mut hasher, mut buffer) = (digest::Context::new(&digest::SHA256), vec![0; BOOTSTRAP_UNIT]);
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(finish(hasher)),
-            len => hasher.update(&buffer[..len]),
-        }
-    }
-}
-
-fn finish(hasher: digest::Context) -> Digest {
-    Digest(hasher.finish().as_ref().try_into().expect("SHA-256 has 32 bytes"))
-}
-
-struct RemoveOnDrop<'a>(&'a Path);
-
-impl Drop for RemoveOnDrop<'_> {
-    fn drop(&mut self) {
-        // Gone already when it was renamed.
-        let _ = fs::remove_file(self.0);
-    }
 }
 
 /// People know the file they named, not our copy.
@@ -182,6 +136,7 @@ pub(super) fn bootstrap_as_blob(prepared: &Prepared) -> Result<(UnitMap, Arc<dyn
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::{Store, StoreOptions};
     use crate::daemon::api::PrefetchOrder;
     use crate::reader::LoadError;
 
@@ -197,9 +152,11 @@ mod tests {
             let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: PrefetchOrder::None };
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let source = Arc::new(LocalSource::new(dir.path()).unwrap());
-            let error = prepare(&spec, source, dir.path(), &|_| None, runtime.handle()).unwrap_err();
+            let store = Store::open(dir.path(), StoreOptions::default(), runtime.handle().clone()).unwrap();
+            let bootstraps = store.shelves().bootstraps();
+            let error = prepare(&spec, source, bootstraps, &|_| None, runtime.handle()).unwrap_err();
             assert!(matches!(&error, DaemonError::Load(LoadError::Io { path: at, .. }) if at == path), "{error:?}");
         }
-        assert!(!bootstraps.exists() || fs::read_dir(&bootstraps).unwrap().next().is_none());
+        assert!(!bootstraps.exists() || std::fs::read_dir(&bootstraps).unwrap().next().is_none());
     }
 }

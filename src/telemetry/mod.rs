@@ -182,6 +182,11 @@ impl Counter {
         self.0.fetch_add(more, Ordering::Relaxed);
     }
 
+    /// Takes over what somebody else has counted so far. Never goes down.
+    pub fn raise_to(&self, total: u64) {
+        self.0.fetch_max(total, Ordering::Relaxed);
+    }
+
     /// The number at this moment.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)

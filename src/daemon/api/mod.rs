@@ -11,6 +11,8 @@ mod trace;
 pub use prefetch::{FileRanges, PrefetchOrder, PrefetchReport, PrefetchRequest, PrefetchTarget};
 pub use trace::{TraceReport, TraceRequest, TraceResult};
 
+mod cache;
+pub use cache::{BlobReport, BlobRequest, BlobUsage, CacheReport, GcReport, GcRequest, ImageUsage, PinRequest};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};

@@ -23,6 +23,7 @@ pub(crate) fn image() -> ImageReport {
     let stats = DeviceStats {
         units: 71,
         units_present: 8,
+        units_copied: 2,
         units_filled: 8,
         stored_bytes_fetched: 2 * MIB,
         requests: 5,

@@ -6,8 +6,9 @@ use serde_json::{Value, json};
 
 use super::observe::{Activity, LogRules};
 use super::{
-    Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, RegisterRequest,
-    TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest, samples,
+    BlobRequest, CacheReport, Failure, GcReport, GcRequest, ImageReport, ImageUsage, Info, MountRequest, PinRequest,
+    PrefetchReport, PrefetchRequest, PrefetchTarget, RegisterRequest, TraceReport, TraceRequest, TraceResult,
+    UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest, samples,
 };
 
 /// The schema of all types, each below `$defs`.
@@ -21,6 +22,9 @@ fn schema() -> Value {
     request::<PrefetchTarget>(&mut generator);
     request::<TraceRequest>(&mut generator);
     request::<UpgradeRequest>(&mut generator);
+    request::<GcRequest>(&mut generator);
+    request::<BlobRequest>(&mut generator);
+    request::<PinRequest>(&mut generator);
     // What may be left out of a request is always in an answer.
     let mut answers = SchemaSettings::draft2020_12().for_serialize().into_generator();
     request::<LogRules>(&mut answers);
@@ -31,6 +35,9 @@ fn schema() -> Value {
     request::<PrefetchReport>(&mut answers);
     request::<TraceReport>(&mut answers);
     request::<TraceResult>(&mut answers);
+    request::<CacheReport>(&mut answers);
+    request::<ImageUsage>(&mut answers);
+    request::<GcReport>(&mut answers);
     request::<Failure>(&mut answers);
     let mut definitions = generator.take_definitions(true);
     definitions.append(&mut answers.take_definitions(true));

@@ -5,6 +5,7 @@ mod peer;
 mod prefetch;
 mod trace;
 
+mod cache;
 use std::fs;
 use std::io;
 use std::net::TcpListener;
@@ -141,6 +142,7 @@ impl Control {
             .merge(observe::routes())
             .merge(prefetch::routes())
             .merge(trace::routes())
+            .merge(cache::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .layer(DefaultBodyLimit::max(MOST_BODY))
@@ -236,6 +238,7 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::Reach(_)
         | DaemonError::SourceSpec(_)
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+        DaemonError::Stock(error) => cache::status(error),
         DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
         DaemonError::NoSuccessor => StatusCode::CONFLICT,
         DaemonError::Io { .. }

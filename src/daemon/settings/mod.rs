@@ -142,6 +142,7 @@ impl Settings {
         let pairs = [
             ("memory_reserve", store.memory_reserve, "memory", store.memory),
             ("readahead_first", store.readahead_first, "readahead_most", store.readahead_most),
+            ("low_water", store.low_water.into(), "high_water", store.high_water.into()),
         ];
         let wrong = pairs.into_iter().filter(|(_, lesser, _, greater)| lesser > greater);
         wrong.map(|(key, _, most, _)| Mistake::Above { key, most }).collect()
@@ -185,6 +186,35 @@ pub struct Resolved {
     pub origins: Vec<Origin>,
     /// Everything that is wrong. The settings are not to be used unless this is empty.
     pub mistakes: Vec<Located>,
+}
+
+impl Resolved {
+    /// Lowers what nobody has set to what suits a process that may use `limit` bytes of memory.
+    pub fn fit_memory(&mut self, limit: Option<u64>) {
+        let fitting = StoreOptions::within(limit);
+        let is_free = |key: &str| {
+            let at = TABLE.iter().position(|setting| setting.key == key);
+            at.is_some_and(|at| self.origins[at] == Origin::Default)
+        };
+        let free =
+            ["memory", "memory_reserve", "window", "prefetch_window", "readahead_first", "readahead_most"].map(is_free);
+        let store = &mut self.settings.store;
+        let fields = [
+            (&mut store.memory, fitting.memory),
+            (&mut store.memory_reserve, fitting.memory_reserve),
+            (&mut store.window, fitting.window),
+            (&mut store.prefetch_window, fitting.prefetch_window),
+            (&mut store.readahead_first, fitting.readahead_first),
+            (&mut store.readahead_most, fitting.readahead_most),
+        ];
+        for ((field, fitting), _) in fields.into_iter().zip(free).filter(|(_, is_free)| *is_free) {
+            *field = (*field).min(fitting);
+        }
+        store.stream = store.stream.min(fitting.stream);
+        // What was set goes before what was lowered.
+        store.memory = store.memory.max(store.memory_reserve);
+        store.readahead_most = store.readahead_most.max(store.readahead_first);
+    }
 }
 
 /// Puts the text of a config file, if there is one, and `given` over the defaults.
@@ -231,6 +261,27 @@ mod tests {
             let shown = setting.field.show(&settings);
             assert_eq!(shown.text(), setting.default, "{}: a default is written as it is printed", setting.key);
         }
+    }
+
+    #[test]
+    fn little_memory_lowers_what_nobody_has_set() {
+        const MIB: u64 = 1 << 20;
+        let fitted = |given: &[Given], limit| {
+            let mut resolved = resolve(None, given);
+            resolved.fit_memory(limit);
+            assert_eq!(resolved.settings.contradictions(), []);
+            resolved.settings.store
+        };
+        let set = |key, text| given(key, text, Origin::Flag);
+        let small = Some(32 * MIB);
+
+        assert_eq!(fitted(&[], None), Settings::default().store);
+        let store = fitted(&[], small);
+        assert_eq!((store.memory, store.memory_reserve, store.window), (4 * MIB, MIB, MIB));
+        assert_eq!(fitted(&[set("memory", "64MiB")], small).memory, 64 * MIB, "what somebody said");
+        let store = fitted(&[set("memory_reserve", "16MiB"), set("readahead_first", "8MiB")], small);
+        assert_eq!((store.memory, store.memory_reserve), (16 * MIB, 16 * MIB));
+        assert_eq!((store.readahead_first, store.readahead_most), (8 * MIB, 8 * MIB));
     }
 
     #[test]

@@ -76,7 +76,7 @@ pub const TABLE: &[Setting] = &[
         "memory",
         Field::Size(Range(MIB, 1024 * GIB), |s| &mut s.store.memory),
         "128MiB",
-        "Memory for what was fetched and is not written yet",
+        "Memory for what was fetched and is not written yet; less by default where a control group leaves little",
     ),
     setting(
         "memory_reserve",
@@ -107,6 +107,30 @@ pub const TABLE: &[Setting] = &[
         Field::Count(Range(0, 1024), |s| &mut s.store.decode_threads),
         "0",
         "Threads that decode, check and write; 0 for one per core",
+    ),
+    setting(
+        "cache_limit",
+        Field::SizeOrNone(Range(MIB, 1 << 60), |s| &mut s.store.cache_limit),
+        "none",
+        "Most bytes that the cache should take on disk; what mounted images read is fetched beyond it too",
+    ),
+    setting(
+        "high_water",
+        Field::Percent(Range(1, 100), |s| &mut s.store.high_water),
+        "95",
+        "Percent of the limit at which blobs that no mounted image uses go, the least recently used first",
+    ),
+    setting(
+        "low_water",
+        Field::Percent(Range(0, 100), |s| &mut s.store.low_water),
+        "85",
+        "Percent of the limit at which that ends",
+    ),
+    setting(
+        "scrub_rate",
+        Field::Size(Range(0, 1024 * GIB), |s| &mut s.store.scrub_rate),
+        "2MiB",
+        "Bytes a second that complete blobs are read again and checked with; 0 for never",
     ),
     setting(
         "exit_when_idle",

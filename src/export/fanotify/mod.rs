@@ -19,6 +19,8 @@
 
 mod permission;
 mod resume;
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
 mod service;
 
 pub use service::Fanotify;

@@ -1,5 +1,6 @@
+use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, RwLock};
 
 use crate::base::ByteRange;
@@ -17,10 +18,52 @@ pub(super) struct Desk {
     pub(super) frozen: RwLock<bool>,
 }
 
+impl Desk {
+    /// Writes an event down for a successor. `false` if there is no room for its number.
+    pub(super) fn write_down(&self, permission: &Permission, file: Option<InodeId>, range: ByteRange) -> bool {
+        self.journal.write(permission.file().as_raw_fd(), file, range)
+    }
+}
+
+/// Takes answers to events: the desk, or a test in its place.
+pub(super) trait Respond: fmt::Debug + Send + Sync {
+    /// Gives the answer to the event that the number of `file` names, and forgets the event.
+    fn respond(&self, file: BorrowedFd<'_>, answer: Answer);
+}
+
+impl Respond for Desk {
+    fn respond(&self, file: BorrowedFd<'_>, answer: Answer) {
+        let frozen = self.frozen.read().unwrap();
+        if *frozen {
+            return;
+        }
+        deliver(|answer| self.group.answer(file, answer), answer);
+        faultpoint::reach("answered");
+        // Before the number is free: the next event may have it.
+        self.journal.clear(file.as_raw_fd());
+    }
+}
+
+/// Brings an answer to the kernel. If it does not take it, a plain denial is the last thing it could
+/// still take.
+pub(super) fn deliver(kernel: impl Fn(Answer) -> io::Result<()>, answer: Answer) {
+    match kernel(answer) {
+        Ok(()) => {}
+        // The reader was killed while it waited, or had its answer from a process that died.
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
+        Err(error) => {
+            tracing::error!(%error, "the kernel did not take an answer; denying the reader");
+            if let Err(error) = kernel(Answer::Deny(libc::EIO)) {
+                tracing::error!(%error, "a reader stays blocked");
+            }
+        }
+    }
+}
+
 /// The duty to answer one reader. Dropping it, as a panic would, denies with `EIO`.
 #[derive(Debug)]
 pub(super) struct Permission {
-    desk: Arc<Desk>,
+    desk: Arc<dyn Respond>,
     /// Its *number* names the event. Of an event that this process took, it is the file being read;
     /// of one that a dead process took, it only keeps the number from being given to another one.
     file: Option<OwnedFd>,
@@ -28,12 +71,12 @@ pub(super) struct Permission {
 }
 
 impl Permission {
-    pub(super) fn new(desk: Arc<Desk>, file: OwnedFd) -> Self {
+    pub(super) fn new(desk: Arc<dyn Respond>, file: OwnedFd) -> Self {
         Self { desk, file: Some(file), is_adopted: false }
     }
 
     /// The duty that a dead process had.
-    pub(super) fn adopt(desk: Arc<Desk>, number: OwnedFd) -> Self {
+    pub(super) fn adopt(desk: Arc<dyn Respond>, number: OwnedFd) -> Self {
         Self { desk, file: Some(number), is_adopted: true }
     }
 
@@ -47,11 +90,6 @@ impl Permission {
         self.file.as_ref().expect("present until answered")
     }
 
-    /// Writes it down for a successor. `false` if there is no room for its number.
-    pub(super) fn write_down(&self, file: Option<InodeId>, range: ByteRange) -> bool {
-        self.desk.journal.write(self.file().as_raw_fd(), file, range)
-    }
-
     /// Answers the reader.
     pub(super) fn answer(mut self, answer: Answer) {
         self.give(answer);
@@ -59,27 +97,7 @@ impl Permission {
 
     fn give(&mut self, answer: Answer) {
         let Some(file) = self.file.take() else { return };
-        let frozen = self.desk.frozen.read().unwrap();
-        if *frozen {
-            return;
-        }
-        match self.desk.group.answer(file.as_fd(), answer) {
-            Ok(()) => {}
-            // The reader was killed while it waited, or had its answer from a process that died.
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
-            Err(e) => give_up(&self.desk.group, &file, &e),
-        }
-        faultpoint::reach("answered");
-        // Before the number is free: the next event may have it.
-        self.desk.journal.clear(file.as_raw_fd());
-    }
-}
-
-/// The kernel did not take an answer; a plain denial is the last thing it could still take.
-fn give_up(group: &Group, file: &OwnedFd, error: &io::Error) {
-    tracing::error!(%error, "the kernel did not take an answer; denying the reader");
-    if let Err(error) = group.answer(file.as_fd(), Answer::Deny(libc::EIO)) {
-        tracing::error!(%error, "a reader stays blocked");
+        self.desk.respond(file.as_fd(), answer);
     }
 }
 

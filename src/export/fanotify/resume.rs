@@ -40,7 +40,7 @@ impl Fanotify {
                 self.deny(permission);
                 continue;
             };
-            if permission.write_down(event.file, range) {
+            if self.desk.write_down(&permission, event.file, range) {
                 known.push((permission, event.file, range));
             } else {
                 self.deny(permission);
@@ -66,7 +66,9 @@ impl Fanotify {
     /// Serves a reader of whom only the range is known: its event had come out of the kernel and
     /// was not looked at before the process died. Right is what is right for every file it can be.
     fn serve_unknown(&self, range: ByteRange, permission: Permission) {
-        let Some(wanted) = range.align_out(BLOCK) else { return self.deny(permission) };
+        // Without a length it is no reader: somebody wants to change the length of a file.
+        let wanted = range.align_out(BLOCK).filter(|wanted| !wanted.is_empty());
+        let Some(wanted) = wanted else { return self.deny(permission) };
         let candidates: Vec<Arc<Marked>> = {
             let marked = self.marked.read().unwrap();
             let can_be =

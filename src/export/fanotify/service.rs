@@ -207,7 +207,7 @@ impl Fanotify {
             self.deny(permission);
             return None;
         };
-        if !permission.write_down(Some(file), range) {
+        if !self.desk.write_down(&permission, Some(file), range) {
             let request = self.telemetry.next_request().number();
             tracing::error!(request, "too many files are open in this process to write an event down; denied");
             self.deny(permission);
@@ -269,12 +269,13 @@ impl Fanotify {
 
     pub(super) fn serve(&self, marked: Arc<Marked>, range: ByteRange, pid: i32, permission: Permission) {
         let wanted = range.align_out(BLOCK).unwrap_or(range);
-        if wanted.end() > marked.device.decoded_len() || wanted.len() > MAX_RANGE {
+        if wanted.is_empty() || wanted.end() > marked.device.decoded_len() || wanted.len() > MAX_RANGE {
             // Not EROFS: it asks for what the image has, a read-ahead window at a time. A backup
-            // of the cache must not fetch the image, nor see holes.
+            // of the cache must not fetch the image, nor see holes. Without a length it is somebody
+            // who wants to cut the file off or to stretch it, by whatever descriptor.
             let request = self.telemetry.next_request().number();
             let path = marked.path.display();
-            tracing::warn!(request, %path, pid, decoded = %wanted, "read of a cache file denied");
+            tracing::warn!(request, %path, pid, decoded = %wanted, "access to a cache file denied");
             return self.deny(permission);
         }
         if marked.device.present(wanted) {

@@ -1,0 +1,196 @@
+//! Copies of bootstraps, each under its digest.
+//!
+//! To the cache they are opaque files that are complete and never written again, so that nobody
+//! can change one while a kernel has it mounted. Whoever needs one keeps it; what nobody keeps and
+//! nobody has open may go, for it can be copied again from where it was named.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
+
+use super::store::{StoreError, at};
+use super::victims::{Lot, LotKind};
+use crate::base::Digest;
+use crate::codec::{Sha256, sha256};
+
+/// The directory of bootstraps of one store.
+#[derive(Debug)]
+pub struct Bootstraps {
+    dir: PathBuf,
+    /// How many owners keep each.
+    kept: Mutex<HashMap<Digest, usize>>,
+    asking: Mutex<()>,
+    scratch: AtomicU64,
+}
+
+/// A bootstrap that stays where it is while this lives.
+#[derive(Debug)]
+pub struct KeptBootstrap {
+    owner: Arc<Bootstraps>,
+    digest: Digest,
+    path: PathBuf,
+}
+
+impl KeptBootstrap {
+    /// SHA-256 of the bootstrap, which is its name.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// Where it lies: complete, synced, and never written again.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for KeptBootstrap {
+    fn drop(&mut self) {
+        let mut kept = self.owner.kept.lock().unwrap();
+        if let Some(owners) = kept.get_mut(&self.digest) {
+            *owners -= 1;
+            if *owners == 0 {
+                kept.remove(&self.digest);
+            }
+        }
+        drop(kept);
+        note_use(&self.path);
+    }
+}
+
+impl Bootstraps {
+    pub(super) fn new(dir: PathBuf) -> Arc<Self> {
+        Arc::new(Self { dir, kept: Mutex::default(), asking: Mutex::default(), scratch: AtomicU64::new(0) })
+    }
+
+    /// The directory they lie in.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Keeps a copy of `bytes`, made now unless there is a sound one. Waits for the disk.
+    pub fn keep(self: &Arc<Self>, bytes: &[u8]) -> Result<KeptBootstrap, StoreError> {
+        let digest = sha256(bytes);
+        // Kept before it is looked for: from here on nobody removes it.
+        *self.kept.lock().unwrap().entry(digest).or_insert(0) += 1;
+        let kept = KeptBootstrap { owner: Arc::clone(self), digest, path: self.dir.join(digest.to_string()) };
+        // A copy from before is used only if it is still what its name says.
+        if File::open(&kept.path).and_then(sha256_of).is_ok_and(|there| there == digest) {
+            note_use(&kept.path);
+            return Ok(kept);
+        }
+        self.write(bytes, &kept.path)?;
+        Ok(kept)
+    }
+
+    /// Keeps the copy with this digest, which a predecessor made and nobody looks at again.
+    pub fn keep_known(self: &Arc<Self>, digest: Digest) -> KeptBootstrap {
+        *self.kept.lock().unwrap().entry(digest).or_insert(0) += 1;
+        KeptBootstrap { owner: Arc::clone(self), digest, path: self.dir.join(digest.to_string()) }
+    }
+
+    fn write(&self, bytes: &[u8], path: &Path) -> Result<(), StoreError> {
+        let dir = &self.dir;
+        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
+        let number = self.scratch.fetch_add(1, Ordering::Relaxed);
+        let scratch = dir.join(format!(".new-{}-{number}", std::process::id()));
+        let open = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&scratch);
+        let mut to = open.map_err(at(&scratch))?;
+        let _remove = RemoveOnDrop(&scratch);
+        to.write_all(bytes).and_then(|()| to.sync_all()).map_err(at(&scratch))?;
+        fs::rename(&scratch, path).map_err(at(path))?;
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
+    }
+
+    fn is_held(&self, kept: &HashMap<Digest, usize>, digest: Digest) -> bool {
+        kept.contains_key(&digest) || super::shelves::is_open(&self.asking, &self.dir.join(digest.to_string()))
+    }
+
+    /// All of them, as what takes room.
+    pub(super) fn lots(&self) -> Vec<Lot> {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let lot = |entry: fs::DirEntry| {
+            let name = entry.file_name().into_string().ok()?;
+            let digest = Digest::from_hex(&name)?;
+            let meta = entry.metadata().ok()?;
+            let held = self.is_held(&self.kept.lock().unwrap(), digest);
+            let last_used = u64::try_from(meta.mtime()).unwrap_or(0);
+            Some(Lot { name, kind: LotKind::Bootstrap, bytes: meta.blocks() * 512, last_used, held })
+        };
+        entries.filter_map(lot).collect()
+    }
+
+    /// Removes one that nobody keeps; tells whether it did.
+    pub(super) fn remove(&self, name: &str) -> Result<bool, StoreError> {
+        let Some(digest) = Digest::from_hex(name) else { return Ok(false) };
+        let kept = self.kept.lock().unwrap();
+        if self.is_held(&kept, digest) {
+            return Ok(false);
+        }
+        let path = self.dir.join(digest.to_string());
+        match fs::remove_file(&path) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(cause) => Err(at(&path)(cause)),
+        }
+    }
+}
+
+/// A file's time of change is when it was last used: its bytes never change. Only an order depends
+/// on it, so that failing is no failure.
+fn note_use(path: &Path) {
+    let _ = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
+}
+
+fn sha256_of(mut file: File) -> io::Result<Digest> {
+    let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hasher.finish()),
+            len => hasher.update(&buffer[..len]),
+        }
+    }
+}
+
+struct RemoveOnDrop<'a>(&'a Path);
+
+impl Drop for RemoveOnDrop<'_> {
+    fn drop(&mut self) {
+        // Gone already when it was renamed.
+        let _ = fs::remove_file(self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_stays_and_a_spoilt_copy_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let bootstraps = Bootstraps::new(dir.path().join("bootstraps"));
+        let first = bootstraps.keep(b"a bootstrap").unwrap();
+        let second = bootstraps.keep(b"a bootstrap").unwrap();
+        let (name, path) = (first.digest().to_string(), first.path().to_owned());
+        assert_eq!(fs::read(&path).unwrap(), b"a bootstrap");
+
+        for kept in [first, second] {
+            assert!(!bootstraps.remove(&name).unwrap(), "somebody keeps it");
+            assert!(bootstraps.lots()[0].held);
+            drop(kept);
+        }
+        fs::write(&path, b"another thing").unwrap();
+        drop(bootstraps.keep(b"a bootstrap").unwrap());
+        assert_eq!(fs::read(&path).unwrap(), b"a bootstrap");
+        assert!(!bootstraps.lots()[0].held);
+
+        assert!(bootstraps.remove(&name).unwrap());
+        assert!(!path.exists());
+        assert!(!bootstraps.remove(&name).unwrap() && !bootstraps.remove("../lock").unwrap());
+        assert_eq!(bootstraps.lots(), []);
+    }
+}

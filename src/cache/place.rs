@@ -1,0 +1,190 @@
+//! The directory of one device and what is done to its files.
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::bits::{self, Identity};
+use super::disk::{Disk, DiskFile, FileFacts};
+use super::ledger::{DurableCopy, Ledger, SyncNames};
+use super::presence::found;
+use super::sink::Sink;
+use super::store::{StoreError, at};
+use crate::base::{ByteRange, Digest};
+use crate::blob::UnitMap;
+
+/// A data file with what is known about it.
+pub(super) struct Opened {
+    pub(super) ledger: Arc<Ledger>,
+    pub(super) data: FileFacts,
+    pub(super) file: Option<Arc<File>>,
+}
+
+/// The directory of one device and what is done to its files.
+pub(super) struct Place {
+    pub(super) dir: PathBuf,
+    pub(super) disk: Arc<dyn Disk>,
+}
+
+impl Place {
+    pub(super) fn data(&self) -> PathBuf {
+        self.dir.join("data")
+    }
+
+    /// The map saved here, if there is a sound one.
+    pub(super) fn saved(&self) -> Option<UnitMap> {
+        UnitMap::from_bytes(&self.disk.read(&self.dir.join("units")).ok()?).ok()
+    }
+
+    pub(super) fn save(&self, map: &UnitMap) -> Result<(), StoreError> {
+        self.replace("units", |file| file.write_at(&map.to_bytes(), 0))
+    }
+
+    /// Merges `map` with the one saved and saves the outcome; `None` if they disagree.
+    pub(super) fn settle_map(&self, map: &UnitMap) -> Result<Option<UnitMap>, StoreError> {
+        if let Some(known) = self.saved() {
+            let merged = known.merge(map);
+            if let Some(merged) = &merged
+                && *merged != known
+            {
+                self.save(merged)?;
+            }
+            return Ok(merged);
+        }
+        self.disk.create_dir(&self.dir).map_err(at(&self.dir))?;
+        // What is present was checked against a map that is lost.
+        self.forget_presence()?;
+        self.save(map)?;
+        Ok(Some(map.clone()))
+    }
+
+    /// Opens `data` for writing, creating or replacing what is missing or does not fit.
+    pub(super) fn open_data(&self, map: &UnitMap) -> Result<Box<dyn DiskFile>, StoreError> {
+        let path = self.data();
+        let fits = self.disk.facts(&path).is_ok_and(|file| file.is_file && file.len == map.decoded_len());
+        if !fits {
+            // First, or a new file with the old one's inode number could be taken for it.
+            self.forget_presence()?;
+            self.replace("data", |file| file.set_len(map.decoded_len()))?;
+        }
+        self.disk.open(&path).map_err(at(&path))
+    }
+
+    /// What `data` is, and the units that `present` can be believed about; `None` if about nothing,
+    /// and it has to be made anew.
+    pub(super) fn believed(&self, map: &UnitMap, data: &dyn DiskFile) -> io::Result<(FileFacts, Option<Vec<u64>>)> {
+        let facts = data.facts()?;
+        let identity = identity(map, &facts);
+        let bytes = self.disk.read(&self.dir.join("present")).unwrap_or_default();
+        if !bytes.starts_with(&bits::empty(&identity)) {
+            return Ok((facts, None));
+        }
+        let words = bits::read(&bytes, &identity);
+        let nothing = words.iter().all(|&word| word == 0);
+        let sound = nothing || is_possible(map, &words, &data.data_ranges(facts.len)?);
+        Ok((facts, sound.then_some(words)))
+    }
+
+    /// Opens `present`, creating or replacing it if it is missing or does not fit to `data`.
+    pub(super) fn open_ledger(&self, map: &UnitMap, data: Box<dyn DiskFile>) -> Result<Opened, StoreError> {
+        let (facts, believed) = self.believed(map, &*data).map_err(at(&self.data()))?;
+        if facts.len != map.decoded_len() {
+            return Err(StoreError::Replaced { path: self.data() });
+        }
+        let identity = identity(map, &facts);
+        let words = match believed {
+            Some(words) => words,
+            None => {
+                let fresh = bits::empty(&identity);
+                self.replace("present", |file| file.write_at(&fresh, 0))?;
+                bits::read(&fresh, &identity)
+            }
+        };
+        let present = self.dir.join("present");
+        let bits = self.disk.open(&present).map_err(at(&present))?;
+        let copy = DurableCopy { file: bits, identity, names: Some(self.sync_names()) };
+        let file = data.host_file().cloned();
+        let sink = WholeFile { file: data, len: facts.len };
+        Ok(Opened { ledger: Arc::new(Ledger::new(Box::new(sink), words, Some(copy))), data: facts, file })
+    }
+
+    /// Removes `present`, durably.
+    fn forget_presence(&self) -> Result<(), StoreError> {
+        let present = self.dir.join("present");
+        match self.disk.remove(&present) {
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(at(&present)(cause)),
+            _ => self.disk.sync_dir(&self.dir).map_err(at(&self.dir)),
+        }
+    }
+
+    /// Fails if `data` is not the file any more that it was when it was opened: what is known about
+    /// that file must not be said of another.
+    pub(super) fn ensure_unchanged(&self, opened: &FileFacts) -> Result<(), StoreError> {
+        let path = self.data();
+        match self.disk.facts(&path) {
+            Ok(now) if now == *opened => Ok(()),
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(at(&path)(cause)),
+            _ => Err(StoreError::Replaced { path }),
+        }
+    }
+
+    /// Makes a file appear under `name` complete and durable, or not at all.
+    fn replace(&self, name: &str, write: impl FnOnce(&dyn DiskFile) -> io::Result<()>) -> Result<(), StoreError> {
+        let (path, new) = (self.dir.join(name), self.dir.join(format!("{name}.new")));
+        let file = self.disk.create(&new).map_err(at(&new))?;
+        write(&*file).and_then(|()| file.sync()).map_err(at(&new))?;
+        self.disk.rename(&new, &path).map_err(at(&path))?;
+        self.disk.sync_dir(&self.dir).map_err(at(&self.dir))
+    }
+
+    /// Makes the names of the files and of their directory durable.
+    fn sync_names(&self) -> Box<SyncNames> {
+        let (dir, disk) = (self.dir.clone(), Arc::clone(&self.disk));
+        Box::new(move || {
+            disk.sync_dir(&dir)?;
+            disk.sync_dir(dir.parent().unwrap_or(&dir))
+        })
+    }
+}
+
+/// A data file that must stay as long as it is. Written to after somebody cut it off, it would grow
+/// again, with a hole where units were present; as it is, a kernel that reads there gets an error.
+struct WholeFile {
+    file: Box<dyn DiskFile>,
+    len: u64,
+}
+
+impl Sink for WholeFile {
+    fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        if self.file.facts()?.len != self.len {
+            return Err(io::Error::other("somebody else changed the length of the cache file"));
+        }
+        self.file.write_at(bytes, at)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+
+    fn file(&self) -> Option<&File> {
+        let whole = self.file.facts().is_ok_and(|facts| facts.len == self.len);
+        self.file.file().filter(|_| whole)
+    }
+}
+
+/// Whether the units in `words` can all be in a file whose data is `there`, having been checked. A
+/// file of which pieces were cut out or lost is not believed about the rest either.
+fn is_possible(map: &UnitMap, words: &[u64], there: &[ByteRange]) -> bool {
+    words.iter().zip(found(map, there)).all(|(claimed, possible)| claimed & !possible == 0)
+}
+
+/// What presence is bound to: where units lie, without how they are checked, and the file.
+pub(super) fn identity(map: &UnitMap, data: &FileFacts) -> Identity {
+    Identity { layout: layout(map), units: map.count(), inode: data.inode, born: data.born }
+}
+
+/// Fingerprint of where units lie, without how they are checked.
+fn layout(map: &UnitMap) -> Digest {
+    map.without_checks().fingerprint()
+}

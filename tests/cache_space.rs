@@ -1,0 +1,727 @@
+//! The room that the cache takes: what goes and what never does, what is read again, what is copied.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use rafsd::base::{BlobId, ByteRange, Class};
+use rafsd::blob::{Check, Recipe, Unit, UnitMap};
+use rafsd::cache::{
+    Device, Fill, FillError, LotKind, Shelves, StockError, Store, StoreError, StoreOptions, Wanted, fill_blocking,
+};
+use rafsd::codec::blake3;
+use rafsd::source::{BlobSource, BoxFuture, ReadCtx, SourceError};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+const MIB: usize = 1 << 20;
+const UNIT: usize = 64 << 10;
+
+/// A blob of plain units, each of noise that its seed decides.
+struct Blob {
+    id: BlobId,
+    plain: Vec<u8>,
+    units: Vec<Unit>,
+}
+
+impl Blob {
+    fn new(name: &str, seeds: impl IntoIterator<Item = u64>) -> Self {
+        let (mut plain, mut units) = (Vec::new(), Vec::new());
+        for seed in seeds {
+            let mut bytes = vec![0; UNIT];
+            ::blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+            let range = ByteRange::at(plain.len() as u64, UNIT as u64).unwrap();
+            units.push(Unit {
+                decoded: range,
+                stored: range,
+                recipe: Recipe::Plain,
+                check: Check::Blake3(blake3(&bytes).0),
+                part: None,
+                encrypted: false,
+            });
+            plain.extend_from_slice(&bytes);
+        }
+        Self { id: name.parse().unwrap(), plain, units }
+    }
+
+    /// A blob of `mib` MiB that shares nothing with one of another number.
+    fn numbered(number: u64, mib: usize) -> Self {
+        Self::new(&format!("blob-{number}"), (0..(mib * MIB / UNIT) as u64).map(|unit| number << 32 | unit))
+    }
+
+    fn map(&self) -> UnitMap {
+        UnitMap::new(self.id.clone(), self.plain.len() as u64, self.units.clone()).unwrap()
+    }
+
+    fn all(&self) -> ByteRange {
+        ByteRange::new(0, self.plain.len() as u64).unwrap()
+    }
+
+    fn source(&self) -> Arc<Plain> {
+        Arc::new(Plain { stored: self.plain.clone().into(), reads: AtomicUsize::new(0) })
+    }
+}
+
+/// A source that always has the bytes, and counts how many it was asked for.
+struct Plain {
+    stored: Bytes,
+    reads: AtomicUsize,
+}
+
+impl BlobSource for Plain {
+    fn len<'a>(&'a self, _: &'a BlobId, _: ReadCtx) -> BoxFuture<'a, Result<u64, SourceError>> {
+        Box::pin(async { Ok(self.stored.len() as u64) })
+    }
+
+    fn read<'a>(&'a self, _: &'a BlobId, range: ByteRange, _: ReadCtx) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        let range = usize::try_from(range.start()).unwrap()..usize::try_from(range.end()).unwrap();
+        self.reads.fetch_add(range.len(), Ordering::SeqCst);
+        Box::pin(async move { Ok(self.stored.slice(range)) })
+    }
+
+    fn describe(&self) -> String {
+        "memory".to_owned()
+    }
+}
+
+struct Bench {
+    runtime: Runtime,
+    root: TempDir,
+    _calm: Option<RwLockReadGuard<'static, ()>>,
+}
+
+/// A process that has just been forked has every file open that this one has, until it becomes
+/// another program: held for writing meanwhile, and for reading by who wants to know what is open.
+static FORKS: RwLock<()> = RwLock::new(());
+
+fn output(command: &mut Command) -> std::io::Result<Output> {
+    let child = {
+        let _alone = FORKS.write().unwrap_or_else(PoisonError::into_inner);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
+    };
+    child?.wait_with_output()
+}
+
+fn options() -> StoreOptions {
+    StoreOptions { readahead_first: 0, flush_every: Duration::from_millis(20), ..StoreOptions::default() }
+}
+
+fn limited(mib: usize) -> StoreOptions {
+    StoreOptions { cache_limit: Some((mib * MIB) as u64), ..options() }
+}
+
+impl Bench {
+    /// For tests that start no process while this lives.
+    fn new() -> Self {
+        let calm = FORKS.read().unwrap_or_else(PoisonError::into_inner);
+        Self { _calm: Some(calm), ..Self::forking() }
+    }
+
+    fn forking() -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
+        // A disk: memory file systems have no holes to count and no leases to ask for.
+        Self { runtime, root: tempfile::tempdir_in("/var/tmp").unwrap(), _calm: None }
+    }
+
+    fn store_at(&self, root: &Path, options: StoreOptions) -> Arc<Store> {
+        // The last jobs of the store before may keep it locked for a moment.
+        let until = Instant::now() + Duration::from_secs(10);
+        loop {
+            match Store::open(root, options.clone(), self.runtime.handle().clone()) {
+                Err(StoreError::Locked { .. }) if Instant::now() < until => std::thread::yield_now(),
+                outcome => return outcome.unwrap(),
+            }
+        }
+    }
+
+    fn store(&self, options: StoreOptions) -> Arc<Store> {
+        let store = self.store_at(self.root.path(), options);
+        store.say_uses_are_known();
+        store
+    }
+
+    fn dir(&self, blob: &Blob) -> PathBuf {
+        self.root.path().join("v1").join(blob.id.as_str())
+    }
+}
+
+fn open(store: &Store, blob: &Blob) -> Arc<Device> {
+    store.device(blob.map(), blob.source()).unwrap()
+}
+
+/// Brings all of `blob` in, and lets go of it.
+fn bring(store: &Store, blob: &Blob) {
+    let device = open(store, blob);
+    fill_blocking(&*device, blob.all()).unwrap();
+    device.flush().unwrap();
+}
+
+fn eventually(what: &str, mut check: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !check() {
+        assert!(Instant::now() < until, "never happened: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Makes `blob` look as if it was last used at `at` seconds since 1970.
+fn last_used(bench: &Bench, blob: &Blob, at: u64) {
+    let note = File::options().write(true).open(bench.dir(blob).join("used")).unwrap();
+    note.set_modified(std::time::UNIX_EPOCH + Duration::from_secs(at)).unwrap();
+}
+
+fn everything() -> Wanted {
+    Wanted { excess: u64::MAX, ..Wanted::default() }
+}
+
+#[track_caller]
+fn assert_bytes(device: &Device, blob: &Blob) {
+    let mut got = vec![0; blob.plain.len()];
+    device.open_data().unwrap().read_exact_at(&mut got, 0).unwrap();
+    assert!(got == blob.plain, "wrong bytes in {}", blob.id);
+}
+
+// ---- what goes, and what never does ---------------------------------------------------------------
+
+#[test]
+fn over_the_high_water_the_least_recently_used_go_down_to_the_low_one() {
+    let bench = Bench::new();
+    let blobs: Vec<Blob> = (0..8).map(|number| Blob::numbered(number, 1)).collect();
+    let store = bench.store(options());
+    blobs.iter().for_each(|blob| bring(&store, blob));
+    // Not in the order of their names.
+    for (at, number) in [5, 2, 7, 0, 1, 3, 4, 6].into_iter().enumerate() {
+        last_used(&bench, &blobs[number], 1000 + at as u64);
+    }
+    drop(store);
+
+    let store = bench.store(StoreOptions { high_water: 60, low_water: 50, ..limited(8) });
+    eventually("as many as it takes have gone", || store.stats().evicted == 5);
+    assert!(store.stats().used_bytes <= 4 * MIB as u64);
+    let left: BTreeSet<_> = store.shelves().inventory().unwrap().blobs.into_iter().map(|blob| blob.name).collect();
+    // Of 8 MiB and a little, 4 MiB are left at most: without their small files, 3 blobs.
+    assert_eq!(left, ["blob-3", "blob-4", "blob-6"].map(str::to_owned).into());
+}
+
+#[test]
+fn a_blob_that_is_attached_stays_whole_whatever_the_limit_is() {
+    let bench = Bench::new();
+    let (used, idle) = (Blob::numbered(1, 2), Blob::numbered(2, 2));
+    let store = bench.store(limited(1));
+    let device = open(&store, &used);
+    let inode = fs::metadata(device.data_path().unwrap()).unwrap().ino();
+    last_used(&bench, &used, 1);
+
+    fill_blocking(&*device, used.all()).unwrap();
+    bring(&store, &idle);
+    eventually("the other one goes", || !bench.dir(&idle).exists());
+
+    assert!(matches!(store.shelves().remove("blob-1"), Err(StockError::InUse(_))));
+    assert_eq!(store.shelves().collect(everything(), false).unwrap(), []);
+    assert_bytes(&device, &used);
+    assert_eq!(fs::metadata(device.data_path().unwrap()).unwrap().ino(), inode);
+    assert!(store.stats().used_bytes > 2 * MIB as u64, "over the limit, because it must be");
+}
+
+#[test]
+fn nothing_goes_until_the_uses_are_known() {
+    let bench = Bench::new();
+    let blob = Blob::numbered(1, 2);
+    let store = bench.store_at(bench.root.path(), limited(1));
+    bring(&store, &blob);
+
+    assert!(!store.make_room(1));
+    assert!(matches!(store.shelves().remove("blob-1"), Err(StockError::UsesUnknown)));
+    assert!(matches!(store.shelves().collect(everything(), false), Err(StockError::UsesUnknown)));
+    assert!(store.shelves().inventory().unwrap().blobs[0].in_use);
+
+    store.say_uses_are_known();
+    eventually("over its limit, it goes", || !bench.dir(&blob).exists());
+}
+
+#[test]
+fn what_anybody_has_open_is_in_use_as_a_mount_without_a_daemon_is() {
+    let bench = Bench::new();
+    let blob = Blob::numbered(1, 1);
+    let store = bench.store(options());
+    bring(&store, &blob);
+    let file = File::open(bench.dir(&blob).join("data")).unwrap();
+
+    assert!(matches!(store.shelves().remove("blob-1"), Err(StockError::InUse(_))));
+    assert!(store.shelves().inventory().unwrap().blobs[0].in_use);
+    drop(file);
+
+    // The last job of a device may hold its file for a moment longer.
+    eventually("not in use", || !store.shelves().inventory().unwrap().blobs[0].in_use);
+    store.shelves().remove("blob-1").unwrap();
+    assert!(!bench.dir(&blob).exists());
+}
+
+#[test]
+fn a_pin_holds_across_restarts_until_it_is_removed() {
+    let bench = Bench::new();
+    let blob = Blob::numbered(1, 1);
+    let store = bench.store(options());
+    bring(&store, &blob);
+    let name = store.shelves().find("bl").unwrap();
+    store.shelves().pin(&name, true).unwrap();
+    drop(store);
+
+    let store = bench.store(options());
+    assert!(matches!(store.shelves().remove(&name), Err(StockError::Pinned(_))));
+    assert_eq!(store.shelves().collect(everything(), false).unwrap(), []);
+    assert!(store.shelves().inventory().unwrap().blobs[0].pinned);
+
+    store.shelves().pin(&name, false).unwrap();
+    eventually("only told", || store.shelves().collect(everything(), true).unwrap().len() == 1);
+    assert_eq!(store.shelves().collect(everything(), false).unwrap()[0].kind, LotKind::Blob);
+    assert!(matches!(store.shelves().find("blob"), Err(StockError::Unknown(_))));
+}
+
+#[test]
+fn a_crash_in_the_middle_of_a_removal_leaves_nothing_that_lies() {
+    let bench = Bench::new();
+    let (gone, stays) = (Blob::numbered(1, 1), Blob::numbered(2, 1));
+    let store = bench.store(options());
+    bring(&store, &gone);
+    bring(&store, &stays);
+    drop(store);
+    // As far as a removal gets: another name, and some files gone.
+    let trash = bench.root.path().join("v1/.trash-0");
+    fs::rename(bench.dir(&gone), &trash).unwrap();
+    fs::remove_file(trash.join("units")).unwrap();
+
+    let store = bench.store(options());
+    eventually("the rest goes", || !trash.exists());
+    let names: Vec<_> = store.shelves().inventory().unwrap().blobs.into_iter().map(|blob| blob.name).collect();
+    assert_eq!(names, ["blob-2"]);
+    let device = open(&store, &gone);
+    assert!(!device.present(gone.all()));
+    fill_blocking(&*device, gone.all()).unwrap();
+    assert_bytes(&device, &gone);
+}
+
+#[test]
+fn removals_race_with_mounts_and_every_mount_finds_a_whole_blob_or_none() {
+    let bench = Bench::new();
+    let store = bench.store(StoreOptions { twins: 0, ..options() });
+    let blobs: Vec<Blob> =
+        (0..3).map(|number| Blob::new(&format!("b{number}"), number * 10..number * 10 + 3)).collect();
+    let ended = AtomicBool::new(false);
+    let (mounts, found, removed) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+
+    std::thread::scope(|scope| {
+        let evictors: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| {
+                    while !ended.load(Ordering::SeqCst) {
+                        let gone = store.shelves().collect(everything(), false).unwrap();
+                        removed.fetch_add(gone.len(), Ordering::SeqCst);
+                    }
+                })
+            })
+            .collect();
+        let readers: Vec<_> = (0..4)
+            .map(|reader| {
+                let (store, blobs, mounts, found) = (&store, &blobs, &mounts, &found);
+                scope.spawn(move || {
+                    for round in 0..150 {
+                        let blob = &blobs[(reader + round) % blobs.len()];
+                        let device = open(store, blob);
+                        // What a kernel would have open, and would read without asking when it may.
+                        let file = device.open_data().unwrap();
+                        if device.present(blob.all()) {
+                            found.fetch_add(1, Ordering::SeqCst);
+                        }
+                        fill_blocking(&*device, blob.all()).unwrap();
+                        let mut got = vec![0; blob.plain.len()];
+                        file.read_exact_at(&mut got, 0).unwrap();
+                        assert!(got == blob.plain, "wrong bytes");
+                        let named = fs::metadata(device.data_path().unwrap()).unwrap();
+                        assert_eq!(named.ino(), file.metadata().unwrap().ino(), "removed while in use");
+                        mounts.fetch_add(1, Ordering::SeqCst);
+                        drop((file, device));
+                    }
+                })
+            })
+            .collect();
+        let outcomes: Vec<_> = readers.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+        ended.store(true, Ordering::SeqCst);
+        evictors.into_iter().for_each(|evictor| evictor.join().unwrap());
+        outcomes.into_iter().for_each(|outcome| outcome.unwrap());
+    });
+
+    assert_eq!(mounts.into_inner(), 600);
+    assert!(removed.into_inner() > 20, "the race was a race");
+}
+
+// ---- at the limit ---------------------------------------------------------------------------------
+
+#[test]
+fn at_the_limit_readers_go_on_and_prefetch_does_not() {
+    let bench = Bench::new();
+    let blob = Blob::numbered(1, 4);
+    let store = bench.store(limited(1));
+    let device = open(&store, &blob);
+    let (first, rest) =
+        (ByteRange::at(0, 2 * MIB as u64).unwrap(), ByteRange::at(2 * MIB as u64, UNIT as u64).unwrap());
+    fill_blocking(&*device, first).unwrap();
+
+    let (tx, rx) = channel();
+    device.fill(rest, Class::Prefetch, Box::new(move |outcome| tx.send(outcome).unwrap()));
+    let outcome = rx.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert!(matches!(outcome, Err(FillError::NoSpace { .. })), "{outcome:?}");
+    device.complete_in_background();
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!device.present(rest), "nothing is fetched that nobody waits for");
+
+    fill_blocking(&*device, rest).unwrap();
+    assert!(device.present(rest) && device.present(first));
+}
+
+#[test]
+fn prefetch_at_the_limit_waits_for_room_and_then_goes_on() {
+    let bench = Bench::new();
+    let (old, new) = (Blob::numbered(1, 3), Blob::numbered(2, 2));
+    let store = bench.store(options());
+    bring(&store, &old);
+    drop(store);
+
+    // The gate is closed, so that nothing goes before prefetch asks.
+    let store = bench.store_at(bench.root.path(), limited(2));
+    let device = open(&store, &new);
+    eventually("the disk is measured", || store.stats().used_bytes > 2 * MIB as u64);
+    store.say_uses_are_known();
+    let (tx, rx) = channel();
+    let some = ByteRange::at(0, MIB as u64).unwrap();
+    device.fill(some, Class::Prefetch, Box::new(move |outcome| tx.send(outcome).unwrap()));
+
+    rx.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
+    assert!(!bench.dir(&old).exists());
+}
+
+// ---- what is read again ---------------------------------------------------------------------------
+
+fn spoil(bench: &Bench, blob: &Blob, at: u64) {
+    let data = File::options().write(true).open(bench.dir(blob).join("data")).unwrap();
+    data.write_all_at(&[0x55; 3], at).unwrap();
+    data.sync_all().unwrap();
+}
+
+#[test]
+fn a_spoilt_unit_that_nobody_uses_is_told_and_fetched_again() {
+    let bench = Bench::new();
+    let blob = Blob::numbered(1, 1);
+    let store = bench.store(options());
+    bring(&store, &blob);
+    let sound = store.shelves().verify("blob-1", &mut |_| true).unwrap();
+    assert_eq!((sound.units, sound.bytes, sound.spoilt.len()), (16, MIB as u64, 0));
+    spoil(&bench, &blob, 3 * UNIT as u64 + 100);
+
+    eventually("not in use", || !store.shelves().inventory().unwrap().blobs[0].in_use);
+    let report = store.shelves().verify("blob-1", &mut |_| true).unwrap();
+    assert_eq!(report.spoilt.iter().map(|spoilt| spoilt.unit).collect::<Vec<_>>(), [3]);
+    assert!(report.mended && !report.cut_short);
+    let stock = store.shelves().inventory().unwrap().blobs.remove(0);
+    assert_eq!((stock.units_present, stock.complete), (15, false));
+    drop(store);
+
+    let store = bench.store(options());
+    let source = blob.source();
+    let device = store.device(blob.map(), source.clone()).unwrap();
+    fill_blocking(&*device, blob.all()).unwrap();
+    assert_eq!(source.reads.load(Ordering::SeqCst), UNIT);
+    assert_bytes(&device, &blob);
+}
+
+#[test]
+fn a_spoilt_unit_in_use_is_told_and_left_alone() {
+    let bench = Bench::new();
+    let blob = Blob::numbered(1, 1);
+    let store = bench.store(options());
+    let device = open(&store, &blob);
+    let half = ByteRange::at(0, MIB as u64 / 2).unwrap();
+    fill_blocking(&*device, half).unwrap();
+    device.flush().unwrap();
+    spoil(&bench, &blob, 5 * UNIT as u64);
+
+    let report = store.shelves().verify("blob-1", &mut |_| true).unwrap();
+    assert_eq!(
+        report.spoilt.iter().map(|spoilt| (spoilt.unit, spoilt.start)).collect::<Vec<_>>(),
+        [(5, 5 * UNIT as u64)]
+    );
+    assert!(!report.mended && device.present(half));
+    assert_eq!(report.units, 8, "what is absent is not read");
+
+    let mut read = 0;
+    let cut = store.shelves().verify("blob-1", &mut |bytes| {
+        read += bytes;
+        read < 2 * UNIT as u64
+    });
+    assert!(cut.unwrap().cut_short);
+    assert!(matches!(store.shelves().verify("blob-2", &mut |_| true), Err(StockError::Unknown(_))));
+}
+
+#[test]
+fn without_a_daemon_the_shelves_are_looked_through_under_the_lock() {
+    let bench = Bench::new();
+    let blob = Blob::numbered(1, 1);
+    let store = bench.store(options());
+    bring(&store, &blob);
+    let locked = Shelves::open(bench.root.path());
+    assert!(
+        matches!(locked, Err(StoreError::Locked { pid: Some(pid), .. }) if pid == std::process::id()),
+        "{locked:?}"
+    );
+    drop(store);
+
+    let mut shelves = Err(StoreError::Locked { root: PathBuf::new(), pid: None });
+    eventually("the lock is free", || {
+        shelves = Shelves::open(bench.root.path());
+        shelves.is_ok()
+    });
+    let shelves = shelves.unwrap();
+    assert!(shelves.inventory().unwrap().blobs[0].complete);
+    eventually("collected", || shelves.collect(everything(), false).unwrap().len() == 1);
+    assert!(Shelves::open(&bench.root.path().join("nowhere")).is_err());
+}
+
+// ---- what is copied -------------------------------------------------------------------------------
+
+#[test]
+fn units_of_a_complete_blob_are_copied_and_not_fetched() {
+    let bench = Bench::new();
+    let (first, second) = (Blob::new("first", 0..16), Blob::new("second", 8..24));
+    let store = bench.store(options());
+    let held = open(&store, &first);
+    fill_blocking(&*held, first.all()).unwrap();
+    held.flush().unwrap();
+    eventually("its units are known", || store.stats().known_units == 16);
+
+    let source = second.source();
+    let device = store.device(second.map(), source.clone()).unwrap();
+    fill_blocking(&*device, second.all()).unwrap();
+    assert_bytes(&device, &second);
+    assert_eq!(source.reads.load(Ordering::SeqCst), 8 * UNIT);
+    assert_eq!((device.stats().units_copied, device.stats().units_filled), (8, 16));
+    assert_eq!((store.stats().copied_units, store.stats().copied_bytes), (8, 8 * UNIT as u64));
+
+    // What is copied is present as durably as what is fetched.
+    drop((device, held, store));
+    let store = bench.store(options());
+    assert!(store.shelves().inventory().unwrap().blobs.iter().all(|blob| blob.complete));
+}
+
+#[test]
+fn after_a_restart_complete_blobs_on_disk_are_known_too() {
+    let bench = Bench::new();
+    let (first, second) = (Blob::new("first", 0..16), Blob::new("second", 8..24));
+    let store = bench.store(options());
+    bring(&store, &first);
+    drop(store);
+
+    let store = bench.store(options());
+    let source = second.source();
+    let device = store.device(second.map(), source.clone()).unwrap();
+    eventually("its units are known", || store.stats().known_units == 16);
+    fill_blocking(&*device, second.all()).unwrap();
+    assert_bytes(&device, &second);
+    assert_eq!(source.reads.load(Ordering::SeqCst), 8 * UNIT);
+    assert!(store.shelves().collect(everything(), false).unwrap().iter().any(|gone| gone.name == "first"));
+    eventually("forgotten with its blob", || store.stats().known_units == 0 || device.is_complete_durable());
+}
+
+#[test]
+fn spoilt_bytes_are_never_copied() {
+    let bench = Bench::new();
+    let (first, second) = (Blob::new("first", 0..16), Blob::new("second", 0..16));
+    let store = bench.store(options());
+    let held = open(&store, &first);
+    fill_blocking(&*held, first.all()).unwrap();
+    held.flush().unwrap();
+    eventually("its units are known", || store.stats().known_units == 16);
+    spoil(&bench, &first, 2 * UNIT as u64 + 7);
+
+    let source = second.source();
+    let device = store.device(second.map(), source.clone()).unwrap();
+    fill_blocking(&*device, second.all()).unwrap();
+    assert_bytes(&device, &second);
+    assert_eq!(source.reads.load(Ordering::SeqCst), UNIT, "only the spoilt one is fetched");
+}
+
+#[test]
+fn a_blob_that_becomes_incomplete_is_copied_from_no_more() {
+    let bench = Bench::new();
+    let whole = Blob::new("first", 0..16);
+    let mut units = whole.units.clone();
+    units[8..].iter_mut().for_each(|unit| unit.check = Check::Unknown);
+    let half = UnitMap::new(whole.id.clone(), whole.plain.len() as u64, units).unwrap();
+    let store = bench.store(options());
+    let device = store.device(half, whole.source()).unwrap();
+    fill_blocking(&*device, ByteRange::at(0, 8 * UNIT as u64).unwrap()).unwrap();
+    device.flush().unwrap();
+    eventually("complete, as far as its image knows", || store.stats().known_units == 8);
+
+    let again = store.device(whole.map(), whole.source()).unwrap();
+    assert!(Arc::ptr_eq(&device, &again) && !device.is_complete_durable());
+    assert_eq!(store.stats().known_units, 0);
+
+    fill_blocking(&*device, whole.all()).unwrap();
+    device.flush().unwrap();
+    eventually("complete again", || store.stats().known_units == 16);
+}
+
+/// A file system in a file; unmounted and gone when dropped.
+struct Disk {
+    at: PathBuf,
+    _dir: TempDir,
+}
+
+impl Disk {
+    fn new(mkfs: &[&str], mib: usize) -> Result<Self, String> {
+        if !rustix::process::geteuid().is_root() {
+            return Err("not root".into());
+        }
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let (file, at) = (dir.path().join("disk"), dir.path().join("mnt"));
+        File::create(&file).unwrap().set_len((mib * MIB) as u64).unwrap();
+        fs::create_dir(&at).unwrap();
+        run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&file))?;
+        run(Command::new("mount").args(["-o", "loop"]).arg(&file).arg(&at))?;
+        Ok(Self { at, _dir: dir })
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        run(Command::new("umount").arg(&self.at)).expect("nobody uses the disk any more");
+    }
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    let output = output(command).map_err(|error| format!("{command:?}: {error}"))?;
+    if output.status.success() { Ok(()) } else { Err(format!("{command:?}: {output:?}")) }
+}
+
+#[test]
+fn where_the_file_system_can_copies_share_their_blocks() {
+    let disk = match Disk::new(&["mkfs.xfs", "-q"], 320) {
+        Ok(disk) => disk,
+        Err(why) => return eprintln!("SKIPPED where_the_file_system_can_copies_share_their_blocks: {why}"),
+    };
+    let bench = Bench::new();
+    let (first, second) = (Blob::new("first", 0..16), Blob::new("second", 0..16));
+    let store = bench.store_at(&disk.at.join("cache"), options());
+    store.say_uses_are_known();
+    let held = open(&store, &first);
+    fill_blocking(&*held, first.all()).unwrap();
+    held.flush().unwrap();
+    eventually("its units are known", || store.stats().known_units == 16);
+
+    let source = second.source();
+    let device = store.device(second.map(), source.clone()).unwrap();
+    fill_blocking(&*device, second.all()).unwrap();
+    assert_bytes(&device, &second);
+    assert_eq!((source.reads.load(Ordering::SeqCst), store.stats().shared_units), (0, 16));
+}
+
+#[test]
+fn on_a_full_disk_a_reader_waits_for_what_nobody_uses_to_go() {
+    let disk = match Disk::new(&["mkfs.ext4", "-q", "-m", "0"], 24) {
+        Ok(disk) => disk,
+        Err(why) => return eprintln!("SKIPPED on_a_full_disk_a_reader_waits_for_what_nobody_uses_to_go: {why}"),
+    };
+    let bench = Bench::new();
+    let root = disk.at.join("cache");
+    let (old, new) = (Blob::numbered(1, 12), Blob::numbered(2, 16));
+    let store = bench.store_at(&root, options());
+    store.say_uses_are_known();
+    bring(&store, &old);
+
+    // Several readers, each of which meets the end of the disk.
+    let device = open(&store, &new);
+    let wrong = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for reader in 0..4 {
+            let (device, new, wrong) = (&device, &new, &wrong);
+            scope.spawn(move || {
+                for unit in new.units.iter().skip(reader).step_by(4) {
+                    if let Err(error) = fill_blocking(&**device, unit.blocks()) {
+                        wrong.lock().unwrap().push(error);
+                    }
+                }
+            });
+        }
+    });
+
+    assert!(wrong.lock().unwrap().is_empty(), "{wrong:?}");
+    assert_bytes(&device, &new);
+    assert!(!root.join("v1/blob-1").exists());
+    let stats = store.stats();
+    assert!(stats.refused_writes > 0 && stats.evicted >= 1, "{stats:?}");
+
+    // With nothing left to go, the answer is an error, and what is there stays readable.
+    let more = Blob::numbered(3, 12);
+    let third = open(&store, &more);
+    let refused = more
+        .units
+        .iter()
+        .filter(|unit| matches!(fill_blocking(&*third, unit.blocks()), Err(FillError::NoSpace { .. })));
+    assert!(refused.count() > 0);
+    assert_bytes(&device, &new);
+}
+
+// ---- the command without a daemon -----------------------------------------------------------------
+
+fn rafsd(bench: &Bench, args: &[&str]) -> (Option<i32>, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rafsd"));
+    command.arg("cache").args(args).arg("--cache").arg(bench.root.path());
+    let output = output(command.arg("--run").arg(bench.root.path().join("run"))).unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn without_a_daemon_the_commands_work_on_the_directory() {
+    let bench = Bench::forking();
+    let (first, second) = (Blob::numbered(1, 1), Blob::numbered(2, 1));
+    let store = bench.store(options());
+    bring(&store, &first);
+    bring(&store, &second);
+    let (code, _, error) = rafsd(&bench, &["list"]);
+    let holder = format!("in use by process {}", std::process::id());
+    assert!(code == Some(1) && error.contains(&holder), "{error}");
+    drop(store);
+    drop(bench.store(options()));
+
+    let list: serde_json::Value = serde_json::from_str(&rafsd(&bench, &["list", "--json"]).1).unwrap();
+    let names: Vec<_> = list["blobs"].as_array().unwrap().iter().map(|blob| blob["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["blob-1", "blob-2"]);
+    assert_eq!((&list["blobs"][0]["complete"], &list["blobs"][0]["in_use"]), (&true.into(), &false.into()));
+
+    assert_eq!(rafsd(&bench, &["verify"]).0, Some(0));
+    spoil(&bench, &first, 0);
+    let (code, told, _) = rafsd(&bench, &["verify", "blob-1"]);
+    assert!(code == Some(1) && told.contains("blob-1: unit 0 at 0: digest"), "{told}");
+    assert_eq!(rafsd(&bench, &["verify"]).0, Some(0), "it is absent now");
+
+    assert_eq!(rafsd(&bench, &["pin", "blob-2"]).0, Some(0));
+    let (code, _, error) = rafsd(&bench, &["drop", "blob-2"]);
+    assert!(code == Some(1) && error.contains("pin --remove"), "{error}");
+    let (code, told, _) = rafsd(&bench, &["gc", "--dry-run"]);
+    assert!(code == Some(0) && told.contains("blob-1") && told.contains("would be freed"), "{told}");
+    assert_eq!(rafsd(&bench, &["gc", "--older-than", "1h"]).1.lines().count(), 1, "both are young");
+    assert!(rafsd(&bench, &["gc"]).1.starts_with("blob       blob-1 "));
+    assert_eq!(rafsd(&bench, &["pin", "--remove", "blob"]).0, Some(0), "the only one that is left");
+    assert_eq!(rafsd(&bench, &["drop", "blob-2"]).0, Some(0));
+    let (code, _, error) = rafsd(&bench, &["drop", "blob-2"]);
+    assert!(code == Some(1) && error.contains("no blob blob-2 is in the cache"), "{error}");
+    assert!(bench.root.path().join("v1").read_dir().unwrap().next().is_none());
+}
