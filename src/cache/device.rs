@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, RwLock, Weak};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -27,6 +27,7 @@ use super::sources::Sources;
 use super::stats::{Counters, DeviceStats, count};
 use super::store::{StoreError, is_full};
 use super::trace::Trace;
+use super::twins::Twins;
 use super::{Completion, Fill, FillError, Request, is_needed};
 use crate::base::{BlobId, ByteRange, Class, RequestId};
 use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};
@@ -257,23 +258,10 @@ impl Device {
         self.core.ledger.file()
     }
 
-    /// Lets other devices copy from this one, if nothing is missing of it.
-    pub(super) fn offer(&self) {
-        if let Some(data) = self.data_path()
-            && self.is_complete_durable()
-        {
-            self.core.engine.twins.add(data, &self.map());
-            // Another image may have made more of it wanted in between.
-            if !self.is_complete_durable() {
-                self.core.engine.twins.forget(data);
-            }
-        }
-    }
-
     /// Whether every unit whose check is known is present and on stable storage. Never true while
     /// there are units and no check of any is known.
     pub fn is_complete_durable(&self) -> bool {
-        self.core.completeness.reached.load(Ordering::Acquire)
+        self.core.is_complete_durable()
     }
 
     /// Whether it is complete and durable, and nobody wants to see its reads: whoever reads it need
@@ -409,6 +397,23 @@ impl Fill for Device {
 }
 
 impl Core {
+    /// As [`Device::is_complete_durable`].
+    fn is_complete_durable(&self) -> bool {
+        self.completeness.reached.load(Ordering::Acquire)
+    }
+
+    /// Lets other devices copy from a device, if nothing is missing of it. Holds on to it for moments
+    /// only: whoever closes a device wants the file closed.
+    pub(super) fn offer(device: &Weak<Self>, twins: &Twins) {
+        let complete = || device.upgrade().filter(|core| core.is_complete_durable());
+        let Some((Some(data), map)) = complete().map(|core| (core.data.clone(), core.map())) else { return };
+        twins.add(&data, &map);
+        // In between another image may have made more of it wanted, of this device or the next.
+        if complete().is_none() {
+            twins.forget(&data);
+        }
+    }
+
     pub(super) fn blob(&self) -> &BlobId {
         self.layout.blob()
     }

@@ -87,8 +87,8 @@ pub(super) struct Shelf {
     pub(super) ledger: Weak<Ledger>,
     /// What tells the file apart that the ledger writes to.
     pub(super) data: FileFacts,
-    /// The same file, open for writing; `None` if it is not one of this host.
-    pub(super) file: Option<Arc<File>>,
+    /// The same file, which the ledger has open, if it is one of this host.
+    pub(super) file: Weak<File>,
 }
 
 impl Shelf {

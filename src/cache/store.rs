@@ -22,12 +22,12 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use tokio::runtime::Handle;
 
-use super::device::{Device, Home};
+use super::device::{Core, Device, Home};
 use super::disk::{Disk, DiskFile, FileSink, HostDisk};
 use super::engine::{Engine, StoreOptions};
 use super::evictor::Evictor;
@@ -249,7 +249,7 @@ impl Store {
             return Ok(agrees.then_some(device));
         }
         let opened = shelf.and_then(|shelf| {
-            Some(Opened { ledger: shelf.ledger.upgrade()?, data: shelf.data, file: shelf.file.clone() })
+            Some(Opened { ledger: shelf.ledger.upgrade()?, data: shelf.data, file: shelf.file.upgrade() })
         });
         let Some(merged) = place.settle_map(map)? else { return Ok(None) };
         let opened = match opened {
@@ -319,6 +319,7 @@ impl Store {
         };
         let device = Device::assemble(Arc::new(map), Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
         shelves.retain(|_, shelf| shelf.is_alive());
+        let file = file.as_ref().map_or_else(Weak::new, Arc::downgrade);
         shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak, data, file });
         if !device.is_complete_durable() {
             self.engine.twins.forget(&data_path);
@@ -332,16 +333,12 @@ impl Store {
 
     /// Lets other devices copy from this one as soon as nothing is missing of it.
     fn offer_when_complete(&self, device: &Arc<Device>) {
-        let (weak, engine) = (Arc::downgrade(device), Arc::downgrade(&self.engine));
+        let (weak, engine) = (Arc::downgrade(device.core()), Arc::downgrade(&self.engine));
         let offer = move || {
             let Some(engine) = engine.upgrade() else { return };
+            let twins = Arc::clone(&engine.twins);
             // A job, because whoever calls must not be held up.
-            let job = Job::new(Class::Prefetch, move |_| {
-                if let Some(device) = weak.upgrade() {
-                    device.offer();
-                }
-            });
-            engine.jobs().push(job);
+            engine.jobs().push(Job::new(Class::Prefetch, move |_| Core::offer(&weak, &twins)));
         };
         device.on_complete(Box::new(offer));
     }
