@@ -24,6 +24,7 @@ use tempfile::TempDir;
 use crate::cases::interop;
 use crate::host::{self, Need};
 use crate::initrd::Archive;
+use crate::isolate::{LONG_RUN, time_for_long_run};
 use crate::report::{Tally, Verdict};
 use crate::{Backend, Case, Interrupt};
 
@@ -178,6 +179,9 @@ impl Guest {
         let file = |name: &str| dir.path().join(name).display().to_string();
         let console = file("console");
         File::create(&console)?;
+        // The kernel puts what it does not know into the environment of the first process.
+        let long_run = |name| std::env::var(name).map(|value| format!(" {name}={value}")).unwrap_or_default();
+        let long_run: String = LONG_RUN.into_iter().map(long_run).collect();
         // setpriv lets the emulator die with this program even when that is killed.
         let mut qemu = Command::new("setpriv");
         qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi"])
@@ -188,7 +192,7 @@ impl Guest {
             .arg(kernel)
             .args(["-initrd", &file("initrd")])
             // A lock-up is two minutes long, because a busy host may stop an emulated processor for seconds.
-            .args(["-append", "console=ttyS0 panic=-1 oops=panic watchdog_thresh=60 loglevel=6"]);
+            .args(["-append", &format!("console=ttyS0 panic=-1 oops=panic watchdog_thresh=60 loglevel=6{long_run}")]);
         qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).process_group(0);
         let mut qemu = qemu.spawn().context("start qemu-system-x86_64")?;
         let stdout = qemu.stdout.take().context("the emulator has no output")?;
@@ -271,10 +275,10 @@ impl Guest {
             if interrupt.is_set() {
                 return End::Interrupted;
             }
-            if start.elapsed() > OVERALL_TIMEOUT {
+            if start.elapsed() > OVERALL_TIMEOUT + time_for_long_run(true) {
                 return End::Late;
             }
-            if last_sign.elapsed() > SILENCE_TIMEOUT {
+            if last_sign.elapsed() > SILENCE_TIMEOUT + time_for_long_run(true) {
                 return End::Silent;
             }
         }

@@ -24,8 +24,17 @@ use crate::{Backend, Case, Interrupt, host, mounts};
 /// The limit of a case: it takes seconds on a host; the guest's processor is emulated, and the limit must
 /// be shorter than the silence after which the whole guest is given up.
 pub(crate) fn time_limit(in_guest: bool) -> Duration {
-    Duration::from_secs(if in_guest { 150 } else { 120 })
+    Duration::from_secs(if in_guest { 150 } else { 120 }) + time_for_long_run(in_guest)
 }
+
+/// What a run takes longer that was asked to be long; see [`LONG_RUN`].
+pub(crate) fn time_for_long_run(in_guest: bool) -> Duration {
+    let asked = |name| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok()).unwrap_or(0);
+    Duration::from_secs(if in_guest { 20 } else { 2 }) * LONG_RUN.into_iter().map(asked).sum::<u32>()
+}
+
+/// Variables that ask for more rounds than the tests of every day have. The guest gets them too.
+pub(crate) const LONG_RUN: [&str; 2] = ["RAFSD_KILLS", "RAFSD_MOUNTS"];
 
 /// How long a killed process may take to disappear before it counts as stuck in the kernel.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
