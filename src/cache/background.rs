@@ -1,6 +1,6 @@
 use std::sync::{Arc, Mutex};
 
-use super::device::Core;
+use super::core::Core;
 use super::prefetch::{Prefetch, Want};
 
 /// The prefetch of what is missing of one device, for who does not care how it goes.

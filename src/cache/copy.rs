@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::device::Core;
+use super::core::Core;
 use super::inflight::Lead;
 use super::pool::Job;
 use super::sink::Scratch;

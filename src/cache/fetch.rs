@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use tokio::runtime::Handle;
 
-use super::device::Core;
+use super::core::Core;
 use super::engine::StoreOptions;
 use super::inflight::Lead;
 use super::pool::{Job, Queue};

@@ -3,7 +3,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::device::Core;
+use super::core::Core;
 use super::pool::join_others;
 
 /// The thread that makes presence durable a little later, so that readers never wait for a disk.

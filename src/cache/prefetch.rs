@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 
-use super::device::{Core, Device};
+use super::core::Core;
+use super::device::Device;
 use super::engine::Engine;
 use super::inflight::Wait;
 use super::plan::{PlanLimits, extends};

@@ -27,7 +27,8 @@ use std::sync::{Arc, Weak};
 
 use tokio::runtime::Handle;
 
-use super::device::{Core, Device, Home};
+use super::core::Core;
+use super::device::{Device, Home};
 use super::disk::{Disk, DiskFile, FileSink, HostDisk};
 use super::engine::{Engine, StoreOptions};
 use super::evictor::Evictor;

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 
-use super::device::Core;
+use super::core::Core;
 use super::fetch::{Led, Slot, Window, fail, groups, hope, job};
 use super::pool::Queue;
 use crate::base::{ByteRange, Class, Fault, RequestId};

@@ -1,0 +1,379 @@
+//! The way of a miss: what is absent is led or joined, gathered into ranged reads, and when the bytes
+//! are there decoded, checked, written and published.
+
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use super::core::Core;
+use super::fetch::{Led, Window, groups};
+use super::inflight::{Lead, Role, Wait};
+use super::plan::{PlanLimits, plan};
+use super::pool::Job;
+use super::readahead::Reach;
+use super::sink::Scratch;
+use super::stats::count;
+use super::store::is_full;
+use super::{Completion, FillError, Request, is_needed};
+use crate::base::{ByteRange, Class, RequestId};
+use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};
+use crate::source::SourceError;
+use crate::sys::faultpoint;
+
+/// Most decoded bytes that one call of `fill` looks at before it returns; the rest is up to the
+/// pool, one step after the other. A kernel asks for a whole file when somebody maps it, and a
+/// hostile image can cut that into millions of units. Larger than what all readers' slots hold.
+const STEP: u64 = 64 << 20;
+
+/// Most units before and after one that are brought along with it. Far more than a batch of small
+/// files has; a hostile one could have millions of one byte each.
+const MOST_SIBLINGS: usize = 2048;
+
+impl Core {
+    /// Makes `decoded` present a step after the other, then settles `wait`.
+    pub(super) fn fill_range(self: &Arc<Self>, decoded: ByteRange, wait: Arc<Wait>) {
+        let request = wait.request().clone();
+        let step = decoded.clamp_end(decoded.start().saturating_add(STEP));
+        let Some(units) = self.layout.covering(step) else {
+            let error = FillError::Unmapped { blob: self.blob().clone(), decoded: step };
+            self.inflight.failures.note(&error);
+            return wait.settle(&Err(error));
+        };
+        let rest = ByteRange::new(step.end(), decoded.end()).expect("a step ends in its range");
+        let (core, class) = (Arc::clone(self), request.class());
+        let done = move |outcome: Result<(), FillError>| {
+            if outcome.is_err() || rest.is_empty() {
+                return wait.settle(&outcome);
+            }
+            // A job, because the caller may be the thread that must not block.
+            let engine = Arc::clone(&core.engine);
+            engine.jobs().push(Job::new(class, move |_| core.fill_range(rest, wait)));
+        };
+        self.fill_for(request, units, Box::new(done));
+    }
+
+    /// Makes `units` present for `request`, then calls `done`. At the limit of the cache, what nobody
+    /// waits for is put off until the evictor has looked, and fails if there is no room then.
+    pub(super) fn fill_for(self: &Arc<Self>, request: Request, units: Range<UnitIndex>, done: Completion) {
+        let (class, id) = (request.class(), request.id());
+        let wait = Wait::of(request, done);
+        match class {
+            Class::OnDemand => self.fill_now(units, Class::OnDemand, id, &wait),
+            Class::Prefetch => {
+                let wanted = units.clone();
+                let then = move |core: &Arc<Self>, wait: &Arc<Wait>| core.fill_now(units, Class::Prefetch, id, wait);
+                self.when_room(wanted, &wait, then);
+            }
+        }
+    }
+
+    /// Goes on with `then` at once, or at the limit of the cache when the evictor has looked, if
+    /// there is room then and any of `units` is absent now.
+    pub(super) fn when_room(
+        self: &Arc<Self>,
+        mut units: impl Iterator<Item = UnitIndex>,
+        wait: &Arc<Wait>,
+        then: impl FnOnce(&Arc<Self>, &Arc<Wait>) + Send + 'static,
+    ) {
+        if self.engine.space.is_spent()
+            && let Some(unit) = units.find(|&index| !self.ledger.presence.get(index))
+        {
+            let (core, wait) = (Arc::clone(self), Arc::clone(wait));
+            let later = move |room| {
+                if room {
+                    then(&core, &wait);
+                } else {
+                    wait.settle(&Err(FillError::NoSpace { blob: core.blob().clone(), unit }));
+                }
+            };
+            return self.engine.space.when_looked(Box::new(later));
+        }
+        then(self, wait);
+    }
+
+    pub(super) fn fill_now(self: &Arc<Self>, units: Range<UnitIndex>, class: Class, id: RequestId, wait: &Arc<Wait>) {
+        let map = self.map();
+        let (mut leads, mut urgent) = (Vec::new(), Vec::new());
+        let mut hit = true;
+        for index in units.clone().filter(|&index| !self.ledger.presence.get(index)) {
+            hit = false;
+            let unit = &map.units()[index as usize];
+            if is_needed(unit) {
+                leads.extend(self.enter(&map, index, units.clone(), class, Some(wait), &mut urgent));
+            } else {
+                let error = self.corrupt(index, unit, DecodeError::Unverifiable);
+                self.inflight.failures.note(&error);
+                wait.fail(error);
+            }
+        }
+        if !urgent.is_empty() {
+            self.engine.fetcher.promote(self.id, &urgent, id);
+        }
+        self.submit(&map, leads, class, id, None);
+        if !hit {
+            self.engine.telemetry.fills.misses.at(class).inc();
+        }
+        if class == Class::OnDemand {
+            let counter = if hit { &self.counters.hits } else { &self.counters.misses };
+            counter.fetch_add(1, Ordering::Relaxed);
+            self.observe(units);
+        }
+        wait.settle(&Ok(()));
+    }
+
+    /// Joins or leads the fetch of one absent unit of `wanted`, and what comes with it. Gives what is
+    /// led. A unit that is to be promoted, because a reader joined a prefetch, is added to `urgent`.
+    pub(super) fn enter(
+        &self,
+        map: &UnitMap,
+        index: UnitIndex,
+        wanted: Range<UnitIndex>,
+        class: Class,
+        wait: Option<&Arc<Wait>>,
+        urgent: &mut Vec<UnitIndex>,
+    ) -> Vec<Lead> {
+        // Those that the caller is about to ask for as well are as urgent at once: raising them later
+        // means a search through the queues for each.
+        let urgency = |sibling| (sibling, if wanted.contains(&sibling) { class } else { Class::Prefetch });
+        match self.inflight.enter(index, class, wait, self.siblings(map, index).map(urgency)) {
+            // One may have been published and finished between the caller's look and this.
+            Role::Lead(leads) => {
+                let (present, absent) = leads.into_iter().partition(|lead| self.ledger.presence.get(lead.unit()));
+                let present: Vec<Lead> = present;
+                present.into_iter().for_each(|lead| lead.finish(&Ok(())));
+                absent
+            }
+            Role::Joined { promote } => {
+                if promote {
+                    urgent.push(index);
+                }
+                Vec::new()
+            }
+        }
+    }
+
+    /// The absent units that share the stored bytes of unit `index`: whoever fetches one brings
+    /// them all, and decompresses once. Members of a batch have consecutive numbers.
+    pub(super) fn siblings<'a>(&'a self, map: &'a UnitMap, index: UnitIndex) -> impl Iterator<Item = UnitIndex> + 'a {
+        let unit = &map.units()[index as usize];
+        let shares = move |&other: &UnitIndex| map.units()[other as usize].shares_with(unit);
+        let before = (0..index).rev().take_while(shares);
+        let after = (index + 1..map.count()).take_while(shares);
+        let can_come = |&other: &UnitIndex| !self.ledger.presence.get(other) && is_needed(&map.units()[other as usize]);
+        before.take(MOST_SIBLINGS).chain(after.take(MOST_SIBLINGS)).filter(can_come)
+    }
+
+    /// Has led units copied where that can be, and the others fetched, for `request`; by the limits of
+    /// `bulk` behind everything.
+    pub(super) fn submit(
+        self: &Arc<Self>,
+        map: &UnitMap,
+        leads: Vec<Lead>,
+        class: Class,
+        request: RequestId,
+        bulk: Option<PlanLimits>,
+    ) {
+        let leads = if self.engine.twins.is_of_use() { self.copy_twins(map, leads) } else { leads };
+        self.fetch(map, leads, class, request, bulk);
+    }
+
+    /// Gathers led units into ranged reads and queues them.
+    pub(super) fn fetch(
+        self: &Arc<Self>,
+        map: &UnitMap,
+        leads: Vec<Lead>,
+        class: Class,
+        request: RequestId,
+        bulk: Option<PlanLimits>,
+    ) {
+        if leads.is_empty() {
+            return;
+        }
+        let options = &self.engine.options;
+        let limits = bulk.unwrap_or(PlanLimits { gap: options.gap, window: options.window(class) });
+        let missing = leads.iter().map(|lead| (lead.unit(), map.units()[lead.unit() as usize])).collect();
+        let mut leads: HashMap<UnitIndex, Lead> = leads.into_iter().map(|lead| (lead.unit(), lead)).collect();
+        let reads = plan(missing, limits);
+        let windows = reads.into_iter().map(|read| {
+            let led = |index| {
+                let lead = leads.remove(&index)?;
+                Some(Led { unit: map.units()[index as usize], lead, again: false })
+            };
+            let units = read.units.into_iter().filter_map(led).collect();
+            let window = Window::new(Arc::clone(self), read.stored, units, None);
+            Window { request, bulk: bulk.is_some(), ..window }
+        });
+        self.enqueue(windows.collect());
+    }
+
+    pub(super) fn enqueue(self: &Arc<Self>, windows: Vec<Window>) {
+        self.engine.fetcher.enqueue(windows);
+        // A device that closed in between has already removed its windows and missed these.
+        if self.is_closed() {
+            self.engine.fetcher.remove(self.id);
+        }
+    }
+
+    /// Notes where a reader is, and fetches ahead of it if it walks forward.
+    pub(super) fn observe(self: &Arc<Self>, units: Range<UnitIndex>) {
+        let options = &self.engine.options;
+        let reach = Reach { first: options.readahead_first, most: options.readahead_most };
+        if units.is_empty() || reach.first == 0 || self.engine.space.is_spent() {
+            return;
+        }
+        // A missed observation costs a little speed; waiting would cost a reader its answer.
+        let Ok(mut streams) = self.streams.try_lock() else { return };
+        let Some(ahead) = streams.observe(&self.layout, units, reach) else { return };
+        drop(streams);
+        if self.ledger.presence.all(ahead.clone()) {
+            return;
+        }
+        let core = Arc::clone(self);
+        // Urgent although it is prefetch: it is short, and late it is of no use.
+        self.engine.jobs().push(Job::new(Class::OnDemand, move |_| core.prefetch(ahead)));
+    }
+
+    /// Fetches what is absent of `units` and in nobody's hands yet, for nobody in particular.
+    pub(super) fn prefetch(self: &Arc<Self>, units: Range<UnitIndex>) {
+        let map = self.map();
+        let absent = units.filter(|&index| !self.ledger.presence.get(index) && is_needed(&map.units()[index as usize]));
+        // Prefetch that joins a fetch makes nothing urgent.
+        let lead = |index| self.enter(&map, index, index..index + 1, Class::Prefetch, None, &mut Vec::new());
+        let leads = absent.flat_map(lead).collect();
+        self.submit(&map, leads, Class::Prefetch, RequestId::NONE, None);
+    }
+
+    /// Decodes, checks, writes and publishes the units of one stored range one by one, and tells
+    /// everyone who waits. `asked`, by whom and when, as in [`Window`].
+    pub(super) fn land(
+        self: &Arc<Self>,
+        group: Vec<Led>,
+        asked: (Option<Instant>, RequestId),
+        stored: &[u8],
+        scratch: &mut Scratch,
+    ) {
+        let mut decoder = Decoder::new();
+        let damaged: Vec<Led> =
+            group.into_iter().filter_map(|led| self.land_one(led, stored, &mut decoder, scratch)).collect();
+        if !damaged.is_empty() {
+            self.refetch(damaged, asked);
+        }
+    }
+
+    /// The same for one unit; gives it back if its bytes are damaged and it deserves another try.
+    pub(super) fn land_one(
+        &self,
+        led: Led,
+        stored: &[u8],
+        decoder: &mut Decoder,
+        scratch: &mut Scratch,
+    ) -> Option<Led> {
+        if self.is_closed() {
+            return None;
+        }
+        let (index, unit) = (led.lead.unit(), led.unit);
+        let room = scratch.room(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"));
+        faultpoint::reach("fetched");
+        let outcome = match decoder.decode(self.layout.key(), &unit, stored, room) {
+            Err(_) if !led.again => return Some(led),
+            Err(cause) => Err(self.corrupt(index, &unit, cause)),
+            Ok(()) => self.land_checked(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
+        };
+        match &outcome {
+            Ok(_) => self.note_filled(&unit, led.lead.urgency().class()),
+            Err(_) => self.counters.failed(),
+        }
+        led.lead.finish(&outcome.map(drop));
+        self.flush_if_full();
+        None
+    }
+
+    /// Writes checked blocks and publishes them. Where the disk is full, waits until what nobody
+    /// uses has gone, and tries once more.
+    pub(super) fn land_checked(&self, index: UnitIndex, unit: &Unit, blocks: &[u8]) -> io::Result<bool> {
+        let fresh = match self.ledger.land(index, unit, blocks) {
+            Err(cause) if is_full(&cause) => {
+                count(&self.engine.counters.refused_writes, 1);
+                let room = self.engine.space.make_room(blocks.len() as u64);
+                if room { self.ledger.land(index, unit, blocks)? } else { return Err(cause) }
+            }
+            outcome => outcome?,
+        };
+        if fresh {
+            self.engine.space.landed(blocks.len() as u64);
+        }
+        Ok(fresh)
+    }
+
+    /// Has the device made durable at once if nothing is missing any more.
+    pub(super) fn flush_if_full(&self) {
+        if self.ledger.presence.count() >= self.completeness.needed.load(Ordering::Acquire) {
+            self.engine.flusher.kick();
+        }
+    }
+
+    pub(super) fn note_filled(&self, unit: &Unit, class: Class) {
+        self.counters.filled.fetch_add(1, Ordering::Relaxed);
+        let fills = &self.engine.telemetry.fills;
+        fills.filled.at(class).inc();
+        fills.filled_bytes.at(class).add(unit.decoded.len());
+    }
+
+    /// Asks for every stored range of a window alone, because the blob ends before the window does: the
+    /// one that an image misplaced must not take its neighbours along.
+    pub(super) fn split(self: &Arc<Self>, window: Window) {
+        let alone = |group: Vec<Led>| {
+            let alone = Window::new(Arc::clone(self), group[0].unit.stored, group, window.asked);
+            Window { request: window.request, bulk: window.bulk, ..alone }
+        };
+        self.enqueue(groups(window.units).into_iter().map(alone).collect());
+    }
+
+    /// Asks once more for a stored range whose bytes were damaged, alone: a proxy may have mixed up
+    /// a long range, and its neighbours were fine. Who waits does not wait any longer for that.
+    pub(super) fn refetch(self: &Arc<Self>, damaged: Vec<Led>, (asked, request): (Option<Instant>, RequestId)) {
+        self.engine.telemetry.fills.refetched.inc();
+        let stored = damaged[0].unit.stored;
+        let units = damaged.into_iter().map(|led| Led { again: true, ..led }).collect();
+        self.enqueue(vec![Window { request, ..Window::new(Arc::clone(self), stored, units, asked) }]);
+    }
+
+    pub(super) fn fetch_failed(&self, led: Led, cause: &Arc<SourceError>) {
+        let (blob, unit, stored) = (self.blob().clone(), led.lead.unit(), led.unit.stored);
+        let error = FillError::Source { blob, unit, stored, cause: Arc::clone(cause) };
+        self.counters.failed();
+        led.lead.finish(&Err(error));
+    }
+
+    /// Holds a source to its word.
+    pub(super) fn whole(&self, bytes: Bytes, stored: ByteRange, place: String) -> Result<Bytes, SourceError> {
+        self.counters.received(bytes.len() as u64);
+        if bytes.len() as u64 == stored.len() {
+            return Ok(bytes);
+        }
+        let detail = format!("{} bytes came instead of {}", bytes.len(), stored.len());
+        Err(SourceError::Unavailable { blob: self.blob().clone(), place, detail })
+    }
+
+    pub(super) fn deadline_error(&self, range: ByteRange, place: String) -> SourceError {
+        SourceError::Deadline { blob: self.blob().clone(), place, range }
+    }
+
+    pub(super) fn corrupt(&self, index: UnitIndex, unit: &Unit, cause: DecodeError) -> FillError {
+        FillError::Corrupt { blob: self.blob().clone(), unit: index, stored: unit.stored, cause }
+    }
+
+    pub(super) fn unwritten(&self, unit: UnitIndex, cause: io::Error) -> FillError {
+        let blob = self.blob().clone();
+        if is_full(&cause) {
+            FillError::NoSpace { blob, unit }
+        } else {
+            FillError::Io { blob, unit, cause: Arc::new(cause) }
+        }
+    }
+}
