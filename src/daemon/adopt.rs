@@ -8,13 +8,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use tokio::runtime::Handle;
 
+use super::DaemonError;
 use super::api::PrefetchOrder;
 use super::keeper::{Inheritance, Keepers, Kind, Name};
 use super::mounts::{Daemon, Options, State};
@@ -26,14 +27,14 @@ use super::records::{Record, RecordId, Records, ensure_private};
 use super::served::{Mounted, Served};
 use super::serving::{Backends, Legacy, device_file, spawn};
 use super::trace::Traces;
-use super::{DaemonError, records};
 use crate::base::{Chain, Digest};
 use crate::cache::{Device, Store, StoreOptions};
 use crate::export::cachefiles::FsId;
 use crate::export::{BackendKind, MountWatch, WatchId};
+use crate::sys::fanotify::{Answer, Group};
 use crate::sys::faultpoint;
 use crate::sys::files::{InodeId, inode_id_at};
-use crate::sys::journal::Outstanding;
+use crate::sys::journal::{Journal, Outstanding};
 use crate::telemetry::Telemetry;
 
 /// Events that a dead daemon had taken, with the numbers kept free for them.
@@ -74,7 +75,8 @@ impl Daemon {
         // A successor must not write to files whose readers still ask our group.
         keepers.hold(Name::only(Kind::Lock), store.lock_file().clone()).map_err(start("the keepers"))?;
         keepers.hold(Name::only(Kind::Watch), watch.instance().clone()).map_err(start("the keepers"))?;
-        let legacy = Legacy { group: group.zip(journal), cachefiles };
+        let group = group.map(|group| with_journal(group, journal, &keepers)).transpose();
+        let legacy = Legacy { group: group.map_err(start("the fanotify service"))?, cachefiles };
         let backends = Backends::new(&options, legacy, &keepers, telemetry.clone())?;
         sweep(&options.cache);
         let objects = Objects::new(options.cache.join("cachefiles-maps"));
@@ -103,9 +105,9 @@ impl Daemon {
             let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
             let _ = daemon.takeover_ms.set(ms);
             tracing::info!(ms, "took over from a daemon that has gone");
-        } else {
-            daemon.end_unkept_mounts()?;
         }
+        // Also after a takeover: the daemon that died may have died while it did this.
+        daemon.end_unkept_mounts()?;
         let thread =
             spawn("mnt-0", &daemon, |daemon| daemon.follow_unmounts()).map_err(start("the watch on mounts"))?;
         *daemon.watcher.lock().unwrap() = Some(thread);
@@ -120,7 +122,7 @@ impl Daemon {
         let mut prepared = HashMap::new();
         let start = |what| move |cause| DaemonError::Start { what, cause };
         let living = self.watch.living().map_err(start("the watch on mounts"))?;
-        let (mut used, mut known) = (Vec::new(), HashSet::new());
+        let mut known = HashSet::new();
         let mut prefetches = Vec::new();
         for (id, record) in self.records.load().map_err(start("the records of served images"))? {
             let record = match record {
@@ -136,7 +138,6 @@ impl Daemon {
                 continue;
             }
             known.extend(watch);
-            used.extend(record.devices.iter().map(records::DeviceFile::file));
             if let Err(error) = self.take_over_one(id, &record, &mut files, &mut prepared) {
                 let dir = record.dir.as_deref().unwrap_or(Path::new("-"));
                 tracing::error!(dir = %dir.display(), error = %Chain(&error), "an image cannot be served any more; its cold reads fail");
@@ -149,13 +150,15 @@ impl Daemon {
         strangers.iter().for_each(|watch| self.leave_unserved(Some(*watch), None));
         let (fanotify, cachefiles) = self.backends.services();
         if let Some(fanotify) = fanotify {
-            let unused = files.iter().filter(|(id, _)| !used.contains(id));
-            if strangers.is_empty() {
+            let all_served = self.state.lock().unwrap().unserved.is_empty();
+            let unused = files.iter().filter(|(id, _)| !fanotify.serves(**id));
+            if all_served {
                 unused.for_each(|(id, file)| fanotify.forget(*id, file));
             } else {
                 self.retire(&unused.map(|(id, _)| *id).collect());
+                fanotify.keep_marks(true);
             }
-            fanotify.resume(events);
+            fanotify.resume(events, all_served);
         }
         self.backends.go_on()?;
         for (dir, served, watch, order) in prefetches {
@@ -197,6 +200,17 @@ impl Daemon {
         if self.state.lock().unwrap().unserved.is_empty() {
             self.store.say_uses_are_known();
         }
+    }
+
+    /// Superblocks that could not be served have gone. With the last of them, marks that were kept for
+    /// them go as well, and blobs may.
+    pub(super) fn end_of_the_unserved(&self) {
+        if self.state.lock().unwrap().unserved.is_empty()
+            && let (Some(fanotify), _) = self.backends.services()
+        {
+            fanotify.keep_marks(false);
+        }
+        self.say_uses_are_known();
     }
 
     /// Takes note of a superblock that lives and cannot be served.
@@ -281,6 +295,22 @@ impl Daemon {
         }
         Ok(())
     }
+}
+
+/// A group with the journal of its events. If there is none that can be read, whoever waits is
+/// denied: what number an event has is unknown, so all that are possible are tried.
+fn with_journal(group: OwnedFd, journal: Option<Journal>, keepers: &Keepers) -> io::Result<(OwnedFd, Journal)> {
+    if let Some(journal) = journal {
+        return Ok((group, journal));
+    }
+    let answering = Group::from(group.try_clone()?);
+    for number in 0..Journal::NUMBERS {
+        // ENOENT for the numbers that name nothing.
+        let _ = answering.answer_number(number, Answer::Deny(libc::EIO));
+    }
+    let journal = Journal::create()?;
+    keepers.hold(Name::only(Kind::Journal), Arc::new(journal.as_fd().try_clone_to_owned()?))?;
+    Ok((group, journal))
 }
 
 /// Removes what a crash left half made. Only with the store's lock in hand.

@@ -426,7 +426,7 @@ impl Daemon {
         let unserved: Vec<_> = state.unserved.extract_if(.., |(watch, _)| !self.watch.is_alive(*watch)).collect();
         drop(state);
         if !unserved.is_empty() {
-            self.say_uses_are_known();
+            self.end_of_the_unserved();
         }
         // Outside the lock: the last owner of a device waits for the disk.
         for mounted in gone {

@@ -42,6 +42,10 @@ impl Daemon {
             return Err(DaemonError::NoSuccessor);
         }
         let unusable = |cause| DaemonError::Io { path: program.to_owned(), cause };
+        if !self.keepers.is_alive() {
+            let cause = io::Error::other("the keepers have died and are being started again");
+            return Err(DaemonError::Start { what: "a successor", cause });
+        }
         if !program.is_absolute() {
             return Err(DaemonError::Relative(program.to_owned()));
         }
@@ -94,6 +98,7 @@ impl Daemon {
         self.state.lock().unwrap().stopping = true;
         self.prefetches.cancel(None);
         self.wait_for_reservations();
+        self.outlive_the_unkept();
         // While readers are still served: afterwards there is little left to make durable.
         self.flush();
         self.backends.pause();

@@ -4,27 +4,33 @@
 //! read as zeros, and stays in the page cache as zeros. Nothing can undo what was read, so such a
 //! mount is ended, and loudly. One whose blobs were complete needed nobody and stays.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use super::records::RecordId;
 use super::{Daemon, DaemonError};
+use crate::export::WatchId;
 use crate::image::Image;
 use crate::sys::files::inode_id;
 use crate::sys::mount::{MountInfo, detach, mount_table};
 
 impl Daemon {
-    /// Ends the mounts of an earlier daemon, of which nobody has kept anything. To be called before
-    /// anything is mounted.
+    /// Ends the mounts of an earlier daemon, of which nobody has kept anything. To be called after
+    /// what was kept was taken over, and before anything is mounted.
     pub(super) fn end_unkept_mounts(&self) -> Result<(), DaemonError> {
-        for (id, _) in self.records.load().unwrap_or_default() {
-            self.records.remove(id);
-        }
+        let start = |what| move |cause| DaemonError::Start { what, cause };
+        let living = self.watch.living().map_err(start("the watch on mounts"))?;
+        let kept = |mount: &MountInfo| {
+            living.iter().any(|watch| mount.device == format!("{}:{}", watch.device.0, watch.device.1))
+        };
         let bootstraps = self.options.cache.join("bootstraps");
         let table = mount_table().map_err(|cause| DaemonError::Start { what: "a look at the mount table", cause })?;
-        let ours = |mount: &&MountInfo| mount.fs_type == "erofs" && Path::new(&mount.source).starts_with(&bootstraps);
-        let mut poisoned = BTreeSet::new();
+        let ours = |mount: &&MountInfo| {
+            mount.fs_type == "erofs" && Path::new(&mount.source).starts_with(&bootstraps) && !kept(mount)
+        };
+        let mut poisoned = self.forget_the_unkept(&living)?;
         for mount in table.iter().filter(ours) {
             let incomplete = self.incomplete_blobs(Path::new(&mount.source));
             let dir = mount.target.display();
@@ -37,6 +43,7 @@ impl Daemon {
                 "the daemon and its keepers were killed while this image was incomplete: whatever read it since may have \
                  read zeros; it is unmounted, restart what uses it"
             );
+            self.watch_stray(&mount.target);
             if let Err(error) = self.options.sandbox.outside(|| detach(&mount.target)) {
                 tracing::error!(%dir, %error, "it cannot be unmounted");
             }
@@ -46,6 +53,45 @@ impl Daemon {
             self.deny_strays(&poisoned)?;
         }
         Ok(())
+    }
+
+    /// Takes the records of superblocks away that nobody has kept, and gives the directories of their
+    /// devices that are not complete: what is out of the tree may have files open on them.
+    fn forget_the_unkept(&self, living: &HashSet<WatchId>) -> Result<BTreeSet<String>, DaemonError> {
+        let mut incomplete = BTreeSet::new();
+        let records = self.records.load();
+        for (id, record) in
+            records.map_err(|cause| DaemonError::Start { what: "the records of served images", cause })?
+        {
+            let is_kept = match &record {
+                // It may belong to any superblock that lives.
+                Err(_) => !living.is_empty(),
+                Ok(record) => match record.superblock {
+                    Some(superblock) => living.contains(&superblock.into()),
+                    None => self.is_registered(id),
+                },
+            };
+            if is_kept {
+                continue;
+            }
+            let directories = record.into_iter().flat_map(|record| record.devices).map(|device| device.directory);
+            incomplete.extend(directories.filter(|name| !self.store.is_complete(name)));
+            self.records.remove(id);
+        }
+        Ok(incomplete)
+    }
+
+    fn is_registered(&self, id: RecordId) -> bool {
+        self.state.lock().unwrap().registered.values().any(|(_, record)| *record == id)
+    }
+
+    /// Counts a superblock as in use until it has gone: it may have files open.
+    fn watch_stray(&self, target: &Path) {
+        let watched = File::open(target).and_then(|root| self.watch.add(&root));
+        match watched {
+            Ok(watch) => self.state.lock().unwrap().unserved.push((watch, None)),
+            Err(error) => tracing::warn!(%error, dir = %target.display(), "cannot learn when it has gone"),
+        }
     }
 
     /// Directories of blobs of an image that are not complete on disk, as far as can be told; of an
@@ -67,8 +113,7 @@ impl Daemon {
         for name in directories {
             let path = self.store.data_path(name);
             let guarded = File::open(&path).and_then(|file| {
-                service.guard(inode_id(&file)?, file.as_fd())?;
-                fs::remove_file(&path)
+                if service.guard(inode_id(&file)?, file.as_fd())? { fs::remove_file(&path) } else { Ok(()) }
             });
             if let Err(error) = guarded {
                 tracing::error!(path = %path.display(), %error, "open files on an unmounted image still read zeros");

@@ -17,7 +17,6 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use rustix::fs::inotify;
 
 use crate::sys::inotify::{Watched, device_numbers, each_watch};
-use crate::sys::mount::DetachedMount;
 
 /// Watches superblocks. One thread calls [`MountWatch::wait`]; any thread may add.
 #[derive(Debug)]
@@ -62,8 +61,8 @@ impl MountWatch {
         self.watched.lock().unwrap().insert(id);
     }
 
-    /// Starts watching the superblock of `mount`.
-    pub fn add(&self, mount: &DetachedMount) -> io::Result<WatchId> {
+    /// Starts watching the superblock of `mount`, an open mount or its root.
+    pub fn add(&self, mount: &impl AsFd) -> io::Result<WatchId> {
         let root = PathBuf::from(format!("/proc/self/fd/{}", mount.as_fd().as_raw_fd()));
         let device = device_numbers(nix::sys::stat::fstat(mount)?.st_dev)?;
         // Some event must be asked for; attributes of a read-only root never change.

@@ -70,6 +70,9 @@ pub struct Outstanding {
 }
 
 impl Journal {
+    /// Numbers that an event can have: all that have a slot are below.
+    pub const NUMBERS: i32 = 1 << 17;
+
     /// An empty journal in memory of its own.
     pub fn create() -> io::Result<Self> {
         // SAFETY: a name and plain numbers in, a descriptor or -1 out.

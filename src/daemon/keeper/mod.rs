@@ -167,7 +167,6 @@ pub fn inherit(run: &Path, handed: Vec<(String, OwnedFd)>) -> io::Result<Option<
         fdpass::set_timeout(socket.as_fd(), Some(PATIENCE))?;
         Word::new(Op::Attach).send(&socket, None)?;
         let held = all.receive(&socket)?;
-        fdpass::set_timeout(socket.as_fd(), None)?;
         let (pid, _) = fdpass::peer(socket.as_fd())?;
         all.ends[rank] = Some(End { socket, pid, child: None });
         // The dead daemon may have told one of them something that it did not tell the other.
@@ -383,12 +382,16 @@ impl Keepers {
         state.finished = true;
         state.held.keys().for_each(|name| self.forget_at_the_supervisor(*name));
         for end in state.ends.iter_mut().filter_map(Option::take) {
-            let told = end.tell(Word::new(Op::Finish), None);
-            // Hanging up last: a keeper whose daemon vanishes takes that for something else.
-            if told.is_ok()
-                && let Some(mut child) = end.child
-            {
-                let _ = child.wait();
+            match end.tell(Word::new(Op::Finish), None) {
+                // Hanging up last: a keeper whose daemon vanishes takes that for something else.
+                Ok(()) => {
+                    // The end of the talk is the last thing that it does.
+                    let _ = end.hear();
+                    if let Some(mut child) = end.child {
+                        let _ = child.wait();
+                    }
+                }
+                Err(_) => bury(Some(end)),
             }
         }
         drop(state);
@@ -429,8 +432,11 @@ impl Keepers {
             }
             bury(state.ends[rank].take());
             let end = self.spawn(rank)?;
-            for (name, fd) in &state.held {
-                end.tell(Word::about(Op::Hold, *name), Some(&**fd))?;
+            let told = state.held.iter().try_for_each(|(name, fd)| end.tell(Word::about(Op::Hold, *name), Some(&**fd)));
+            if let Err(error) = told {
+                // Left alone it would take that for the death of the daemon.
+                bury(Some(end));
+                return Err(error);
             }
             state.ends[rank] = Some(end);
         }

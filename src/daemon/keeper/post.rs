@@ -93,6 +93,8 @@ struct Absence {
     next_attempt: Instant,
     pause: Duration,
     child: Option<Pid>,
+    /// Whether a daemon was missed before, since one last served for a while.
+    is_known: bool,
     /// What the daemon said about its leaving, if it did: whether it wants a successor.
     parting: Option<bool>,
 }
@@ -107,6 +109,7 @@ impl Post {
             next_attempt: now,
             pause: Duration::ZERO,
             child: None,
+            is_known: false,
             parting: None,
         };
         Self {
@@ -132,10 +135,9 @@ impl Post {
     fn stand(&mut self) {
         loop {
             self.wait();
-            if self.hear() {
+            if self.hear() || self.serve() {
                 return;
             }
-            self.serve();
             if self.daemon.is_none() && self.is_over() {
                 return;
             }
@@ -233,7 +235,11 @@ impl Post {
             None if self.attached.elapsed() >= SETTLED => FIRST_PAUSE,
             None => (self.absence.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE),
         };
-        self.absence.since = now;
+        // One that died of its start has served nobody: the readers who waited for it wait on.
+        if parting.is_some() || self.attached.elapsed() >= SETTLED || !self.absence.is_known {
+            self.absence.since = now;
+        }
+        self.absence.is_known = true;
         self.absence.next_attempt = now + self.absence.pause;
         self.absence.wants_successor = parting.unwrap_or(true) && self.orders.successor.is_some();
         if parting.is_none() && self.orders.rank == 0 {
@@ -244,20 +250,21 @@ impl Post {
         }
     }
 
-    /// Answers one connection, if somebody waits for that. Who says nothing is dropped.
-    fn serve(&mut self) {
+    /// Answers one connection, if somebody waits for that. Who says nothing is dropped. True when the
+    /// daemon has said to finish meanwhile.
+    fn serve(&mut self) -> bool {
         if !has_input(self.listener.as_fd()) {
-            return;
+            return false;
         }
-        let Ok(client) = fdpass::accept(self.listener.as_fd()) else { return };
+        let Ok(client) = fdpass::accept(self.listener.as_fd()) else { return false };
         let own = nix::unistd::geteuid().as_raw();
         let is_ours = fdpass::peer(client.as_fd()).is_ok_and(|(_, uid)| uid == own || uid == 0);
         if !is_ours || fdpass::set_timeout(client.as_fd(), Some(WORD)).is_err() {
-            return;
+            return false;
         }
-        let Ok((word, _)) = Word::receive(&client) else { return };
+        let Ok((word, _)) = Word::receive(&client) else { return false };
         match word.op {
-            Op::Attach => self.attach(client),
+            Op::Attach => return self.attach(client),
             Op::Status => drop(self.status().send(&client, None)),
             Op::Recover => {
                 if self.daemon.is_none() {
@@ -268,26 +275,31 @@ impl Post {
             }
             _ => drop(answer(&client, Err(libc::EINVAL))),
         }
+        false
     }
 
-    /// Makes `client` the daemon and gives it everything, unless there is one.
-    fn attach(&mut self, client: OwnedFd) {
+    /// Makes `client` the daemon and gives it everything, unless there is one. True when that one
+    /// has said to finish.
+    fn attach(&mut self, client: OwnedFd) -> bool {
         // The last one may have hung up a moment ago.
         while self.daemon.as_ref().is_some_and(|daemon| has_input(daemon.as_fd())) {
-            self.hear();
+            if self.hear() {
+                return true;
+            }
         }
         if self.daemon.is_some() {
             let _ = answer(&client, Err(libc::EBUSY));
-            return;
+            return false;
         }
         let all =
             self.held.iter().try_for_each(|(name, fd)| Word::about(Op::Held, *name).send(&client, Some(fd.as_fd())));
         let told = all.and_then(|()| Word::new(Op::Done).send(&client, None));
         if told.and_then(|()| fdpass::set_timeout(client.as_fd(), None)).is_err() {
-            return;
+            return false;
         }
         (self.attached, self.daemon) = (Instant::now(), Some(client));
         (self.denying, self.denied_taken) = (false, false);
+        false
     }
 
     fn status(&self) -> Word {

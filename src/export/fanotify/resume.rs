@@ -24,7 +24,9 @@ impl Fanotify {
     /// Each comes with a descriptor of the event's number, which keeps the kernel from giving the
     /// number to a new event; `None` if the number is taken by something else here, in which case
     /// the reader is denied at once.
-    pub fn resume(&self, events: Vec<(Outstanding, Option<OwnedFd>)>) {
+    ///
+    /// `all_served` says that every file that is marked belongs to an image that was adopted.
+    pub fn resume(&self, events: Vec<(Outstanding, Option<OwnedFd>)>, all_served: bool) {
         let journal = &self.desk.journal;
         let mut known = Vec::new();
         for (event, number) in events {
@@ -58,7 +60,9 @@ impl Fanotify {
                         None => self.deny(permission),
                     }
                 }
-                None => self.serve_unknown(range, permission),
+                None if all_served => self.serve_unknown(range, permission),
+                // It may be about a file that nobody fills.
+                None => self.deny(permission),
             }
         }
     }

@@ -44,6 +44,8 @@ pub struct Fanotify {
     pub(super) marked: RwLock<HashMap<InodeId, Arc<Marked>>>,
     /// Serialises changes of marks; never taken by the event thread.
     changing: Mutex<()>,
+    /// See [`Fanotify::keep_marks`].
+    keeps_marks: AtomicBool,
     /// Held while an image is attached: two probes of one device would take each other's events.
     pub(super) attaching: Mutex<()>,
     pub(super) telemetry: Telemetry,
@@ -112,6 +114,7 @@ impl Fanotify {
             pulse: Pulse::new()?,
             marked: RwLock::default(),
             changing: Mutex::default(),
+            keeps_marks: AtomicBool::new(false),
             attaching: Mutex::default(),
             telemetry,
         }))
@@ -236,6 +239,29 @@ impl Fanotify {
         permission.answer(Answer::Deny(libc::EIO));
     }
 
+    /// With the lock on changes held.
+    fn drop_if_unused(&self, marked: &Marked) {
+        if *marked.users.lock().unwrap() == 0 && !self.keeps_marks.load(Ordering::Acquire) {
+            self.unmark(marked);
+            self.marked.write().unwrap().remove(&marked.id);
+            self.custody.release(marked.id);
+        }
+    }
+
+    /// Whether marks stay although no image that is known uses them: a superblock of which nobody
+    /// knows what it reads lives on. When that ends, what nobody uses is let go.
+    pub fn keep_marks(&self, keep: bool) {
+        let _changing = self.changing.lock().unwrap();
+        self.keeps_marks.store(keep, Ordering::Release);
+        let all: Vec<_> = self.marked.read().unwrap().values().cloned().collect();
+        all.iter().for_each(|marked| self.drop_if_unused(marked));
+    }
+
+    /// Whether an image that is known uses the file.
+    pub fn serves(&self, id: InodeId) -> bool {
+        self.marked.read().unwrap().contains_key(&id)
+    }
+
     /// Takes the mark away from a file that a dead process had marked and no image uses.
     pub fn forget(&self, id: InodeId, file: impl AsFd) {
         let _changing = self.changing.lock().unwrap();
@@ -254,12 +280,13 @@ impl Fanotify {
 
     /// Marks a file that no image is known for: whoever reads it is denied. Until it is forgotten, or
     /// an image that is known brings it.
-    pub fn guard(&self, id: InodeId, file: BorrowedFd<'_>) -> io::Result<()> {
+    /// Tells whether it did.
+    pub fn guard(&self, id: InodeId, file: BorrowedFd<'_>) -> io::Result<bool> {
         let _changing = self.changing.lock().unwrap();
         if self.marked.read().unwrap().contains_key(&id) {
-            return Ok(());
+            return Ok(false);
         }
-        self.desk.group.mark(file)
+        self.desk.group.mark(file).map(|()| true)
     }
 
     /// Events that wait for data.
@@ -409,13 +436,8 @@ impl MarkHold {
     /// Gives the share back. Only when nothing can read the device through the mount any more.
     pub(super) fn release(self) {
         let _changing = self.service.changing.lock().unwrap();
-        let mut users = self.marked.users.lock().unwrap();
-        *users -= 1;
-        if *users == 0 {
-            self.service.unmark(&self.marked);
-            self.service.marked.write().unwrap().remove(&self.marked.id);
-            self.service.custody.release(self.marked.id);
-        }
+        *self.marked.users.lock().unwrap() -= 1;
+        self.service.drop_if_unused(&self.marked);
     }
 }
 
