@@ -57,6 +57,8 @@ const FAILED: u32 = 9;
 /// Held by each test: the count is one for all threads.
 static ALONE: Mutex<()> = Mutex::new(());
 
+/// The watch on superblocks.
+const WATCH: u32 = 3;
 /// A device's file.
 const DEVICE: u32 = 6;
 
@@ -93,6 +95,13 @@ fn start(run: &Path) -> (OwnedFd, JoinHandle<()>) {
     (ours, thread)
 }
 
+/// A watch on superblocks of which one lives.
+fn living(dir: &Path) -> File {
+    let watch = rustix::fs::inotify::init(rustix::fs::inotify::CreateFlags::CLOEXEC).unwrap();
+    rustix::fs::inotify::add_watch(&watch, dir, rustix::fs::inotify::WatchFlags::ATTRIB).unwrap();
+    watch.into()
+}
+
 fn attach(run: &Path) -> OwnedFd {
     let socket = fdpass::connect(&run.join(keeper::SOCKETS[0])).unwrap();
     fdpass::send(socket.as_fd(), &word(ATTACH, 0, [0; 2], 0), None).unwrap();
@@ -105,9 +114,12 @@ fn a_keeper_gives_a_successor_what_it_holds_and_allocates_nothing_meanwhile() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path();
     let (daemon, thread) = start(run);
+    // Something lives, so that it stays.
+    let watch = living(run);
     let files: Vec<File> = (0..100).map(|_| tempfile::tempfile().unwrap()).collect();
     let before = ALLOCATIONS.load(Ordering::Relaxed);
 
+    assert_eq!(ask(&daemon, &word(HOLD, WATCH, [0; 2], 0), Some(&watch)), DONE);
     for (number, file) in (0..).zip(&files) {
         assert_eq!(ask(&daemon, &word(HOLD, DEVICE, [1, number], 0), Some(file)), DONE);
     }
@@ -127,6 +139,7 @@ fn a_keeper_gives_a_successor_what_it_holds_and_allocates_nothing_meanwhile() {
     drop(daemon);
     let successor = attach(run);
     let mut inherited = Vec::new();
+    assert_eq!(hear(&successor).0, HELD, "the watch comes first");
     loop {
         match hear(&successor) {
             (HELD, key, _, fd) => inherited.push((key[1], File::from(fd.unwrap()).metadata().unwrap().ino())),
@@ -163,11 +176,8 @@ fn what_a_daemon_said_before_it_died_is_in_force() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let dir = tempfile::tempdir().unwrap();
     let (daemon, thread) = start(dir.path());
-    let watch = rustix::fs::inotify::init(rustix::fs::inotify::CreateFlags::CLOEXEC).unwrap();
-    rustix::fs::inotify::add_watch(&watch, dir.path(), rustix::fs::inotify::WatchFlags::ATTRIB).unwrap();
-    let watch = File::from(watch);
-    // The watch on superblocks: something lives, so it has to stay.
-    fdpass::send(daemon.as_fd(), &word(HOLD, 3, [0; 2], 0), Some(watch.as_fd())).unwrap();
+    let watch = living(dir.path());
+    fdpass::send(daemon.as_fd(), &word(HOLD, WATCH, [0; 2], 0), Some(watch.as_fd())).unwrap();
     drop(daemon);
     std::thread::sleep(Duration::from_millis(500));
     assert!(!thread.is_finished(), "it left although a superblock lives");
