@@ -12,11 +12,14 @@
 //! another one. What is left open is the death of all three at once; under a service manager that
 //! holds descriptors (systemd's store), which is given the same, not even that.
 //!
-//! * `post` is the keeper process, `wire` what is said, this file the daemon's end.
+//! * `post` is the keeper process, `wire` what is said, this file the daemon's end, `inherit` that of a
+//!   successor.
 
+mod inherit;
 mod post;
 mod wire;
 
+pub use inherit::{Inheritance, inherit};
 pub use post::{Orders, keep};
 pub use wire::{Kind, Name};
 
@@ -24,7 +27,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -36,9 +39,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use self::post::socket_path;
 use self::wire::{Op, Word};
-use crate::sys::journal::{Journal, Outstanding};
 use crate::sys::service::Supervisor;
-use crate::sys::{fdpass, process, service};
+use crate::sys::{fdpass, service};
 
 /// Names of the keepers' sockets in the run directory, by rank.
 pub const SOCKETS: [&str; RANKS] = ["keeper.sock", "keeper-spare.sock"];
@@ -120,157 +122,6 @@ pub struct Plan {
     pub successor: Option<Vec<OsString>>,
     /// The service manager, which is given the same descriptors.
     pub supervisor: Supervisor,
-}
-
-/// What a dead daemon left with its keepers.
-pub struct Inheritance {
-    ends: [Option<End>; RANKS],
-    held: BTreeMap<Name, OwnedFd>,
-    /// What a service manager held and handed over.
-    handed: Vec<(Name, OwnedFd)>,
-    /// Events that it had taken. Each with its descriptor number reserved; `None` where something
-    /// in this process had the number already.
-    pub events: Vec<(Outstanding, Option<OwnedFd>)>,
-    journal: Option<Journal>,
-}
-
-impl fmt::Debug for Inheritance {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Inheritance").field("held", &self.held.len()).field("events", &self.events.len()).finish()
-    }
-}
-
-/// Takes over from a daemon that has vanished, if there are keepers below `run`.
-///
-/// To be called while this process has opened next to nothing and has one thread: descriptor
-/// numbers that name events of the dead daemon are reserved here, and until that is done the
-/// kernel could give them to something else.
-///
-/// `handed` is what a service manager had been given and handed to this process, by label.
-///
-/// # Errors
-/// `AddrInUse` if the daemon of those keepers lives.
-pub fn inherit(run: &Path, handed: Vec<(String, OwnedFd)>) -> io::Result<Option<Inheritance>> {
-    let named = |(label, fd): (String, OwnedFd)| Some((Name::from_label(&label)?, fd));
-    let mut all = Inheritance {
-        ends: [None, None],
-        held: BTreeMap::new(),
-        handed: handed.into_iter().filter_map(named).collect(),
-        events: Vec::new(),
-        journal: None,
-    };
-    for rank in 0..RANKS {
-        let socket = match fdpass::connect(&socket_path(run, rank)) {
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => continue,
-            other => other?,
-        };
-        fdpass::set_timeout(socket.as_fd(), Some(PATIENCE))?;
-        Word::new(Op::Attach).send(&socket, None)?;
-        let held = all.receive(&socket)?;
-        let (pid, _) = fdpass::peer(socket.as_fd())?;
-        all.ends[rank] = Some(End { socket, pid, child: None });
-        // The dead daemon may have told one of them something that it did not tell the other.
-        let known: Vec<Name> = all.held.keys().copied().filter(|name| !held.contains(name)).collect();
-        for name in known {
-            let end = all.ends[rank].as_ref().expect("just set");
-            end.tell(Word::about(Op::Hold, name), all.held.get(&name).map(|fd| fd as _))?;
-        }
-    }
-    if let [Some(first), Some(_)] = &all.ends {
-        // What only the second knew.
-        for (name, fd) in &all.held {
-            first.tell(Word::about(Op::Hold, *name), Some(fd))?;
-        }
-    }
-    all.add_handed()?;
-    let serves = |kind| all.held.contains_key(&Name::only(kind));
-    let is_there = all.ends.iter().any(Option::is_some) || serves(Kind::Group) || serves(Kind::Cachefiles);
-    Ok(is_there.then_some(all))
-}
-
-impl Inheritance {
-    /// Receives everything from one keeper and gives the names.
-    fn receive(&mut self, socket: &OwnedFd) -> io::Result<Vec<Name>> {
-        let mut names = Vec::new();
-        loop {
-            match Word::receive(socket)? {
-                (Word { op: Op::Held, name, .. }, Some(fd)) => {
-                    names.push(name);
-                    if self.held.contains_key(&name) {
-                        continue;
-                    }
-                    if name.kind == Kind::Journal {
-                        self.reserve(fd.try_clone()?)?;
-                    }
-                    self.held.insert(name, fd);
-                }
-                (Word { op: Op::Done, .. }, _) => return Ok(names),
-                (Word { op: Op::Failed, value, .. }, _) if value == u64::from(libc::EBUSY.unsigned_abs()) => {
-                    return Err(io::Error::new(ErrorKind::AddrInUse, "a daemon is serving here"));
-                }
-                _ => return Err(ErrorKind::InvalidData.into()),
-            }
-        }
-    }
-
-    /// Adds what no keeper had.
-    fn add_handed(&mut self) -> io::Result<()> {
-        let missing = |(name, _): &(Name, OwnedFd)| !self.held.contains_key(name);
-        let journal = self.handed.iter().position(|it| it.0.kind == Kind::Journal && missing(it));
-        if let Some(at) = journal {
-            let (name, fd) = self.handed.swap_remove(at);
-            self.reserve(fd.try_clone()?)?;
-            self.held.insert(name, fd);
-        }
-        for (name, fd) in std::mem::take(&mut self.handed) {
-            self.held.entry(name).or_insert(fd);
-        }
-        Ok(())
-    }
-
-    /// Makes room for the number of an event, if a descriptor that was handed over has it.
-    fn clear_the_way(&mut self, number: i32) {
-        for (_, fd) in self.handed.iter_mut().filter(|(_, fd)| fd.as_raw_fd() == number) {
-            // Where it fails the reader is denied.
-            if let Ok(moved) = process::move_up(fd.as_fd()) {
-                *fd = moved;
-            }
-        }
-    }
-
-    /// Keeps the numbers of the dead daemon's events from being given to new ones.
-    fn reserve(&mut self, journal: OwnedFd) -> io::Result<()> {
-        let journal = match Journal::open(journal) {
-            Ok(journal) => journal,
-            // Of a newer or older release, or damaged: the events in it are unknown, and are denied.
-            Err(error) if error.kind() == ErrorKind::InvalidData => {
-                tracing::error!(%error, "the journal of the last daemon cannot be read; its waiting readers are denied");
-                return Ok(());
-            }
-            Err(error) => return Err(error),
-        };
-        for event in journal.inherited() {
-            self.clear_the_way(event.number);
-            self.events.push((event, process::occupy(event.number).ok().flatten()));
-        }
-        self.journal = Some(journal);
-        Ok(())
-    }
-
-    /// A copy of what was held under `name`.
-    pub fn take(&self, name: Name) -> Option<OwnedFd> {
-        self.held.get(&name).and_then(|fd| fd.try_clone().ok())
-    }
-
-    /// The journal, if it could be read.
-    pub fn take_journal(&mut self) -> Option<Journal> {
-        self.journal.take()
-    }
-
-    /// Names of all device files.
-    pub fn devices(&self) -> impl Iterator<Item = Name> + '_ {
-        self.held.keys().copied().filter(|name| name.kind == Kind::Device)
-    }
 }
 
 /// Something that keepers hold. Shared with whoever uses it in this process.
