@@ -10,6 +10,7 @@
 //! [`host`] finds out by trying which of them this machine can do.
 
 pub mod cachefiles;
+mod erofs;
 pub mod fanotify;
 pub mod host;
 mod limiter;

@@ -13,6 +13,7 @@ pub mod fdpass;
 pub mod files;
 pub mod inotify;
 pub mod journal;
+pub mod loopdev;
 pub mod memory;
 pub mod mmap;
 pub mod mount;
