@@ -18,6 +18,7 @@ pub mod memory;
 pub mod mmap;
 pub mod mount;
 pub mod process;
+pub mod requestlog;
 pub mod sandbox;
 pub mod service;
 pub mod spawn;
