@@ -11,6 +11,7 @@
 
 pub mod cachefiles;
 pub mod fanotify;
+pub mod fuse;
 pub mod host;
 mod limiter;
 mod probe;
