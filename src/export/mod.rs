@@ -12,6 +12,7 @@
 pub mod cachefiles;
 mod erofs;
 pub mod fanotify;
+pub mod fuse;
 pub mod host;
 mod limiter;
 mod probe;

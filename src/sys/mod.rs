@@ -11,6 +11,7 @@ pub mod fanotify;
 pub mod faultpoint;
 pub mod fdpass;
 pub mod files;
+pub mod fuse;
 pub mod inotify;
 pub mod journal;
 pub mod loopdev;

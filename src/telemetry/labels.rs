@@ -43,6 +43,7 @@ label! {
     Backend as "backend" {
         Fanotify = "fanotify",
         Cachefiles = "cachefiles",
+        FuseTree = "fuse-tree",
     }
 }
 
