@@ -97,9 +97,7 @@ impl NewSettings {
         let names = Self::names()?;
         let mut new = names.difference(&self.0);
         match (new.next(), new.next()) {
-            (Some(name), None) => {
-                fs::write(Path::new(SETTINGS).join(name).join("read_ahead_kb"), kib.to_string())
-            }
+            (Some(name), None) => fs::write(Path::new(SETTINGS).join(name).join("read_ahead_kb"), kib.to_string()),
             _ => Ok(()),
         }
     }

@@ -128,6 +128,9 @@ pub enum AttachError {
         #[source]
         cause: io::Error,
     },
+    /// The kernel did not take up the connection.
+    #[error("the kernel and this program found no common FUSE protocol")]
+    Handshake(#[source] io::Error),
     /// The kernel refused the file system.
     #[error("the kernel refused the image")]
     Mount(#[source] MountError),

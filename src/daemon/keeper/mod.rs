@@ -190,7 +190,8 @@ impl Keepers {
         }
         // What fails closed must be free to do so when nobody serves it in time.
         if !name.kind.fails_closed()
-            && let Err(error) = self.plan.supervisor.store(&name.label(), fd.as_fd()) {
+            && let Err(error) = self.plan.supervisor.store(&name.label(), fd.as_fd())
+        {
             tracing::warn!(%error, "the service manager does not hold a descriptor");
         }
         self.tell_all(&mut state, Word::about(Op::Hold, name), Some(&fd)).inspect_err(|_| {

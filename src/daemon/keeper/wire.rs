@@ -60,16 +60,8 @@ pub enum Kind {
 }
 
 // What is new comes last: keepers of an older release may still be there after an upgrade.
-const KINDS: [Kind; 8] = [
-    Kind::Group,
-    Kind::Journal,
-    Kind::Lock,
-    Kind::Watch,
-    Kind::Cachefiles,
-    Kind::Program,
-    Kind::Device,
-    Kind::Fuse,
-];
+const KINDS: [Kind; 8] =
+    [Kind::Group, Kind::Journal, Kind::Lock, Kind::Watch, Kind::Cachefiles, Kind::Program, Kind::Device, Kind::Fuse];
 
 /// The same as words, in the same order.
 const LABELS: [&str; 8] = ["group", "journal", "lock", "watch", "cachefiles", "program", "device", "fuse"];
@@ -109,8 +101,7 @@ impl Name {
         let mut parts = label.split('-');
         let known = parts.next()?;
         let kind = KINDS[LABELS.iter().position(|label| *label == known)?];
-        let key =
-            if kind.has_key() { [parts.next()?.parse().ok()?, parts.next()?.parse().ok()?] } else { [0; 2] };
+        let key = if kind.has_key() { [parts.next()?.parse().ok()?, parts.next()?.parse().ok()?] } else { [0; 2] };
         parts.next().is_none().then_some(Self { kind, key })
     }
 

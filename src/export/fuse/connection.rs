@@ -2,8 +2,10 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::ops::ControlFlow;
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
 use zerocopy::{Immutable, IntoBytes};
@@ -16,7 +18,9 @@ use super::wire::{InitIn, NodeId, Question, Request, WireError};
 use super::{Tree, TreeError, read};
 use crate::base::Chain;
 use crate::export::limiter::Limiter;
+use crate::sys::faultpoint;
 use crate::sys::fuse::Device;
+use crate::sys::requestlog::RequestLog;
 use crate::telemetry::{Backend, Telemetry};
 
 /// Most bytes of one listing. The kernel asks for a page, or since Linux 6.16 for more.
@@ -39,6 +43,8 @@ pub struct Connection {
     frozen: RwLock<bool>,
     /// Requests that were read and not answered.
     waiting: AtomicUsize,
+    /// Where they are written down, if the kernel does not send them again to a successor.
+    requests: OnceLock<Arc<RequestLog>>,
 }
 
 #[derive(Debug, Default)]
@@ -74,6 +80,7 @@ impl Connection {
             changed: Condvar::new(),
             frozen: RwLock::new(false),
             waiting: AtomicUsize::new(0),
+            requests: OnceLock::new(),
         }
     }
 
@@ -115,8 +122,46 @@ impl Connection {
         *self.frozen.write().unwrap() = true;
     }
 
-    pub(super) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.device.read(buffer)
+    /// Has requests written down from now on, for a successor.
+    pub(super) fn write_down_in(&self, log: Arc<RequestLog>) {
+        // There is one for the life of a connection.
+        let _ = self.requests.set(log);
+    }
+
+    /// Where requests are written down, if they are.
+    pub(super) fn log_of_requests(&self) -> Option<&Arc<RequestLog>> {
+        self.requests.get()
+    }
+
+    /// Whether answers are left to a successor.
+    pub(super) fn is_frozen(&self) -> bool {
+        *self.frozen.read().unwrap()
+    }
+
+    /// Reads a request and sees to it that it is answered. `Ok(0)` at the end of a connection that is none of
+    /// the kernel's.
+    pub(super) fn serve_one(self: &Arc<Self>, buffer: &mut [u8]) -> io::Result<usize> {
+        // Where the kernel has written it, until it is answered or written down.
+        let (_landed, len) = match self.requests.get() {
+            None => (None, self.device.read(buffer)?),
+            Some(log) => {
+                let (landed, len) = log.land(self.device.as_fd(), buffer)?;
+                (Some(landed), len)
+            }
+        };
+        faultpoint::reach("taken");
+        if len > 0 {
+            self.handle_contained(&buffer[..len]);
+        }
+        Ok(len)
+    }
+
+    /// As [`Connection::handle`]: a bug met by one request must not stop the answers for every other reader.
+    /// The duty inside fails the request when unwinding drops it.
+    pub(super) fn handle_contained(self: &Arc<Self>, bytes: &[u8]) {
+        if catch_unwind(AssertUnwindSafe(|| self.handle(bytes))).is_err() {
+            tracing::error!("a request could not be handled and was failed");
+        }
     }
 
     /// Gives an answer, unless that is left to a successor.
@@ -148,7 +193,15 @@ impl Connection {
         if !request.question.wants_answer() {
             return;
         }
-        let duty = self.duty(request.unique);
+        let mut duty = self.duty(request.unique);
+        // All else is answered before this returns.
+        if let (Some(log), Question::Read { .. }) = (self.requests.get(), &request.question) {
+            if !duty.write_down(log, bytes) {
+                tracing::error!("too many reads wait to write another one down; failed");
+                return duty.fail(libc::EIO);
+            }
+            faultpoint::reach("written-down");
+        }
         match request.question {
             Question::Init(offered) => self.agree(duty, &offered),
             Question::Read { offset, size } => read::read(self, duty, request.node, (offset, size), request.pid),

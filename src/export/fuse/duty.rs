@@ -6,6 +6,8 @@ use zerocopy::IntoBytes;
 use super::Connection;
 use super::reply;
 use super::wire::RESENT;
+use crate::sys::faultpoint;
+use crate::sys::requestlog::{RequestLog, Slot};
 
 /// The duty to answer one request. Dropping it, as a panic would, answers with `EIO`.
 ///
@@ -16,11 +18,19 @@ pub(super) struct Duty {
     connection: Arc<Connection>,
     unique: u64,
     is_open: bool,
+    /// Where a successor would find it, if the kernel does not send it again.
+    slot: Option<Slot>,
 }
 
 impl Duty {
     pub(super) fn new(connection: Arc<Connection>, unique: u64) -> Self {
-        Self { connection, unique, is_open: true }
+        Self { connection, unique, is_open: true, slot: None }
+    }
+
+    /// Has the request, which `bytes` are, written down until it is answered. `false` if there is no room.
+    pub(super) fn write_down(&mut self, log: &RequestLog, bytes: &[u8]) -> bool {
+        self.slot = log.write(bytes);
+        self.slot.is_some()
     }
 
     /// Whether the kernel sent it again, because a process that died had taken it.
@@ -52,6 +62,17 @@ impl Duty {
 
     fn give(&mut self, answer: &[u8]) {
         self.is_open = false;
+        self.deliver(answer);
+        faultpoint::reach("answered");
+        // What is left to a successor must stay to be found.
+        if let Some(slot) = self.slot.take().filter(|_| !self.connection.is_frozen())
+            && let Some(log) = self.connection.log_of_requests()
+        {
+            log.strike_out(slot);
+        }
+    }
+
+    fn deliver(&self, answer: &[u8]) {
         let Err(error) = self.connection.write(answer) else { return };
         if is_over(&error) {
             return;

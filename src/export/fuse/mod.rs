@@ -13,7 +13,9 @@
 //! dies (`fuse-notes.md` section 6).
 
 mod connection;
+mod device;
 mod duty;
+mod lasting;
 pub mod negotiation;
 mod read;
 pub mod reply;
@@ -21,6 +23,8 @@ mod server;
 pub mod wire;
 
 pub use connection::Connection;
+pub use device::{AnnounceDevices, DeviceAttachment};
+pub use lasting::{Keep, Lasting, Legacy, Part};
 pub use negotiation::{Negotiated, Wishes};
 pub use server::{Connected, Fuse};
 
@@ -109,6 +113,9 @@ pub enum TreeError {
     NoXattrs,
     #[error("the image is damaged")]
     Damaged(#[source] ImageError),
+    /// Asked by this process itself, which wants to know that it is asked.
+    #[error("nothing is read while the way is tried out")]
+    Probed,
 }
 
 impl TreeError {
@@ -124,6 +131,7 @@ impl TreeError {
             Self::NoXattrs => libc::ENOSYS,
             // As EROFS itself.
             Self::Damaged(_) => libc::EUCLEAN,
+            Self::Probed => libc::EIO,
         }
     }
 }

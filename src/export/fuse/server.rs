@@ -1,7 +1,6 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -114,7 +113,10 @@ impl Fuse {
     /// Reads and answers requests until [`Fuse::stop`]. Several threads may call this; they wait for nothing
     /// but requests and the disk.
     pub fn run(&self) -> io::Result<()> {
+        // Written to, so that the kernel finds the pages there: if it did not while this process is being
+        // killed, it would fail the request that it is about to give.
         let mut buffer = vec![0; REQUEST_BUFFER];
+        buffer.fill(std::hint::black_box(1));
         loop {
             // One at a time: the others are for the other threads.
             let mut events = [EpollEvent::empty()];
@@ -156,9 +158,9 @@ impl Fuse {
         let connection = self.connections.read().unwrap().get(&number).cloned();
         let Some(connection) = connection else { return };
         for _ in 0..REQUESTS_AT_ONCE {
-            match connection.read(buffer) {
+            match connection.serve_one(buffer) {
                 Ok(0) => return self.end(number, &connection),
-                Ok(len) => handle(&connection, &buffer[..len]),
+                Ok(_) => {}
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => return,
                     // Withdrawn while it was read.
@@ -190,12 +192,4 @@ impl Fuse {
 /// Told once of each arrival, to one thread.
 fn interest(number: u64) -> EpollEvent {
     EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, number)
-}
-
-fn handle(connection: &Arc<Connection>, bytes: &[u8]) {
-    // A bug met by one request must not stop the answers for every other reader. The duty inside fails the
-    // request when unwinding drops it.
-    if catch_unwind(AssertUnwindSafe(|| connection.handle(bytes))).is_err() {
-        tracing::error!("a request could not be handled and was failed");
-    }
 }

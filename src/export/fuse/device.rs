@@ -1,0 +1,304 @@
+//! The devices of an image as files, one for each, for the kernel's EROFS to read.
+//!
+//! Names, attributes and everything else that people see is the kernel's own; only bytes of files come this
+//! way. The file system of the files is mounted where no path leads to, lives in the hands of EROFS alone, and
+//! ends with it.
+//!
+//! What is there whole when the image is mounted does not come this way: EROFS is given the file in the cache
+//! itself, for as long as the mount lives. Passing reads on to a file that became complete later is not to be
+//! had: EROFS refuses files of a FUSE file system that does so (seen on 6.18).
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io;
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::lasting::{Keep, Lasting, Legacy};
+use super::negotiation::MAX_READ;
+use super::reply::{Listed, Node, Statistics};
+use super::wire::{NodeId, ROOT};
+use super::{Connected, Fuse, Piece, Tree, TreeError, Visit, Wishes};
+use crate::base::{BLOCK, ByteRange};
+use crate::export::erofs::{self, NewSettings, Reading, Stage};
+use crate::export::probe::ColdByte;
+use crate::export::{AttachError, Backing, LiveImage, MountWatch, WatchId};
+use crate::sys::faultpoint;
+use crate::sys::fuse::Options;
+use crate::sys::inotify::device_numbers;
+use crate::sys::loopdev::LoopDevice;
+use crate::sys::mount::{DetachedMount, MountError};
+use crate::sys::sandbox::Sandbox;
+use crate::telemetry::Backend;
+
+/// The number of the first device.
+const FIRST: NodeId = ROOT + 1;
+
+/// How far the kernel reads ahead of whoever reads a file from its start to its end, in KiB: its 128 make eight
+/// requests of what one can bring.
+const READ_AHEAD_KIB: u32 = 1024;
+
+/// Told of a mount before anybody can see it: of its superblock, the connection under it, and for each device
+/// whether EROFS reads its file without us.
+pub type AnnounceDevices<'a> = &'a dyn Fn(WatchId, &Lasting, &[bool]) -> io::Result<()>;
+
+/// A mounted image over a connection. Keeps it read until it is released.
+#[derive(Debug)]
+pub struct DeviceAttachment {
+    /// Reports the end of the superblock.
+    pub watch: WatchId,
+    connected: Connected,
+}
+
+impl DeviceAttachment {
+    /// Lets go of the connection. When the superblock is gone.
+    pub fn release(self) {
+        self.connected.close();
+    }
+}
+
+impl Fuse {
+    /// Mounts `image` at `target` by EROFS over its devices and starts answering reads of them.
+    ///
+    /// Blocks while the kernel mounts; [`Fuse::run`] must be running on other threads. On failure nothing stays
+    /// behind, but `keep` may have been given something.
+    pub fn attach_devices(
+        self: &Arc<Self>,
+        image: &LiveImage,
+        target: &Path,
+        (watch, announce): (&MountWatch, AnnounceDevices<'_>),
+        keep: &dyn Keep,
+        sandbox: &Sandbox,
+    ) -> Result<DeviceAttachment, AttachError> {
+        let straight: Vec<_> = image.devices.iter().map(|device| device.is_settled()).collect();
+        let tree = Arc::new(DeviceTree::new(image));
+        let options = Options { root_mode: libc::S_IFDIR | 0o500, allow_other: false, max_read: MAX_READ };
+        let (files, connected, lasting) =
+            self.mount_lasting(tree.clone(), Backend::FuseDevice, options, keep, sandbox)?;
+        let announce = |watched| announce(watched, &lasting, &straight);
+        let stage = Stage { target, watch, announce: &announce, sandbox };
+        let attached = mount_over(image, &straight, &files, sandbox).and_then(|mount| {
+            let reaches_us = |cold: &ColdByte, mount: &DetachedMount| {
+                tree.expect_read(cold.device, || sandbox.outside(|| cold.read(mount)))
+            };
+            erofs::publish(mount, image, stage, &reaches_us)
+        });
+        match attached {
+            Ok(watch) => Ok(DeviceAttachment { watch, connected }),
+            Err(error) => {
+                connected.close();
+                Err(error)
+            }
+        }
+    }
+
+    /// Goes on with an image that a dead process had mounted, and with its readers. `watch` reports the end of
+    /// the superblock.
+    pub fn adopt_devices(
+        self: &Arc<Self>,
+        image: &LiveImage,
+        watch: WatchId,
+        legacy: Legacy,
+    ) -> io::Result<DeviceAttachment> {
+        let connected = self.go_on(legacy, Arc::new(DeviceTree::new(image)), Backend::FuseDevice)?;
+        Ok(DeviceAttachment { watch, connected })
+    }
+}
+
+/// Mounts EROFS over files of the file system `files`, or over those of the cache where they are read
+/// `straight`.
+fn mount_over(
+    image: &LiveImage,
+    straight: &[bool],
+    files: &DetachedMount,
+    sandbox: &Sandbox,
+) -> Result<DetachedMount, AttachError> {
+    let served = |number: usize| PathBuf::from(format!("/proc/self/fd/{}/{number}", files.as_fd().as_raw_fd()));
+    let paths: Vec<_> = (0..)
+        .zip(image.devices.iter().zip(straight))
+        .map(|(number, (device, straight))| if *straight { device.path().to_owned() } else { served(number) })
+        .collect();
+    sandbox.outside(|| {
+        widen_read_ahead(files);
+        let settings = NewSettings::before();
+        let mounted = if faultpoint::pretends("no-file-backed") {
+            mount_by_loop(&image.bootstrap, &paths)
+        } else {
+            match erofs::mount(&image.bootstrap, &paths, Reading::Buffered) {
+                Err(error) if error.cause.raw_os_error() == Some(libc::ENOTBLK) => {
+                    mount_by_loop(&image.bootstrap, &paths)
+                }
+                mounted => mounted.map_err(AttachError::Mount),
+            }
+        };
+        if let Err(error) = settings.set_read_ahead(READ_AHEAD_KIB) {
+            tracing::debug!(%error, "the read-ahead of a mount stays as it is");
+        }
+        mounted
+    })
+}
+
+/// For kernels whose EROFS takes only block devices.
+fn mount_by_loop(bootstrap: &Path, paths: &[PathBuf]) -> Result<DetachedMount, AttachError> {
+    let over = |path: &Path| {
+        let file = File::open(path)?;
+        LoopDevice::over(&file)
+    };
+    let refused = |path: &Path, cause| {
+        let step = format!("a loop device over {}", path.display());
+        AttachError::Mount(MountError { step, log: Vec::new(), cause })
+    };
+    // They go with the mount: each takes itself away when nobody has it open any more.
+    let first = over(bootstrap).map_err(|cause| refused(bootstrap, cause))?;
+    let others = paths.iter().map(|path| over(path).map_err(|cause| refused(path, cause)));
+    let others = others.collect::<Result<Vec<_>, _>>()?;
+    let others: Vec<_> = others.iter().map(|device| device.path().to_owned()).zip(&others).collect();
+    let paths: Vec<_> = others.iter().map(|(path, _)| path.clone()).collect();
+    erofs::mount(first.path(), &paths, Reading::Buffered).map_err(AttachError::Mount)
+}
+
+/// Where that is forbidden, sequential reads are slower.
+fn widen_read_ahead(files: &DetachedMount) {
+    let widen = || {
+        let (major, minor) = device_numbers(nix::sys::stat::fstat(files)?.st_dev)?;
+        std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), READ_AHEAD_KIB.to_string())
+    };
+    if let Err(error) = widen() {
+        tracing::debug!(%error, "the read-ahead of the devices of a mount stays as it is");
+    }
+}
+
+/// A directory with one file for each device, called by its place in the image.
+struct DeviceTree {
+    devices: Vec<Exported>,
+}
+
+struct Exported {
+    backing: Arc<dyn Backing>,
+    /// Set while this process itself reads a cold byte to see whether it is asked for it.
+    probing: AtomicBool,
+    probe_seen: AtomicBool,
+}
+
+impl DeviceTree {
+    fn new(image: &LiveImage) -> Self {
+        let exported = |backing: &Arc<dyn Backing>| Exported {
+            backing: backing.clone(),
+            probing: AtomicBool::new(false),
+            probe_seen: AtomicBool::new(false),
+        };
+        Self { devices: image.devices.iter().map(exported).collect() }
+    }
+
+    fn device(&self, id: NodeId) -> Result<&Exported, TreeError> {
+        let number = id.checked_sub(FIRST).and_then(|number| usize::try_from(number).ok());
+        number.and_then(|number| self.devices.get(number)).ok_or(match id {
+            ROOT => TreeError::IsADirectory,
+            _ => TreeError::NoNode,
+        })
+    }
+
+    fn ensure_directory(&self, id: NodeId) -> Result<(), TreeError> {
+        if id == ROOT { Ok(()) } else { self.device(id).and(Err(TreeError::NotADirectory)) }
+    }
+
+    /// Runs `read`, a read of a cold byte of a device by this very process, and tells whether we were asked for
+    /// it. It is refused, so nothing is fetched.
+    fn expect_read(&self, device: usize, read: impl FnOnce() -> io::Result<()>) -> bool {
+        let Exported { backing, probing, probe_seen } = &self.devices[device];
+        probe_seen.store(false, Ordering::Release);
+        probing.store(true, Ordering::Release);
+        let result = read();
+        probing.store(false, Ordering::Release);
+        let seen = probe_seen.load(Ordering::Acquire) && result.is_err();
+        // Settled in between: what is read straight is no cold byte.
+        seen || backing.is_settled()
+    }
+}
+
+impl Tree for DeviceTree {
+    fn wishes(&self) -> Wishes {
+        Wishes::default()
+    }
+
+    fn find(&self, parent: NodeId, name: &[u8]) -> Result<Option<Node>, TreeError> {
+        self.ensure_directory(parent)?;
+        let number = std::str::from_utf8(name).ok().and_then(|name| name.parse::<u64>().ok());
+        // One name each: "07" and "+7" are none.
+        let number = number.filter(|number| number.to_string().as_bytes() == name);
+        let id = number.and_then(|number| number.checked_add(FIRST));
+        Ok(id.and_then(|id| self.node(id).ok()))
+    }
+
+    fn node(&self, id: NodeId) -> Result<Node, TreeError> {
+        let (mode, nlink, size) = match id {
+            ROOT => (libc::S_IFDIR | 0o500, 2, 0),
+            _ => (libc::S_IFREG | 0o400, 1, self.device(id)?.backing.decoded_len()),
+        };
+        Ok(Node {
+            id,
+            ino: id,
+            mode,
+            nlink,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            size,
+            blocks: size.div_ceil(512),
+            block_size: u32::try_from(BLOCK).expect("4096"),
+            time: (0, 0),
+        })
+    }
+
+    fn link(&self, id: NodeId) -> Result<Cow<'_, [u8]>, TreeError> {
+        Err(self.node(id).err().unwrap_or(TreeError::NotALink))
+    }
+
+    fn list(&self, id: NodeId, from: u64, with_nodes: bool, visit: &mut Visit<'_>) -> Result<(), TreeError> {
+        self.ensure_directory(id)?;
+        let names = (FIRST..).zip(0..self.devices.len()).map(|(id, number)| (id, number.to_string()));
+        let all = [(ROOT, ".".to_owned()), (ROOT, "..".to_owned())].into_iter().chain(names);
+        for ((ino, name), place) in all.zip(1..).skip(usize::try_from(from).unwrap_or(usize::MAX)) {
+            let kind = if ino == ROOT { libc::DT_DIR } else { libc::DT_REG };
+            let node = (with_nodes && ino != ROOT).then(|| self.node(ino)).transpose()?;
+            let listed = Listed { ino, kind, name: name.as_bytes(), next: place };
+            if visit(&listed, node.as_ref()) == ControlFlow::Break(()) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn pieces(&self, id: NodeId, range: ByteRange, visit: &mut dyn FnMut(Piece<'_>)) -> Result<(), TreeError> {
+        let Exported { backing, probing, probe_seen } = self.device(id)?;
+        if probing.load(Ordering::Acquire) {
+            probe_seen.store(true, Ordering::Release);
+            return Err(TreeError::Probed);
+        }
+        let end = range.end().min(backing.decoded_len());
+        if let Some(inside) = ByteRange::new(range.start(), end).filter(|inside| !inside.is_empty()) {
+            visit(Piece::Device(backing, inside));
+        }
+        Ok(())
+    }
+
+    fn xattr(&self, _: NodeId, _: &[u8]) -> Result<Cow<'_, [u8]>, TreeError> {
+        Err(TreeError::NoXattrs)
+    }
+
+    fn xattrs(&self, _: NodeId, _: bool) -> Result<Vec<u8>, TreeError> {
+        Err(TreeError::NoXattrs)
+    }
+
+    fn statistics(&self) -> Statistics {
+        let bytes = self.devices.iter().map(|device| device.backing.decoded_len()).sum::<u64>();
+        Statistics {
+            block_size: u32::try_from(BLOCK).expect("4096"),
+            blocks: bytes.div_ceil(BLOCK),
+            files: self.devices.len() as u64,
+        }
+    }
+}
