@@ -70,6 +70,7 @@ impl Fuse {
             }
             Err(error) => return Err(error),
         };
+        widen_read_ahead(&mount, sandbox);
         let finish = || {
             let watched = watch.add(&mount).map_err(at(target))?;
             announce(watched, Some(&lasting)).map_err(AttachError::Unkept)?;
@@ -147,7 +148,7 @@ fn is_forbidden(error: &MountError) -> bool {
 }
 
 /// Has the kernel read further ahead. Where that is forbidden, sequential reads are slower.
-pub(super) fn widen_read_ahead(mount: &impl AsFd, sandbox: &Sandbox) {
+fn widen_read_ahead(mount: &impl AsFd, sandbox: &Sandbox) {
     let widen = || {
         let device = nix::sys::stat::fstat(mount)?.st_dev;
         let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));

@@ -4,6 +4,12 @@
 //! way. The file system of the files is mounted where no path leads to, lives in the hands of EROFS alone, and
 //! ends with it.
 //!
+//! EROFS reads the files through the page cache, so what comes this way is in memory twice for a while. Past it
+//! (option `directio`) it is not, and whoever reads many small files waits more than twice as long; a page
+//! whose reader was killed also stays locked until its request is answered, and with it whoever unmounts and
+//! whoever calls `sync` (all seen on 6.18). How far the kernel reads ahead in the files is left as it is: it goes
+//! on behind the end of what is read, into what nobody may ever want.
+//!
 //! What is there whole when the image is mounted does not come this way: EROFS is given the file in the cache
 //! itself, for as long as the mount lives. Passing reads on to a file that became complete later is not to be
 //! had: EROFS refuses files of a FUSE file system that does so (seen on 6.18).
