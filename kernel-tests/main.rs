@@ -71,6 +71,7 @@ const TABLES: &[&[Case]] = &[
     cases::service::CASES,
     cases::prefetch::CASES,
     cases::observing::CASES,
+    cases::fuse::CASES,
 ];
 
 /// What a case returns; the error's whole chain is printed.
@@ -95,8 +96,12 @@ pub(crate) enum Place {
     Host,
     /// In the virtual machine, with the cachefiles backend.
     Guest,
+    /// On this host, with each backend that works there.
+    Here,
     /// On this host, with each backend over FUSE.
     Fuse,
+    /// With one backend.
+    Only(Backend),
     /// Everywhere, with each backend.
     Both,
 }
@@ -107,6 +112,8 @@ impl Place {
         match self {
             Self::Host => backend == Backend::Fanotify,
             Self::Guest => backend == Backend::Cachefiles,
+            Self::Here => backend != Backend::Cachefiles,
+            Self::Only(wanted) => backend == wanted,
             Self::Fuse => matches!(backend, Backend::FuseDevice | Backend::FuseTree),
             Self::Both => true,
         }

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use super::fixture::{FILE, Fixture, content, drop_caches};
 use crate::host::Need;
-use crate::{Case, Ctx, Outcome, Place};
+use crate::{Backend, Case, Ctx, Outcome, Place};
 
 const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend];
 
@@ -48,7 +48,16 @@ fn doctor_finds_the_backend_under_test(ctx: &Ctx) -> Outcome {
 
     ensure!(output.status.success(), "{output:?}");
     let host: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    ensure!(host["choice"] == ctx.backend.name(), "{host}");
+    let is_first = matches!(ctx.backend, Backend::Fanotify | Backend::Cachefiles);
+    ensure!(!is_first || host["choice"] == ctx.backend.name(), "{host}");
+    let finding = match ctx.backend {
+        Backend::Fanotify => "pre-content-events",
+        Backend::Cachefiles => "cachefiles",
+        Backend::FuseDevice => "fuse-device",
+        Backend::FuseTree => "fuse",
+    };
+    let finding = host["findings"].as_array().into_iter().flatten().find(|it| it["name"] == finding);
+    ensure!(finding.is_some_and(|finding| finding["works"] == true), "{host}");
     ensure!(!cache.exists(), "the directory that doctor made is left");
     let elsewhere = Command::new(&ctx.rafsd).args(["doctor", "--json", "--cache", "/dev/shm/rafsd-test"]).output()?;
     let host: serde_json::Value = serde_json::from_slice(&elsewhere.stdout)?;

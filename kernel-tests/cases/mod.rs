@@ -4,6 +4,7 @@ pub(crate) mod baddays;
 pub(crate) mod events;
 pub(crate) mod faults;
 mod fixture;
+pub(crate) mod fuse;
 pub(crate) mod images;
 pub(crate) mod interop;
 pub(crate) mod lifecycle;
