@@ -36,6 +36,7 @@ mod top;
 mod trace;
 pub mod unpack;
 mod upgrade;
+mod userdirs;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
