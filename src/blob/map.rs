@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -19,7 +20,21 @@ pub struct UnitMap {
     decoded_len: u64,
     units: Vec<Unit>,
     key: Option<BlobKey>,
+    layout: Memo,
 }
+
+/// A digest that was computed when somebody wanted it. Says nothing that the map does not say, and so makes no
+/// two maps differ.
+#[derive(Clone, Debug, Default)]
+struct Memo(OnceLock<Digest>);
+
+impl PartialEq for Memo {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Memo {}
 
 /// Why a list of units is not a map of a blob.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -105,7 +120,7 @@ impl UnitMap {
         if !in_order {
             check_shared(&units)?;
         }
-        Ok(Self { blob, decoded_len, units, key })
+        Ok(Self { blob, decoded_len, units, key, layout: Memo::default() })
     }
 
     /// The key of the blob, if it is encrypted.
@@ -201,12 +216,15 @@ impl UnitMap {
         bare
     }
 
-    /// The same units without any checks: where they lie, and nothing else.
-    #[must_use]
-    pub fn without_checks(&self) -> Self {
-        let mut bare = self.clone();
-        bare.units.iter_mut().for_each(|unit| unit.check = Check::Unknown);
-        bare
+    /// Fingerprint of where units lie, without how they are checked. Computed once: checks may be learnt
+    /// later, units never move.
+    pub fn layout(&self) -> Digest {
+        let compute = || {
+            let mut bare = self.clone();
+            bare.units.iter_mut().for_each(|unit| unit.check = Check::Unknown);
+            bare.fingerprint()
+        };
+        *self.layout.0.get_or_init(compute)
     }
 
     /// The map as bytes that [`UnitMap::from_bytes`] understands: our own format, for our own

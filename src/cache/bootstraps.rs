@@ -5,6 +5,7 @@
 //! nobody has open may go, for it can be copied again from where it was named.
 
 use std::collections::HashMap;
+use std::fs::FileTimes;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -13,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
+use super::disk::FileFacts;
 use super::store::{StoreError, at};
 use super::victims::{Lot, LotKind};
 use crate::base::Digest;
@@ -45,6 +47,24 @@ impl KeptBootstrap {
     /// Where it lies: complete, synced, and never written again.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// One copy of a bootstrap as it was when it was seen to be sound.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootstrapStamp {
+    digest: Digest,
+    facts: FileFacts,
+    /// When its bytes were written, in seconds and nanoseconds.
+    modified: (i64, i64),
+}
+
+impl KeptBootstrap {
+    /// What tells the copy, as it is now, from one that somebody changed.
+    pub fn stamp(&self) -> io::Result<BootstrapStamp> {
+        let meta = fs::symlink_metadata(&self.path)?;
+        let modified = (meta.mtime(), meta.mtime_nsec());
+        Ok(BootstrapStamp { digest: self.digest, facts: FileFacts::from(meta), modified })
     }
 }
 
@@ -87,6 +107,12 @@ impl Bootstraps {
         Ok(kept)
     }
 
+    /// Keeps the copy that `stamp` was taken of, unless it has gone or was changed since.
+    pub fn keep_unchanged(self: &Arc<Self>, stamp: &BootstrapStamp) -> Option<KeptBootstrap> {
+        let kept = self.keep_known(stamp.digest);
+        (kept.stamp().ok()? == *stamp).then_some(kept)
+    }
+
     /// Keeps the copy with this digest, which a predecessor made and nobody looks at again.
     pub fn keep_known(self: &Arc<Self>, digest: Digest) -> KeptBootstrap {
         *self.kept.lock().unwrap().entry(digest).or_insert(0) += 1;
@@ -118,7 +144,7 @@ impl Bootstraps {
             let digest = Digest::from_hex(&name)?;
             let meta = entry.metadata().ok()?;
             let held = self.is_held(&self.kept.lock().unwrap(), digest);
-            let last_used = u64::try_from(meta.mtime()).unwrap_or(0);
+            let last_used = u64::try_from(meta.atime().max(meta.mtime())).unwrap_or(0);
             Some(Lot { name, kind: LotKind::Bootstrap, bytes: meta.blocks() * 512, last_used, held })
         };
         entries.filter_map(lot).collect()
@@ -140,10 +166,10 @@ impl Bootstraps {
     }
 }
 
-/// A file's time of change is when it was last used: its bytes never change. Only an order depends
-/// on it, so that failing is no failure.
+/// Notes that a copy is used. Only an order depends on it, so that failing is no failure.
 fn note_use(path: &Path) {
-    let _ = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
+    let now = FileTimes::new().set_accessed(SystemTime::now());
+    let _ = File::open(path).and_then(|file| file.set_times(now));
 }
 
 fn sha256_of(mut file: File) -> io::Result<Digest> {
@@ -175,7 +201,7 @@ mod tests {
         let bootstraps = Bootstraps::new(dir.path().join("bootstraps"));
         let first = bootstraps.keep(b"a bootstrap").unwrap();
         let second = bootstraps.keep(b"a bootstrap").unwrap();
-        let (name, path) = (first.digest().to_string(), first.path().to_owned());
+        let (name, path, stamp) = (first.digest().to_string(), first.path().to_owned(), first.stamp().unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"a bootstrap");
 
         for kept in [first, second] {
@@ -188,7 +214,12 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"a bootstrap");
         assert!(!bootstraps.lots()[0].held);
 
+        let again = bootstraps.keep_unchanged(&stamp).map(|kept| kept.stamp().unwrap());
+        assert_eq!(again, None, "it was made anew");
+        let stamp = bootstraps.keep(b"a bootstrap").unwrap().stamp().unwrap();
+        assert_eq!(bootstraps.keep_unchanged(&stamp).unwrap().stamp().unwrap(), stamp);
         assert!(bootstraps.remove(&name).unwrap());
+        assert!(bootstraps.keep_unchanged(&stamp).is_none() && !bootstraps.lots().iter().any(|lot| lot.held));
         assert!(!path.exists());
         assert!(!bootstraps.remove(&name).unwrap() && !bootstraps.remove("../lock").unwrap());
         assert_eq!(bootstraps.lots(), []);

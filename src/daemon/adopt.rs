@@ -18,6 +18,7 @@ use tokio::runtime::Handle;
 use super::DaemonError;
 use super::api::PrefetchOrder;
 use super::keeper::{Inheritance, Keepers, Kind, Name};
+use super::known::KnownImages;
 use super::mounts::{Daemon, Options, State};
 use super::objects::Objects;
 use super::observe::Occupied;
@@ -84,6 +85,7 @@ impl Daemon {
             options,
             started: began,
             origins: Origins::new(telemetry.clone()),
+            images: KnownImages::default(),
             telemetry,
             occupied: Occupied::default(),
             runtime,
@@ -233,7 +235,7 @@ impl Daemon {
         let source = self.origins.open_or_absent(&record.spec);
         let kept = self.store.shelves().bootstraps().keep_known(key);
         let mut image = match prepared.get(&key) {
-            Some(image) => Prepared::known(kept, image.clone(), source.clone()),
+            Some(image) => Prepared::again(kept, image.clone(), source.clone()),
             None => resume(kept, source.clone())?,
         };
         prepared.insert(key, image.image.clone());

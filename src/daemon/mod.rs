@@ -17,6 +17,7 @@ pub mod client;
 pub mod control;
 mod error;
 pub mod keeper;
+mod known;
 mod mounts;
 mod objects;
 mod observe;

@@ -3,7 +3,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::runtime::Handle;
 
@@ -14,6 +14,7 @@ use super::api::{
     Unmounted,
 };
 use super::keeper::{self, Keepers};
+use super::known::KnownImages;
 use super::objects::{Object, Objects};
 use super::observe::Occupied;
 use super::order::plan;
@@ -64,6 +65,7 @@ pub struct Daemon {
     pub(super) records: Records,
     pub(super) objects: Objects,
     pub(super) origins: Origins,
+    pub(super) images: KnownImages,
     pub(super) watch: Arc<MountWatch>,
     pub(super) watcher: Mutex<Option<JoinHandle<()>>>,
     pub(super) state: Mutex<State>,
@@ -152,14 +154,18 @@ impl Daemon {
 
     fn mount_reserved(&self, request: &MountRequest) -> Result<Mounted, DaemonError> {
         let (kind, why) = self.backends.choose(request.backend)?;
-        let prepared = self.prepare(&request.image)?;
+        let mut prepared = self.prepare(&request.image)?;
         if self.state.lock().unwrap().stopping {
             return Err(DaemonError::Stopping);
         }
         let record = self.records.reserve();
         let mounted = match kind {
             BackendKind::Fanotify => self.mount_fanotify(request, prepared, why, record),
-            BackendKind::Cachefiles => self.mount_cachefiles(request, Arc::new(prepared), why, record),
+            BackendKind::Cachefiles => {
+                let own = prepared.maps.clone();
+                self.remember(&mut prepared, own);
+                self.mount_cachefiles(request, Arc::new(prepared), why, record)
+            }
         };
         mounted.inspect_err(|_| self.records.remove(record))
     }
@@ -168,7 +174,7 @@ impl Daemon {
         let saved = |blob: &BlobId| self.store.saved_map(blob).or_else(|| self.objects.saved(DOMAIN, blob));
         let source = self.origins.open(spec).map_err(DaemonError::SourceSpec)?;
         let bootstraps = self.store.shelves().bootstraps();
-        let once = || prepare(spec, source.clone(), bootstraps, &saved, &self.runtime);
+        let once = || prepare(spec, source.clone(), bootstraps, &self.images, &saved, &self.runtime);
         match once() {
             Err(DaemonError::Store(error)) if error.is_full() && self.store.make_room(1) => once(),
             outcome => outcome,
@@ -204,10 +210,11 @@ impl Daemon {
         let devices = prepared
             .maps
             .iter()
-            .map(|map| self.store.device(UnitMap::clone(map), prepared.source.clone()))
+            .map(|map| self.store.device(map.clone(), prepared.source.clone()))
             .collect::<Result<Vec<_>, _>>()?;
         // One copy of each map, whatever the number of images that share it.
-        prepared.maps = devices.iter().map(|device| device.map()).collect();
+        let own = std::mem::replace(&mut prepared.maps, devices.iter().map(|device| device.map()).collect());
+        self.remember(&mut prepared, own);
         let image = prepared.live(&devices);
         if let Some(output) = &request.trace {
             // Before any mark, so that complete blobs get one too.
@@ -219,6 +226,17 @@ impl Daemon {
             |watch| self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)));
         let attachment = service.attach(&image, &request.dir, &self.watch, &announce, &self.options.sandbox)?;
         Ok(Mounted { watch: attachment.watch, record, served, attachment: Some(attachment) })
+    }
+
+    /// Keeps in mind what was found out about an image whose maps are `own`.
+    fn remember(&self, prepared: &mut Prepared, own: Vec<Arc<UnitMap>>) {
+        let Some(origin) = prepared.origin.take() else { return };
+        // What others have added is theirs to say, should they be gone by then.
+        let shared = |(own, shared): (Arc<UnitMap>, &Arc<UnitMap>)| if *shared == own { shared.clone() } else { own };
+        let maps = own.into_iter().zip(&prepared.maps).map(shared).collect();
+        if let Ok(known) = prepared.known(maps) {
+            self.images.remember(origin, known, SystemTime::now());
+        }
     }
 
     fn mount_cachefiles(
@@ -273,7 +291,7 @@ impl Daemon {
         let (boot_map, boot_source) = bootstrap_as_blob(&prepared)?;
         let size = prepared.image.summary().bootstrap_len;
         // Metadata is read page by page, each read waiting for us: fetch all of it at the first.
-        let boot = Arc::new(Object::new(boot_map, boot_source));
+        let boot = Arc::new(Object::new(Arc::new(boot_map), boot_source));
         let boot = blob_object(boot, size, engine, Vec::new(), true);
         let domain = name.domain.as_deref().unwrap_or(&name.id);
         let objects = self.objects.enter(domain, &prepared.maps, &prepared.source)?;
