@@ -20,7 +20,7 @@ use super::error::{BuildError, Limit, Unfit};
 use super::layout;
 use super::merge::prefetch_nodes;
 use super::tree::{Kind, Meta, Node, NodeId, Tree};
-use super::xattr::Collector;
+use super::xattr::{self, Collector};
 use crate::base::{BLOCK, Digest};
 use crate::format::array_at_mut;
 use crate::format::blobfile::features;
@@ -66,6 +66,13 @@ pub enum LiftError {
     Build(Box<BuildError>),
 }
 
+impl LiftError {
+    /// Whether the image is not damaged but of a version that nobody can read.
+    pub fn is_of_another_version(&self) -> bool {
+        matches!(self, Self::Image(BootstrapError::Version(_) | BootstrapError::Unsupported { .. }))
+    }
+}
+
 impl From<BuildError> for LiftError {
     fn from(cause: BuildError) -> Self {
         Self::Build(Box::new(cause))
@@ -109,6 +116,11 @@ pub fn lift(image: &v5::Bootstrap<'_>) -> Result<Vec<u8>, LiftError> {
     let name = array_at_mut(&mut bytes, at, VOLUME_OF_V5.len() as u64, "volume name");
     name.expect("a bootstrap has a superblock").copy_from_slice(&VOLUME_OF_V5);
     Ok(bytes)
+}
+
+/// Whether the kernel's EROFS can show an xattr of this name; [`lift`] leaves out what it cannot.
+pub fn is_showable_xattr(name: &[u8]) -> bool {
+    xattr::split(name).is_some()
 }
 
 struct Lift<'a, 'b> {

@@ -48,7 +48,7 @@ pub use chunk::{Compression, InvalidCompression};
 pub use chunkdict::{DictionaryReport, DictionarySpec, dictionary};
 pub use compact::{CompactReport, CompactSpec, CompactedBlob, Fate, compact};
 pub use error::{BuildError, Limit, Unfit};
-pub use lift::{LIFT_VERSION, LiftError, lift};
+pub use lift::{LIFT_VERSION, LiftError, is_showable_xattr, lift};
 pub use load::{Layer, LoadError};
 pub use merge::{BlobFacts, MergeReport, MergeSpec, merge};
 pub use optimize::{HotPath, OptimizeReport, OptimizeSpec, Remark, StillNeeded, optimize};
