@@ -9,12 +9,13 @@ use rafsd::build::{Batching, BuildSpec, Compression, Encryption, Source, build};
 use rafsd::codec::Compressor;
 use rafsd::format::blobfile::{ChunkInfoV2, Header, MAGIC, PartHeader, TocEntry, ZranContext, features};
 use rafsd::format::erofs::{SUPERBLOCK_OFFSET, Superblock};
-use rafsd::format::rafs::{BlobEntry, DigestAlgorithm};
+use rafsd::format::rafs::{Algorithm, BlobEntry, DigestAlgorithm};
 use rafsd::image::Image;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::bodies;
 use super::support::tree::Random;
+use super::support::v5::{Item, Writer, noise, tree};
 
 type Seeds = BTreeMap<String, Vec<u8>>;
 
@@ -53,7 +54,34 @@ pub(super) fn all() -> Vec<(&'static str, Seeds)> {
         ("codec", streams()),
         ("toc", files()),
         ("lists", lists()),
+        ("rafs5", version_5()),
     ]
+}
+
+/// Bootstraps of RAFS v5 with every kind of record.
+fn version_5() -> Seeds {
+    let file = |seed, len| Item::File(noise(seed, len));
+    let xattrs = |item| Item::With(Box::new(item), vec![("user.a", b"1".to_vec()), ("security.b", vec![])]);
+    let kinds = tree([
+        ("b", Item::Dir(tree([("x", xattrs(file(1, 9000))), ("y", Item::Hard("b/x"))]))),
+        ("c", Item::Link(b"b/x".to_vec())),
+        ("d", Item::Fifo),
+        ("e", Item::Char(259)),
+    ]);
+    let nested = tree([("a", Item::Dir(tree([("b", Item::Dir(tree([("c", xattrs(Item::Fifo))])))])))]);
+    let chunks = tree([("long", file(2, 40_000)), ("same", file(2, 8192)), ("tiny", file(3, 1))]);
+    let mut seeds = Seeds::new();
+    for (name, tree) in [("kinds", kinds), ("nested", nested), ("chunks", chunks)] {
+        for (kit, mut writer) in [
+            ("zstd", Writer::default()),
+            ("old", Writer { extended: false, sha256: true, ..Writer::default() }),
+            ("gzip", Writer { compression: Algorithm::Gzip, prefetch: vec![2, 1], ..Writer::default() }),
+        ] {
+            let image = writer.image(&tree);
+            seeds.insert(format!("{name}-{kit}"), bodies::bootstrap::pack(&image.bytes));
+        }
+    }
+    seeds
 }
 
 fn key() -> Encryption {

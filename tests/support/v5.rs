@@ -53,8 +53,8 @@ pub struct Writer {
     /// Instead of the digest of the blob.
     pub id: Option<String>,
     pub blob: Vec<u8>,
-    chunks: HashMap<[u8; 32], ChunkRecord>,
-    plain: u64,
+    pub chunks: HashMap<[u8; 32], ChunkRecord>,
+    pub plain: u64,
 }
 
 /// One bootstrap.
@@ -167,7 +167,8 @@ impl Writer {
                 nodes[at].chunks = pieces.map(|(k, piece)| self.chunk(piece, (k * size) as u64)).collect();
             }
         }
-        let numbers: BTreeMap<Vec<u8>, u32> = (1..).zip(&nodes).map(|(number, node)| (node.path.clone(), number)).collect();
+        let numbers: BTreeMap<Vec<u8>, u32> =
+            (1..).zip(&nodes).map(|(number, node)| (node.path.clone(), number)).collect();
         // Names beyond the first have everything of the first, and count as its links.
         for at in 0..nodes.len() {
             let Item::Hard(path) = nodes[at].item else { continue };

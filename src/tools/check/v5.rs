@@ -149,7 +149,10 @@ impl Check<'_, '_> {
                 Some(Err(cause)) => self.add(Code::ChunkRecord, inode.number, &cause),
             }
         }
-        self.report.chunks += inode.chunks.len() as u64;
+        // Further names of a file have its chunks once more.
+        if inode.ino == inode.number {
+            self.report.chunks += inode.chunks.len() as u64;
+        }
     }
 
     /// Compares the digest of an inode with that of its content.
