@@ -253,7 +253,7 @@ fn lifting_is_the_same_every_time_and_a_hundred_thousand_files_are_lifted_soon()
     let took = clock.elapsed();
 
     // Half a second is what is promised of a release build on a quiet machine.
-    let most = if cfg!(debug_assertions) { Duration::from_secs(20) } else { Duration::from_millis(500) };
+    let most = if cfg!(debug_assertions) { Duration::from_secs(60) } else { Duration::from_millis(500) };
     eprintln!("{FILES} files, {} bytes of v5, {} lifted, in {took:?}", written.bytes.len(), lifted.len());
     assert!(took < most, "{took:?}");
     let image = Image::parse(lifted.clone()).unwrap();

@@ -57,8 +57,8 @@ fn look_at(image: &Bootstrap<'_>, inode: &Inode<'_>) {
             Some(Err(_)) => break,
             Some(Ok(chunk)) => {
                 assert!(chunk.blob < image.blobs().len() && !chunk.stored.is_empty());
-                assert!(chunk.decoded.start().is_multiple_of(4096));
-                size += chunk.decoded.len();
+                assert!(chunk.index.is_none_or(|index| index < 1 << 24));
+                size += chunk.packed.len();
             }
         }
     }

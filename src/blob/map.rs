@@ -282,7 +282,7 @@ impl UnitMap {
             id,
             decoded_len: self.decoded_len.into(),
             count: self.count().into(),
-            flags: (u32::from(self.key.is_some()) * HAS_KEY | u32::from(self.is_listed) * IS_LISTED).into(),
+            flags: (if self.key.is_some() { HAS_KEY } else { 0 } | if self.is_listed { IS_LISTED } else { 0 }).into(),
             key: self.key.as_ref().map_or([0; KEY_LEN], |key| *key.key()),
             iv: self.key.as_ref().map_or([0; IV_LEN], |key| *key.iv()),
         };

@@ -2,7 +2,7 @@
 //!
 //! RAFS v5 was made for FUSE servers: its plain bytes are packed, and its inodes are no EROFS. But the
 //! decoded space of a blob is nobody's but ours, so the same tree is laid out as an EROFS bootstrap
-//! over devices in which every chunk starts on a block ([`v5::Chunk::decoded`]). Blobs stay as they
+//! over devices in which every chunk starts on a block ([`v5::Chunk::decoded_offset`]). Blobs stay as they
 //! are. They have no tables, so each row of the blob table is one of a blob whose chunks are listed,
 //! and the chunk table lists every chunk that a file uses.
 //!
@@ -58,6 +58,9 @@ pub enum LiftError {
     /// Two records place one chunk differently.
     #[error("chunk {chunk} of inode {number} is chunk {index} of blob {blob}, of which another record tells otherwise")]
     Chunk { number: Number, chunk: u32, blob: usize, index: u32 },
+    /// More chunks of an old blob than there are numbers.
+    #[error("blob {blob} has more than 16777215 chunks")]
+    Chunks { blob: usize },
     /// Something that EROFS cannot hold.
     #[error("inode {number}: {problem}")]
     Unfit { number: Number, problem: Unfit },
@@ -89,6 +92,7 @@ pub fn lift(image: &v5::Bootstrap<'_>) -> Result<Vec<u8>, LiftError> {
     }
     let mut lift = Lift::new(image)?;
     lift.tree()?;
+    lift.number()?;
     let (rows, chunks) = lift.blobs()?;
     let Lift { tree, nodes, .. } = &lift;
     let facts = image.summary();
@@ -129,8 +133,8 @@ struct Lift<'a, 'b> {
     /// The node of each path that was met, by its number.
     nodes: Vec<Option<NodeId>>,
     chunks: Vec<Chunk>,
-    /// Position in `chunks` by blob and index.
-    by_place: HashMap<(u16, u32), u32>,
+    /// Position in `chunks` by blob and index, or place among the plain bytes of an old one.
+    by_place: HashMap<(u16, u64), u32>,
     /// Bytes that inodes may still take.
     room: u64,
 }
@@ -276,26 +280,50 @@ impl<'a, 'b> Lift<'a, 'b> {
         let blob = u16::try_from(chunk.blob).map_err(|_| BuildError::Limit(Limit::Blobs))?;
         let short = |len: u64| u32::try_from(len).expect("a chunk has at most 16 MiB, and a member a little more");
         let crc = record.flags.get() & chunk_flags::HAS_CRC32 != 0;
+        let packed = chunk.packed.start();
         let new = Chunk {
             digest: Digest(record.digest),
             crc32c: if crc { record.crc32.get() } else { 0 },
-            plain_len: short(chunk.decoded.len()),
+            plain_len: short(chunk.packed.len()),
             blob,
-            number: chunk.index,
+            number: chunk.index.unwrap_or(UNNUMBERED),
             flags: if chunk.is_compressed { chunk_flags::COMPRESSED } else { 0 },
             stored_len: short(chunk.stored.len()),
             stored_offset: chunk.stored.start(),
-            decoded_offset: chunk.decoded.start(),
+            // Of what has no number yet the place follows with it.
+            decoded_offset: chunk.index.map_or(packed, |index| v5::Chunk::decoded_offset(packed, index)),
         };
         let next = u32::try_from(self.chunks.len()).map_err(|_| BuildError::Limit(Limit::Chunks))?;
-        let at = *self.by_place.entry((blob, chunk.index)).or_insert(next);
+        let key = chunk.index.map_or(packed, u64::from);
+        let at = *self.by_place.entry((blob, key)).or_insert(next);
         if at == next {
             self.chunks.push(new);
         } else if self.chunks[at as usize] != new {
-            let (number, blob, index) = (inode.number, chunk.blob, chunk.index);
+            let (number, blob, index) = (inode.number, chunk.blob, record.index.get());
             return Err(LiftError::Chunk { number, chunk: position, blob, index });
         }
         Ok(at.into())
+    }
+
+    /// Numbers the chunks of blobs too old to have them numbered, in the order of their plain bytes.
+    fn number(&mut self) -> Result<(), LiftError> {
+        let unnumbered = |at: &usize| self.chunks[*at].number == UNNUMBERED;
+        let mut old: Vec<usize> = (0..self.chunks.len()).filter(unnumbered).collect();
+        old.sort_unstable_by_key(|at| (self.chunks[*at].blob, self.chunks[*at].decoded_offset));
+        let (mut blob, mut next) = (None, 0);
+        for at in old {
+            let chunk = &mut self.chunks[at];
+            if blob.replace(chunk.blob) != Some(chunk.blob) {
+                next = 0;
+            }
+            if next == MAX_CHUNKS {
+                return Err(LiftError::Chunks { blob: chunk.blob.into() });
+            }
+            chunk.number = next;
+            chunk.decoded_offset = v5::Chunk::decoded_offset(chunk.decoded_offset, next);
+            next += 1;
+        }
+        Ok(())
     }
 
     /// Rows for the blobs that files use, and all chunks with the numbers of these rows.
@@ -336,6 +364,11 @@ impl<'a, 'b> Lift<'a, 'b> {
         row
     }
 }
+
+/// Most chunks of a blob.
+const MAX_CHUNKS: u32 = 0xff_ffff;
+/// Number of a chunk that has none yet.
+const UNNUMBERED: u32 = u32::MAX;
 
 /// Longest link target that readers of v6 accept, in bytes.
 const MAX_TARGET: usize = 4095;

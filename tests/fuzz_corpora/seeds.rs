@@ -5,12 +5,13 @@ use std::io::{Cursor, Read};
 use std::num::NonZeroUsize;
 
 use rafsd::blob::{BlobKey, BlobTables};
-use rafsd::build::{Batching, BuildSpec, Compression, Encryption, Source, build};
+use rafsd::build::{Batching, BuildSpec, Compression, Encryption, Source, build, lift};
 use rafsd::codec::Compressor;
 use rafsd::format::blobfile::{ChunkInfoV2, Header, MAGIC, PartHeader, TocEntry, ZranContext, features};
 use rafsd::format::erofs::{SUPERBLOCK_OFFSET, Superblock};
 use rafsd::format::rafs::{Algorithm, BlobEntry, DigestAlgorithm};
 use rafsd::image::Image;
+use rafsd::image::v5::Bootstrap;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::bodies;
@@ -47,6 +48,7 @@ pub(super) fn all() -> Vec<(&'static str, Seeds)> {
     }
     bootstraps.insert("short-blocks".into(), bodies::bootstrap::pack(&short_blocks()));
     tables.extend(foreign());
+    tables.insert("listed".into(), listed());
     vec![
         ("bootstrap", bootstraps),
         ("blob_meta", tables),
@@ -56,6 +58,15 @@ pub(super) fn all() -> Vec<(&'static str, Seeds)> {
         ("lists", lists()),
         ("rafs5", version_5()),
     ]
+}
+
+/// A blob without tables: its row, and some of the records that list its chunks.
+fn listed() -> Vec<u8> {
+    let written = Writer::default().image(&tree([("file", Item::File(noise(2, 40_000)))]));
+    let bootstrap = lift(&Bootstrap::parse(&written.bytes).unwrap()).unwrap();
+    let image = Image::parse(bootstrap).unwrap();
+    let rows = &image.chunk_records()[..5];
+    [&[5], image.devices()[0].entry.as_bytes(), rows.as_bytes()].concat()
 }
 
 /// Bootstraps of RAFS v5 with every kind of record.

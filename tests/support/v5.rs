@@ -33,7 +33,8 @@ pub fn tree<const N: usize>(items: [(&str, Item); N]) -> Tree {
 
 /// Bytes that do not repeat and compress a little.
 pub fn noise(seed: u32, len: usize) -> Vec<u8> {
-    (0..len as u32).map(|at| ((at ^ seed).wrapping_mul(2_654_435_761) >> 27) as u8).collect()
+    let byte = |at: u32| (at ^ seed).wrapping_mul(2_654_435_761).to_be_bytes()[0] >> 3;
+    (0..u32::try_from(len).unwrap()).map(byte).collect()
 }
 
 /// Writes images over one blob, which grows by the chunks that are new.
@@ -144,7 +145,8 @@ impl Writer {
             self.plain = self.plain.next_multiple_of(4096);
         }
         record.uncompressed_offset = self.plain.into();
-        record.index = u32::try_from(self.chunks.len()).unwrap().into();
+        // What has no table to say how many there are has no numbers either.
+        record.index = if self.extended { u32::try_from(self.chunks.len()).unwrap() } else { 0 }.into();
         if self.compression == Algorithm::Gzip {
             // A hint, and the start of something else behind the member.
             record.compressed_size = (record.compressed_size.get() + 40).into();
@@ -160,11 +162,11 @@ impl Writer {
     pub fn image(&mut self, root: &Tree) -> Written {
         let root = Item::Dir(root.clone());
         let mut nodes = number(&root);
-        for at in 0..nodes.len() {
-            if let Item::File(content) = nodes[at].item {
+        for node in &mut nodes {
+            if let Item::File(content) = node.item {
                 let size = self.chunk_size as usize;
                 let pieces = content.chunks(size).enumerate();
-                nodes[at].chunks = pieces.map(|(k, piece)| self.chunk(piece, (k * size) as u64)).collect();
+                node.chunks = pieces.map(|(k, piece)| self.chunk(piece, (k * size) as u64)).collect();
             }
         }
         let numbers: BTreeMap<Vec<u8>, u32> =

@@ -15,13 +15,22 @@ use crate::format::rafs::{Algorithm, ChunkRecord, chunk_flags};
 pub struct Chunk {
     /// Position in [`Bootstrap::blobs`].
     pub blob: usize,
-    /// Ordinal in the blob, below 2^24.
-    pub index: u32,
+    /// Ordinal in the blob, below 2^24; `None` in images that are too old to tell how many there are,
+    /// and may not number them either.
+    pub index: Option<u32>,
     pub is_compressed: bool,
     /// Where its bytes lie in the blob file. Of a gzip member, bytes of something else may follow.
     pub stored: ByteRange,
-    /// Where its plain bytes belong in the device; starts on a block.
-    pub decoded: ByteRange,
+    /// Where its plain bytes lie among those of the blob, one behind the other.
+    pub packed: ByteRange,
+}
+
+impl Chunk {
+    /// Where the plain bytes of a chunk belong in the device, if it is number `index` of the blob and they
+    /// start at `packed`; on a block.
+    pub fn decoded_offset(packed: u64, index: u32) -> u64 {
+        packed / BLOCK * BLOCK + u64::from(index) * BLOCK
+    }
 }
 
 impl Bootstrap<'_> {
@@ -55,14 +64,14 @@ impl Bootstrap<'_> {
         if len != chunk_size.min(inode.size.saturating_sub(at)) {
             return wrong("length", len, "which is not what the file needs");
         }
-        if index > 0xff_fffe || of.extent.is_some_and(|extent| index >= extent.chunks) {
+        let numbered = of.extent.map(|extent| extent.chunks);
+        if numbered.is_some_and(|chunks| index >= chunks) {
             return wrong("index", index.into(), "more than the blob has chunks");
         }
         let start = record.uncompressed_offset.get();
         let most = of.extent.map_or(1 << 44, |extent| extent.decoded_len);
-        if ByteRange::at(start, len).is_none_or(|packed| packed.end() > most) {
-            return wrong("plain offset", start, "so that it ends behind the blob");
-        }
+        let packed = ByteRange::at(start, len).filter(|packed| packed.end() <= most);
+        let Some(packed) = packed else { return wrong("plain offset", start, "so that it ends behind the blob") };
         let is_compressed = flags & chunk_flags::COMPRESSED != 0;
         if is_compressed && self.summary.compression == Algorithm::None {
             return wrong("flags", flags.into(), "compressed, in an image without compression");
@@ -71,8 +80,7 @@ impl Bootstrap<'_> {
         if !is_compressed && stored.len() != len {
             return wrong("stored length", stored.len(), "which is not its length, and it is not compressed");
         }
-        let decoded = ByteRange::at(start / BLOCK * BLOCK + u64::from(index) * BLOCK, len);
-        Ok(Chunk { blob: blob as usize, index, is_compressed, stored, decoded: decoded.expect("both are small") })
+        Ok(Chunk { blob: blob as usize, index: numbered.map(|_| index), is_compressed, stored, packed })
     }
 
     /// The stored bytes of a chunk, which end where the data of the blob ends.

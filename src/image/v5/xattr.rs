@@ -16,13 +16,16 @@ pub struct Pairs<'a> {
     rest: &'a [u8],
 }
 
+/// Full name and value.
+type Pair<'a> = (&'a [u8], &'a [u8]);
+
 impl<'a> Pairs<'a> {
     pub(super) fn new(number: Number, rest: &'a [u8]) -> Self {
         Self { number, rest }
     }
 
     /// Name and value of the next pair, and what is behind it.
-    fn split(&self) -> Result<((&'a [u8], &'a [u8]), &'a [u8]), BootstrapError> {
+    fn split(&self) -> Result<(Pair<'a>, &'a [u8]), BootstrapError> {
         let wrong = |rule| BootstrapError::Xattr { number: self.number, rule };
         let (pair, rest) = XattrPair::ref_from_prefix(self.rest).map_err(|_| wrong("pair size does not fit"))?;
         let size = usize::try_from(pair.size.get()).map_err(|_| wrong("pair size does not fit"))?;
@@ -40,7 +43,7 @@ impl<'a> Pairs<'a> {
 }
 
 impl<'a> Iterator for Pairs<'a> {
-    type Item = Result<(&'a [u8], &'a [u8]), BootstrapError>;
+    type Item = Result<Pair<'a>, BootstrapError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.rest.is_empty() {
