@@ -80,11 +80,16 @@ pub(super) fn prepare(
     {
         return Ok(Prepared { maps: known.maps, ..Prepared::again(kept, Arc::new(image), source) });
     }
-    let loaded = reader::bootstrap::load(&spec.bootstrap).map_err(DaemonError::Load)?;
+    let found = reader::bootstrap::find(&spec.bootstrap, None).map_err(DaemonError::Load)?;
+    let source_digest = found.to_be_lifted();
+    let load = || found.load().map(|loaded| loaded.bytes).map_err(DaemonError::Load);
+    let kept = match source_digest {
+        // Lifting takes time that a further mount need not spend.
+        Some(digest) => bootstraps.keep_made(digest, load)?,
+        None => bootstraps.keep(&load()?)?,
+    };
     let origin = before.filter(|before| Origin::of(&spec.bootstrap).is_ok_and(|after| after == *before));
-    let kept = bootstraps.keep(&loaded.bytes)?;
     let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
-    drop(loaded);
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, &spec.bootstrap)))?;
     ensure_block_size(&image)?;
     let maps = image
