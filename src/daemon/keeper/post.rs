@@ -7,6 +7,10 @@
 //! There are two of them. The one of rank 1 does the same as the one of rank 0, except that it
 //! starts no daemon and denies no reader while the other lives. So any one of the three processes
 //! may die, or any two one shortly after the other, and the third puts the rest back.
+//!
+//! A keeper is nobody until it has been given everything and told to take its post. The one that had
+//! the post before leaves then, told by the daemon; without a daemon, when it sees that the one it was
+//! told of can be reached.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,6 +21,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
+use super::door::Door;
 use super::wire::{Kind, Name, Op, Word};
 use super::{DENYING, ORPHANED, socket_name};
 use crate::sys::fanotify::{Answer, Group};
@@ -34,6 +39,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A daemon that served this long did not die of its start.
 const SETTLED: Duration = Duration::from_secs(30);
+/// One that served this long after it had taken everything over has answered those who waited before.
+const SERVED: Duration = Duration::from_secs(2);
 /// How long another process may take to say or hear a word.
 const WORD: Duration = Duration::from_secs(5);
 
@@ -58,13 +65,11 @@ pub fn keep(daemon: OwnedFd, orders: Orders) -> io::Result<()> {
     let _ = process::raise_descriptor_limit();
     process::protect_from_oom();
     process::set_name(if orders.rank == 0 { c"rafsd-keeper" } else { c"rafsd-spare" });
-    let own = orders.run.join(socket_name(orders.rank));
-    let listener = fdpass::listen(&own)?;
-    let mut post = Post::new(daemon, listener, orders);
+    let mut post = Post::new(daemon, orders);
     // The last thing that takes memory is done.
     post.say_hello()?;
     post.stand();
-    let _ = std::fs::remove_file(&own);
+    post.door.close();
     Ok(())
 }
 
@@ -72,10 +77,15 @@ pub fn keep(daemon: OwnedFd, orders: Orders) -> io::Result<()> {
 struct Post {
     orders: Orders,
     sibling: PathBuf,
-    listener: OwnedFd,
+    /// Open while this is the keeper of its rank.
+    door: Door,
+    /// The process that was to take this post, if any was.
+    relief: Option<u32>,
     /// The daemon's connection; `None` while there is no daemon.
     daemon: Option<OwnedFd>,
     attached: Instant,
+    /// Since when it serves, if it took over and said so.
+    serving: Option<Instant>,
     /// Sorted by name; never grows beyond what was reserved.
     held: Vec<(Name, OwnedFd)>,
     journal: Option<Journal>,
@@ -100,9 +110,10 @@ struct Absence {
 }
 
 impl Post {
-    fn new(daemon: OwnedFd, listener: OwnedFd, orders: Orders) -> Self {
+    fn new(daemon: OwnedFd, orders: Orders) -> Self {
         let now = Instant::now();
-        let sibling = orders.run.join(socket_name(1 - orders.rank.min(1)));
+        let sibling = socket_path(&orders.run, 1 - orders.rank.min(1));
+        let door = Door::new(&orders.run, orders.rank);
         let absence = Absence {
             since: now,
             wants_successor: false,
@@ -115,9 +126,11 @@ impl Post {
         Self {
             orders,
             sibling,
-            listener,
+            door,
+            relief: None,
             daemon: Some(daemon),
             attached: now,
+            serving: None,
             held: Vec::with_capacity(MOST_HELD),
             journal: None,
             absence,
@@ -146,14 +159,12 @@ impl Post {
 
     fn wait(&self) {
         let timeout = if self.daemon.is_some() { PollTimeout::NONE } else { timeout(TICK) };
-        let listener = self.listener.as_fd();
+        let daemon = self.daemon.as_ref().map(AsFd::as_fd);
         // A denied reader may try again at once, and should not wait for the next tick.
-        let second = match (&self.daemon, self.denying.then(|| self.get(Kind::Group)).flatten()) {
-            (Some(daemon), _) => daemon.as_fd(),
-            (None, Some(group)) => group,
-            (None, None) => listener,
-        };
-        let mut fds = [poll_for_input(listener), poll_for_input(second)];
+        let denied = self.denying.then(|| self.get(Kind::Group)).flatten();
+        let (first, second) = (self.door.listener(), daemon.or(denied));
+        let Some(either) = first.or(second) else { return std::thread::sleep(TICK) };
+        let mut fds = [poll_for_input(first.unwrap_or(either)), poll_for_input(second.unwrap_or(either))];
         // Interrupted or failed: the loop looks at everything anyway, and an orphan's time goes on.
         if poll(&mut fds, timeout).is_err() {
             std::thread::sleep(Duration::from_millis(10));
@@ -204,6 +215,15 @@ impl Post {
                 self.absence.parting = Some(word.value != 0);
                 Ok(())
             }
+            (Op::Serving, _) => {
+                self.serving = Some(Instant::now());
+                Ok(())
+            }
+            (Op::TakePost, _) => self.door.open().map_err(|e| errno(&e)),
+            (Op::Relief, _) => {
+                self.relief = u32::try_from(word.value).ok();
+                Ok(())
+            }
             (Op::Finish, _) => Ok(()),
             _ => Err(libc::EINVAL),
         }
@@ -236,13 +256,15 @@ impl Post {
             None => (self.absence.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE),
         };
         // One that died of its start has served nobody: the readers who waited for it wait on.
-        if parting.is_some() || self.attached.elapsed() >= SETTLED || !self.absence.is_known {
+        let has_served = self.serving.take().is_some_and(|since| since.elapsed() >= SERVED);
+        let is_settled = self.attached.elapsed() >= SETTLED;
+        if parting.is_some() || has_served || is_settled || !self.absence.is_known {
             self.absence.since = now;
         }
         self.absence.is_known = true;
         self.absence.next_attempt = now + self.absence.pause;
         self.absence.wants_successor = parting.unwrap_or(true) && self.orders.successor.is_some();
-        if parting.is_none() && self.orders.rank == 0 {
+        if parting.is_none() && self.orders.rank == 0 && self.door.listener().is_some() {
             tracing::error!(
                 successor = self.absence.wants_successor,
                 "the daemon vanished; readers of its mounts wait"
@@ -253,10 +275,8 @@ impl Post {
     /// Answers one connection, if somebody waits for that. Who says nothing is dropped. True when the
     /// daemon has said to finish meanwhile.
     fn serve(&mut self) -> bool {
-        if !has_input(self.listener.as_fd()) {
-            return false;
-        }
-        let Ok(client) = fdpass::accept(self.listener.as_fd()) else { return false };
+        let Some(listener) = self.door.listener().filter(|it| has_input(*it)) else { return false };
+        let Ok(client) = fdpass::accept(listener) else { return false };
         let own = nix::unistd::geteuid().as_raw();
         let is_ours = fdpass::peer(client.as_fd()).is_ok_and(|(_, uid)| uid == own || uid == 0);
         if !is_ours || fdpass::set_timeout(client.as_fd(), Some(WORD)).is_err() {
@@ -297,7 +317,7 @@ impl Post {
         if told.and_then(|()| fdpass::set_timeout(client.as_fd(), None)).is_err() {
             return false;
         }
-        (self.attached, self.daemon) = (Instant::now(), Some(client));
+        (self.attached, self.serving, self.daemon) = (Instant::now(), None, Some(client));
         (self.denying, self.denied_taken) = (false, false);
         false
     }
@@ -320,8 +340,30 @@ impl Post {
         }
     }
 
+    /// Whether this orphan keeps nothing that another one does not keep in its place.
+    ///
+    /// One that was starting when its daemon died holds perhaps a part only: the one that has the post
+    /// has all. With nobody there a part is better than nothing.
+    fn is_replaced(&mut self) -> bool {
+        if self.door.is_ours() {
+            return false;
+        }
+        let owner = self.door.owner();
+        if owner.is_some() && (self.door.listener().is_none() || owner == self.relief) {
+            return true;
+        }
+        // Reached by nobody it would still hold, and find out at the next tick whether that is needed.
+        if owner.is_none() && self.door.open().is_ok() {
+            tracing::warn!(rank = self.orders.rank, "nobody had this keeper's name; it has it again");
+        }
+        false
+    }
+
     /// What an orphan does from time to time. True when it may let go.
     fn is_over(&mut self) -> bool {
+        if self.is_replaced() {
+            return true;
+        }
         if let Some(child) = self.absence.child
             && waitpid(child, Some(WaitPidFlag::WNOHANG)).is_ok_and(|status| status.pid().is_some())
         {
