@@ -96,7 +96,8 @@ fn start(run: &Path) -> (OwnedFd, JoinHandle<()>) {
 /// A keeper that has no post yet, with its daemon's end.
 fn start_new(run: &Path) -> (OwnedFd, JoinHandle<()>) {
     let (ours, theirs) = fdpass::pair().unwrap();
-    let orders = Orders { run: run.to_owned(), rank: 0, patience: Duration::from_secs(1), successor: None };
+    let patience = Duration::from_secs(1);
+    let orders = Orders { run: run.to_owned(), rank: 0, patience, successor: None, sandbox: true };
     let thread = std::thread::spawn(move || {
         COUNTS.set(true);
         keeper::keep(theirs, orders).unwrap();

@@ -209,6 +209,32 @@ fn every_thread_but_the_one_outside_is_confined() {
 }
 
 #[test]
+fn keepers_are_confined_but_for_the_thread_that_starts_daemons() {
+    if landlock_version().is_none() || !has_seccomp() {
+        return eprintln!("SKIPPED: this kernel has no sandbox");
+    }
+    let before = threads(std::process::id()).into_values().next().unwrap();
+    for (options, confined) in [(&["--restart", "keepers"][..], true), (&["--sandbox", "off"], false)] {
+        let dir = scratch();
+        let mut daemon = Daemon(serve(dir.path()).args(options).spawn().unwrap());
+        wait_until_it_answers(&dir.path().join("run/rafsd.sock"));
+
+        let keepers = rafsd::daemon::keeper::statuses(&dir.path().join("run"));
+
+        assert_eq!(keepers.len(), 2);
+        for keeper in keepers {
+            let threads = threads(keeper.pid);
+            assert_eq!(threads.len(), 2, "{threads:?}");
+            for (name, about) in &threads {
+                let is_free = !confined || name.starts_with("hands ");
+                assert_eq!(*about, if is_free { before } else { (1, 2, before.2 + 1) }, "{name} {options:?}");
+            }
+        }
+        assert_eq!(daemon.stop(), Some(0));
+    }
+}
+
+#[test]
 fn the_sandbox_can_be_turned_off() {
     let before = threads(std::process::id()).into_values().next().unwrap();
     let dir = scratch();

@@ -174,7 +174,8 @@ fn plan(settings: &Settings, supervisor: &Supervisor) -> anyhow::Result<keeper::
     let command = || std::iter::once(program.clone().into()).chain(std::env::args_os().skip(1)).collect();
     let successor = by_keepers.then(command);
     let (run, patience) = (settings.run.clone(), settings.store.deadline);
-    Ok(keeper::Plan { program, run, patience, successor, supervisor: supervisor.clone() })
+    let sandbox = settings.sandbox;
+    Ok(keeper::Plan { program, run, patience, successor, sandbox, supervisor: supervisor.clone() })
 }
 
 /// When to exit for want of work.

@@ -15,10 +15,11 @@
 //! Keepers outlive daemons. When a successor has everything, it replaces those that would start
 //! another daemon than it is, or deny readers at another time: `renewal`.
 //!
-//! * `post` is the keeper process, `door` where it is reached, `wire` what is said, this file the daemon's
+//! * `post` is the keeper process, `hands` what it does outside of its sandbox, `door` where it is reached, `wire` what is said, this file the daemon's
 //!   end, `inherit` that of a successor.
 
 mod door;
+mod hands;
 mod inherit;
 mod post;
 mod renewal;
@@ -125,6 +126,8 @@ pub struct Plan {
     pub patience: Duration,
     /// The command line of a successor, if a keeper is to start one.
     pub successor: Option<Vec<OsString>>,
+    /// Whether keepers confine themselves.
+    pub sandbox: bool,
     /// The service manager, which is given the same descriptors.
     pub supervisor: Supervisor,
 }

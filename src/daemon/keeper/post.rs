@@ -22,13 +22,14 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
 use super::door::Door;
+use super::hands::Hands;
 use super::wire::{Kind, Name, Op, Word};
 use super::{DENYING, ORPHANED, socket_name};
 use crate::sys::fanotify::{Answer, Group};
 use crate::sys::inotify::each_watch;
 use crate::sys::journal::Journal;
 use crate::sys::spawn::Prepared;
-use crate::sys::{fdpass, mount, process};
+use crate::sys::{fdpass, mount, process, sandbox};
 
 /// Most descriptors that are held: far more than a host has blobs in use.
 const MOST_HELD: usize = 32 << 10;
@@ -55,17 +56,27 @@ pub struct Orders {
     pub patience: Duration,
     /// The command line of a daemon to start when one vanishes; `None` if somebody else does that.
     pub successor: Option<Prepared>,
+    /// Whether the thread that holds and hears confines itself.
+    pub sandbox: bool,
 }
 
 /// Runs until it may let go. `daemon` is the connection of the daemon that started it.
-pub fn keep(daemon: OwnedFd, orders: Orders) -> io::Result<()> {
+///
+/// # Errors
+/// If it cannot begin. Once it has said that it runs, it ends well.
+pub fn keep(daemon: OwnedFd, mut orders: Orders) -> io::Result<()> {
     // In this order: from here on only SIGKILL or a reason to stop ends this process.
     process::ignore_stop_signals()?;
     let _ = process::leave_session();
     let _ = process::raise_descriptor_limit();
     process::protect_from_oom();
     process::set_name(if orders.rank == 0 { c"rafsd-keeper" } else { c"rafsd-spare" });
-    let mut post = Post::new(daemon, orders);
+    let starts_daemons = orders.successor.is_some();
+    let hands = Hands::start(orders.successor.take())?;
+    if orders.sandbox {
+        sandbox::confine_keeper(&orders.run).map_err(io::Error::other)?;
+    }
+    let mut post = Post::new(daemon, orders, hands, starts_daemons);
     // The last thing that takes memory is done.
     post.say_hello()?;
     post.stand();
@@ -76,6 +87,9 @@ pub fn keep(daemon: OwnedFd, orders: Orders) -> io::Result<()> {
 /// Everything the keeper process has.
 struct Post {
     orders: Orders,
+    hands: Hands,
+    /// Whether a daemon can be started from here.
+    starts_daemons: bool,
     sibling: PathBuf,
     /// Open while this is the keeper of its rank.
     door: Door,
@@ -110,7 +124,7 @@ struct Absence {
 }
 
 impl Post {
-    fn new(daemon: OwnedFd, orders: Orders) -> Self {
+    fn new(daemon: OwnedFd, orders: Orders, hands: Hands, starts_daemons: bool) -> Self {
         let now = Instant::now();
         let sibling = socket_path(&orders.run, 1 - orders.rank.min(1));
         let door = Door::new(&orders.run, orders.rank);
@@ -125,6 +139,8 @@ impl Post {
         };
         Self {
             orders,
+            hands,
+            starts_daemons,
             sibling,
             door,
             relief: None,
@@ -263,7 +279,7 @@ impl Post {
         }
         self.absence.is_known = true;
         self.absence.next_attempt = now + self.absence.pause;
-        self.absence.wants_successor = parting.unwrap_or(true) && self.orders.successor.is_some();
+        self.absence.wants_successor = parting.unwrap_or(true) && self.starts_daemons;
         if parting.is_none() && self.orders.rank == 0 && self.door.listener().is_some() {
             tracing::error!(
                 successor = self.absence.wants_successor,
@@ -352,7 +368,6 @@ impl Post {
         if owner.is_some() && (self.door.listener().is_none() || owner == self.relief) {
             return true;
         }
-        // Reached by nobody it would still hold, and find out at the next tick whether that is needed.
         if owner.is_none() && self.door.open().is_ok() {
             tracing::warn!(rank = self.orders.rank, "nobody had this keeper's name; it has it again");
         }
@@ -393,12 +408,11 @@ impl Post {
     }
 
     fn start_successor(&mut self) {
-        let Some(program) = self.orders.successor.as_ref().filter(|_| self.absence.wants_successor) else { return };
         let now = Instant::now();
-        if self.absence.child.is_some() || now < self.absence.next_attempt {
+        if !self.absence.wants_successor || self.absence.child.is_some() || now < self.absence.next_attempt {
             return;
         }
-        match program.start(self.get(Kind::Program)) {
+        match self.hands.start_daemon(self.get(Kind::Program)) {
             Ok(child) => self.absence.child = Some(child),
             Err(error) => tracing::error!(%error, "no daemon can be started in place of the one that vanished"),
         }
@@ -418,8 +432,12 @@ impl Post {
         }
         for mounted in table.unwrap_or_default() {
             let ours = devices.iter().any(|(major, minor)| mounted.device == format!("{major}:{minor}"));
-            if ours && let Err(error) = mount::detach(&mounted.target) {
-                tracing::error!(dir = %mounted.target.display(), %error, "cannot take a mount out of the tree");
+            if !ours {
+                continue;
+            }
+            let dir = mounted.target.display().to_string();
+            if let Err(error) = self.hands.detach(mounted.target) {
+                tracing::error!(dir, %error, "cannot take a mount out of the tree");
             }
         }
         self.deny();

@@ -71,6 +71,9 @@ impl Plan {
         let mut words: Vec<OsString> = vec!["keeper".into(), "--run".into(), self.run.clone().into()];
         words.extend(["--rank".into(), rank.to_string().into()]);
         words.extend(["--patience".into(), self.patience.as_millis().to_string().into()]);
+        if !self.sandbox {
+            words.push("--no-sandbox".into());
+        }
         if let Some(successor) = &self.successor {
             words.push("--".into());
             words.extend(successor.iter().cloned());
@@ -137,6 +140,7 @@ mod tests {
             run: "/run/x".into(),
             patience: Duration::from_secs(60),
             successor: successor.map(|words| words.iter().map(OsString::from).collect()),
+            sandbox: true,
             supervisor: Supervisor::default(),
         }
     }
@@ -172,13 +176,14 @@ mod tests {
         let plan = plan(Some(&["/bin/rafsd", "serve"]));
         let impatient = Plan { patience: Duration::from_secs(2), ..plan.clone() };
         let alone = Plan { successor: None, ..plan.clone() };
+        let free = Plan { sandbox: false, ..plan.clone() };
         let move_link = |path: PathBuf, to: &str| {
             fs::remove_file(&path).unwrap();
             symlink(to, path).unwrap();
         };
 
         assert!(!follows(&plan, |dir| append(dir.join("cmdline"), b"--more\0")));
-        for other in [&impatient, &alone] {
+        for other in [&impatient, &alone, &free] {
             let words = [vec![OsString::from("rafsd")], other.arguments(1)].concat();
             let text: Vec<u8> = words.into_iter().flat_map(|word| [word.into_vec(), vec![0]].concat()).collect();
             assert!(!follows(&plan, |dir| fs::write(dir.join("cmdline"), &text).unwrap()), "{other:?}");
