@@ -102,9 +102,8 @@ fn promises<'s>(script: &'s Script<'_>, evictions: &[usize], at: usize) -> Vec<&
     let soon = script.meddled.iter().any(|&when| when > at && when <= at + 8);
     // What went was durable until it began to.
     let evicted = evictions.iter().copied().filter(|&when| when < at).max();
-    let holds = |promise: &&Promise| {
-        promise.since <= at && promise.since >= meddled && evicted.is_none_or(|when| promise.since > when)
-    };
+    let stays = |promise: &Promise| evicted.is_none_or(|when| promise.since > when && !promise.apart);
+    let holds = |promise: &&Promise| promise.since <= at && promise.since >= meddled && stays(promise);
     script.promises.iter().filter(|promise| !soon && holds(promise)).collect()
 }
 

@@ -17,6 +17,9 @@ pub(crate) struct Promise {
     pub(crate) since: usize,
     pub(crate) image: usize,
     pub(crate) units: Vec<usize>,
+    /// Whether the image had a directory of its own, because another one that it contradicts had the
+    /// common one. When that goes, the image takes the common one anew at its next mount.
+    pub(crate) apart: bool,
 }
 
 /// One machine between two power cuts.
@@ -167,7 +170,8 @@ impl<'a> Script<'a> {
         self.disk.set_meanwhile(None);
         // With nothing to do, it rests on what an earlier process wrote and may have failed to sync.
         if flushed.is_ok() && self.disk.log_len() > log_len {
-            self.promises.push(Promise { since: self.disk.log_len(), image: which, units: before });
+            let apart = !device.data_path().is_some_and(|path| path.starts_with(self.common_dir()));
+            self.promises.push(Promise { since: self.disk.log_len(), image: which, units: before, apart });
         }
     }
 

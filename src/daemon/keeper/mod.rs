@@ -228,7 +228,7 @@ impl Keepers {
     }
 
     /// Tells them that whoever waits is being answered, after everything was taken over: from then on the
-    /// time that readers wait counts anew. And has those replaced that go by other settings: [`renewal`].
+    /// time that readers wait counts anew. And has those replaced that go by other settings.
     pub fn note_takeover(&self) {
         let mut state = self.state.lock().unwrap();
         // One that does not hear it denies readers early.
