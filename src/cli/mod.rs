@@ -27,6 +27,7 @@ mod optimize;
 mod prefetch;
 pub mod progress;
 mod register;
+mod reload;
 mod serve;
 mod serve_blobs;
 mod settings;

@@ -107,6 +107,7 @@ impl Daemon {
             let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
             let _ = daemon.takeover_ms.set(ms);
             tracing::info!(ms, "took over from a daemon that has gone");
+            daemon.keepers.note_takeover();
         }
         // Also after a takeover: the daemon that died may have died while it did this.
         daemon.end_unkept_mounts()?;
