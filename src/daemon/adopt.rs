@@ -24,7 +24,7 @@ use super::observe::Occupied;
 use super::origins::Origins;
 use super::prepare::{Prepared, resume};
 use super::records::{Record, RecordId, Records, ensure_private};
-use super::served::{Mounted, Served};
+use super::served::{Attachment, Mounted, Served};
 use super::serving::{Backends, Legacy, device_file, spawn};
 use super::trace::Traces;
 use crate::base::{Chain, Digest};
@@ -255,7 +255,10 @@ impl Daemon {
                     return Err(damaged("it names other devices than the image has"));
                 }
                 image.maps = devices.iter().map(|device| device.map()).collect();
-                Served::by_fanotify(Arc::new(image), &devices, record.why.clone())
+                Served::stored(record.backend, Arc::new(image), &devices, record.why.clone())
+            }
+            BackendKind::FuseTree => {
+                return Err(damaged("its FUSE connection went with the last daemon; unmount it and mount it again"));
             }
             BackendKind::Cachefiles => {
                 if self.backends.services().1.is_none() {
@@ -283,9 +286,9 @@ impl Daemon {
         let attachment = match record.backend {
             BackendKind::Fanotify => {
                 let service = self.backends.fanotify(&self.keepers)?;
-                Some(service.adopt(&served.prepared.live(&devices), watch)?)
+                Attachment::Fanotify(service.adopt(&served.prepared.live(&devices), watch)?)
             }
-            BackendKind::Cachefiles => None,
+            BackendKind::Cachefiles | BackendKind::FuseTree => Attachment::Cachefiles,
         };
         let mounted = Mounted { watch, record: id, served, attachment };
         let mut state = self.state.lock().unwrap();

@@ -21,7 +21,7 @@ use super::origins::Origins;
 use super::prefetch::{Prefetches, devices};
 use super::prepare::{Prepared, bootstrap_as_blob, prepare};
 use super::records::{Record, RecordId, Records};
-use super::served::{Live, Mounted, Served, blob_object};
+use super::served::{Attachment, Live, Mounted, Served, blob_object};
 use super::serving::Backends;
 use super::stop::Ending;
 use super::trace::Traces;
@@ -29,7 +29,7 @@ use crate::base::BlobId;
 use crate::blob::UnitMap;
 use crate::cache::{Engine, Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
-use crate::export::{AttachError, BackendKind, MountWatch, WatchId};
+use crate::export::{Announce, AttachError, BackendKind, MountWatch, WatchId, fuse};
 use crate::sys::mount::{detach, unmount};
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Telemetry;
@@ -158,7 +158,7 @@ impl Daemon {
         }
         let record = self.records.reserve();
         let mounted = match kind {
-            BackendKind::Fanotify => self.mount_fanotify(request, prepared, why, record),
+            BackendKind::Fanotify | BackendKind::FuseTree => self.mount_stored(kind, request, prepared, why, record),
             BackendKind::Cachefiles => self.mount_cachefiles(request, Arc::new(prepared), why, record),
         };
         mounted.inspect_err(|_| self.records.remove(record))
@@ -194,8 +194,10 @@ impl Daemon {
         self.state.lock().unwrap().stopping
     }
 
-    fn mount_fanotify(
+    /// Mounts by a backend that reads the device files of the store.
+    fn mount_stored(
         &self,
+        kind: BackendKind,
         request: &MountRequest,
         mut prepared: Prepared,
         why: String,
@@ -213,12 +215,19 @@ impl Daemon {
             // Before any mark, so that complete blobs get one too.
             self.traces.start(&request.dir, &prepared.image, &devices, Some(output.clone()), Vec::new())?;
         }
-        let service = self.backends.fanotify(&self.keepers)?;
-        let served = Served::by_fanotify(Arc::new(prepared), &devices, why);
-        let announce =
-            |watch| self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)));
-        let attachment = service.attach(&image, &request.dir, &self.watch, &announce, &self.options.sandbox)?;
-        Ok(Mounted { watch: attachment.watch, record, served, attachment: Some(attachment) })
+        let served = Served::stored(kind, Arc::new(prepared), &devices, why);
+        let announce: Announce<'_> =
+            &|watch| self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)));
+        let (dir, watch, sandbox) = (&request.dir, &self.watch, &self.options.sandbox);
+        let (watch, attachment) = if kind == BackendKind::FuseTree {
+            let attachment = self.backends.fuse()?.attach(&image, dir, watch, announce, sandbox)?;
+            (attachment.watch, Attachment::FuseTree(attachment))
+        } else {
+            let service = self.backends.fanotify(&self.keepers)?;
+            let attachment = service.attach(&image, dir, watch, announce, sandbox)?;
+            (attachment.watch, Attachment::Fanotify(attachment))
+        };
+        Ok(Mounted { watch, record, served, attachment })
     }
 
     fn mount_cachefiles(
@@ -258,7 +267,7 @@ impl Daemon {
             // Nobody has been told of the mount yet.
             devices(&served).and_then(trace).inspect_err(|_| drop(undo()))?;
         }
-        Ok(Mounted { watch, record, served, attachment: None })
+        Ok(Mounted { watch, record, served, attachment: Attachment::Cachefiles })
     }
 
     pub(super) fn serve_cachefiles(
@@ -384,8 +393,7 @@ impl Daemon {
             let mounted = state.mounts.get(dir).and_then(Option::as_ref);
             mounted.map(|mounted| mounted.watch).ok_or_else(|| DaemonError::NotMounted(dir.to_owned()))?
         };
-        let outcome = self.options.sandbox.outside(|| if lazy { detach(dir) } else { unmount(dir) });
-        outcome.map_err(|cause| DaemonError::Unmount { dir: dir.to_owned(), cause })?;
+        self.options.sandbox.outside(|| take_down(dir, lazy))?;
         self.prefetches.cancel(Some(dir));
         let until = Instant::now() + Duration::from_secs(2);
         while self.watch.is_alive(watch) && Instant::now() < until {
@@ -443,6 +451,21 @@ impl Daemon {
             self.bury();
         }
         Ok(())
+    }
+}
+
+/// Unmounts what is at `dir`: by ourselves, or by the program that mounted it for who may not.
+fn take_down(dir: &Path, lazy: bool) -> Result<(), DaemonError> {
+    let outcome = if lazy { detach(dir) } else { unmount(dir) };
+    match outcome {
+        Err(cause) if cause.raw_os_error() == Some(libc::EPERM) => match fuse::unmount_unprivileged(dir, lazy) {
+            Some(outcome) => {
+                let refused = |error: crate::sys::fuse::FusermountError| io::Error::other(error.to_string());
+                outcome.map_err(|error| DaemonError::Unmount { dir: dir.to_owned(), cause: refused(error) })
+            }
+            None => Err(DaemonError::Unmount { dir: dir.to_owned(), cause }),
+        },
+        outcome => outcome.map_err(|cause| DaemonError::Unmount { dir: dir.to_owned(), cause }),
     }
 }
 

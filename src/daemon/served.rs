@@ -14,7 +14,7 @@ use crate::base::ByteRange;
 use crate::blob::UnitMap;
 use crate::cache::{Device, Engine, Fill};
 use crate::export::cachefiles::{ObjectSpec, Registration};
-use crate::export::{BackendKind, WatchId, fanotify};
+use crate::export::{BackendKind, WatchId, fanotify, fuse};
 use crate::sys::files::inode_id;
 use crate::telemetry::Telemetry;
 
@@ -25,15 +25,25 @@ pub(super) struct Mounted {
     /// What a successor would read of it.
     pub(super) record: RecordId,
     pub(super) served: Served,
-    /// Absent for the cachefiles backend, whose registration is in `served`.
-    pub(super) attachment: Option<fanotify::Attachment>,
+    pub(super) attachment: Attachment,
+}
+
+/// What a backend keeps for a mount.
+#[derive(Debug)]
+pub(super) enum Attachment {
+    Fanotify(fanotify::Attachment),
+    /// Nothing: the registration is in what is served.
+    Cachefiles,
+    FuseTree(fuse::Attachment),
 }
 
 impl Mounted {
     /// Lets go of everything, after the superblock has gone.
     pub(super) fn release(self) {
-        if let Some(attachment) = self.attachment {
-            attachment.release();
+        match self.attachment {
+            Attachment::Fanotify(attachment) => attachment.release(),
+            Attachment::Cachefiles => {}
+            Attachment::FuseTree(attachment) => attachment.release(),
         }
     }
 }
@@ -69,10 +79,15 @@ impl Live {
 }
 
 impl Served {
-    /// An image whose devices lie in the store.
-    pub(super) fn by_fanotify(prepared: Arc<Prepared>, devices: &[Arc<Device>], why: String) -> Self {
+    /// An image whose devices lie in the store, served by `backend`.
+    pub(super) fn stored(
+        backend: BackendKind,
+        prepared: Arc<Prepared>,
+        devices: &[Arc<Device>],
+        why: String,
+    ) -> Self {
         let devices = devices.iter().map(|device| Live::Stored(Arc::downgrade(device))).collect();
-        Self { backend: BackendKind::Fanotify, why, prepared, devices, registration: None }
+        Self { backend, why, prepared, devices, registration: None }
     }
 
     /// Its devices that lie in the store.
@@ -155,7 +170,12 @@ impl Served {
         }
     }
 
-    /// Whether the kernel can read all of it without us.
+    /// Whether its readers need the daemon, or may.
+    pub(super) fn needs_us(&self) -> bool {
+        self.backend == BackendKind::FuseTree || !self.is_complete()
+    }
+
+    /// Whether all of it is here.
     pub(super) fn is_complete(&self) -> bool {
         self.devices.iter().all(|live| live.device().is_some_and(|device| device.is_complete_durable()))
     }
@@ -167,7 +187,7 @@ impl Served {
 }
 
 impl ImageReport {
-    /// Whether the kernel can read all of it without us.
+    /// Whether all of it is here.
     pub fn is_complete(&self) -> bool {
         self.devices.iter().all(|device| device.stats.is_some_and(|stats| stats.complete))
     }

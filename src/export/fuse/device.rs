@@ -254,7 +254,7 @@ impl Tree for DeviceTree {
     }
 
     fn link(&self, id: NodeId) -> Result<Cow<'_, [u8]>, TreeError> {
-        Err(self.node(id).err().unwrap_or(TreeError::NotALink))
+        Err(self.node(id).err().unwrap_or(TreeError::OtherKind))
     }
 
     fn list(&self, id: NodeId, from: u64, with_nodes: bool, visit: &mut Visit<'_>) -> Result<(), TreeError> {

@@ -12,6 +12,7 @@
 //! All threads read one descriptor. A clone of it would take its unanswered requests with it when the process
 //! dies (`fuse-notes.md` section 6).
 
+mod attach;
 mod connection;
 mod device;
 mod duty;
@@ -19,9 +20,12 @@ mod lasting;
 pub mod negotiation;
 mod read;
 pub mod reply;
+pub(super) mod selftest;
 mod server;
+pub mod tree;
 pub mod wire;
 
+pub use attach::{Attachment, unmount_unprivileged};
 pub use connection::Connection;
 pub use device::{AnnounceDevices, DeviceAttachment};
 pub use lasting::{Keep, Lasting, Legacy, Part};
@@ -104,8 +108,9 @@ pub enum TreeError {
     NotADirectory,
     #[error("it is a directory")]
     IsADirectory,
-    #[error("it is no symbolic link")]
-    NotALink,
+    /// Something else was asked of it than it can be asked.
+    #[error("it is of another kind")]
+    OtherKind,
     #[error("it has no such attribute")]
     NoXattr,
     /// Nothing in the tree has any.
@@ -125,7 +130,7 @@ impl TreeError {
             Self::NoNode => libc::ESTALE,
             Self::NotADirectory => libc::ENOTDIR,
             Self::IsADirectory => libc::EISDIR,
-            Self::NotALink => libc::EINVAL,
+            Self::OtherKind => libc::EINVAL,
             Self::NoXattr => libc::ENODATA,
             // The kernel does not ask again.
             Self::NoXattrs => libc::ENOSYS,
