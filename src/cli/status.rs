@@ -171,6 +171,9 @@ fn state(image: &ImageReport) -> String {
         (ImageState::Lazy, _) => "lazy: what is missing is fetched when it is read",
         (ImageState::Complete, BackendKind::Fanotify) => "complete: the kernel reads all of it alone",
         (ImageState::Complete, BackendKind::Cachefiles) => "complete: all of it is in the kernel's cache",
+        (ImageState::Complete, BackendKind::FuseDevice) => {
+            "complete: all of it is in the cache; what was missing at the mount is read through the daemon"
+        }
         (ImageState::Complete, BackendKind::FuseTree) => "complete: all of it is in the cache, and the daemon reads it",
         (ImageState::Degraded, _) => "degraded: data is missing, and the last attempt to get some failed",
     };

@@ -26,10 +26,9 @@ use super::serving::Backends;
 use super::stop::Ending;
 use super::trace::Traces;
 use crate::base::BlobId;
-use crate::blob::UnitMap;
 use crate::cache::{Engine, Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
-use crate::export::{Announce, AttachError, BackendKind, MountWatch, WatchId, fuse};
+use crate::export::{AttachError, BackendKind, MountWatch, WatchId, fuse};
 use crate::sys::mount::{detach, unmount};
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Telemetry;
@@ -158,10 +157,12 @@ impl Daemon {
         }
         let record = self.records.reserve();
         let mounted = match kind {
-            BackendKind::Fanotify | BackendKind::FuseTree => self.mount_stored(kind, request, prepared, why, record),
             BackendKind::Cachefiles => self.mount_cachefiles(request, Arc::new(prepared), why, record),
+            BackendKind::Fanotify | BackendKind::FuseDevice | BackendKind::FuseTree => {
+                self.mount_stored(kind, request, prepared, why, record)
+            }
         };
-        mounted.inspect_err(|_| self.records.remove(record))
+        mounted.inspect_err(|_| self.forget(record))
     }
 
     fn prepare(&self, spec: &ImageSpec) -> Result<Prepared, DaemonError> {
@@ -192,42 +193,6 @@ impl Daemon {
     /// Whether it is on its way out, so that long work should end.
     pub(super) fn is_stopping(&self) -> bool {
         self.state.lock().unwrap().stopping
-    }
-
-    /// Mounts by a backend that reads the device files of the store.
-    fn mount_stored(
-        &self,
-        kind: BackendKind,
-        request: &MountRequest,
-        mut prepared: Prepared,
-        why: String,
-        record: RecordId,
-    ) -> Result<Mounted, DaemonError> {
-        let devices = prepared
-            .maps
-            .iter()
-            .map(|map| self.store.device(UnitMap::clone(map), prepared.source.clone()))
-            .collect::<Result<Vec<_>, _>>()?;
-        // One copy of each map, whatever the number of images that share it.
-        prepared.maps = devices.iter().map(|device| device.map()).collect();
-        let image = prepared.live(&devices);
-        if let Some(output) = &request.trace {
-            // Before any mark, so that complete blobs get one too.
-            self.traces.start(&request.dir, &prepared.image, &devices, Some(output.clone()), Vec::new())?;
-        }
-        let served = Served::stored(kind, Arc::new(prepared), &devices, why);
-        let announce: Announce<'_> =
-            &|watch| self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)));
-        let (dir, watch, sandbox) = (&request.dir, &self.watch, &self.options.sandbox);
-        let (watch, attachment) = if kind == BackendKind::FuseTree {
-            let attachment = self.backends.fuse()?.attach(&image, dir, watch, announce, sandbox)?;
-            (attachment.watch, Attachment::FuseTree(attachment))
-        } else {
-            let service = self.backends.fanotify(&self.keepers)?;
-            let attachment = service.attach(&image, dir, watch, announce, sandbox)?;
-            (attachment.watch, Attachment::Fanotify(attachment))
-        };
-        Ok(Mounted { watch, record, served, attachment })
     }
 
     fn mount_cachefiles(
@@ -294,7 +259,14 @@ impl Daemon {
         let registration = Arc::new(service.register(name, boot, blobs.collect())?);
         let registered = Some(registration.clone());
         let devices = objects.into_iter().map(Live::Object).collect();
-        let served = Served { backend: BackendKind::Cachefiles, why, prepared, devices, registration: registered };
+        let served = Served {
+            backend: BackendKind::Cachefiles,
+            why,
+            prepared,
+            devices,
+            registration: registered,
+            straight: Vec::new(),
+        };
         Ok((served, registration))
     }
 
@@ -440,9 +412,9 @@ impl Daemon {
         for mounted in gone {
             let record = mounted.record;
             mounted.release();
-            self.records.remove(record);
+            self.forget(record);
         }
-        unserved.into_iter().filter_map(|(_, record)| record).for_each(|record| self.records.remove(record));
+        unserved.into_iter().filter_map(|(_, record)| record).for_each(|record| self.forget(record));
     }
 
     /// Learns of every superblock that goes away, whoever unmounted it.

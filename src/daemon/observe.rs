@@ -151,6 +151,7 @@ fn label(kind: BackendKind) -> Backend {
     match kind {
         BackendKind::Fanotify => Backend::Fanotify,
         BackendKind::Cachefiles => Backend::Cachefiles,
+        BackendKind::FuseDevice => Backend::FuseDevice,
         BackendKind::FuseTree => Backend::FuseTree,
     }
 }

@@ -34,7 +34,7 @@ pub(super) enum Attachment {
     Fanotify(fanotify::Attachment),
     /// Nothing: the registration is in what is served.
     Cachefiles,
-    FuseTree(fuse::Attachment),
+    Fuse(fuse::Attachment),
 }
 
 impl Mounted {
@@ -43,7 +43,7 @@ impl Mounted {
         match self.attachment {
             Attachment::Fanotify(attachment) => attachment.release(),
             Attachment::Cachefiles => {}
-            Attachment::FuseTree(attachment) => attachment.release(),
+            Attachment::Fuse(attachment) => attachment.release(),
         }
     }
 }
@@ -58,6 +58,8 @@ pub(super) struct Served {
     pub(super) devices: Vec<Live>,
     /// For the cachefiles backend: keeps the image's names known.
     pub(super) registration: Option<Arc<Registration>>,
+    /// For devices over FUSE: of each, whether the kernel reads its file without asking, as decided at the mount.
+    pub(super) straight: Vec<bool>,
 }
 
 /// The device behind a blob: there from the start with fanotify, from the first read on with
@@ -80,14 +82,9 @@ impl Live {
 
 impl Served {
     /// An image whose devices lie in the store, served by `backend`.
-    pub(super) fn stored(
-        backend: BackendKind,
-        prepared: Arc<Prepared>,
-        devices: &[Arc<Device>],
-        why: String,
-    ) -> Self {
+    pub(super) fn stored(backend: BackendKind, prepared: Arc<Prepared>, devices: &[Arc<Device>], why: String) -> Self {
         let devices = devices.iter().map(|device| Live::Stored(Arc::downgrade(device))).collect();
-        Self { backend, why, prepared, devices, registration: None }
+        Self { backend, why, prepared, devices, registration: None, straight: Vec::new() }
     }
 
     /// Its devices that lie in the store.
@@ -116,6 +113,8 @@ impl Served {
             key: self.prepared.key.to_string(),
             devices: files.collect(),
             name: name.map(|name| CacheName { id: name.id.clone(), domain: name.domain.clone() }),
+            fuse: None,
+            straight: self.straight.clone(),
         }
     }
 
@@ -172,7 +171,11 @@ impl Served {
 
     /// Whether its readers need the daemon, or may.
     pub(super) fn needs_us(&self) -> bool {
-        self.backend == BackendKind::FuseTree || !self.is_complete()
+        match self.backend {
+            BackendKind::Fanotify | BackendKind::Cachefiles => !self.is_complete(),
+            BackendKind::FuseDevice => self.straight.contains(&false),
+            BackendKind::FuseTree => true,
+        }
     }
 
     /// Whether all of it is here.

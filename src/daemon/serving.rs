@@ -161,6 +161,14 @@ impl Backends {
                     }
                     BackendKind::Cachefiles => "this kernel has on-demand cachefiles, the fastest path",
                     BackendKind::Fanotify => "pre-content events passed their self test, and there is no cachefiles",
+                    BackendKind::FuseDevice
+                        if [BackendKind::Cachefiles, BackendKind::Fanotify].iter().any(|it| host.can(*it)) =>
+                    {
+                        "EROFS can read through FUSE, and the settings prefer that"
+                    }
+                    BackendKind::FuseDevice => {
+                        "EROFS can read through FUSE, and there are neither pre-content events nor cachefiles"
+                    }
                     BackendKind::FuseTree if BackendKind::ALL.iter().any(|it| *it != kind && host.can(*it)) => {
                         "FUSE works, and the settings prefer it"
                     }
@@ -170,6 +178,7 @@ impl Backends {
             }
             BackendChoice::Fanotify => BackendKind::Fanotify,
             BackendChoice::Cachefiles => BackendKind::Cachefiles,
+            BackendChoice::FuseDevice => BackendKind::FuseDevice,
             BackendChoice::FuseTree => BackendKind::FuseTree,
         };
         if !self.host().can(kind) {

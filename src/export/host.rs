@@ -9,9 +9,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::BackendKind;
 use super::fuse::selftest::{self as fuse_selftest, FuseTestError};
 use super::selftest::{self, SelfTestError};
+use super::{AttachError, BackendKind};
 use crate::base::Chain;
 use crate::sys::cachefiles;
 use crate::sys::files::file_system;
@@ -65,11 +65,14 @@ impl Host {
         let cache_file_system = file_system(std::fs::File::open(cache)?)?;
         let file_backed = file_backed(cache);
         let pre_content = if file_backed.works { pre_content(cache) } else { unreachable_pre_content() };
-        let findings = vec![cachefiles(cache, bound), on_demand_erofs(), file_backed, pre_content, fuse(cache)];
+        let fuse = fuse(cache);
+        let fuse_device = if fuse.works { fuse_device(cache) } else { unreachable_fuse_device() };
+        let findings = vec![cachefiles(cache, bound), on_demand_erofs(), file_backed, pre_content, fuse, fuse_device];
         let uname = nix::sys::utsname::uname()?;
         let kernel = uname.release().to_string_lossy().into_owned();
         let host = Self { kernel, cache_file_system, findings, choice: None };
-        let best_first = [BackendKind::Cachefiles, BackendKind::Fanotify, BackendKind::FuseTree];
+        let best_first =
+            [BackendKind::Cachefiles, BackendKind::Fanotify, BackendKind::FuseDevice, BackendKind::FuseTree];
         let choice = best_first.into_iter().find(|kind| host.can(*kind));
         Ok(Self { choice, ..host })
     }
@@ -79,6 +82,7 @@ impl Host {
         let needed: &[&str] = match kind {
             BackendKind::Fanotify => &["pre-content-events"],
             BackendKind::Cachefiles => &["cachefiles", "erofs-on-demand"],
+            BackendKind::FuseDevice => &["fuse-device"],
             BackendKind::FuseTree => &["fuse"],
         };
         needed.iter().all(|name| self.findings.iter().any(|finding| finding.name == *name && finding.works))
@@ -89,6 +93,7 @@ impl Host {
         let names: &[&str] = match kind {
             BackendKind::Fanotify => &["file-backed-erofs", "pre-content-events"],
             BackendKind::Cachefiles => &["cachefiles", "erofs-on-demand"],
+            BackendKind::FuseDevice => &["fuse", "fuse-device"],
             BackendKind::FuseTree => &["fuse"],
         };
         let failed = self.findings.iter().filter(|finding| names.contains(&finding.name.as_str()) && !finding.works);
@@ -219,6 +224,30 @@ fn fuse(cache: &Path) -> Finding {
         FuseTestError::TooOld { .. } => "use Linux 5.4 or later",
         FuseTestError::Fusermount(_) => "see /etc/fuse.conf, and that fusermount3 is owned by root and set-uid",
         FuseTestError::Mount(_) | FuseTestError::Scratch(_) | FuseTestError::Silent(_) => "see the kernel log",
+    };
+    missing(NAME, Chain(&error).to_string(), remedy)
+}
+
+fn unreachable_fuse_device() -> Finding {
+    let detail = "not tried, because it needs FUSE".to_owned();
+    missing("fuse-device", detail, "make FUSE work first")
+}
+
+fn fuse_device(cache: &Path) -> Finding {
+    const NAME: &str = "fuse-device";
+    let error = match selftest::fuse_device(cache) {
+        Ok(()) => return works(NAME, "EROFS read a device through FUSE, and failed where that was refused"),
+        Err(error) => error,
+    };
+    let remedy = match &error {
+        SelfTestError::Attach(AttachError::Mount(e)) if e.cause.raw_os_error() == Some(libc::EPERM) => {
+            "run as root in the initial user namespace"
+        }
+        SelfTestError::Attach(AttachError::Mount(_)) => {
+            "use Linux 6.12 or later with EROFS_FS_BACKED_BY_FILE, or load the loop module"
+        }
+        SelfTestError::Scratch(_) => "make the cache directory writable",
+        _ => "see the kernel log",
     };
     missing(NAME, Chain(&error).to_string(), remedy)
 }

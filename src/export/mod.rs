@@ -1,12 +1,12 @@
 //! Kernels: how a cold read reaches us and how the answer goes back.
 //!
 //! A backend holds one kernel descriptor and serves many images through it. It knows devices only
-//! as [`Fill`]: no compression, no digest, no network. Three backends exist:
+//! as [`Fill`]: no compression, no digest, no network. Four backends exist:
 //!
 //! * [`fanotify`]: the device files themselves are what EROFS reads; pre-content events tell us
 //!   before a range is read (Linux 6.14 and later).
 //! * [`cachefiles`]: the kernel keeps the cache and asks for what it misses (Linux 5.19 to 7.1).
-//! * [`fuse`]: we answer every question about the tree ourselves (Linux 5.4 and later, and users who may not
+//! * [`fuse`]: files of devices, which EROFS reads through us (Linux 6.12 and later); or we answer every question about the tree ourselves (Linux 5.4 and later, and users who may not
 //!   mount).
 //!
 //! [`host`] finds out by trying which of them this machine can do.
@@ -46,13 +46,15 @@ pub enum BackendKind {
     Fanotify,
     /// EROFS over the kernel's own cache, in on-demand mode.
     Cachefiles,
+    /// EROFS over files of a FUSE file system that only EROFS sees.
+    FuseDevice,
     /// A FUSE file system that shows the image's tree.
     FuseTree,
 }
 
 impl BackendKind {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Fanotify, Self::Cachefiles, Self::FuseTree];
+    pub const ALL: [Self; 4] = [Self::Fanotify, Self::Cachefiles, Self::FuseDevice, Self::FuseTree];
 }
 
 impl std::fmt::Display for BackendKind {
@@ -60,6 +62,7 @@ impl std::fmt::Display for BackendKind {
         f.write_str(match self {
             Self::Fanotify => "fanotify",
             Self::Cachefiles => "cachefiles",
+            Self::FuseDevice => "fuse-device",
             Self::FuseTree => "fuse-tree",
         })
     }

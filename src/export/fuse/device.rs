@@ -12,167 +12,186 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::ops::ControlFlow;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::lasting::{Keep, Lasting, Legacy};
+use super::attach::READ_AHEAD_KIB;
+use super::lasting::{AnnounceLasting, Keep, Lasting, Legacy, Part};
 use super::negotiation::MAX_READ;
 use super::reply::{Listed, Node, Statistics};
 use super::wire::{NodeId, ROOT};
-use super::{Connected, Fuse, Piece, Tree, TreeError, Visit, Wishes};
+use super::{Attachment, Connected, Fuse, Piece, Tree, TreeError, Visit, Wishes};
 use crate::base::{BLOCK, ByteRange};
 use crate::export::erofs::{self, NewSettings, Reading, Stage};
 use crate::export::probe::ColdByte;
 use crate::export::{AttachError, Backing, LiveImage, MountWatch, WatchId};
 use crate::sys::faultpoint;
 use crate::sys::fuse::Options;
-use crate::sys::inotify::device_numbers;
 use crate::sys::loopdev::LoopDevice;
 use crate::sys::mount::{DetachedMount, MountError};
 use crate::sys::sandbox::Sandbox;
-use crate::telemetry::Backend;
+use crate::telemetry::{Backend, Telemetry};
 
 /// The number of the first device.
 const FIRST: NodeId = ROOT + 1;
 
-/// How far the kernel reads ahead of whoever reads a file from its start to its end, in KiB: its 128 make eight
-/// requests of what one can bring.
-const READ_AHEAD_KIB: u32 = 1024;
-
-/// Told of a mount before anybody can see it: of its superblock, the connection under it, and for each device
-/// whether EROFS reads its file without us.
-pub type AnnounceDevices<'a> = &'a dyn Fn(WatchId, &Lasting, &[bool]) -> io::Result<()>;
-
-/// A mounted image over a connection. Keeps it read until it is released.
-#[derive(Debug)]
-pub struct DeviceAttachment {
-    /// Reports the end of the superblock.
-    pub watch: WatchId,
-    connected: Connected,
-}
-
-impl DeviceAttachment {
-    /// Lets go of the connection. When the superblock is gone.
-    pub fn release(self) {
-        self.connected.close();
-    }
+/// Which way the reads of devices take: for each, whether EROFS reads its file in the cache without us.
+#[derive(Clone, Copy, Debug)]
+pub struct Over<'a> {
+    pub image: &'a LiveImage,
+    pub straight: &'a [bool],
 }
 
 impl Fuse {
-    /// Mounts `image` at `target` by EROFS over its devices and starts answering reads of them.
+    /// Mounts an image at `target` by EROFS over its devices and starts answering reads of them.
     ///
     /// Blocks while the kernel mounts; [`Fuse::run`] must be running on other threads. On failure nothing stays
     /// behind, but `keep` may have been given something.
     pub fn attach_devices(
         self: &Arc<Self>,
-        image: &LiveImage,
+        over: Over<'_>,
         target: &Path,
-        (watch, announce): (&MountWatch, AnnounceDevices<'_>),
+        (watch, announce): (&MountWatch, AnnounceLasting<'_>),
         keep: &dyn Keep,
         sandbox: &Sandbox,
-    ) -> Result<DeviceAttachment, AttachError> {
-        let straight: Vec<_> = image.devices.iter().map(|device| device.is_settled()).collect();
-        let tree = Arc::new(DeviceTree::new(image));
-        let options = Options { root_mode: libc::S_IFDIR | 0o500, allow_other: false, max_read: MAX_READ };
-        let (files, connected, lasting) =
-            self.mount_lasting(tree.clone(), Backend::FuseDevice, options, keep, sandbox)?;
-        let announce = |watched| announce(watched, &lasting, &straight);
+    ) -> Result<Attachment, AttachError> {
+        let Over { image, straight } = over;
+        let tree = Arc::new(DeviceTree::new(&image.devices));
+        let needs_us = straight.contains(&false);
+        let mounted = needs_us.then(|| self.mount_devices(&tree, keep, sandbox)).transpose()?;
+        let (files, connected, lasting) = match mounted {
+            Some((files, connected, lasting)) => (Some(files), Some(connected), Some(lasting)),
+            None => (None, None, None),
+        };
+        let announce = |watched| announce(watched, lasting.as_ref());
         let stage = Stage { target, watch, announce: &announce, sandbox };
-        let attached = mount_over(image, &straight, &files, sandbox).and_then(|mount| {
+        let paths = paths(&image.devices, straight, files.as_ref());
+        let attached = sandbox.outside(|| mount_over(&image.bootstrap, &paths)).and_then(|mount| {
             let reaches_us = |cold: &ColdByte, mount: &DetachedMount| {
                 tree.expect_read(cold.device, || sandbox.outside(|| cold.read(mount)))
             };
             erofs::publish(mount, image, stage, &reaches_us)
         });
         match attached {
-            Ok(watch) => Ok(DeviceAttachment { watch, connected }),
+            Ok(watch) => Ok(Attachment { watch, connected }),
             Err(error) => {
-                connected.close();
+                connected.into_iter().for_each(Connected::close);
                 Err(error)
             }
         }
     }
 
+    /// Mounts the files of devices where no path leads to.
+    pub(super) fn mount_devices(
+        self: &Arc<Self>,
+        tree: &Arc<DeviceTree>,
+        keep: &dyn Keep,
+        sandbox: &Sandbox,
+    ) -> Result<(DetachedMount, Connected, Lasting), AttachError> {
+        let options = Options { root_mode: libc::S_IFDIR | 0o500, allow_other: false, max_read: MAX_READ };
+        self.mount_lasting(tree.clone(), Backend::FuseDevice, options, keep, sandbox)
+    }
+
     /// Goes on with an image that a dead process had mounted, and with its readers. `watch` reports the end of
-    /// the superblock.
+    /// the superblock. Without a `legacy` nobody has to ask us.
     pub fn adopt_devices(
         self: &Arc<Self>,
         image: &LiveImage,
         watch: WatchId,
-        legacy: Legacy,
-    ) -> io::Result<DeviceAttachment> {
-        let connected = self.go_on(legacy, Arc::new(DeviceTree::new(image)), Backend::FuseDevice)?;
-        Ok(DeviceAttachment { watch, connected })
+        legacy: Option<Legacy>,
+    ) -> io::Result<Attachment> {
+        let tree = || Arc::new(DeviceTree::new(&image.devices));
+        let connected = legacy.map(|legacy| self.go_on(legacy, tree(), Backend::FuseDevice)).transpose()?;
+        Ok(Attachment { watch, connected })
     }
 }
 
-/// Mounts EROFS over files of the file system `files`, or over those of the cache where they are read
+/// What EROFS is to read: files of the file system `files`, or those of the cache where they are read
 /// `straight`.
-fn mount_over(
-    image: &LiveImage,
-    straight: &[bool],
-    files: &DetachedMount,
-    sandbox: &Sandbox,
-) -> Result<DetachedMount, AttachError> {
-    let served = |number: usize| PathBuf::from(format!("/proc/self/fd/{}/{number}", files.as_fd().as_raw_fd()));
-    let paths: Vec<_> = (0..)
-        .zip(image.devices.iter().zip(straight))
-        .map(|(number, (device, straight))| if *straight { device.path().to_owned() } else { served(number) })
-        .collect();
-    sandbox.outside(|| {
-        widen_read_ahead(files);
-        let settings = NewSettings::before();
-        let mounted = if faultpoint::pretends("no-file-backed") {
-            mount_by_loop(&image.bootstrap, &paths)
-        } else {
-            match erofs::mount(&image.bootstrap, &paths, Reading::Buffered) {
-                Err(error) if error.cause.raw_os_error() == Some(libc::ENOTBLK) => {
-                    mount_by_loop(&image.bootstrap, &paths)
-                }
-                mounted => mounted.map_err(AttachError::Mount),
-            }
-        };
-        if let Err(error) = settings.set_read_ahead(READ_AHEAD_KIB) {
-            tracing::debug!(%error, "the read-ahead of a mount stays as it is");
-        }
-        mounted
-    })
+pub(super) fn paths(devices: &[Arc<dyn Backing>], straight: &[bool], files: Option<&DetachedMount>) -> Vec<PathBuf> {
+    let served = |files: &DetachedMount, number: usize| {
+        PathBuf::from(format!("/proc/self/fd/{}/{number}", files.as_fd().as_raw_fd()))
+    };
+    let path = |(number, (device, straight)): (usize, (&Arc<dyn Backing>, &bool))| match files {
+        Some(files) if !straight => served(files, number),
+        _ => device.path().to_owned(),
+    };
+    devices.iter().zip(straight).enumerate().map(path).collect()
+}
+
+/// Mounts EROFS over files, or over loop devices where it takes nothing else.
+pub(super) fn mount_over(bootstrap: &Path, paths: &[PathBuf]) -> Result<DetachedMount, AttachError> {
+    let settings = NewSettings::before();
+    let mounted = match erofs::mount(bootstrap, paths, Reading::Buffered) {
+        Ok(mount) if !faultpoint::pretends("no-file-backed") => Ok(mount),
+        Err(error) if error.cause.raw_os_error() != Some(libc::ENOTBLK) => Err(AttachError::Mount(error)),
+        _ => mount_by_loop(bootstrap, paths),
+    };
+    if let Err(error) = settings.set_read_ahead(READ_AHEAD_KIB) {
+        tracing::debug!(%error, "the read-ahead of a mount stays as it is");
+    }
+    mounted
 }
 
 /// For kernels whose EROFS takes only block devices.
 fn mount_by_loop(bootstrap: &Path, paths: &[PathBuf]) -> Result<DetachedMount, AttachError> {
     let over = |path: &Path| {
-        let file = File::open(path)?;
-        LoopDevice::over(&file)
-    };
-    let refused = |path: &Path, cause| {
-        let step = format!("a loop device over {}", path.display());
-        AttachError::Mount(MountError { step, log: Vec::new(), cause })
+        File::open(path).and_then(LoopDevice::over).map_err(|cause| {
+            let step = format!("a loop device over {}", path.display());
+            AttachError::Mount(MountError { step, log: Vec::new(), cause })
+        })
     };
     // They go with the mount: each takes itself away when nobody has it open any more.
-    let first = over(bootstrap).map_err(|cause| refused(bootstrap, cause))?;
-    let others = paths.iter().map(|path| over(path).map_err(|cause| refused(path, cause)));
-    let others = others.collect::<Result<Vec<_>, _>>()?;
-    let others: Vec<_> = others.iter().map(|device| device.path().to_owned()).zip(&others).collect();
-    let paths: Vec<_> = others.iter().map(|(path, _)| path.clone()).collect();
+    let first = over(bootstrap)?;
+    let others = paths.iter().map(|path| over(path)).collect::<Result<Vec<_>, _>>()?;
+    let paths: Vec<_> = others.iter().map(|device| device.path().to_owned()).collect();
     erofs::mount(first.path(), &paths, Reading::Buffered).map_err(AttachError::Mount)
 }
 
-/// Where that is forbidden, sequential reads are slower.
-fn widen_read_ahead(files: &DetachedMount) {
-    let widen = || {
-        let (major, minor) = device_numbers(nix::sys::stat::fstat(files)?.st_dev)?;
-        std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), READ_AHEAD_KIB.to_string())
-    };
-    if let Err(error) = widen() {
-        tracing::debug!(%error, "the read-ahead of the devices of a mount stays as it is");
+/// Why a device could not be served for a trial.
+#[derive(Debug)]
+pub(in crate::export) enum TryError {
+    Serve(io::Error),
+    Attach(AttachError),
+}
+
+/// Nobody goes on with the connection of a trial.
+struct Nobody;
+
+impl Keep for Nobody {
+    fn keep(&self, _: Part, _: Arc<OwnedFd>) -> io::Result<()> {
+        Ok(())
     }
 }
 
+/// Serves `device` for a moment, mounts EROFS over it where nobody sees it, and runs `read` with the mount.
+pub(in crate::export) fn try_device<T>(
+    bootstrap: &Path,
+    device: Arc<dyn Backing>,
+    read: &dyn Fn(&DetachedMount) -> T,
+) -> Result<T, TryError> {
+    let server = Fuse::new(Telemetry::default()).map_err(TryError::Serve)?;
+    let serving = server.clone();
+    let thread = std::thread::Builder::new().name("fuse-try".to_owned()).spawn(move || serving.run());
+    let thread = thread.map_err(TryError::Serve)?;
+    let devices = [device];
+    let tree = Arc::new(DeviceTree::new(&devices));
+    let outcome = server.mount_devices(&tree, &Nobody, &Sandbox::off()).and_then(|(files, connected, _)| {
+        let paths = paths(&devices, &[false], Some(&files));
+        let outcome = mount_over(bootstrap, &paths).map(|mount| read(&mount));
+        connected.close();
+        outcome
+    });
+    server.stop();
+    // A thread that fails is heard of by the reads that it did not answer.
+    let _ = thread.join();
+    outcome.map_err(TryError::Attach)
+}
+
 /// A directory with one file for each device, called by its place in the image.
-struct DeviceTree {
+pub(super) struct DeviceTree {
     devices: Vec<Exported>,
 }
 
@@ -184,13 +203,13 @@ struct Exported {
 }
 
 impl DeviceTree {
-    fn new(image: &LiveImage) -> Self {
+    pub(super) fn new(devices: &[Arc<dyn Backing>]) -> Self {
         let exported = |backing: &Arc<dyn Backing>| Exported {
             backing: backing.clone(),
             probing: AtomicBool::new(false),
             probe_seen: AtomicBool::new(false),
         };
-        Self { devices: image.devices.iter().map(exported).collect() }
+        Self { devices: devices.iter().map(exported).collect() }
     }
 
     fn device(&self, id: NodeId) -> Result<&Exported, TreeError> {

@@ -10,13 +10,13 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::attach::{HANDSHAKE, widen_read_ahead};
 use super::negotiation::{Negotiated, flag};
 use super::{Connected, Fuse, Tree};
-use crate::export::AttachError;
+use crate::export::{AttachError, WatchId};
 use crate::sys::faultpoint;
 use crate::sys::fuse::{DEVICE, Device, Options};
 use crate::sys::inotify::device_numbers;
@@ -24,9 +24,6 @@ use crate::sys::mount::DetachedMount;
 use crate::sys::requestlog::RequestLog;
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Backend;
-
-/// How long the kernel may take to shake hands, in which it waits for nobody but us.
-const HANDSHAKE: Duration = Duration::from_secs(20);
 
 /// What a successor must know of a connection, beside having its device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +33,10 @@ pub struct Lasting {
     /// `/sys/fs/fuse/connections`.
     pub device: (u32, u32),
 }
+
+/// Told of a mount before anybody can see it, so that no mount lives that a successor would not know of: of its
+/// superblock, and of its connection if it has one. An error undoes the mount.
+pub type AnnounceLasting<'a> = &'a dyn Fn(WatchId, Option<&Lasting>) -> io::Result<()>;
 
 /// What has to be kept of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +80,10 @@ impl Fuse {
         let mount = sandbox.outside(|| device.mount(options)).map_err(AttachError::Mount)?;
         let connected = self.connect(device, tree, backend, None).map_err(unusable)?;
         match connected.make_lasting(&mount, keep) {
-            Ok(lasting) => Ok((mount, connected, lasting)),
+            Ok(lasting) => {
+                widen_read_ahead(&mount, sandbox);
+                Ok((mount, connected, lasting))
+            }
             Err(error) => {
                 connected.close();
                 Err(error)
@@ -117,7 +121,7 @@ impl Fuse {
 
 impl Connected {
     /// Sees to it that the connection, mounted as `mount`, can go on in another process, and tells how.
-    fn make_lasting(&self, mount: &impl AsFd, keep: &dyn Keep) -> Result<Lasting, AttachError> {
+    pub(super) fn make_lasting(&self, mount: &impl AsFd, keep: &dyn Keep) -> Result<Lasting, AttachError> {
         let connection = self.connection();
         let agreed = connection.negotiated(HANDSHAKE).map_err(AttachError::Handshake)?;
         if !resends(&agreed) {

@@ -27,8 +27,9 @@ pub mod wire;
 
 pub use attach::{Attachment, unmount_unprivileged};
 pub use connection::Connection;
-pub use device::{AnnounceDevices, DeviceAttachment};
-pub use lasting::{Keep, Lasting, Legacy, Part};
+pub use device::Over;
+pub(in crate::export) use device::{TryError, try_device};
+pub use lasting::{AnnounceLasting, Keep, Lasting, Legacy, Part};
 pub use negotiation::{Negotiated, Wishes};
 pub use server::{Connected, Fuse};
 
