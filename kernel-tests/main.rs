@@ -95,7 +95,9 @@ pub(crate) enum Place {
     Host,
     /// In the virtual machine, with the cachefiles backend.
     Guest,
-    /// Both, each with its backend.
+    /// On this host, with each backend over FUSE.
+    Fuse,
+    /// Everywhere, with each backend.
     Both,
 }
 
@@ -105,6 +107,7 @@ impl Place {
         match self {
             Self::Host => backend == Backend::Fanotify,
             Self::Guest => backend == Backend::Cachefiles,
+            Self::Fuse => matches!(backend, Backend::FuseDevice | Backend::FuseTree),
             Self::Both => true,
         }
     }
@@ -115,6 +118,8 @@ impl Place {
 pub(crate) enum Backend {
     Fanotify,
     Cachefiles,
+    FuseDevice,
+    FuseTree,
 }
 
 impl Backend {
@@ -123,6 +128,8 @@ impl Backend {
         match self {
             Self::Fanotify => "fanotify",
             Self::Cachefiles => "cachefiles",
+            Self::FuseDevice => "fuse-device",
+            Self::FuseTree => "fuse-tree",
         }
     }
 }
@@ -197,7 +204,7 @@ fn selected(args: &Args, backend: Backend) -> Vec<&'static Case> {
 }
 
 fn list(args: &Args) -> ExitCode {
-    for backend in [Backend::Fanotify, Backend::Cachefiles] {
+    for backend in [Backend::Fanotify, Backend::FuseDevice, Backend::FuseTree, Backend::Cachefiles] {
         for case in selected(args, backend) {
             println!("{} [{}]", case.name, backend.name());
         }
@@ -219,8 +226,12 @@ fn one(args: &Args, name: &str, dir: PathBuf) -> anyhow::Result<ExitCode> {
 fn all(args: &Args) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::watch().context("watch for signals")?;
     let mut tally = Tally::default();
-    let here = if args.in_guest { Backend::Cachefiles } else { Backend::Fanotify };
-    for case in selected(args, here) {
+    let here: &[Backend] = if args.in_guest {
+        &[Backend::Cachefiles]
+    } else {
+        &[Backend::Fanotify, Backend::FuseDevice, Backend::FuseTree]
+    };
+    for (here, case) in here.iter().flat_map(|here| selected(args, *here).into_iter().map(|case| (*here, case))) {
         if interrupt.is_set() {
             break;
         }

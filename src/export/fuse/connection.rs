@@ -200,8 +200,8 @@ impl Connection {
                 tracing::error!("too many reads wait to write another one down; failed");
                 return duty.fail(libc::EIO);
             }
-            faultpoint::reach("written-down");
         }
+        faultpoint::reach("written-down");
         match request.question {
             Question::Init(offered) => self.agree(duty, &offered),
             Question::Read { offset, size } => read::read(self, duty, request.node, (offset, size), request.pid),

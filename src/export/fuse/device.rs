@@ -166,12 +166,14 @@ impl Keep for Nobody {
     }
 }
 
-/// Serves `device` for a moment, mounts EROFS over it where nobody sees it, and runs `read` with the mount.
+/// Serves `device` for a moment and mounts EROFS over it where nobody sees it. Tells what `read` finds, and
+/// whether `fail` fails while reads are refused.
 pub(in crate::export) fn try_device<T>(
     bootstrap: &Path,
     device: Arc<dyn Backing>,
     read: &dyn Fn(&DetachedMount) -> T,
-) -> Result<T, TryError> {
+    fail: &dyn Fn(&DetachedMount) -> io::Result<()>,
+) -> Result<(T, bool), TryError> {
     let server = Fuse::new(Telemetry::default()).map_err(TryError::Serve)?;
     let serving = server.clone();
     let thread = std::thread::Builder::new().name("fuse-try".to_owned()).spawn(move || serving.run());
@@ -180,7 +182,8 @@ pub(in crate::export) fn try_device<T>(
     let tree = Arc::new(DeviceTree::new(&devices));
     let outcome = server.mount_devices(&tree, &Nobody, &Sandbox::off()).and_then(|(files, connected, _)| {
         let paths = paths(&devices, &[false], Some(&files));
-        let outcome = mount_over(bootstrap, &paths).map(|mount| read(&mount));
+        let outcome = mount_over(bootstrap, &paths);
+        let outcome = outcome.map(|mount| (read(&mount), tree.expect_read(0, || fail(&mount))));
         connected.close();
         outcome
     });

@@ -99,6 +99,7 @@ impl Fuse {
         let taken = requests.map(RequestLog::take_over).transpose();
         let connected = self.connect(device, tree, backend, Some(lasting.agreed))?;
         let connection = connected.connection();
+        faultpoint::reach("adopting");
         if resends(&lasting.agreed) {
             connection.device().resend()?;
             return Ok(connected);
@@ -106,7 +107,6 @@ impl Fuse {
         match taken {
             Ok(Some((log, left))) => {
                 connection.write_down_in(Arc::new(log));
-                faultpoint::reach("replaying");
                 left.iter().for_each(|request| connection.handle_contained(request));
             }
             Ok(None) => {}
