@@ -124,7 +124,8 @@ pub(super) fn paths(devices: &[Arc<dyn Backing>], straight: &[bool], files: Opti
 /// Mounts EROFS over files, or over loop devices where it takes nothing else.
 pub(super) fn mount_over(bootstrap: &Path, paths: &[PathBuf]) -> Result<DetachedMount, AttachError> {
     let settings = NewSettings::before();
-    let mounted = match erofs::mount(bootstrap, paths, Reading::Buffered) {
+    let reading = if std::env::var_os("FDEV_BUFFERED").is_some() { Reading::Buffered } else { Reading::Direct };
+    let mounted = match erofs::mount(bootstrap, paths, reading) {
         Ok(mount) if !faultpoint::pretends("no-file-backed") => Ok(mount),
         Err(error) if error.cause.raw_os_error() != Some(libc::ENOTBLK) => Err(AttachError::Mount(error)),
         _ => mount_by_loop(bootstrap, paths),

@@ -32,6 +32,7 @@ pub mod flag {
     pub const ASYNC_READ: u64 = 1 << 0;
     pub const DO_READDIRPLUS: u64 = 1 << 13;
     pub const READDIRPLUS_AUTO: u64 = 1 << 14;
+    pub const ASYNC_DIO: u64 = 1 << 15;
     pub const NO_OPEN_SUPPORT: u64 = 1 << 17;
     pub const PARALLEL_DIROPS: u64 = 1 << 18;
     pub const POSIX_ACL: u64 = 1 << 20;
@@ -46,10 +47,11 @@ pub mod flag {
     pub const OVER_IO_URING: u64 = 1 << 41;
 
     /// Flags by the names that people find in the kernel's header.
-    pub const NAMES: [(u64, &str); 15] = [
+    pub const NAMES: [(u64, &str); 16] = [
         (ASYNC_READ, "ASYNC_READ"),
         (DO_READDIRPLUS, "DO_READDIRPLUS"),
         (READDIRPLUS_AUTO, "READDIRPLUS_AUTO"),
+        (ASYNC_DIO, "ASYNC_DIO"),
         (NO_OPEN_SUPPORT, "NO_OPEN_SUPPORT"),
         (PARALLEL_DIROPS, "PARALLEL_DIROPS"),
         (POSIX_ACL, "POSIX_ACL"),
@@ -69,6 +71,7 @@ pub mod flag {
 const WANTED: u64 = flag::ASYNC_READ
     | flag::DO_READDIRPLUS
     | flag::READDIRPLUS_AUTO
+    | flag::ASYNC_DIO
     | flag::NO_OPEN_SUPPORT
     | flag::PARALLEL_DIROPS
     | flag::ABORT_ERROR
