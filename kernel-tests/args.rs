@@ -46,8 +46,13 @@ impl Args {
                     parsed.backend = match value()?.as_str() {
                         "fanotify" => Some(Backend::Fanotify),
                         "cachefiles" => Some(Backend::Cachefiles),
+                        "fuse-device" => Some(Backend::FuseDevice),
+                        "fuse-tree" => Some(Backend::FuseTree),
                         "all" => None,
-                        other => return Err(format!("unknown backend {other:?}: fanotify, cachefiles or all")),
+                        other => {
+                            let known = "fanotify, cachefiles, fuse-device, fuse-tree or all";
+                            return Err(format!("unknown backend {other:?}: {known}"));
+                        }
                     }
                 }
                 "--run-one" => run_one = Some(value()?),

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, statfs};
 
+use crate::Backend;
+
 /// Where the guest's disk is mounted.
 pub(crate) const GUEST_STORE: &str = "/var/lib/rafsd-test";
 /// Where images made by other builders lie on the guest's disk.
@@ -18,7 +20,7 @@ pub(crate) enum Need {
     Root,
     /// The kernel serves images by the backend the case runs for.
     Backend,
-    /// The kernel mounts EROFS.
+    /// The kernel mounts EROFS, where the backend needs that.
     Erofs,
     /// The case's directory lies on a file system that can hold a cache: ext4, XFS or btrfs.
     DiskStore,
@@ -32,11 +34,15 @@ pub(crate) enum Need {
 
 impl Need {
     /// Why the need is not met here; `None` when it is.
-    pub(crate) fn unmet(&self, in_guest: bool) -> Option<String> {
+    pub(crate) fn unmet(&self, backend: Backend, in_guest: bool) -> Option<String> {
         match self {
             Self::Root => (!nix::unistd::geteuid().is_root()).then(|| "not root".into()),
-            Self::Backend if in_guest => cannot_cachefiles(),
-            Self::Backend => cannot_fanotify(),
+            Self::Backend => match backend {
+                Backend::Cachefiles => cannot_cachefiles(),
+                Backend::Fanotify => cannot_fanotify(),
+                Backend::FuseDevice | Backend::FuseTree => cannot_fuse(),
+            },
+            Self::Erofs if backend == Backend::FuseTree => None,
             Self::Erofs => cannot_erofs(),
             Self::DiskStore => {
                 let dir = store(in_guest);
@@ -85,6 +91,10 @@ fn older_than(since: (u32, u32)) -> Option<String> {
 
 fn cannot_cachefiles() -> Option<String> {
     (!Path::new("/dev/cachefiles").exists()).then(|| "no /dev/cachefiles".into())
+}
+
+fn cannot_fuse() -> Option<String> {
+    std::fs::File::open("/dev/fuse").err().map(|error| format!("/dev/fuse cannot be opened: {error}"))
 }
 
 fn cannot_erofs() -> Option<String> {

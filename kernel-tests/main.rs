@@ -15,14 +15,14 @@
 //!
 //! # Where cases run
 //!
-//! The fanotify backend is tested on this host, the cachefiles backend in a virtual machine, which
+//! The backends fanotify, fuse-device and fuse-tree are tested on this host, cachefiles in a virtual machine, which
 //! boots once for all of them: this same program, packed with the `rafsd` binary into an initrd,
 //! runs there as `--in-guest` and its report lines are counted here (`guest.rs`). A [`Need`] that
 //! is not met skips the case with its reason; so does a missing emulator or kernel.
 //!
 //! # Usage
 //!
-//! `cargo test --test kernel -- [--list] [--backend fanotify|cachefiles|all] [--exact] [--skip TEXT]
+//! `cargo test --test kernel -- [--list] [--backend NAME|all] [--exact] [--skip TEXT]
 //! [NAME...]`. Other flags of the usual test harness are accepted and ignored. Environment:
 //! `RAFSD_TEST_KERNEL` names the guest's kernel (else the one `build-kernel` left in its cache),
 //! `RAFSD_TEST_DIR` a directory for scratch files on ext4, XFS or btrfs. The last line is
@@ -96,7 +96,13 @@ pub(crate) enum Place {
     Host,
     /// In the virtual machine, with the cachefiles backend.
     Guest,
-    /// Both, each with its backend.
+    /// On this host, with each of its backends: all but cachefiles.
+    Here,
+    /// On this host, with each backend over FUSE.
+    Fuse,
+    /// On this host, where names and attributes are served as well.
+    FuseTree,
+    /// Everywhere, with each backend.
     Both,
 }
 
@@ -106,6 +112,9 @@ impl Place {
         match self {
             Self::Host => backend == Backend::Fanotify,
             Self::Guest => backend == Backend::Cachefiles,
+            Self::Here => backend != Backend::Cachefiles,
+            Self::Fuse => matches!(backend, Backend::FuseDevice | Backend::FuseTree),
+            Self::FuseTree => backend == Backend::FuseTree,
             Self::Both => true,
         }
     }
@@ -116,6 +125,8 @@ impl Place {
 pub(crate) enum Backend {
     Fanotify,
     Cachefiles,
+    FuseDevice,
+    FuseTree,
 }
 
 impl Backend {
@@ -124,6 +135,8 @@ impl Backend {
         match self {
             Self::Fanotify => "fanotify",
             Self::Cachefiles => "cachefiles",
+            Self::FuseDevice => "fuse-device",
+            Self::FuseTree => "fuse-tree",
         }
     }
 }
@@ -198,7 +211,7 @@ fn selected(args: &Args, backend: Backend) -> Vec<&'static Case> {
 }
 
 fn list(args: &Args) -> ExitCode {
-    for backend in [Backend::Fanotify, Backend::Cachefiles] {
+    for backend in [Backend::Fanotify, Backend::FuseDevice, Backend::FuseTree, Backend::Cachefiles] {
         for case in selected(args, backend) {
             println!("{} [{}]", case.name, backend.name());
         }
@@ -220,15 +233,19 @@ fn one(args: &Args, name: &str, dir: PathBuf) -> anyhow::Result<ExitCode> {
 fn all(args: &Args) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::watch().context("watch for signals")?;
     let mut tally = Tally::default();
-    let here = if args.in_guest { Backend::Cachefiles } else { Backend::Fanotify };
-    for case in selected(args, here) {
+    let here: &[Backend] = if args.in_guest {
+        &[Backend::Cachefiles]
+    } else {
+        &[Backend::Fanotify, Backend::FuseDevice, Backend::FuseTree]
+    };
+    for (here, case) in here.iter().flat_map(|here| selected(args, *here).into_iter().map(|case| (*here, case))) {
         if interrupt.is_set() {
             break;
         }
         if args.in_guest {
             println!("running {}", case.name);
         }
-        let unmet = case.needs.iter().find_map(|need| need.unmet(args.in_guest));
+        let unmet = case.needs.iter().find_map(|need| need.unmet(here, args.in_guest));
         let (verdict, elapsed) = match unmet {
             Some(reason) => (Verdict::Skipped(reason), None),
             None => isolate::run(case, here, args.in_guest, isolate::time_limit(args.in_guest), &interrupt),

@@ -23,7 +23,7 @@ pub(crate) const CASES: &[Case] = &[
     case("a_chunk_without_a_digest_refuses_the_mount", Place::Both, a_chunk_without_a_digest_refuses_the_mount),
     case("false_digests_poison_no_other_image", Place::Both, false_digests_poison_no_other_image),
     case("a_second_mount_with_a_bad_source_harms_nobody", Place::Both, a_second_mount_with_a_bad_source_harms_nobody),
-    case("a_full_cache_is_an_error_and_then_heals", Place::Host, a_full_cache_is_an_error_and_then_heals),
+    case("a_full_cache_is_an_error_and_then_heals", Place::Here, a_full_cache_is_an_error_and_then_heals),
 ];
 
 /// Where a chunk record has its flags, and the one that announces a checksum.

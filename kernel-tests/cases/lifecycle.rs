@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use super::fixture::{FILE, Fixture, content, drop_caches};
 use crate::host::Need;
-use crate::{Case, Ctx, Outcome, Place};
+use crate::{Backend, Case, Ctx, Outcome, Place};
 
 const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend];
 
@@ -48,7 +48,10 @@ fn doctor_finds_the_backend_under_test(ctx: &Ctx) -> Outcome {
 
     ensure!(output.status.success(), "{output:?}");
     let host: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    ensure!(host["choice"] == ctx.backend.name(), "{host}");
+    let found = host["findings"].as_array().into_iter().flatten().find(|it| it["name"] == ctx.backend.name());
+    let is_fuse = matches!(ctx.backend, Backend::FuseDevice | Backend::FuseTree);
+    ensure!(host["choice"] == ctx.backend.name() || is_fuse, "{host}");
+    ensure!(found.is_some_and(|found| found["works"] == true) || !is_fuse, "{host}");
     ensure!(!cache.exists(), "the directory that doctor made is left");
     let elsewhere = Command::new(&ctx.rafsd).args(["doctor", "--json", "--cache", "/dev/shm/rafsd-test"]).output()?;
     let host: serde_json::Value = serde_json::from_slice(&elsewhere.stdout)?;

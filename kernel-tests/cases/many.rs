@@ -12,20 +12,20 @@ use rafsd::daemon::client::Client;
 
 use super::fixture::{Fixture, content};
 use crate::host::Need;
-use crate::{Case, Ctx, Outcome, Place};
+use crate::{Backend, Case, Ctx, Outcome, Place};
 
 const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend];
 
 pub(crate) const CASES: &[Case] = &[
-    Case { name: "many_mounts_under_one_daemon_survive_it", needs: NEEDS, place: Place::Host, run: many_mounts },
-    Case { name: "a_burst_of_cold_reads_waits_and_is_served", needs: NEEDS, place: Place::Host, run: burst },
+    Case { name: "many_mounts_under_one_daemon_survive_it", needs: NEEDS, place: Place::Here, run: many_mounts },
+    Case { name: "a_burst_of_cold_reads_waits_and_is_served", needs: NEEDS, place: Place::Here, run: burst },
     Case {
         name: "an_image_of_many_files_is_mounted_again_without_being_read",
         needs: NEEDS,
-        place: Place::Host,
+        place: Place::Here,
         run: again,
     },
-    Case { name: "an_image_of_many_blobs_is_mounted", needs: NEEDS, place: Place::Host, run: many_blobs },
+    Case { name: "an_image_of_many_blobs_is_mounted", needs: NEEDS, place: Place::Here, run: many_blobs },
 ];
 
 /// Different images that the mounts are of.
@@ -53,6 +53,15 @@ fn memory(pid: u32) -> anyhow::Result<u64> {
     Ok(kib << 10)
 }
 
+fn choice(backend: Backend) -> BackendChoice {
+    match backend {
+        Backend::Fanotify => BackendChoice::Fanotify,
+        Backend::Cachefiles => BackendChoice::Cachefiles,
+        Backend::FuseDevice => BackendChoice::FuseDevice,
+        Backend::FuseTree => BackendChoice::FuseTree,
+    }
+}
+
 fn many_mounts(ctx: &Ctx) -> Outcome {
     let count = number("RAFSD_MOUNTS", 200)?;
     let mut fixture = Fixture::files(ctx, 1)?;
@@ -73,7 +82,7 @@ fn many_mounts(ctx: &Ctx) -> Outcome {
         let image = &images[number % IMAGES];
         let blobs = image.join("blobs").to_str().context("UTF-8")?.to_owned();
         let image = ImageSpec { bootstrap: image.join("bootstrap"), blobs, ca: None, prefetch: PrefetchOrder::None };
-        let request = MountRequest { image, dir: dir.clone(), backend: BackendChoice::Fanotify, trace: None };
+        let request = MountRequest { image, dir: dir.clone(), backend: choice(ctx.backend), trace: None };
         runtime.block_on(client.mount(&request)).with_context(|| format!("mount {number}"))?;
     }
     println!("{count} mounts in {:?}", began.elapsed());
@@ -167,8 +176,7 @@ fn again(ctx: &Ctx) -> Outcome {
     let mount = |name: &str| {
         let dir = ctx.dir.join(name);
         fs::create_dir_all(&dir)?;
-        let request =
-            MountRequest { image: spec.clone(), dir: dir.clone(), backend: BackendChoice::Fanotify, trace: None };
+        let request = MountRequest { image: spec.clone(), dir: dir.clone(), backend: choice(ctx.backend), trace: None };
         let (before, began) = (bytes_read(fixture.pid())?, Instant::now());
         let report = runtime.block_on(client.mount(&request))?;
         let (took, read) = (began.elapsed(), bytes_read(fixture.pid())? - before);

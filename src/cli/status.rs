@@ -114,9 +114,8 @@ fn find<'a>(images: &'a [ImageReport], name: &str) -> anyhow::Result<Vec<&'a Ima
 }
 
 fn status<'a>(image: &'a ImageReport, info: &Info) -> Status<'a> {
-    let all = [BackendKind::Fanotify, BackendKind::Cachefiles];
     let other = |backend| Other { backend, why_not: why_not(backend, info) };
-    let others = all.into_iter().filter(|backend| *backend != image.backend).map(other).collect();
+    let others = BackendKind::ALL.into_iter().filter(|backend| *backend != image.backend).map(other).collect();
     Status { image, others, keeper_alive: info.keeper_alive }
 }
 
@@ -126,7 +125,7 @@ fn why_not(backend: BackendKind, info: &Info) -> String {
     }
     match info.host.choice {
         Some(choice) if choice == backend => "it works here; another one was asked for".to_owned(),
-        _ => "it works here; the other one comes first, ask for this one with --backend".to_owned(),
+        _ => "it works here; another one comes first, ask for this one with --backend".to_owned(),
     }
 }
 
@@ -172,6 +171,10 @@ fn state(image: &ImageReport) -> String {
         (ImageState::Lazy, _) => "lazy: what is missing is fetched when it is read",
         (ImageState::Complete, BackendKind::Fanotify) => "complete: the kernel reads all of it alone",
         (ImageState::Complete, BackendKind::Cachefiles) => "complete: all of it is in the kernel's cache",
+        (ImageState::Complete, BackendKind::FuseDevice) => {
+            "complete: all of it is in the cache; what was missing at the mount is read through the daemon"
+        }
+        (ImageState::Complete, BackendKind::FuseTree) => "complete: all of it is in the cache, and the daemon reads it",
         (ImageState::Degraded, _) => "degraded: data is missing, and the last attempt to get some failed",
     };
     how.to_owned()

@@ -17,6 +17,7 @@ use tokio::runtime::Handle;
 
 use super::DaemonError;
 use super::api::PrefetchOrder;
+use super::connections::Connections;
 use super::keeper::{Inheritance, Keepers, Kind, Name};
 use super::known::KnownImages;
 use super::mounts::{Daemon, Options, State};
@@ -24,12 +25,12 @@ use super::objects::Objects;
 use super::observe::Occupied;
 use super::origins::Origins;
 use super::prepare::{Prepared, resume};
-use super::records::{Record, RecordId, Records, ensure_private};
-use super::served::{Mounted, Served};
+use super::records::{DeviceFile, Record, RecordId, Records, ensure_private};
+use super::served::{Attachment, Mounted, Served};
 use super::serving::{Backends, Legacy, device_file, spawn};
 use super::trace::Traces;
 use crate::base::{Chain, Digest};
-use crate::cache::{Device, Store, StoreOptions};
+use crate::cache::{Store, StoreOptions};
 use crate::export::cachefiles::FsId;
 use crate::export::{BackendKind, MountWatch, WatchId};
 use crate::sys::fanotify::{Answer, Group};
@@ -43,6 +44,31 @@ type Events = Vec<(Outstanding, Option<OwnedFd>)>;
 
 /// Files of devices that a dead daemon had open.
 type Files = BTreeMap<InodeId, OwnedFd>;
+
+/// What a dead daemon left, beside records and events, and what is found out about it while its images are
+/// taken over.
+#[derive(Default)]
+struct Left {
+    files: Files,
+    connections: Connections,
+    /// Images that several mounts share.
+    prepared: HashMap<Digest, Arc<crate::image::Image>>,
+}
+
+impl Left {
+    /// The file of a device. One that is marked must be the one that was opened before.
+    fn open(&self, daemon: &Daemon, backend: BackendKind, device: &DeviceFile) -> Result<OwnedFd, DaemonError> {
+        let path = daemon.store.data_path(&device.directory);
+        let unusable = |cause| DaemonError::Io { path: path.clone(), cause };
+        match self.files.get(&device.file()) {
+            Some(file) => file.try_clone().map_err(unusable),
+            None if backend == BackendKind::Fanotify => {
+                Err(DaemonError::Record { what: "the keepers do not have the file of a device".to_owned() })
+            }
+            None => Ok(File::options().read(true).write(true).open(&path).map_err(unusable)?.into()),
+        }
+    }
+}
 
 impl Daemon {
     /// Opens the store, starts the keepers, and goes on with what a dead daemon left, if anything.
@@ -62,9 +88,10 @@ impl Daemon {
         let lock = lock.map(File::from);
         let store = Store::open_locked(&options.cache, store_options, runtime.clone(), lock, telemetry.clone())?;
         let watch = instance.map_or_else(MountWatch::new, MountWatch::of).map_err(start("the watch on mounts"))?;
-        let (events, files) = inherited.as_mut().map_or_else(Default::default, |it| {
+        let (events, left) = inherited.as_mut().map_or_else(Default::default, |it| {
             let files = it.devices().filter_map(|name| Some((device_file(name), it.take(name)?))).collect::<Files>();
-            (std::mem::take(&mut it.events), files)
+            let left = Left { files, connections: Connections::of(it), prepared: HashMap::new() };
+            (std::mem::take(&mut it.events), left)
         });
         let journal = inherited.as_mut().and_then(Inheritance::take_journal);
         let takes_over = inherited.is_some();
@@ -103,7 +130,7 @@ impl Daemon {
             traces: Traces::default(),
         });
         if takes_over {
-            daemon.take_over(files, events)?;
+            daemon.take_over(left, events)?;
             let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
             let _ = daemon.takeover_ms.set(ms);
             tracing::info!(ms, "took over from a daemon that has gone");
@@ -120,9 +147,8 @@ impl Daemon {
     }
 
     /// Goes on with the images of a dead daemon, and with its readers.
-    fn take_over(self: &Arc<Self>, mut files: Files, events: Events) -> Result<(), DaemonError> {
+    fn take_over(self: &Arc<Self>, mut left: Left, events: Events) -> Result<(), DaemonError> {
         let taken = events.len();
-        let mut prepared = HashMap::new();
         let start = |what| move |cause| DaemonError::Start { what, cause };
         let living = self.watch.living().map_err(start("the watch on mounts"))?;
         let mut known = HashSet::new();
@@ -137,11 +163,11 @@ impl Daemon {
             };
             let watch = record.superblock.map(WatchId::from);
             if watch.is_some_and(|watch| !living.contains(&watch)) {
-                self.records.remove(id);
+                self.forget(id);
                 continue;
             }
             known.extend(watch);
-            if let Err(error) = self.take_over_one(id, &record, &mut files, &mut prepared) {
+            if let Err(error) = self.take_over_one(id, &record, &mut left) {
                 let dir = record.dir.as_deref().unwrap_or(Path::new("-"));
                 tracing::error!(dir = %dir.display(), error = %Chain(&error), "an image cannot be served any more; its cold reads fail");
                 self.leave_unserved(watch, Some(id));
@@ -149,6 +175,8 @@ impl Daemon {
             prefetches.extend(self.wanted_prefetch(&record));
             faultpoint::reach("adopted-one");
         }
+        self.let_go(&left.connections);
+        let files = left.files;
         let strangers: Vec<_> = living.difference(&known).copied().collect();
         strangers.iter().for_each(|watch| self.leave_unserved(Some(*watch), None));
         let (fanotify, cachefiles) = self.backends.services();
@@ -224,41 +252,24 @@ impl Daemon {
         }
     }
 
-    fn take_over_one(
-        self: &Arc<Self>,
-        id: RecordId,
-        record: &Record,
-        files: &mut Files,
-        prepared: &mut HashMap<Digest, Arc<crate::image::Image>>,
-    ) -> Result<(), DaemonError> {
+    fn take_over_one(self: &Arc<Self>, id: RecordId, record: &Record, left: &mut Left) -> Result<(), DaemonError> {
         let damaged = |what: &str| DaemonError::Record { what: what.to_owned() };
         let key = Digest::from_hex(&record.key).ok_or_else(|| damaged("no digest"))?;
         let source = self.origins.open_or_absent(&record.spec);
         let kept = self.store.shelves().bootstraps().keep_known(key);
-        let mut image = match prepared.get(&key) {
+        let mut image = match left.prepared.get(&key) {
             Some(image) => Prepared::again(kept, image.clone(), source.clone()),
             None => resume(kept, source.clone())?,
         };
-        prepared.insert(key, image.image.clone());
+        left.prepared.insert(key, image.image.clone());
         let watch = record.superblock.map(WatchId::from);
         // Nobody else holds them until they are marked.
         let mut devices = Vec::new();
         let served = match record.backend {
-            BackendKind::Fanotify => {
-                devices = record
-                    .devices
-                    .iter()
-                    .map(|it| {
-                        let file = files.get(&it.file()).and_then(|file| file.try_clone().ok());
-                        let file = file.ok_or_else(|| damaged("the keepers do not have the file of a device"))?;
-                        Ok(self.store.adopt(&it.directory, file.into(), source.clone())?)
-                    })
-                    .collect::<Result<Vec<Arc<Device>>, DaemonError>>()?;
-                if devices.len() != image.image.devices().len() {
-                    return Err(damaged("it names other devices than the image has"));
-                }
-                image.maps = devices.iter().map(|device| device.map()).collect();
-                Served::by_fanotify(Arc::new(image), &devices, record.why.clone())
+            BackendKind::Fanotify | BackendKind::FuseDevice | BackendKind::FuseTree => {
+                let served;
+                (served, devices) = self.adopt_stored(record, image, &|it| left.open(self, record.backend, it))?;
+                served
             }
             BackendKind::Cachefiles => {
                 if self.backends.services().1.is_none() {
@@ -286,9 +297,13 @@ impl Daemon {
         let attachment = match record.backend {
             BackendKind::Fanotify => {
                 let service = self.backends.fanotify(&self.keepers)?;
-                Some(service.adopt(&served.prepared.live(&devices), watch)?)
+                Attachment::Fanotify(service.adopt(&served.prepared.live(&devices), watch)?)
             }
-            BackendKind::Cachefiles => None,
+            BackendKind::FuseDevice | BackendKind::FuseTree => {
+                let live = served.prepared.live(&devices);
+                self.adopt_connection((id, record), &live, watch, &mut left.connections)?
+            }
+            BackendKind::Cachefiles => Attachment::Cachefiles,
         };
         let mounted = Mounted { watch, record: id, served, attachment };
         let mut state = self.state.lock().unwrap();

@@ -14,6 +14,7 @@ mod alive;
 pub mod api;
 mod attribution;
 pub mod client;
+mod connections;
 pub mod control;
 mod error;
 pub mod keeper;
@@ -32,6 +33,7 @@ pub mod settings;
 pub mod stock;
 mod stockclient;
 mod stop;
+mod stored;
 mod trace;
 mod unkept;
 

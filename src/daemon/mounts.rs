@@ -22,7 +22,7 @@ use super::origins::Origins;
 use super::prefetch::{Prefetches, devices};
 use super::prepare::{Prepared, bootstrap_as_blob, prepare};
 use super::records::{Record, RecordId, Records};
-use super::served::{Live, Mounted, Served, blob_object};
+use super::served::{Attachment, Live, Mounted, Served, blob_object};
 use super::serving::Backends;
 use super::stop::Ending;
 use super::trace::Traces;
@@ -30,7 +30,7 @@ use crate::base::BlobId;
 use crate::blob::UnitMap;
 use crate::cache::{Engine, Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
-use crate::export::{AttachError, BackendKind, MountWatch, WatchId};
+use crate::export::{AttachError, BackendKind, MountWatch, WatchId, fuse};
 use crate::sys::mount::{detach, unmount};
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Telemetry;
@@ -160,14 +160,16 @@ impl Daemon {
         }
         let record = self.records.reserve();
         let mounted = match kind {
-            BackendKind::Fanotify => self.mount_fanotify(request, prepared, why, record),
             BackendKind::Cachefiles => {
                 let own = prepared.maps.clone();
                 self.remember(&mut prepared, own);
                 self.mount_cachefiles(request, Arc::new(prepared), why, record)
             }
+            BackendKind::Fanotify | BackendKind::FuseDevice | BackendKind::FuseTree => {
+                self.mount_stored(kind, request, prepared, why, record)
+            }
         };
-        mounted.inspect_err(|_| self.records.remove(record))
+        mounted.inspect_err(|_| self.forget(record))
     }
 
     fn prepare(&self, spec: &ImageSpec) -> Result<Prepared, DaemonError> {
@@ -200,36 +202,8 @@ impl Daemon {
         self.state.lock().unwrap().stopping
     }
 
-    fn mount_fanotify(
-        &self,
-        request: &MountRequest,
-        mut prepared: Prepared,
-        why: String,
-        record: RecordId,
-    ) -> Result<Mounted, DaemonError> {
-        let devices = prepared
-            .maps
-            .iter()
-            .map(|map| self.store.device(map.clone(), prepared.source.clone()))
-            .collect::<Result<Vec<_>, _>>()?;
-        // One copy of each map, whatever the number of images that share it.
-        let own = std::mem::replace(&mut prepared.maps, devices.iter().map(|device| device.map()).collect());
-        self.remember(&mut prepared, own);
-        let image = prepared.live(&devices);
-        if let Some(output) = &request.trace {
-            // Before any mark, so that complete blobs get one too.
-            self.traces.start(&request.dir, &prepared.image, &devices, Some(output.clone()), Vec::new())?;
-        }
-        let service = self.backends.fanotify(&self.keepers)?;
-        let served = Served::by_fanotify(Arc::new(prepared), &devices, why);
-        let announce =
-            |watch| self.records.write(record, &served.record(&request.image, Some(&request.dir), Some(watch)));
-        let attachment = service.attach(&image, &request.dir, &self.watch, &announce, &self.options.sandbox)?;
-        Ok(Mounted { watch: attachment.watch, record, served, attachment: Some(attachment) })
-    }
-
     /// Keeps in mind what was found out about an image whose maps are `own`.
-    fn remember(&self, prepared: &mut Prepared, own: Vec<Arc<UnitMap>>) {
+    pub(super) fn remember(&self, prepared: &mut Prepared, own: Vec<Arc<UnitMap>>) {
         let Some(origin) = prepared.origin.take() else { return };
         // What others have added is theirs to say, should they be gone by then.
         let shared = |(own, shared): (Arc<UnitMap>, &Arc<UnitMap>)| if *shared == own { shared.clone() } else { own };
@@ -276,7 +250,7 @@ impl Daemon {
             // Nobody has been told of the mount yet.
             devices(&served).and_then(trace).inspect_err(|_| drop(undo()))?;
         }
-        Ok(Mounted { watch, record, served, attachment: None })
+        Ok(Mounted { watch, record, served, attachment: Attachment::Cachefiles })
     }
 
     pub(super) fn serve_cachefiles(
@@ -303,7 +277,14 @@ impl Daemon {
         let registration = Arc::new(service.register(name, boot, blobs.collect())?);
         let registered = Some(registration.clone());
         let devices = objects.into_iter().map(Live::Object).collect();
-        let served = Served { backend: BackendKind::Cachefiles, why, prepared, devices, registration: registered };
+        let served = Served {
+            backend: BackendKind::Cachefiles,
+            why,
+            prepared,
+            devices,
+            registration: registered,
+            straight: Vec::new(),
+        };
         Ok((served, registration))
     }
 
@@ -402,8 +383,7 @@ impl Daemon {
             let mounted = state.mounts.get(dir).and_then(Option::as_ref);
             mounted.map(|mounted| mounted.watch).ok_or_else(|| DaemonError::NotMounted(dir.to_owned()))?
         };
-        let outcome = self.options.sandbox.outside(|| if lazy { detach(dir) } else { unmount(dir) });
-        outcome.map_err(|cause| DaemonError::Unmount { dir: dir.to_owned(), cause })?;
+        self.options.sandbox.outside(|| take_down(dir, lazy))?;
         self.prefetches.cancel(Some(dir));
         let until = Instant::now() + Duration::from_secs(2);
         while self.watch.is_alive(watch) && Instant::now() < until {
@@ -450,9 +430,9 @@ impl Daemon {
         for mounted in gone {
             let record = mounted.record;
             mounted.release();
-            self.records.remove(record);
+            self.forget(record);
         }
-        unserved.into_iter().filter_map(|(_, record)| record).for_each(|record| self.records.remove(record));
+        unserved.into_iter().filter_map(|(_, record)| record).for_each(|record| self.forget(record));
     }
 
     /// Learns of every superblock that goes away, whoever unmounted it.
@@ -461,6 +441,21 @@ impl Daemon {
             self.bury();
         }
         Ok(())
+    }
+}
+
+/// Unmounts what is at `dir`: by ourselves, or by the program that mounted it for who may not.
+fn take_down(dir: &Path, lazy: bool) -> Result<(), DaemonError> {
+    let outcome = if lazy { detach(dir) } else { unmount(dir) };
+    match outcome {
+        Err(cause) if cause.raw_os_error() == Some(libc::EPERM) => match fuse::unmount_unprivileged(dir, lazy) {
+            Some(outcome) => {
+                let refused = |error: crate::sys::fuse::FusermountError| io::Error::other(error.to_string());
+                outcome.map_err(|error| DaemonError::Unmount { dir: dir.to_owned(), cause: refused(error) })
+            }
+            None => Err(DaemonError::Unmount { dir: dir.to_owned(), cause }),
+        },
+        outcome => outcome.map_err(|cause| DaemonError::Unmount { dir: dir.to_owned(), cause }),
     }
 }
 

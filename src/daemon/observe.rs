@@ -64,7 +64,7 @@ impl Daemon {
     pub fn metrics(&self) -> String {
         self.note_space();
         let backends = self.served().into_iter().map(|(_, served)| served.backend).collect::<Vec<_>>();
-        for kind in [BackendKind::Fanotify, BackendKind::Cachefiles] {
+        for kind in BackendKind::ALL {
             let count = backends.iter().filter(|backend| **backend == kind).count();
             self.telemetry.images.at(label(kind)).set(count as u64);
         }
@@ -99,7 +99,7 @@ impl Daemon {
         Activity {
             pid: std::process::id(),
             uptime_ms: millis(self.started.elapsed()),
-            reads: [BackendKind::Fanotify, BackendKind::Cachefiles].map(|kind| self.reads_of(kind)).into(),
+            reads: BackendKind::ALL.map(|kind| self.reads_of(kind)).into(),
             oldest_wait_ms: waits.map(|since| millis(since.elapsed())),
             read_durations: Durations::from(durations.reduce(|sum, more| sum.plus(&more)).unwrap_or_default()),
             misses: by_class(|class| fills.misses.at(class).get()),
@@ -151,6 +151,8 @@ fn label(kind: BackendKind) -> Backend {
     match kind {
         BackendKind::Fanotify => Backend::Fanotify,
         BackendKind::Cachefiles => Backend::Cachefiles,
+        BackendKind::FuseDevice => Backend::FuseDevice,
+        BackendKind::FuseTree => Backend::FuseTree,
     }
 }
 

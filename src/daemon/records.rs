@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::api::ImageSpec;
+use crate::export::fuse::Lasting;
 use crate::export::{BackendKind, WatchId};
 use crate::sys::files::InodeId;
 
@@ -41,6 +42,13 @@ pub(super) struct Record {
     /// Its name in the kernel's cache; for cachefiles.
     #[serde(default)]
     pub(super) name: Option<CacheName>,
+    /// Its connection, which the keepers have; for FUSE.
+    #[serde(default)]
+    pub(super) fuse: Option<Lasting>,
+    /// For each device, whether the kernel reads its file without asking, as decided when it was mounted; for
+    /// devices over FUSE.
+    #[serde(default)]
+    pub(super) straight: Vec<bool>,
 }
 
 /// A superblock in a record.
@@ -93,6 +101,13 @@ impl From<Superblock> for WatchId {
 /// Names a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct RecordId(u64);
+
+impl RecordId {
+    /// Its number, by which the keepers know what belongs to it.
+    pub(super) fn number(self) -> u64 {
+        self.0
+    }
+}
 
 /// The file around a record.
 #[derive(Serialize, Deserialize)]
@@ -209,6 +224,8 @@ mod tests {
             key: "00".repeat(32),
             devices: vec![DeviceFile::new("ab".to_owned(), InodeId::new(1, 2))],
             name: None,
+            fuse: None,
+            straight: Vec::new(),
         }
     }
 

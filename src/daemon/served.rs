@@ -14,7 +14,7 @@ use crate::base::ByteRange;
 use crate::blob::UnitMap;
 use crate::cache::{Device, Engine, Fill};
 use crate::export::cachefiles::{ObjectSpec, Registration};
-use crate::export::{BackendKind, WatchId, fanotify};
+use crate::export::{BackendKind, WatchId, fanotify, fuse};
 use crate::sys::files::inode_id;
 use crate::telemetry::Telemetry;
 
@@ -25,15 +25,25 @@ pub(super) struct Mounted {
     /// What a successor would read of it.
     pub(super) record: RecordId,
     pub(super) served: Served,
-    /// Absent for the cachefiles backend, whose registration is in `served`.
-    pub(super) attachment: Option<fanotify::Attachment>,
+    pub(super) attachment: Attachment,
+}
+
+/// What a backend keeps for a mount.
+#[derive(Debug)]
+pub(super) enum Attachment {
+    Fanotify(fanotify::Attachment),
+    /// Nothing: the registration is in what is served.
+    Cachefiles,
+    Fuse(fuse::Attachment),
 }
 
 impl Mounted {
     /// Lets go of everything, after the superblock has gone.
     pub(super) fn release(self) {
-        if let Some(attachment) = self.attachment {
-            attachment.release();
+        match self.attachment {
+            Attachment::Fanotify(attachment) => attachment.release(),
+            Attachment::Cachefiles => {}
+            Attachment::Fuse(attachment) => attachment.release(),
         }
     }
 }
@@ -48,6 +58,8 @@ pub(super) struct Served {
     pub(super) devices: Vec<Live>,
     /// For the cachefiles backend: keeps the image's names known.
     pub(super) registration: Option<Arc<Registration>>,
+    /// For devices over FUSE: of each, whether the kernel reads its file without asking, as decided at the mount.
+    pub(super) straight: Vec<bool>,
 }
 
 /// The device behind a blob: there from the start with fanotify, from the first read on with
@@ -69,10 +81,10 @@ impl Live {
 }
 
 impl Served {
-    /// An image whose devices lie in the store.
-    pub(super) fn by_fanotify(prepared: Arc<Prepared>, devices: &[Arc<Device>], why: String) -> Self {
+    /// An image whose devices lie in the store, served by `backend`.
+    pub(super) fn stored(backend: BackendKind, prepared: Arc<Prepared>, devices: &[Arc<Device>], why: String) -> Self {
         let devices = devices.iter().map(|device| Live::Stored(Arc::downgrade(device))).collect();
-        Self { backend: BackendKind::Fanotify, why, prepared, devices, registration: None }
+        Self { backend, why, prepared, devices, registration: None, straight: Vec::new() }
     }
 
     /// Its devices that lie in the store.
@@ -101,6 +113,8 @@ impl Served {
             key: self.prepared.key.to_string(),
             devices: files.collect(),
             name: name.map(|name| CacheName { id: name.id.clone(), domain: name.domain.clone() }),
+            fuse: None,
+            straight: self.straight.clone(),
         }
     }
 
@@ -155,7 +169,16 @@ impl Served {
         }
     }
 
-    /// Whether the kernel can read all of it without us.
+    /// Whether its readers need the daemon, or may.
+    pub(super) fn needs_us(&self) -> bool {
+        match self.backend {
+            BackendKind::Fanotify | BackendKind::Cachefiles => !self.is_complete(),
+            BackendKind::FuseDevice => self.straight.contains(&false),
+            BackendKind::FuseTree => true,
+        }
+    }
+
+    /// Whether all of it is here.
     pub(super) fn is_complete(&self) -> bool {
         self.devices.iter().all(|live| live.device().is_some_and(|device| device.is_complete_durable()))
     }
@@ -167,7 +190,7 @@ impl Served {
 }
 
 impl ImageReport {
-    /// Whether the kernel can read all of it without us.
+    /// Whether all of it is here.
     pub fn is_complete(&self) -> bool {
         self.devices.iter().all(|device| device.stats.is_some_and(|stats| stats.complete))
     }

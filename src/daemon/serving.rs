@@ -15,6 +15,7 @@ use super::keeper::{Held, Keepers, Kind, Name};
 use super::mounts::Options;
 use crate::export::cachefiles::Cachefiles;
 use crate::export::fanotify::Fanotify;
+use crate::export::fuse::{Connection, Fuse};
 use crate::export::host::Host;
 use crate::export::{BackendKind, Custody};
 use crate::sys::fanotify::Group;
@@ -34,6 +35,14 @@ pub(super) struct Backends {
     telemetry: Telemetry,
     fanotify: Mutex<Option<Running<Fanotify>>>,
     cachefiles: Mutex<Option<Running<Cachefiles>>>,
+    fuse: Mutex<Option<Pool>>,
+}
+
+/// The FUSE server and its threads.
+#[derive(Debug)]
+struct Pool {
+    service: Arc<Fuse>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 /// A service and the thread that runs it; no thread while a dead daemon's images are taken over.
@@ -94,6 +103,7 @@ impl Backends {
             telemetry,
             fanotify: Mutex::new(fanotify.map(|service| Running { service, thread: None })),
             cachefiles: Mutex::new(cachefiles.map(|service| Running { service, thread: None })),
+            fuse: Mutex::default(),
         })
     }
 
@@ -151,11 +161,25 @@ impl Backends {
                     }
                     BackendKind::Cachefiles => "this kernel has on-demand cachefiles, the fastest path",
                     BackendKind::Fanotify => "pre-content events passed their self test, and there is no cachefiles",
+                    BackendKind::FuseDevice
+                        if [BackendKind::Cachefiles, BackendKind::Fanotify].iter().any(|it| host.can(*it)) =>
+                    {
+                        "EROFS can read through FUSE, and the settings prefer that"
+                    }
+                    BackendKind::FuseDevice => {
+                        "EROFS can read through FUSE, and there are neither pre-content events nor cachefiles"
+                    }
+                    BackendKind::FuseTree if BackendKind::ALL.iter().any(|it| *it != kind && host.can(*it)) => {
+                        "FUSE works, and the settings prefer it"
+                    }
+                    BackendKind::FuseTree => "FUSE works, and nothing faster does",
                 };
                 return Ok((kind, why.to_owned()));
             }
             BackendChoice::Fanotify => BackendKind::Fanotify,
             BackendChoice::Cachefiles => BackendKind::Cachefiles,
+            BackendChoice::FuseDevice => BackendKind::FuseDevice,
+            BackendChoice::FuseTree => BackendKind::FuseTree,
         };
         if !self.host().can(kind) {
             return Err(DaemonError::NoBackend { reasons: format!("{kind}: {}", self.host().obstacles(kind)) });
@@ -200,6 +224,24 @@ impl Backends {
         Ok(service)
     }
 
+    /// The FUSE server, with its threads.
+    pub(super) fn fuse(&self) -> Result<Arc<Fuse>, DaemonError> {
+        let mut slot = self.fuse.lock().unwrap();
+        if let Some(pool) = &*slot {
+            return Ok(pool.service.clone());
+        }
+        let start = start_of("the FUSE server");
+        let service = Fuse::new(self.telemetry.clone()).map_err(start)?;
+        let spawn = |number| self.spawn_narrow(&format!("fuse-{number}"), &service, Fuse::run);
+        let threads = (0..Fuse::threads()).map(spawn).collect::<io::Result<_>>().map_err(start)?;
+        *slot = Some(Pool { service: service.clone(), threads });
+        Ok(service)
+    }
+
+    fn fuse_if_any(&self) -> Option<Arc<Fuse>> {
+        self.fuse.lock().unwrap().as_ref().map(|pool| pool.service.clone())
+    }
+
     /// Starts a thread that answers the kernel and can do little else.
     fn spawn_narrow<T: Send + Sync + 'static>(
         &self,
@@ -222,6 +264,7 @@ impl Backends {
         let stuck = [
             ("fan-0", fanotify.is_some_and(|service| !service.is_responsive(within))),
             ("cf-0", cachefiles.is_some_and(|service| !service.is_responsive(within))),
+            ("fuse-0", self.fuse_if_any().is_some_and(|service| !service.is_responsive(within))),
         ];
         stuck.into_iter().filter(|(_, stuck)| *stuck).map(|(name, _)| name).collect()
     }
@@ -252,6 +295,10 @@ impl Backends {
         if let Some(Running { service, thread }) = &mut *self.cachefiles.lock().unwrap() {
             ends(&|| service.stop(), thread);
         }
+        if let Some(Pool { service, threads }) = &mut *self.fuse.lock().unwrap() {
+            service.stop();
+            threads.drain(..).for_each(|thread| drop(thread.join()));
+        }
     }
 
     /// Answers nobody any more: who waits now, waits for a successor. Only before the end.
@@ -259,11 +306,17 @@ impl Backends {
         if let Some(running) = &*self.fanotify.lock().unwrap() {
             running.service.freeze();
         }
+        self.connections().iter().for_each(|connection| connection.freeze());
     }
 
-    /// Events of fanotify that wait for data.
+    /// Events of fanotify and requests of FUSE that wait for data.
     pub(super) fn waiting(&self) -> usize {
-        self.fanotify.lock().unwrap().as_ref().map_or(0, |it| it.service.waiting())
+        let events = self.fanotify.lock().unwrap().as_ref().map_or(0, |it| it.service.waiting());
+        events + self.connections().iter().map(|connection| connection.waiting()).sum::<usize>()
+    }
+
+    fn connections(&self) -> Vec<Arc<Connection>> {
+        self.fuse_if_any().map(|service| service.connections()).unwrap_or_default()
     }
 }
 

@@ -140,7 +140,7 @@ impl Daemon {
     /// Whether somebody may still ask for data that is missing.
     fn is_in_use(&self) -> bool {
         let state = self.state.lock().unwrap();
-        let mounted = state.mounts.values().flatten().any(|mounted| !mounted.served.is_complete());
+        let mounted = state.mounts.values().flatten().any(|mounted| mounted.served.needs_us());
         let being_made = state.mounts.values().any(Option::is_none);
         mounted || being_made || !state.lingering.is_empty() || !state.unserved.is_empty()
     }

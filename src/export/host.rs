@@ -9,8 +9,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::BackendKind;
+use super::fuse::selftest::{self as fuse_selftest, FuseTestError};
 use super::selftest::{self, SelfTestError};
+use super::{AttachError, BackendKind};
 use crate::base::Chain;
 use crate::sys::cachefiles;
 use crate::sys::files::file_system;
@@ -64,18 +65,16 @@ impl Host {
         let cache_file_system = file_system(std::fs::File::open(cache)?)?;
         let file_backed = file_backed(cache);
         let pre_content = if file_backed.works { pre_content(cache) } else { unreachable_pre_content() };
-        let findings = vec![cachefiles(cache, bound), on_demand_erofs(), file_backed, pre_content, fuse()];
-        let works = |name| findings.iter().any(|finding| finding.name == name && finding.works);
-        let choice = if works("cachefiles") && works("erofs-on-demand") {
-            Some(BackendKind::Cachefiles)
-        } else if works("pre-content-events") {
-            Some(BackendKind::Fanotify)
-        } else {
-            None
-        };
+        let fuse = fuse(cache);
+        let fuse_device = if fuse.works { fuse_device(cache) } else { unreachable_fuse_device() };
+        let findings = vec![cachefiles(cache, bound), on_demand_erofs(), file_backed, pre_content, fuse, fuse_device];
         let uname = nix::sys::utsname::uname()?;
         let kernel = uname.release().to_string_lossy().into_owned();
-        Ok(Self { kernel, cache_file_system, findings, choice })
+        let host = Self { kernel, cache_file_system, findings, choice: None };
+        let best_first =
+            [BackendKind::Cachefiles, BackendKind::Fanotify, BackendKind::FuseDevice, BackendKind::FuseTree];
+        let choice = best_first.into_iter().find(|kind| host.can(*kind));
+        Ok(Self { choice, ..host })
     }
 
     /// Whether `kind` can serve here.
@@ -83,6 +82,8 @@ impl Host {
         let needed: &[&str] = match kind {
             BackendKind::Fanotify => &["pre-content-events"],
             BackendKind::Cachefiles => &["cachefiles", "erofs-on-demand"],
+            BackendKind::FuseDevice => &["fuse-device"],
+            BackendKind::FuseTree => &["fuse"],
         };
         needed.iter().all(|name| self.findings.iter().any(|finding| finding.name == *name && finding.works))
     }
@@ -92,6 +93,8 @@ impl Host {
         let names: &[&str] = match kind {
             BackendKind::Fanotify => &["file-backed-erofs", "pre-content-events"],
             BackendKind::Cachefiles => &["cachefiles", "erofs-on-demand"],
+            BackendKind::FuseDevice => &["fuse", "fuse-device"],
+            BackendKind::FuseTree => &["fuse"],
         };
         let failed = self.findings.iter().filter(|finding| names.contains(&finding.name.as_str()) && !finding.works);
         let say = |finding: &Finding| format!("{}: {}", finding.detail, finding.remedy.as_deref().unwrap_or_default());
@@ -206,13 +209,45 @@ fn pre_content(cache: &Path) -> Finding {
     missing(NAME, Chain(&e).to_string(), remedy)
 }
 
-fn fuse() -> Finding {
+fn fuse(cache: &Path) -> Finding {
     const NAME: &str = "fuse";
-    match std::fs::File::options().read(true).write(true).open("/dev/fuse") {
-        Ok(_) => works(NAME, "/dev/fuse opens"),
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
-            missing(NAME, format!("/dev/fuse cannot be opened ({e})"), "run as root in the initial user namespace")
+    let error = match fuse_selftest::offer(cache) {
+        Ok(offer) => return works(NAME, &offer.to_string()),
+        Err(error) => error,
+    };
+    let remedy = match &error {
+        FuseTestError::Open(e) if matches!(e.kind(), io::ErrorKind::PermissionDenied) => {
+            "let this user open /dev/fuse (mode 0666 is usual), and the control group its device"
         }
-        Err(e) => missing(NAME, format!("/dev/fuse cannot be opened ({e})"), "load the fuse module"),
-    }
+        FuseTestError::Open(_) => "load the fuse module",
+        FuseTestError::NotAllowed => "run as root, or install fuse3 for its program fusermount3",
+        FuseTestError::TooOld { .. } => "use Linux 5.4 or later",
+        FuseTestError::Fusermount(_) => "see /etc/fuse.conf, and that fusermount3 is owned by root and set-uid",
+        FuseTestError::Mount(_) | FuseTestError::Scratch(_) | FuseTestError::Silent(_) => "see the kernel log",
+    };
+    missing(NAME, Chain(&error).to_string(), remedy)
+}
+
+fn unreachable_fuse_device() -> Finding {
+    let detail = "not tried, because it needs FUSE".to_owned();
+    missing("fuse-device", detail, "make FUSE work first")
+}
+
+fn fuse_device(cache: &Path) -> Finding {
+    const NAME: &str = "fuse-device";
+    let error = match selftest::fuse_device(cache) {
+        Ok(()) => return works(NAME, "EROFS read a device through FUSE, and failed where that was refused"),
+        Err(error) => error,
+    };
+    let remedy = match &error {
+        SelfTestError::Attach(AttachError::Mount(e)) if e.cause.raw_os_error() == Some(libc::EPERM) => {
+            "run as root in the initial user namespace"
+        }
+        SelfTestError::Attach(AttachError::Mount(_)) => {
+            "use Linux 6.12 or later with EROFS_FS_BACKED_BY_FILE, or load the loop module"
+        }
+        SelfTestError::Scratch(_) => "make the cache directory writable",
+        _ => "see the kernel log",
+    };
+    missing(NAME, Chain(&error).to_string(), remedy)
 }

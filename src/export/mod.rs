@@ -1,16 +1,20 @@
 //! Kernels: how a cold read reaches us and how the answer goes back.
 //!
 //! A backend holds one kernel descriptor and serves many images through it. It knows devices only
-//! as [`Fill`]: no compression, no digest, no network. Two backends exist:
+//! as [`Fill`]: no compression, no digest, no network. Four backends exist:
 //!
 //! * [`fanotify`]: the device files themselves are what EROFS reads; pre-content events tell us
 //!   before a range is read (Linux 6.14 and later).
 //! * [`cachefiles`]: the kernel keeps the cache and asks for what it misses (Linux 5.19 to 7.1).
+//! * [`fuse`]: files of devices, which EROFS reads through us (Linux 6.12 and later); or we answer every question about the tree ourselves (Linux 5.4 and later, and users who may not
+//!   mount).
 //!
 //! [`host`] finds out by trying which of them this machine can do.
 
 pub mod cachefiles;
+mod erofs;
 pub mod fanotify;
+pub mod fuse;
 pub mod host;
 mod limiter;
 mod probe;
@@ -30,17 +34,27 @@ use serde::{Deserialize, Serialize};
 use crate::cache::{Device, Fill};
 use crate::image::Image;
 use crate::sys::files::InodeId;
+use crate::sys::fuse::FusermountError;
 use crate::sys::mount::MountError;
 
 /// Which way cold reads take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum BackendKind {
     /// Pre-content events over file-backed EROFS.
     Fanotify,
     /// EROFS over the kernel's own cache, in on-demand mode.
     Cachefiles,
+    /// EROFS over files of a FUSE file system that only EROFS sees.
+    FuseDevice,
+    /// A FUSE file system that shows the image's tree.
+    FuseTree,
+}
+
+impl BackendKind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Fanotify, Self::Cachefiles, Self::FuseDevice, Self::FuseTree];
 }
 
 impl std::fmt::Display for BackendKind {
@@ -48,6 +62,8 @@ impl std::fmt::Display for BackendKind {
         f.write_str(match self {
             Self::Fanotify => "fanotify",
             Self::Cachefiles => "cachefiles",
+            Self::FuseDevice => "fuse-device",
+            Self::FuseTree => "fuse-tree",
         })
     }
 }
@@ -149,6 +165,15 @@ pub enum AttachError {
     /// The mount reads its device behind our back: holes would be read as zeros.
     #[error("reads of {} raise no events, so missing data would be read as zeros; the mount was undone", path.display())]
     Bypassed { path: PathBuf },
+    /// The root of the image makes no sense.
+    #[error("the image cannot be served as a tree")]
+    Tree(#[source] fuse::TreeError),
+    /// The kernel did not take up the connection.
+    #[error("the kernel and this program found no common FUSE protocol")]
+    Handshake(#[source] io::Error),
+    /// The program that mounts for users did not.
+    #[error("a mount without privilege failed")]
+    Fusermount(#[source] FusermountError),
     /// Nobody would look after the readers if this process died.
     #[error("the mount cannot be written down for a successor")]
     Unkept(#[source] io::Error),

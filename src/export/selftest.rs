@@ -8,7 +8,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{OFlag, openat};
@@ -17,7 +18,9 @@ use nix::sys::stat::Mode;
 use rustix::mount::MountAttrFlags;
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::base::BLOCK;
+use super::{AttachError, Backing, fuse};
+use crate::base::{BLOCK, ByteRange};
+use crate::cache::{Completion, Fill, FillError, Request};
 use crate::format::erofs::{
     self, CHUNK_FORMAT_INDEXES, ChunkIndex, DeviceSlot, Dirent, INODE_SLOT, InodeExtended, Superblock, file_type,
     layout,
@@ -45,6 +48,10 @@ pub(super) enum SelfTestError {
     WrongBytes,
     #[error("a denied read does not fail")]
     DenyIgnored,
+    #[error("cannot serve devices through FUSE")]
+    Serve(#[source] io::Error),
+    #[error("cannot mount an EROFS image over FUSE")]
+    Attach(#[source] AttachError),
 }
 
 /// Two files of one block each, far apart, so that no read-ahead joins them.
@@ -65,19 +72,22 @@ pub(super) fn file_backed(dir: &Path) -> Result<(), SelfTestError> {
     scratch.mount().map(drop).map_err(SelfTestError::Mount)
 }
 
+/// The first byte of the file `name`.
+fn read_first(mount: &DetachedMount, name: &[u8]) -> io::Result<u8> {
+    let name = std::str::from_utf8(name).expect("ASCII");
+    let file = File::from(openat(mount, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?);
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 0)?;
+    Ok(byte[0])
+}
+
 /// Marks, mounts, reads, fills, denies.
 pub(super) fn pre_content(dir: &Path) -> Result<(), SelfTestError> {
     let scratch = Scratch::new(dir).map_err(SelfTestError::Scratch)?;
     let group = Group::new().map_err(SelfTestError::Group)?;
     group.mark(scratch.device.as_fd()).map_err(SelfTestError::Mark)?;
     let mount = scratch.mount().map_err(SelfTestError::Mount)?;
-    let read = |name: &[u8]| -> io::Result<u8> {
-        let name = std::str::from_utf8(name).expect("ASCII");
-        let file = File::from(openat(&mount, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?);
-        let mut byte = [0];
-        file.read_exact_at(&mut byte, 0)?;
-        Ok(byte[0])
-    };
+    let read = |name: &[u8]| read_first(&mount, name);
     let fill = || scratch.device.write_all_at(&[PATTERN; BLOCK_LEN], 0).is_ok();
     let (allowed, group) = answering(group, Answer::Allow, fill, || read(FILES[0].0))?;
     if !matches!(allowed, Ok(PATTERN)) {
@@ -88,6 +98,64 @@ pub(super) fn pre_content(dir: &Path) -> Result<(), SelfTestError> {
         Err(e) if e.raw_os_error() == Some(libc::EIO) => Ok(()),
         _ => Err(SelfTestError::DenyIgnored),
     }
+}
+
+/// Serves a device through FUSE, mounts over it, reads what is there and what is not.
+pub(super) fn fuse_device(dir: &Path) -> Result<(), SelfTestError> {
+    let scratch = Scratch::new(dir).map_err(SelfTestError::Scratch)?;
+    scratch.device.write_all_at(&[PATTERN; BLOCK_LEN], 0).map_err(SelfTestError::Scratch)?;
+    let file = scratch.device.try_clone().map_err(SelfTestError::Scratch)?;
+    let device = Arc::new(Plain { path: scratch.dir.join("device"), file: Arc::new(file) });
+    let read = |mount: &DetachedMount| read_first(mount, FILES[0].0);
+    let fail = |mount: &DetachedMount| read_first(mount, FILES[1].0).map(drop);
+    let outcome = fuse::try_device(&scratch.dir.join("bootstrap"), device, &read, &fail);
+    let (allowed, failed) = outcome.map_err(|error| match error {
+        fuse::TryError::Serve(cause) => SelfTestError::Serve(cause),
+        fuse::TryError::Attach(error) => SelfTestError::Attach(error),
+    })?;
+    match (allowed, failed) {
+        (Ok(PATTERN), true) => Ok(()),
+        (Ok(PATTERN), false) => Err(SelfTestError::DenyIgnored),
+        _ => Err(SelfTestError::WrongBytes),
+    }
+}
+
+/// A device that is all there.
+struct Plain {
+    path: PathBuf,
+    file: Arc<File>,
+}
+
+impl Fill for Plain {
+    fn decoded_len(&self) -> u64 {
+        u64::from(DEVICE_BLOCKS) * BLOCK
+    }
+
+    fn present(&self, _: ByteRange) -> bool {
+        true
+    }
+
+    fn fill_for(&self, _: Request, _: ByteRange, done: Completion) {
+        done(Err(FillError::Cancelled));
+    }
+
+    fn touched(&self, _: ByteRange) {}
+}
+
+impl Backing for Plain {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn file(&self) -> Arc<File> {
+        self.file.clone()
+    }
+
+    fn is_settled(&self) -> bool {
+        false
+    }
+
+    fn when_settled(&self, _: Box<dyn FnOnce() + Send>) {}
 }
 
 /// Runs `read` on a thread of its own while this one answers the events that it raises. Gives

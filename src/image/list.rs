@@ -4,6 +4,10 @@ use super::{Image, ImageError, Inode, Kind, Layout, Nid};
 use crate::format::erofs::{Dirent, MAX_NAME};
 use crate::format::{array_at, record_at};
 
+/// A place in a directory counts entries in this many of its bits, and blocks in those above: a block
+/// has at most 341 entries.
+const PLACE_BITS: u32 = 16;
+
 /// One name in a directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DirEntry<'a> {
@@ -41,6 +45,40 @@ impl Image {
         Ok(())
     }
 
+    /// As [`Image::list`], from `place` on, which is 0 or was told with an entry: for whoever goes on where
+    /// a visit broke off. With each entry comes the place behind it.
+    ///
+    /// A place that was never told leads to the next entry behind it, or to the end.
+    pub fn list_from<'a>(
+        &'a self,
+        dir: &Inode,
+        place: u64,
+        visit: &mut dyn FnMut(DirEntry<'a>, u64) -> ControlFlow<()>,
+    ) -> Result<(), ImageError> {
+        let blocks = DirBlocks::new(self, dir)?;
+        let mut first = usize::try_from(place & ((1 << PLACE_BITS) - 1)).expect("16 bits");
+        for number in place >> PLACE_BITS..blocks.count() {
+            let block = blocks.get(number)?;
+            for index in first..block.count() {
+                let behind = number << PLACE_BITS | (index as u64 + 1);
+                if visit(block.entry(index)?, behind).is_break() {
+                    return Ok(());
+                }
+            }
+            first = 0;
+        }
+        Ok(())
+    }
+
+    /// What is called `name` in directory `dir`, searched for as [`Image::lookup`] does.
+    ///
+    /// # Errors
+    /// If the directory or the inode makes no sense.
+    pub fn child(&self, dir: &Inode, name: &[u8]) -> Result<Option<Inode>, ImageError> {
+        let found = DirBlocks::new(self, dir)?.find(name)?;
+        found.map(|entry| self.inode(entry.nid)).transpose()
+    }
+
     /// The inode at `path`, which is taken from the root and may begin with a slash or not. Empty
     /// names and `.` are passed over, `..` leads nowhere, and links are not followed.
     ///
@@ -56,8 +94,8 @@ impl Image {
             if inode.kind != Kind::Directory || name == b".." {
                 return Ok(None);
             }
-            match DirBlocks::new(self, &inode)?.find(name)? {
-                Some(entry) => inode = self.inode(entry.nid)?,
+            match self.child(&inode, name)? {
+                Some(child) => inode = child,
                 None => return Ok(None),
             }
         }
@@ -183,6 +221,7 @@ impl<'a> DirBlock<'a> {
 #[cfg(test)]
 mod tests {
     use super::super::sample;
+    use super::*;
 
     #[test]
     fn every_listed_path_is_found_and_nothing_else() {
@@ -197,6 +236,39 @@ mod tests {
             paths += 1;
         }
         assert_eq!(paths, image.summary().paths);
+    }
+
+    #[test]
+    fn a_listing_goes_on_where_it_broke_off() {
+        let image = sample::image();
+        for visit in image.walk() {
+            let dir = visit.unwrap().inode;
+            if dir.kind != Kind::Directory {
+                continue;
+            }
+            let (mut whole, mut pieced) = (Vec::new(), Vec::new());
+            image.list(&dir, &mut |entry| push(&mut whole, entry.name)).unwrap();
+            let (mut place, mut more) = (0, true);
+            while more {
+                more = false;
+                let from = place;
+                let one = &mut |entry: DirEntry<'_>, behind| {
+                    (place, more) = (behind, true);
+                    let _ = push(&mut pieced, entry.name);
+                    ControlFlow::Break(())
+                };
+                image.list_from(&dir, from, one).unwrap();
+            }
+            assert_eq!(pieced, whole);
+            for nowhere in [u64::MAX, 1 << 40, place | 0xffff] {
+                image.list_from(&dir, nowhere, &mut |_, _| panic!("nothing is there")).unwrap();
+            }
+        }
+    }
+
+    fn push(names: &mut Vec<Vec<u8>>, name: &[u8]) -> ControlFlow<()> {
+        names.push(name.to_vec());
+        ControlFlow::Continue(())
     }
 
     #[test]

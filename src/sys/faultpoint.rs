@@ -1,8 +1,12 @@
 //! Places where a test may have this process killed.
 //!
 //! `RAFSD_FAULT_POINT=NAME:FILE` makes the process end by SIGKILL at the point NAME, once: whoever
-//! removes FILE does it, so a daemon that is started again in the same environment lives. Nothing
-//! of this is in a release build.
+//! removes FILE does it, so a daemon that is started again in the same environment lives.
+//!
+//! `RAFSD_PRETEND=NAME,NAME` has the process take the kernel for one that lacks something, so that what is done
+//! then is tried on kernels that have it.
+//!
+//! Nothing of this is in a release build.
 
 /// Reaches the point `name`.
 #[cfg(not(debug_assertions))]
@@ -30,4 +34,16 @@ pub fn reach(name: &str) {
             std::thread::park();
         }
     }
+}
+
+/// Whether the kernel is to be taken for one that is as `name` says.
+#[cfg(not(debug_assertions))]
+pub fn pretends(_name: &str) -> bool {
+    false
+}
+
+/// Whether the kernel is to be taken for one that is as `name` says.
+#[cfg(debug_assertions)]
+pub fn pretends(name: &str) -> bool {
+    std::env::var("RAFSD_PRETEND").is_ok_and(|names| names.split(',').any(|it| it == name))
 }

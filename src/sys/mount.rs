@@ -54,9 +54,14 @@ impl FsContext {
             .map_err(|e| self.failed(format!("{key}={}", value.display()), e))
     }
 
+    /// Sets option `key`, which has no value.
+    pub fn set_flag(&self, key: &str) -> Result<(), MountError> {
+        rustix::mount::fsconfig_set_flag(self.0.as_fd(), key).map_err(|e| self.failed(key.to_owned(), e))
+    }
+
     /// Creates the superblock and gives a detached, read-only mount of it.
     pub fn mount(self, attributes: MountAttrFlags) -> Result<DetachedMount, MountError> {
-        rustix::mount::fsconfig_set_flag(self.0.as_fd(), "ro").map_err(|e| self.failed("ro".into(), e))?;
+        self.set_flag("ro")?;
         rustix::mount::fsconfig_create(self.0.as_fd()).map_err(|e| self.failed("creating the superblock".into(), e))?;
         let flags = MountAttrFlags::MOUNT_ATTR_RDONLY | attributes;
         rustix::mount::fsmount(self.0.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, flags)

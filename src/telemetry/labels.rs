@@ -43,6 +43,8 @@ label! {
     Backend as "backend" {
         Fanotify = "fanotify",
         Cachefiles = "cachefiles",
+        FuseDevice = "fuse-device",
+        FuseTree = "fuse-tree",
     }
 }
 

@@ -25,15 +25,19 @@ use crate::export::host::Host;
 /// Which backend to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum BackendChoice {
-    /// The best this host has: cachefiles where it exists, then fanotify
+    /// The best this host has: cachefiles where it exists, then fanotify, fuse-device, fuse-tree
     #[default]
     Auto,
     /// Pre-content events over file-backed EROFS (Linux 6.14 and later)
     Fanotify,
     /// EROFS over the kernel's on-demand cache (Linux 5.19 to 7.1)
     Cachefiles,
+    /// EROFS over files of a FUSE file system (Linux 6.12 and later, by loop devices before)
+    FuseDevice,
+    /// A FUSE file system that shows the image (Linux 5.4 and later, and users who are not root)
+    FuseTree,
 }
 
 /// Where an image is and how its blobs are reached.

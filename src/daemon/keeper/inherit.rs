@@ -158,6 +158,11 @@ impl Inheritance {
         self.journal.take()
     }
 
+    /// Names of all parts of FUSE connections.
+    pub fn connections(&self) -> impl Iterator<Item = Name> + '_ {
+        self.held.keys().copied().filter(|name| name.kind == Kind::Fuse)
+    }
+
     /// Names of all device files.
     pub fn devices(&self) -> impl Iterator<Item = Name> + '_ {
         self.held.keys().copied().filter(|name| name.kind == Kind::Device)

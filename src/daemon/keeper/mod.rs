@@ -4,7 +4,7 @@
 //! last holder closes it, waiting readers are let through and see holes as zeros. So two more
 //! processes, the keepers, are given the group before the first mark is made, and with it all that
 //! a successor needs to go on: the journal of events, the files of devices, the watch on
-//! superblocks, the lock of the cache, `/dev/cachefiles`.
+//! superblocks, the lock of the cache, `/dev/cachefiles`, the connections of FUSE mounts.
 //!
 //! When the daemon finishes in order it says so and the keepers exit. When it vanishes, the first
 //! keeper starts another one (unless a service manager does), which takes everything over by
@@ -87,7 +87,10 @@ pub fn statuses(run: &Path) -> Vec<Status> {
 
 /// Takes the mounts of a vanished daemon out of the tree and denies their readers with `EIO`.
 pub fn recover(run: &Path) -> io::Result<Status> {
-    ask(run, Op::Recover)
+    // Each has to let go of what it holds.
+    let outcomes: Vec<_> = (0..RANKS).map(|rank| ask_one(run, rank, Op::Recover)).collect();
+    let first = outcomes.iter().position(Result::is_ok).unwrap_or(RANKS - 1);
+    outcomes.into_iter().nth(first).expect("one for each rank")
 }
 
 fn ask(run: &Path, op: Op) -> io::Result<Status> {
@@ -197,8 +200,9 @@ impl Keepers {
             return Ok(());
         }
         // What fails closed must be free to do so when nobody serves it in time.
-        let may_outlive_all = name.kind != Kind::Cachefiles;
-        if may_outlive_all && let Err(error) = self.plan.supervisor.store(&name.label(), fd.as_fd()) {
+        if !name.kind.fails_closed()
+            && let Err(error) = self.plan.supervisor.store(&name.label(), fd.as_fd())
+        {
             tracing::warn!(%error, "the service manager does not hold a descriptor");
         }
         self.tell_all(&mut state, Word::about(Op::Hold, name), Some(&fd)).inspect_err(|_| {

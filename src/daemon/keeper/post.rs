@@ -391,9 +391,9 @@ impl Post {
         }
         if late {
             // The kernel fails whoever waits there once nobody holds it, neither this one nor the other.
-            let _ = self.carry_out(Word::about(Op::Release, Name::only(Kind::Cachefiles)), None);
+            self.held.retain(|(name, _)| !name.kind.fails_closed());
         }
-        if self.orders.rank > 0 && fdpass::connect(&self.sibling).is_ok() {
+        if self.steps_back() {
             return false;
         }
         self.start_successor();
@@ -405,6 +405,11 @@ impl Post {
             self.deny();
         }
         false
+    }
+
+    /// Whether the other keeper lives, and has precedence.
+    fn steps_back(&self) -> bool {
+        self.orders.rank > 0 && fdpass::connect(&self.sibling).is_ok()
     }
 
     fn start_successor(&mut self) {
@@ -422,8 +427,12 @@ impl Post {
 
     /// Takes the mounts out of the tree and denies their readers.
     fn recover(&mut self) {
-        self.denying = true;
         self.absence.wants_successor = false;
+        self.held.retain(|(name, _)| name.kind != Kind::Fuse);
+        if self.steps_back() {
+            return;
+        }
+        self.denying = true;
         let mut devices = Vec::new();
         let listed = self.get(Kind::Watch).map(|watch| each_watch(watch, &mut |watched| devices.push(watched.device)));
         let table = mount::mount_table();

@@ -74,19 +74,37 @@ pub enum Kind {
     Program,
     /// The file of a device, opened for writing before it was marked.
     Device,
+    /// What a FUSE mount needs to go on: its connection, and the memory of the requests that were
+    /// taken from it.
+    Fuse,
 }
 
-const KINDS: [Kind; 7] =
-    [Kind::Group, Kind::Journal, Kind::Lock, Kind::Watch, Kind::Cachefiles, Kind::Program, Kind::Device];
+// What is new comes last: keepers of an older release may still be there after an upgrade.
+const KINDS: [Kind; 8] =
+    [Kind::Group, Kind::Journal, Kind::Lock, Kind::Watch, Kind::Cachefiles, Kind::Program, Kind::Device, Kind::Fuse];
 
 /// The same as words, in the same order.
-const LABELS: [&str; 7] = ["group", "journal", "lock", "watch", "cachefiles", "program", "device"];
+const LABELS: [&str; 8] = ["group", "journal", "lock", "watch", "cachefiles", "program", "device", "fuse"];
+
+impl Kind {
+    /// Whether there are several of the kind, each with a key.
+    const fn has_key(self) -> bool {
+        matches!(self, Self::Device | Self::Fuse)
+    }
+
+    /// Whether readers get errors, never wrong bytes, once nobody holds it any more. Then it is let go of
+    /// when no daemon comes in time, and no service manager is asked to hold it longer.
+    pub(super) const fn fails_closed(self) -> bool {
+        matches!(self, Self::Cachefiles | Self::Fuse)
+    }
+}
 
 /// What names a held descriptor: its kind, and what tells it from others of the kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Name {
     pub kind: Kind,
-    /// For a device, device and inode number of its file; else zeros.
+    /// For a device, device and inode number of its file; for a FUSE mount, the number of its record
+    /// and of the part; else zeros.
     pub key: [u64; 2],
 }
 
@@ -94,10 +112,8 @@ impl Name {
     /// What a service manager calls it.
     pub fn label(self) -> String {
         let kind = LABELS[self.kind as usize];
-        match (self.kind, self.key) {
-            (Kind::Device, [device, inode]) => format!("{kind}-{device}-{inode}"),
-            _ => kind.to_owned(),
-        }
+        let [first, second] = self.key;
+        if self.kind.has_key() { format!("{kind}-{first}-{second}") } else { kind.to_owned() }
     }
 
     /// The inverse of [`Name::label`].
@@ -105,10 +121,7 @@ impl Name {
         let mut parts = label.split('-');
         let known = parts.next()?;
         let kind = KINDS[LABELS.iter().position(|label| *label == known)?];
-        let key = match kind {
-            Kind::Device => [parts.next()?.parse().ok()?, parts.next()?.parse().ok()?],
-            _ => [0; 2],
-        };
+        let key = if kind.has_key() { [parts.next()?.parse().ok()?, parts.next()?.parse().ok()?] } else { [0; 2] };
         parts.next().is_none().then_some(Self { kind, key })
     }
 
@@ -178,10 +191,10 @@ mod tests {
     #[test]
     fn labels_lead_back_to_names() {
         for kind in KINDS {
-            let name = if kind == Kind::Device { Name { kind, key: [7, 1 << 40] } } else { Name::only(kind) };
+            let name = if kind.has_key() { Name { kind, key: [7, 1 << 40] } } else { Name::only(kind) };
             assert_eq!(Name::from_label(&name.label()), Some(name));
         }
-        for bad in ["", "control", "device", "device-1", "device-1-x", "group-1", "device-1-2-3"] {
+        for bad in ["", "control", "device", "device-1", "device-1-x", "group-1", "device-1-2-3", "fuse-1"] {
             assert_eq!(Name::from_label(bad), None, "{bad:?}");
         }
     }

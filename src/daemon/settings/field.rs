@@ -343,6 +343,8 @@ fn backends(names: &[String], wanted: &'static str) -> Result<Vec<BackendKind>, 
     let kind = |name: &String| match name.as_str() {
         "cachefiles" => Ok(BackendKind::Cachefiles),
         "fanotify" => Ok(BackendKind::Fanotify),
+        "fuse-device" => Ok(BackendKind::FuseDevice),
+        "fuse-tree" => Ok(BackendKind::FuseTree),
         _ => Err(ValueError::Form { text: name.clone(), wanted }),
     };
     let kinds: Vec<_> = names.iter().map(kind).collect::<Result<_, _>>()?;
@@ -375,7 +377,7 @@ mod tests {
             ("fetches", Raw::Whole(0), "0 is out of range; it must be from 1 to 1024"),
             ("sandbox", text("maybe"), "\"maybe\" is not on or off"),
             ("backend", items(&[]), "it must not be empty"),
-            ("backend", items(&["fuse"]), "\"fuse\" is not a list of cachefiles and fanotify"),
+            ("backend", items(&["fuse"]), "\"fuse\" is not a list of cachefiles, fanotify, fuse-device and fuse-tree"),
             ("backend", text("fanotify,fanotify"), "\"fanotify\" is given twice"),
             ("cache", text(""), "it must not be empty"),
             ("cache", Raw::Whole(1), "it must be a path, not a number"),

@@ -21,7 +21,7 @@ pub const TABLE: &[Setting] = &[
     setting(
         "backend",
         Field::Backends(|s| &mut s.backend),
-        "cachefiles,fanotify",
+        "cachefiles,fanotify,fuse-device,fuse-tree",
         "Backends in the order of preference for mounts that ask for none; one left out is only used when asked for",
     ),
     setting(

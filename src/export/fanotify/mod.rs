@@ -28,12 +28,11 @@ pub use service::Fanotify;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::mount::MountAttrFlags;
-
 use self::service::MarkHold;
-use super::probe::find_cold;
+use super::erofs::{self, Reading, Stage};
+use super::probe::ColdByte;
 use super::{Announce, AttachError, LiveImage, MountWatch, WatchId};
-use crate::sys::mount::{DetachedMount, FsContext};
+use crate::sys::mount::DetachedMount;
 use crate::sys::sandbox::Sandbox;
 
 /// A mounted image. Keeps its devices marked until it is released.
@@ -68,7 +67,7 @@ impl Fanotify {
     ) -> Result<Attachment, AttachError> {
         let _alone = self.attaching.lock().unwrap();
         let mut marks = Vec::new();
-        match self.attach_marked(image, target, (watch, announce, sandbox), &mut marks) {
+        match self.attach_marked(image, Stage { target, watch, announce, sandbox }, &mut marks) {
             Ok(watch) => Ok(Attachment { watch, marks }),
             Err(error) => {
                 // The mount went before anybody could see it.
@@ -92,34 +91,18 @@ impl Fanotify {
     fn attach_marked(
         self: &Arc<Self>,
         image: &LiveImage,
-        target: &Path,
-        (watch, announce, sandbox): (&MountWatch, Announce<'_>, &Sandbox),
+        stage: Stage<'_>,
         marks: &mut Vec<MarkHold>,
     ) -> Result<WatchId, AttachError> {
         for device in &image.devices {
             marks.push(self.mark(device)?);
         }
-        let mount = sandbox.outside(|| mount(image)).map_err(AttachError::Mount)?;
-        for cold in find_cold(&image.image, &image.devices).map_err(AttachError::Image)? {
-            let seen = marks[cold.device].expect_own_read(|| sandbox.outside(|| cold.read(&mount)));
-            if !seen {
-                return Err(AttachError::Bypassed { path: image.devices[cold.device].path().to_owned() });
-            }
-        }
-        let watched = watch.add(&mount).map_err(|cause| AttachError::Io { path: image.bootstrap.clone(), cause })?;
-        announce(watched).map_err(AttachError::Unkept)?;
-        sandbox
-            .outside(|| mount.attach(target))
-            .map_err(|cause| AttachError::Target { target: target.to_owned(), cause })?;
-        Ok(watched)
+        let devices: Vec<_> = image.devices.iter().map(|device| device.path().to_owned()).collect();
+        let mount = || erofs::mount(&image.bootstrap, &devices, Reading::Buffered);
+        let mount = stage.sandbox.outside(mount).map_err(AttachError::Mount)?;
+        let reaches_us = |cold: &ColdByte, mount: &DetachedMount| {
+            marks[cold.device].expect_own_read(|| stage.sandbox.outside(|| cold.read(mount)))
+        };
+        erofs::publish(mount, image, stage, &reaches_us)
     }
-}
-
-fn mount(image: &LiveImage) -> Result<DetachedMount, crate::sys::mount::MountError> {
-    let context = FsContext::open("erofs")?;
-    context.set_path("source", &image.bootstrap)?;
-    for device in &image.devices {
-        context.set_path("device", device.path())?;
-    }
-    context.mount(MountAttrFlags::empty())
 }

@@ -1,0 +1,64 @@
+//! Connections of FUSE mounts in the hands of the keepers, by the record of their mount.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use super::Daemon;
+use super::keeper::{Inheritance, Keepers, Kind, Name};
+use super::records::{Record, RecordId};
+use crate::export::fuse::{Keep, Legacy, Part};
+
+/// The parts of one connection, as the keepers number them.
+const PARTS: [Part; 2] = [Part::Device, Part::Requests];
+
+/// The keepers, for the connection of one mount.
+#[derive(Debug)]
+pub(super) struct Kept<'a> {
+    pub(super) keepers: &'a Keepers,
+    pub(super) record: RecordId,
+}
+
+impl Keep for Kept<'_> {
+    fn keep(&self, part: Part, fd: Arc<OwnedFd>) -> io::Result<()> {
+        self.keepers.hold(name(self.record.number(), part), fd)
+    }
+}
+
+fn name(record: u64, part: Part) -> Name {
+    let number = PARTS.iter().position(|it| *it == part).expect("all are listed");
+    Name { kind: Kind::Fuse, key: [record, number as u64] }
+}
+
+/// Connections of a dead daemon.
+#[derive(Debug, Default)]
+pub(super) struct Connections(BTreeMap<Name, OwnedFd>);
+
+impl Connections {
+    /// Those that its keepers have.
+    pub(super) fn of(inherited: &Inheritance) -> Self {
+        Self(inherited.connections().filter_map(|name| Some((name, inherited.take(name)?))).collect())
+    }
+
+    /// What a successor needs of that of one mount. `None` if the keepers let go of it, or never had it.
+    pub(super) fn take(&mut self, id: RecordId, record: &Record) -> Option<Legacy> {
+        let lasting = record.fuse?;
+        let device = self.0.remove(&name(id.number(), Part::Device))?;
+        let requests = self.0.remove(&name(id.number(), Part::Requests));
+        Some(Legacy { device, requests, lasting })
+    }
+}
+
+impl Daemon {
+    /// Forgets a mount that has ended, or has not begun: its record, and its connection if it has one.
+    pub(super) fn forget(&self, record: RecordId) {
+        self.records.remove(record);
+        PARTS.iter().for_each(|part| self.keepers.release(name(record.number(), *part)));
+    }
+
+    /// Lets go of connections that no mount was taken over for: whoever waits there gets an error.
+    pub(super) fn let_go(&self, left: &Connections) {
+        left.0.keys().for_each(|name| self.keepers.release(*name));
+    }
+}

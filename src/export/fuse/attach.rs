@@ -1,0 +1,160 @@
+//! From a tree to a mount: by the calls of the kernel for who may, by `fusermount3` for who may not.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::negotiation::MAX_READ;
+use super::tree::ImageTree;
+use super::{AnnounceLasting, Connected, Fuse, Keep, Legacy, Part};
+use crate::export::{AttachError, LiveImage, MountWatch, WatchId};
+use crate::sys::fuse::{FusermountError, Options, find_fusermount, mount_by, unmount_by};
+use crate::sys::mount::MountError;
+use crate::sys::sandbox::Sandbox;
+use crate::telemetry::Backend;
+
+/// How long the kernel may take to shake hands, in which it waits for nobody but us.
+pub(super) const HANDSHAKE: Duration = Duration::from_secs(20);
+
+/// Read-ahead of a mount, in KiB. The kernel's 128 would also limit each request of a sequential reader: 961
+/// requests for 120 MiB instead of 121 (seen on 6.18).
+pub(super) const READ_AHEAD_KIB: u32 = 1024;
+
+/// A mounted tree. Keeps its connection read until it is released.
+#[derive(Debug)]
+pub struct Attachment {
+    /// Reports the end of the superblock.
+    pub watch: WatchId,
+    /// `None` if the kernel reads everything without us.
+    pub(super) connected: Option<Connected>,
+}
+
+impl Attachment {
+    /// Lets go of the connection. When the superblock is gone, or to end it for its users.
+    pub fn release(self) {
+        if let Some(connected) = self.connected {
+            connected.close();
+        }
+    }
+}
+
+impl Fuse {
+    /// Mounts the tree of `image` at `target` and starts answering.
+    ///
+    /// Blocks while the kernel mounts; [`Fuse::run`] must be running on other threads. Whoever may not mount
+    /// does so by `fusermount3`. On failure nothing stays behind.
+    pub fn attach(
+        self: &Arc<Self>,
+        image: &LiveImage,
+        target: &Path,
+        (watch, announce): (&MountWatch, AnnounceLasting<'_>),
+        keep: &dyn Keep,
+        sandbox: &Sandbox,
+    ) -> Result<Attachment, AttachError> {
+        let tree = Arc::new(ImageTree::new(image));
+        let root_mode = tree.root_mode().map_err(AttachError::Tree)?;
+        let options = Options { root_mode, allow_other: true, max_read: MAX_READ };
+        let mounted = self.mount_lasting(tree.clone(), Backend::FuseTree, options, keep, sandbox);
+        let (mount, connected, lasting) = match mounted {
+            Ok(mounted) => mounted,
+            Err(AttachError::Mount(error)) if is_forbidden(&error) => {
+                return match find_fusermount() {
+                    Some(program) => {
+                        self.attach_by(&program, tree, (options, target), (watch, announce), (keep, sandbox))
+                    }
+                    None => Err(AttachError::Mount(error)),
+                };
+            }
+            Err(error) => return Err(error),
+        };
+        let finish = || {
+            let watched = watch.add(&mount).map_err(at(target))?;
+            announce(watched, Some(&lasting)).map_err(AttachError::Unkept)?;
+            sandbox.outside(|| mount.attach(target)).map_err(at(target))?;
+            Ok(watched)
+        };
+        match finish() {
+            Ok(watch) => Ok(Attachment { watch, connected: Some(connected) }),
+            Err(error) => {
+                connected.close();
+                Err(error)
+            }
+        }
+    }
+
+    /// Goes on with a tree that a dead process had mounted, and with whoever waits there. `watch` reports the
+    /// end of the superblock.
+    pub fn adopt(self: &Arc<Self>, image: &LiveImage, watch: WatchId, legacy: Legacy) -> io::Result<Attachment> {
+        let connected = self.go_on(legacy, Arc::new(ImageTree::new(image)), Backend::FuseTree)?;
+        Ok(Attachment { watch, connected: Some(connected) })
+    }
+
+    /// Mounts for who may not: `program` does it, at `target` at once.
+    fn attach_by(
+        self: &Arc<Self>,
+        program: &Path,
+        tree: Arc<ImageTree>,
+        (options, target): (Options, &Path),
+        (watch, announce): (&MountWatch, AnnounceLasting<'_>),
+        (keep, sandbox): (&dyn Keep, &Sandbox),
+    ) -> Result<Attachment, AttachError> {
+        // That others may look in is for the host's administrator to allow, in a file of the program's.
+        let options = Options { allow_other: false, ..options };
+        let refused = AttachError::Fusermount;
+        let device = sandbox.outside(|| mount_by(program, target, options)).map_err(refused)?;
+        let keep_device = keep.keep(Part::Device, device.held());
+        let undo = || sandbox.outside(|| unmount_by(program, target, true));
+        let connect = || self.connect(device, tree, Backend::FuseTree, None).map_err(at(target));
+        let connected = connect().inspect_err(|_| drop(undo()))?;
+        let finish = || {
+            keep_device.map_err(AttachError::Unkept)?;
+            let root = File::open(target).map_err(at(target))?;
+            let lasting = connected.make_lasting(&root, keep)?;
+            widen_read_ahead(&root, sandbox);
+            let watched = watch.add(&root).map_err(at(target))?;
+            announce(watched, Some(&lasting)).map_err(AttachError::Unkept)?;
+            Ok(watched)
+        };
+        match finish() {
+            Ok(watch) => Ok(Attachment { watch, connected: Some(connected) }),
+            Err(error) => {
+                let _ = undo();
+                connected.close();
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Unmounts what is at `target` for who may not: by the program that mounted it.
+///
+/// # Errors
+/// `None` if there is no such program.
+pub fn unmount_unprivileged(target: &Path, lazy: bool) -> Option<Result<(), FusermountError>> {
+    find_fusermount().map(|program: PathBuf| unmount_by(&program, target, lazy))
+}
+
+fn at(target: &Path) -> impl Fn(io::Error) -> AttachError + Copy {
+    move |cause| AttachError::Target { target: target.to_owned(), cause }
+}
+
+/// Whether it is the caller who may not mount.
+fn is_forbidden(error: &MountError) -> bool {
+    matches!(error.cause.raw_os_error(), Some(libc::EPERM | libc::EACCES))
+}
+
+/// Has the kernel read further ahead. Where that is forbidden, sequential reads are slower.
+pub(super) fn widen_read_ahead(mount: &impl AsFd, sandbox: &Sandbox) {
+    let widen = || {
+        let device = nix::sys::stat::fstat(mount)?.st_dev;
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+        sandbox.outside(|| std::fs::write(path, READ_AHEAD_KIB.to_string()))
+    };
+    if let Err(error) = widen() {
+        tracing::debug!(%error, "the read-ahead of a mount stays as it is");
+    }
+}

@@ -1,0 +1,101 @@
+use std::io;
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+
+use super::Connection;
+use super::reply;
+use super::wire::RESENT;
+use crate::sys::faultpoint;
+use crate::sys::requestlog::{RequestLog, Slot};
+
+/// The duty to answer one request. Dropping it, as a panic would, answers with `EIO`.
+///
+/// Once the connection is [frozen](Connection::freeze) nobody is answered here: the request is left to a
+/// successor.
+#[derive(Debug)]
+pub(super) struct Duty {
+    connection: Arc<Connection>,
+    unique: u64,
+    is_open: bool,
+    /// Where a successor would find it, if the kernel does not send it again.
+    slot: Option<Slot>,
+}
+
+impl Duty {
+    pub(super) fn new(connection: Arc<Connection>, unique: u64) -> Self {
+        Self { connection, unique, is_open: true, slot: None }
+    }
+
+    /// Has the request, which `bytes` are, written down until it is answered. `false` if there is no room.
+    pub(super) fn write_down(&mut self, log: &RequestLog, bytes: &[u8]) -> bool {
+        self.slot = log.write(bytes);
+        self.slot.is_some()
+    }
+
+    /// Whether the kernel sent it again, because a process that died had taken it.
+    pub(super) fn is_resent(&self) -> bool {
+        self.unique & RESENT != 0
+    }
+
+    /// Answers with `body`.
+    pub(super) fn answer(mut self, body: &(impl IntoBytes + zerocopy::Immutable + ?Sized)) {
+        let body = body.as_bytes();
+        let head = reply::head(self.unique, body.len());
+        let mut whole = Vec::with_capacity(reply::HEAD + body.len());
+        whole.extend_from_slice(head.as_bytes());
+        whole.extend_from_slice(body);
+        self.give(&whole);
+    }
+
+    /// Answers with what lies in `whole` behind room for the head.
+    pub(super) fn answer_in_place(mut self, whole: &mut [u8]) {
+        let head = reply::head(self.unique, whole.len() - reply::HEAD);
+        whole[..reply::HEAD].copy_from_slice(head.as_bytes());
+        self.give(whole);
+    }
+
+    /// Answers with an error.
+    pub(super) fn fail(mut self, errno: i32) {
+        self.give(reply::failure(self.unique, errno).as_bytes());
+    }
+
+    fn give(&mut self, answer: &[u8]) {
+        self.is_open = false;
+        self.deliver(answer);
+        faultpoint::reach("answered");
+        // What is left to a successor must stay to be found.
+        if let Some(slot) = self.slot.take().filter(|_| !self.connection.is_frozen())
+            && let Some(log) = self.connection.log_of_requests()
+        {
+            log.strike_out(slot);
+        }
+    }
+
+    fn deliver(&self, answer: &[u8]) {
+        let Err(error) = self.connection.write(answer) else { return };
+        if is_over(&error) {
+            return;
+        }
+        tracing::error!(%error, "the kernel did not take an answer; failing its reader");
+        if let Err(error) = self.connection.write(reply::failure(self.unique, libc::EIO).as_bytes())
+            && !is_over(&error)
+        {
+            tracing::error!(%error, "a reader stays blocked");
+        }
+    }
+}
+
+/// Whether nobody waits for the answer any more: the reader was killed, or the connection has ended.
+fn is_over(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ECONNABORTED | libc::EPERM))
+}
+
+impl Drop for Duty {
+    fn drop(&mut self) {
+        if self.is_open {
+            self.give(reply::failure(self.unique, libc::EIO).as_bytes());
+        }
+        self.connection.note_end();
+    }
+}

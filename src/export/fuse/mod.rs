@@ -1,0 +1,143 @@
+//! A FUSE server of our own on `/dev/fuse`.
+//!
+//! [`wire`] and [`reply`] are the protocol in pure functions, [`negotiation`] is what is agreed upon at the
+//! start of a connection. [`Fuse`] has the threads that read requests of all connections; each
+//! [`Connection`] answers from a [`Tree`], a closed set of questions about names and bytes.
+//!
+//! No thread waits for data: a read that misses is handed to [`Fill`](crate::cache::Fill) together with the
+//! duty to answer it, and whoever completes the fill answers. There are no handles, and numbers of nodes are a
+//! pure function of what they name, so nothing needs to be known about what the kernel has looked up: a
+//! connection can go on in another process with the device, the tree, and what was [`Negotiated`].
+//!
+//! All threads read one descriptor. A clone of it would take its unanswered requests with it when the process
+//! dies (`fuse-notes.md` section 6).
+
+mod attach;
+mod connection;
+mod device;
+mod duty;
+mod lasting;
+pub mod negotiation;
+mod read;
+pub mod reply;
+pub(super) mod selftest;
+mod server;
+pub mod tree;
+pub mod wire;
+
+pub use attach::{Attachment, unmount_unprivileged};
+pub use connection::Connection;
+pub use device::Over;
+pub(in crate::export) use device::{TryError, try_device};
+pub use lasting::{AnnounceLasting, Keep, Lasting, Legacy, Part};
+pub use negotiation::{Negotiated, Wishes};
+pub use server::{Connected, Fuse};
+
+use std::borrow::Cow;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use self::reply::{Listed, Node, Statistics};
+use self::wire::NodeId;
+use super::Backing;
+use crate::base::ByteRange;
+use crate::image::ImageError;
+
+/// What a connection serves. All of it is known without waiting, except for the bytes of devices.
+pub trait Tree: Send + Sync {
+    /// What is wanted of the kernel.
+    fn wishes(&self) -> Wishes;
+
+    /// What is called `name` in the directory `parent`; `None` if nothing is.
+    fn find(&self, parent: NodeId, name: &[u8]) -> Result<Option<Node>, TreeError>;
+
+    /// What `id` names.
+    fn node(&self, id: NodeId) -> Result<Node, TreeError>;
+
+    /// Where the symbolic link `id` points to.
+    fn link(&self, id: NodeId) -> Result<Cow<'_, [u8]>, TreeError>;
+
+    /// Visits the names in the directory `id` from place `from` on, 0 for the start, until `visit` breaks
+    /// off. With each comes what it names, if `with_nodes` is set and it is sound and neither `.` nor `..`.
+    fn list(&self, id: NodeId, from: u64, with_nodes: bool, visit: &mut Visit<'_>) -> Result<(), TreeError>;
+
+    /// Visits what the bytes `range` of the file `id` are made of, in order and without a gap, up to the end
+    /// of the file.
+    fn pieces(&self, id: NodeId, range: ByteRange, visit: &mut dyn FnMut(Piece<'_>)) -> Result<(), TreeError>;
+
+    /// The value of an extended attribute.
+    fn xattr(&self, id: NodeId, name: &[u8]) -> Result<Cow<'_, [u8]>, TreeError>;
+
+    /// The names of all extended attributes, each ended by a NUL, with those of the namespace `trusted` if
+    /// that `is_trusted`.
+    fn xattrs(&self, id: NodeId, is_trusted: bool) -> Result<Vec<u8>, TreeError>;
+
+    /// Facts about the whole.
+    fn statistics(&self) -> Statistics;
+}
+
+/// Told of one name of a directory.
+pub type Visit<'v> = dyn FnMut(&Listed<'_>, Option<&Node>) -> ControlFlow<()> + 'v;
+
+/// Some bytes of a file.
+#[derive(Clone, Copy)]
+pub enum Piece<'a> {
+    /// So many zeros.
+    Zeros(u64),
+    /// Bytes that are known.
+    Bytes(&'a [u8]),
+    /// A range of a device.
+    Device(&'a Arc<dyn Backing>, ByteRange),
+}
+
+impl std::fmt::Debug for Piece<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Zeros(len) => f.debug_tuple("Zeros").field(len).finish(),
+            Self::Bytes(bytes) => f.debug_tuple("Bytes").field(&bytes.len()).finish(),
+            Self::Device(_, decoded) => f.debug_tuple("Device").field(decoded).finish(),
+        }
+    }
+}
+
+/// Why a tree cannot answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TreeError {
+    #[error("there is no node of that number")]
+    NoNode,
+    #[error("it is no directory")]
+    NotADirectory,
+    #[error("it is a directory")]
+    IsADirectory,
+    /// Something else was asked of it than it can be asked.
+    #[error("it is of another kind")]
+    OtherKind,
+    #[error("it has no such attribute")]
+    NoXattr,
+    /// Nothing in the tree has any.
+    #[error("there are no extended attributes")]
+    NoXattrs,
+    #[error("the image is damaged")]
+    Damaged(#[source] ImageError),
+    /// Asked by this process itself, which wants to know that it is asked.
+    #[error("nothing is read while the way is tried out")]
+    Probed,
+}
+
+impl TreeError {
+    /// What whoever asks is told. The only place where a refusal turns into a number.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::NoNode => libc::ESTALE,
+            Self::NotADirectory => libc::ENOTDIR,
+            Self::IsADirectory => libc::EISDIR,
+            Self::OtherKind => libc::EINVAL,
+            Self::NoXattr => libc::ENODATA,
+            // The kernel does not ask again.
+            Self::NoXattrs => libc::ENOSYS,
+            // As EROFS itself.
+            Self::Damaged(_) => libc::EUCLEAN,
+            Self::Probed => libc::EIO,
+        }
+    }
+}

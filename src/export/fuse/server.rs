@@ -1,0 +1,195 @@
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use super::negotiation::Negotiated;
+use super::read::Buffers;
+use super::wire::REQUEST_BUFFER;
+use super::{Connection, Tree};
+use crate::export::pulse::Pulse;
+use crate::sys::fuse::Device;
+use crate::telemetry::{Backend, Telemetry};
+
+/// Requests of one connection that a thread answers before it looks at the others.
+const REQUESTS_AT_ONCE: usize = 64;
+
+/// By which the pulse is known among the connections, whose numbers start behind it.
+const PULSE: u64 = 0;
+
+/// All connections, and what the threads share that read their requests.
+///
+/// Each thread waits for all of them. The kernel wakes one thread for each request that finds nobody at work
+/// on its connection, so that a slow disk or a long listing holds up one thread only.
+pub struct Fuse {
+    epoll: Epoll,
+    pulse: Pulse,
+    connections: RwLock<HashMap<u64, Arc<Connection>>>,
+    last: AtomicU64,
+    buffers: Arc<Buffers>,
+    telemetry: Telemetry,
+}
+
+/// Names a connection of a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Number(u64);
+
+/// A connection that a server reads. Dropping it leaves it read; see [`Connected::close`].
+#[derive(Debug)]
+pub struct Connected {
+    server: Arc<Fuse>,
+    number: Number,
+    connection: Arc<Connection>,
+}
+
+impl fmt::Debug for Fuse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fuse").field("connections", &self.connections.read().unwrap().len()).finish_non_exhaustive()
+    }
+}
+
+impl Connected {
+    /// The connection.
+    pub fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
+    /// Reads it no more and lets go of the device. If nobody else holds that, the connection ends: whoever
+    /// uses the mount gets `ENOTCONN`.
+    pub fn close(self) {
+        self.server.forget(self.number.0);
+    }
+}
+
+impl Fuse {
+    /// A server without connections, whose reads `telemetry` counts.
+    pub fn new(telemetry: Telemetry) -> io::Result<Arc<Self>> {
+        let (epoll, pulse) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Pulse::new()?);
+        // As long as it is readable every thread comes round, one after the other.
+        epoll.add(&pulse, EpollEvent::new(EpollFlags::EPOLLIN, PULSE))?;
+        Ok(Arc::new(Self {
+            epoll,
+            pulse,
+            connections: RwLock::default(),
+            last: AtomicU64::new(PULSE),
+            buffers: Arc::default(),
+            telemetry,
+        }))
+    }
+
+    /// Threads that a server is well served with. Not one for each processor of a large host: they wait for
+    /// no network, only for the disk.
+    pub fn threads() -> usize {
+        std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 8)
+    }
+
+    /// Answers what comes through `device`, a mounted one, from `tree`, and counts its reads as those of
+    /// `backend`. With `agreed`, it goes on with a connection that another process had: there is no handshake.
+    pub fn connect(
+        self: &Arc<Self>,
+        device: Device,
+        tree: Arc<dyn Tree>,
+        backend: Backend,
+        agreed: Option<Negotiated>,
+    ) -> io::Result<Connected> {
+        let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
+        let counted = (backend, self.telemetry.clone());
+        let connection = Arc::new(Connection::new(device, tree, agreed, counted, self.buffers.clone()));
+        // In the table first: whoever is woken must find it.
+        self.connections.write().unwrap().insert(number, connection.clone());
+        let added = self.epoll.add(connection.device(), interest(number));
+        if let Err(errno) = added {
+            self.connections.write().unwrap().remove(&number);
+            return Err(errno.into());
+        }
+        Ok(Connected { server: self.clone(), number: Number(number), connection })
+    }
+
+    /// Reads and answers requests until [`Fuse::stop`]. Several threads may call this; they wait for nothing
+    /// but requests and the disk.
+    pub fn run(&self) -> io::Result<()> {
+        // Written to, so that the kernel finds the pages there: if it did not while this process is being
+        // killed, it would fail the request that it is about to give.
+        let mut buffer = vec![0; REQUEST_BUFFER];
+        buffer.fill(std::hint::black_box(1));
+        loop {
+            // One at a time: the others are for the other threads.
+            let mut events = [EpollEvent::empty()];
+            match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+                Ok(0) | Err(Errno::EINTR) => continue,
+                Ok(_) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            match events[0].data() {
+                PULSE => {
+                    if self.pulse.beat() {
+                        // The next thread is to hear it as well.
+                        self.pulse.stop();
+                        return Ok(());
+                    }
+                }
+                number => self.serve(number, &mut buffer),
+            }
+        }
+    }
+
+    /// Ends [`Fuse::run`] on all threads. What the kernel asks then waits until somebody reads it.
+    pub fn stop(&self) {
+        self.pulse.stop();
+    }
+
+    /// Whether one of the threads comes round within this time. Blocks.
+    pub fn is_responsive(&self, within: Duration) -> bool {
+        self.pulse.is_felt(within)
+    }
+
+    /// All connections.
+    pub fn connections(&self) -> Vec<Arc<Connection>> {
+        self.connections.read().unwrap().values().cloned().collect()
+    }
+
+    /// Answers what one connection asks now.
+    fn serve(&self, number: u64, buffer: &mut [u8]) {
+        let connection = self.connections.read().unwrap().get(&number).cloned();
+        let Some(connection) = connection else { return };
+        for _ in 0..REQUESTS_AT_ONCE {
+            match connection.serve_one(buffer) {
+                Ok(0) => return self.end(number, &connection),
+                Ok(_) => {}
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN) => return,
+                    // Withdrawn while it was read.
+                    Some(libc::EINTR | libc::ENOENT) => {}
+                    Some(libc::ENODEV | libc::ECONNABORTED | libc::ECONNRESET) => {
+                        return self.end(number, &connection);
+                    }
+                    _ => tracing::error!(%error, "a request of the kernel was lost"),
+                },
+            }
+        }
+        // There may be more, of which nobody would be woken again.
+        let _ = self.epoll.modify(connection.device(), &mut interest(number));
+    }
+
+    fn end(&self, number: u64, connection: &Connection) {
+        tracing::debug!("a connection has ended");
+        connection.end();
+        self.forget(number);
+    }
+
+    fn forget(&self, number: u64) {
+        if let Some(connection) = self.connections.write().unwrap().remove(&number) {
+            let _ = self.epoll.delete(connection.device());
+        }
+    }
+}
+
+/// Told once of each arrival, to one thread.
+fn interest(number: u64) -> EpollEvent {
+    EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, number)
+}

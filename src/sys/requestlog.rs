@@ -1,0 +1,374 @@
+//! Shared memory that outlives the daemon: requests of a FUSE connection that were taken and not answered.
+//!
+//! Since Linux 6.9 the kernel sends them again when it is asked to. Before, a request that a dead process had
+//! read is known to nobody, and whoever waits for it waits for good, unkillable. So requests are read into
+//! memory that the keepers hold, and a successor answers those that it finds there:
+//!
+//! ```text
+//! 0        header: magic, version, slots used so far
+//! 4096     lanes: the kernel writes the request of a read right here; one for each thread that reads
+//! 135168   slots: requests that wait for data, the length before each
+//! ```
+//!
+//! No request can be lost: the kernel copies one before the read returns, whatever instruction the reader is
+//! killed at. A lane is cleared when its request was answered or has a slot, a slot after the answer. To
+//! answer one that stands here and was answered gives `ENOENT`.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use memmap2::MmapRaw;
+
+const MAGIC: u64 = u64::from_le_bytes(*b"rafsdrql");
+const VERSION: u64 = 1;
+const HEADER: usize = 4096;
+/// Threads that may read at once.
+const LANES: usize = 16;
+/// As long as the kernel wants the buffer for a request to be.
+pub const LANE: usize = 8192;
+/// Requests that may wait for data at once.
+const SLOTS: usize = 1 << 14;
+/// The length, then the request: a read has 80 bytes.
+const SLOT: usize = 128;
+/// Longest request that has room in a slot.
+pub const LONGEST: usize = SLOT - 8;
+const AT_SLOTS: usize = HEADER + LANES * LANE;
+const LEN: usize = AT_SLOTS + SLOTS * SLOT;
+
+/// Words of the header.
+const AT_MAGIC: usize = 0;
+const AT_VERSION: usize = 8;
+/// One more than the highest slot that was ever in use.
+const AT_USED: usize = 16;
+/// Where a request has its length (4 bytes) and its number (8 bytes).
+const NUMBER_AT: usize = 8;
+const SHORTEST: usize = 40;
+
+/// The memory of one connection.
+#[derive(Debug)]
+pub struct RequestLog {
+    map: MmapRaw,
+    file: OwnedFd,
+    free: Mutex<Free>,
+}
+
+#[derive(Debug)]
+struct Free {
+    /// A bit for each lane.
+    lanes: u32,
+    /// Slots that were used and are free again.
+    slots: Vec<usize>,
+    /// The first that was never used.
+    unused: usize,
+}
+
+/// A request where the kernel has written it. Dropping it forgets the request: it was answered, or has a slot.
+#[derive(Debug)]
+pub struct Landed<'a> {
+    log: &'a RequestLog,
+    lane: usize,
+}
+
+/// Names a request that waits for data.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Slot(usize);
+
+impl RequestLog {
+    /// An empty log in memory of its own.
+    pub fn create() -> io::Result<Self> {
+        // SAFETY: a name and plain numbers in, a descriptor or -1 out.
+        let fd = unsafe { libc::memfd_create(c"rafsd-requests".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call just returned this descriptor and nobody else knows it.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        file.set_len(LEN as u64)?;
+        // Nobody can shorten it under a mapping.
+        let seals = nix::fcntl::SealFlag::F_SEAL_SHRINK | nix::fcntl::SealFlag::F_SEAL_GROW;
+        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_ADD_SEALS(seals))?;
+        let this = Self::map(file)?;
+        this.word(AT_VERSION).store(VERSION, Ordering::Relaxed);
+        this.word(AT_MAGIC).store(MAGIC, Ordering::Release);
+        Ok(this)
+    }
+
+    /// The log that another process made, and what stands there. The log is empty then: whoever opens it
+    /// answers what it is given, and writes it down again if it has to wait.
+    ///
+    /// # Errors
+    /// `InvalidData` if it is none, or of a version that this program does not know.
+    pub fn take_over(fd: OwnedFd) -> io::Result<(Self, Vec<Vec<u8>>)> {
+        let bad = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        let file = File::from(fd);
+        if file.metadata()?.len() != LEN as u64 {
+            return bad("the log of requests has another length");
+        }
+        let this = Self::map(file)?;
+        if this.word(AT_MAGIC).load(Ordering::Acquire) != MAGIC {
+            return bad("this is no log of requests");
+        }
+        if this.word(AT_VERSION).load(Ordering::Relaxed) != VERSION {
+            return bad("the log of requests is of another version");
+        }
+        let left = this.left();
+        Ok((this, left))
+    }
+
+    fn map(file: File) -> io::Result<Self> {
+        let map = memmap2::MmapOptions::new().len(LEN).map_raw(&file)?;
+        let used = Free { lanes: 0, slots: Vec::new(), unused: 0 };
+        let this = Self { map, file: file.into(), free: Mutex::new(used) };
+        let used = usize::try_from(this.word(AT_USED).load(Ordering::Relaxed)).unwrap_or(SLOTS).min(SLOTS);
+        this.free.lock().unwrap().unused = used;
+        // Highest first, so that the lowest is taken first.
+        this.free.lock().unwrap().slots = (0..used).rev().filter(|slot| this.is_free(*slot)).collect();
+        Ok(this)
+    }
+
+    /// Has the kernel write what `device` gives into the log, and copies it to `buffer`, which has room for
+    /// [`LANE`] bytes.
+    ///
+    /// # Errors
+    /// Those of the read; `WouldBlock` also if more threads read than there are lanes.
+    pub fn land<'a>(&'a self, device: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(Landed<'a>, usize)> {
+        assert!(buffer.len() >= LANE, "room for any request");
+        let lane = self.take_lane().ok_or(io::ErrorKind::WouldBlock)?;
+        let landed = Landed { log: self, lane };
+        // Else the kernel could not write once this process is being killed, and would fail the request.
+        self.zero(Self::lane_at(lane), LANE);
+        // SAFETY: the kernel writes at most `LANE` bytes, all of them in a lane that is mapped as long as `self`
+        // lives, that this thread alone uses, and of which nobody holds a reference.
+        let read = unsafe { libc::read(device.as_raw_fd(), self.at(Self::lane_at(lane)).cast(), LANE) };
+        let Ok(len) = usize::try_from(read) else { return Err(io::Error::last_os_error()) };
+        let len = len.min(LANE);
+        buffer[..len].copy_from_slice(&self.copy(Self::lane_at(lane), len));
+        Ok((landed, len))
+    }
+
+    fn take_lane(&self) -> Option<usize> {
+        let mut free = self.free.lock().unwrap();
+        let lane = (0..LANES).find(|lane| free.lanes & 1 << lane == 0)?;
+        free.lanes |= 1 << lane;
+        Some(lane)
+    }
+
+    /// Writes down a request that has to wait for data. `None` if it is too long or too many wait.
+    pub fn write(&self, request: &[u8]) -> Option<Slot> {
+        if request.is_empty() || request.len() > LONGEST {
+            return None;
+        }
+        let slot = {
+            let mut free = self.free.lock().unwrap();
+            match free.slots.pop() {
+                Some(slot) => slot,
+                None if free.unused == SLOTS => return None,
+                None => {
+                    free.unused += 1;
+                    self.word(AT_USED).store(free.unused as u64, Ordering::Release);
+                    free.unused - 1
+                }
+            }
+        };
+        let at = Self::slot_at(slot);
+        // SAFETY: `LONGEST` bytes behind the length belong to the slot, which is mapped as long as `self` lives,
+        // is free, and is used by nobody else since it was taken above; the request does not overlap it.
+        unsafe { std::ptr::copy_nonoverlapping(request.as_ptr(), self.at(at + 8), request.len()) };
+        // Last: a slot with a length is a whole request.
+        self.word(at).store(request.len() as u64, Ordering::Release);
+        Some(Slot(slot))
+    }
+
+    /// Strikes out a request that was answered.
+    pub fn strike_out(&self, slot: Slot) {
+        let Slot(slot) = slot;
+        self.word(Self::slot_at(slot)).store(0, Ordering::Release);
+        self.free.lock().unwrap().slots.push(slot);
+    }
+
+    /// Takes out what stands in the log, each request once, in the order of their numbers.
+    fn left(&self) -> Vec<Vec<u8>> {
+        let mut found = BTreeMap::new();
+        let mut add = |bytes: Vec<u8>| {
+            let len = bytes.first_chunk().map_or(0, |len| u32::from_ne_bytes(*len) as usize);
+            let number = bytes.get(NUMBER_AT..NUMBER_AT + 8).and_then(|bytes| bytes.first_chunk().copied());
+            if let Some(number) = number.map(u64::from_ne_bytes)
+                && (SHORTEST..=bytes.len()).contains(&len)
+            {
+                found.insert(number, bytes[..len].to_vec());
+            }
+        };
+        for lane in 0..LANES {
+            add(self.copy(Self::lane_at(lane), LANE));
+            self.zero(Self::lane_at(lane), LANE);
+        }
+        let used = self.free.lock().unwrap().unused;
+        let taken: Vec<_> = (0..used).filter(|slot| !self.is_free(*slot)).collect();
+        for slot in taken {
+            add(self.copy(Self::slot_at(slot) + 8, LONGEST));
+            self.strike_out(Slot(slot));
+        }
+        found.into_values().collect()
+    }
+
+    fn is_free(&self, slot: usize) -> bool {
+        self.word(Self::slot_at(slot)).load(Ordering::Acquire) == 0
+    }
+
+    const fn lane_at(lane: usize) -> usize {
+        HEADER + lane * LANE
+    }
+
+    const fn slot_at(slot: usize) -> usize {
+        AT_SLOTS + slot * SLOT
+    }
+
+    fn at(&self, at: usize) -> *mut u8 {
+        assert!(at < LEN);
+        // SAFETY: within the mapping, as just checked.
+        unsafe { self.map.as_mut_ptr().add(at) }
+    }
+
+    fn zero(&self, at: usize, len: usize) {
+        assert!(at + len <= LEN);
+        // SAFETY: mapped as long as `self` lives, and nobody holds a reference into the mapping.
+        unsafe { std::ptr::write_bytes(self.at(at), 0, len) };
+    }
+
+    fn copy(&self, at: usize, len: usize) -> Vec<u8> {
+        assert!(at + len <= LEN);
+        let mut bytes = vec![0; len];
+        // SAFETY: the mapping has `len` bytes there, the vector as many, and they do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(self.at(at), bytes.as_mut_ptr(), len) };
+        bytes
+    }
+
+    /// The word at byte `at`, a multiple of eight.
+    fn word(&self, at: usize) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8) && at + 8 <= LEN);
+        // SAFETY: in bounds and aligned, because a mapping starts at a page; mapped as long as `self` lives;
+        // other processes may change it at any time, which is what atomics are for.
+        unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().add(at).cast()) }
+    }
+}
+
+impl AsFd for RequestLog {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Drop for Landed<'_> {
+    fn drop(&mut self) {
+        // What has no length is no request.
+        self.log.zero(RequestLog::lane_at(self.lane), SHORTEST);
+        self.log.free.lock().unwrap().lanes &= !(1 << self.lane);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A request of `len` bytes.
+    fn request(number: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0x55; len];
+        bytes[..4].copy_from_slice(&u32::try_from(len).unwrap().to_ne_bytes());
+        bytes[NUMBER_AT..NUMBER_AT + 8].copy_from_slice(&number.to_ne_bytes());
+        bytes
+    }
+
+    /// What a successor finds.
+    fn left(log: &RequestLog) -> Vec<Vec<u8>> {
+        RequestLog::take_over(log.as_fd().try_clone_to_owned().unwrap()).unwrap().1
+    }
+
+    fn land<'a>(log: &'a RequestLog, bytes: &[u8]) -> Landed<'a> {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        nix::unistd::write(&write, bytes).unwrap();
+        let mut buffer = vec![0; LANE];
+        let (landed, len) = log.land(read.as_fd(), &mut buffer).unwrap();
+        assert_eq!(&buffer[..len], bytes);
+        landed
+    }
+
+    #[test]
+    fn a_request_is_known_from_the_moment_the_kernel_gave_it_until_it_is_answered() {
+        let log = RequestLog::create().unwrap();
+        let landed = land(&log, &request(2, 300));
+        let other = land(&log, &request(4, 80));
+        let slot = log.write(&request(4, 80)).unwrap();
+        drop(other);
+
+        assert_eq!(left(&log), [request(2, 300), request(4, 80)]);
+        assert_eq!(left(&log), Vec::<Vec<u8>>::new(), "whoever takes it over writes it down anew");
+
+        drop(landed);
+        let again = log.write(&request(6, 80)).unwrap();
+        assert_eq!(left(&log), [request(6, 80)]);
+        log.strike_out(slot);
+        log.strike_out(again);
+        assert_eq!(left(&log), Vec::<Vec<u8>>::new());
+    }
+
+    #[test]
+    fn an_answered_request_leaves_nothing() {
+        let log = RequestLog::create().unwrap();
+        for number in 0..100 {
+            drop(land(&log, &request(number, 4096)));
+            let slot = log.write(&request(number, 80)).unwrap();
+            assert_eq!(slot, Slot(0), "slots are used again");
+            log.strike_out(slot);
+        }
+        assert_eq!(left(&log), Vec::<Vec<u8>>::new());
+    }
+
+    #[test]
+    fn a_full_log_says_so_and_a_successor_goes_on_with_it() {
+        let log = RequestLog::create().unwrap();
+        for number in 0..SLOTS as u64 {
+            assert!(log.write(&request(number, LONGEST)).is_some());
+        }
+        assert!(log.write(&request(1, 80)).is_none());
+        assert!(log.write(&request(1, LONGEST + 1)).is_none() && log.write(&[]).is_none());
+
+        let (successor, left) = RequestLog::take_over(log.as_fd().try_clone_to_owned().unwrap()).unwrap();
+
+        assert_eq!(left.len(), SLOTS);
+        assert!(left.iter().zip(0..).all(|(bytes, number)| *bytes == request(number, LONGEST)));
+        assert!(successor.write(&request(1, 80)).is_some());
+    }
+
+    #[test]
+    fn a_read_that_fails_leaves_nothing_and_there_is_a_lane_for_each_thread() {
+        let log = RequestLog::create().unwrap();
+        let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
+        let mut buffer = vec![0; LANE];
+        assert_eq!(log.land(read.as_fd(), &mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let landed: Vec<_> = (0..LANES as u64).map(|number| land(&log, &request(number, 80))).collect();
+        nix::unistd::write(&write, &request(99, 80)).unwrap();
+        assert_eq!(log.land(read.as_fd(), &mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop(landed);
+        assert!(log.land(read.as_fd(), &mut buffer).is_ok());
+    }
+
+    #[test]
+    fn what_is_no_log_is_refused_and_nonsense_in_one_is_no_request() {
+        let file = tempfile::tempfile().unwrap();
+        let open = || RequestLog::take_over(file.try_clone().unwrap().into()).map(drop).map_err(|e| e.kind());
+        assert_eq!(open(), Err(io::ErrorKind::InvalidData));
+        file.set_len(LEN as u64).unwrap();
+        assert_eq!(open(), Err(io::ErrorKind::InvalidData));
+        let log = RequestLog::create().unwrap();
+        for len in [0u32, 39, 81, u32::MAX] {
+            let mut bytes = request(2, 80);
+            bytes[..4].copy_from_slice(&len.to_ne_bytes());
+            let _ = log.write(&bytes);
+        }
+        assert_eq!(left(&log).len(), 1, "of a lane or slot only what it has room for");
+    }
+}
