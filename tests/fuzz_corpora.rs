@@ -15,7 +15,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rafsd::build::lift;
 use rafsd::image::Image;
+use rafsd::image::v5::Bootstrap;
 use support::tree::Random;
 
 /// Mutations of all seeds of one target together.
@@ -120,6 +122,11 @@ fn lists_of_any_bytes_are_read_or_refused() {
     check("lists", bodies::lists::run);
 }
 
+#[test]
+fn version_5_bootstraps_of_any_bytes_are_lifted_or_refused() {
+    check("rafs5", bodies::rafs5::run);
+}
+
 /// Without this the mutations would be of garbage and prove little.
 #[test]
 fn seeds_are_accepted_by_their_parsers() {
@@ -137,6 +144,11 @@ fn seeds_are_accepted_by_their_parsers() {
         while let Some(visit) = walk.next_visit() {
             visit.unwrap_or_else(|e| panic!("{name}: {e}"));
         }
+    }
+    for (name, input) in corpus("rafs5") {
+        let bytes = bodies::bootstrap::unpack(&input);
+        let lifted = Bootstrap::parse(&bytes).map_err(Into::into).and_then(|image| lift(&image));
+        lifted.unwrap_or_else(|e| panic!("{name}: {e}"));
     }
     for (name, input) in corpus("blob_meta") {
         bodies::blob_meta::tables(&input).unwrap_or_else(|e| panic!("{name}: {e}"));

@@ -9,6 +9,7 @@ pub mod blob_meta;
 pub mod bootstrap;
 pub mod codec;
 pub mod lists;
+pub mod rafs5;
 pub mod tar;
 pub mod toc;
 

@@ -16,3 +16,4 @@ pub(crate) mod service;
 pub(crate) mod sharing;
 pub(crate) mod space;
 pub(crate) mod takeover;
+pub(crate) mod v5;

@@ -13,12 +13,17 @@ use crate::codec::xts::{IV_LEN, KEY_LEN};
 /// Holds by construction: units start on block boundaries, do not overlap, are between 1 byte and
 /// [`MAX_UNIT`] long on both sides, and end within the device. Units that are parts of one stored
 /// range agree about what it is, and no unit is encrypted unless there is a key.
+///
+/// A blob without tables of its own has a *listed* map: units have the numbers that images give
+/// them, and those that no image has listed yet are *vacant*. They have no place and no bytes, and
+/// [`UnitMap::merge`] fills them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnitMap {
     blob: BlobId,
     decoded_len: u64,
     units: Vec<Unit>,
     key: Option<BlobKey>,
+    is_listed: bool,
 }
 
 /// Why a list of units is not a map of a blob.
@@ -74,6 +79,33 @@ impl UnitMap {
         units: Vec<Unit>,
         key: Option<BlobKey>,
     ) -> Result<Self, UnitMapError> {
+        Self { blob, decoded_len, units, key, is_listed: false }.checked()
+    }
+
+    /// A map of `count` units of which only the `known` are listed so far, by their numbers. A number
+    /// that is not below `count` is passed over; of one that is there twice, the last unit counts.
+    pub fn listed(
+        blob: BlobId,
+        decoded_len: u64,
+        count: UnitIndex,
+        known: impl IntoIterator<Item = (UnitIndex, Unit)>,
+    ) -> Result<Self, UnitMapError> {
+        if count as usize > MAX_UNITS {
+            return Err(UnitMapError::TooMany(count as usize));
+        }
+        let mut units = vec![Unit::vacant(0); count as usize];
+        for (index, unit) in known {
+            if let Some(vacant) = units.get_mut(index as usize) {
+                *vacant = unit;
+            }
+        }
+        place_vacant(&mut units);
+        Self { blob, decoded_len, units, key: None, is_listed: true }.checked()
+    }
+
+    /// Checks every rule and rounds the length up to whole blocks.
+    fn checked(self) -> Result<Self, UnitMapError> {
+        let Self { blob, decoded_len, units, key, is_listed } = self;
         if units.len() > MAX_UNITS {
             return Err(UnitMapError::TooMany(units.len()));
         }
@@ -81,6 +113,12 @@ impl UnitMap {
         let (mut free_from, mut before, mut in_order) = (0, None::<&Unit>, true);
         for (index, unit) in units.iter().enumerate() {
             let rule = |rule| UnitMapError::Unit { unit: index, rule };
+            if is_listed && unit.is_vacant() {
+                if *unit != Unit::vacant(free_from) {
+                    return Err(rule("is vacant, and not behind the one before it"));
+                }
+                continue;
+            }
             check_sizes(unit).map_err(rule)?;
             if unit.decoded.start() < free_from {
                 return Err(rule("overlaps the one before it"));
@@ -105,7 +143,12 @@ impl UnitMap {
         if !in_order {
             check_shared(&units)?;
         }
-        Ok(Self { blob, decoded_len, units, key })
+        Ok(Self { blob, decoded_len, units, key, is_listed })
+    }
+
+    /// Whether units may be vacant now and known later.
+    pub fn is_listed(&self) -> bool {
+        self.is_listed
     }
 
     /// The key of the blob, if it is encrypted.
@@ -145,8 +188,8 @@ impl UnitMap {
         (decoded < self.units[index].blocks().end()).then(|| UnitIndex::try_from(index).expect("bounded by new()"))
     }
 
-    /// Numbers of the units that touch `decoded`, or `None` if some byte of it is in no unit.
-    /// An empty range touches nothing.
+    /// Numbers of the units that touch `decoded`, or `None` if some byte of it is in no unit, or a
+    /// vacant one lies between them. An empty range touches nothing.
     pub fn covering(&self, decoded: ByteRange) -> Option<Range<UnitIndex>> {
         if decoded.is_empty() {
             return Some(0..0);
@@ -155,7 +198,7 @@ impl UnitMap {
         let mut last = first;
         while self.units[last as usize].blocks().end() < decoded.end() {
             let next = self.units.get(last as usize + 1)?;
-            if next.decoded.start() != self.units[last as usize].blocks().end() {
+            if next.decoded.start() != self.units[last as usize].blocks().end() || next.is_vacant() {
                 return None;
             }
             last += 1;
@@ -166,15 +209,24 @@ impl UnitMap {
     /// Adds what `other` knows about how to check units of the same blob.
     ///
     /// An image names digests only for the chunks its own files use, so two images that share a
-    /// blob each know a part. Returns `None` if the two maps disagree about anything both know:
-    /// then they must not share a cache.
+    /// blob each know a part; of a listed map also which units there are. Returns `None` if the two
+    /// maps disagree about anything both know, or if their units do not go together: then they must
+    /// not share a cache.
     pub fn merge(&self, other: &Self) -> Option<Self> {
         let same_blob = self.blob == other.blob && self.decoded_len == other.decoded_len && self.key == other.key;
-        if !same_blob || self.units.len() != other.units.len() {
+        if !same_blob || self.units.len() != other.units.len() || self.is_listed != other.is_listed {
             return None;
         }
         let mut merged = self.clone();
+        let mut grows = false;
         for (mine, theirs) in merged.units.iter_mut().zip(&other.units) {
+            if theirs.is_vacant() {
+                continue;
+            }
+            if mine.is_vacant() {
+                (*mine, grows) = (*theirs, true);
+                continue;
+            }
             if (Unit { check: theirs.check, ..*mine }) != *theirs {
                 return None;
             }
@@ -185,7 +237,26 @@ impl UnitMap {
                 _ => return None,
             }
         }
-        Some(merged)
+        if !grows {
+            return Some(merged);
+        }
+        place_vacant(&mut merged.units);
+        merged.checked().ok()
+    }
+
+    /// Fingerprint of what stays the same as long as a cache of this map may grow: where its units
+    /// lie, however they are checked. Of a listed map only how many there are: each keeps its place
+    /// once it has one, because maps that place it elsewhere do not merge.
+    pub fn layout(&self) -> Digest {
+        let mut bare = self.clone();
+        for unit in &mut bare.units {
+            if self.is_listed {
+                *unit = Unit::vacant(0);
+            } else {
+                unit.check = Check::Unknown;
+            }
+        }
+        bare.fingerprint()
     }
 
     /// The same units without the digests that images named for them; checks that the blob itself
@@ -201,14 +272,6 @@ impl UnitMap {
         bare
     }
 
-    /// The same units without any checks: where they lie, and nothing else.
-    #[must_use]
-    pub fn without_checks(&self) -> Self {
-        let mut bare = self.clone();
-        bare.units.iter_mut().for_each(|unit| unit.check = Check::Unknown);
-        bare
-    }
-
     /// The map as bytes that [`UnitMap::from_bytes`] understands: our own format, for our own
     /// cache directory, guarded by a checksum.
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -219,7 +282,7 @@ impl UnitMap {
             id,
             decoded_len: self.decoded_len.into(),
             count: self.count().into(),
-            has_key: u32::from(self.key.is_some()).into(),
+            flags: (if self.key.is_some() { HAS_KEY } else { 0 } | if self.is_listed { IS_LISTED } else { 0 }).into(),
             key: self.key.as_ref().map_or([0; KEY_LEN], |key| *key.key()),
             iv: self.key.as_ref().map_or([0; IV_LEN], |key| *key.iv()),
         };
@@ -256,12 +319,14 @@ impl UnitMap {
             .iter()
             .map(|saved| Unit::try_from(saved).map_err(UnitMapError::Saved))
             .collect::<Result<Vec<_>, _>>()?;
-        let key = match head.has_key.get() {
-            0 => None,
-            1 => Some(BlobKey::new(head.key, head.iv).map_err(|_| UnitMapError::Saved("impossible key"))?),
-            _ => return Err(UnitMapError::Saved("unknown cipher")),
-        };
-        Self::with_key(blob, head.decoded_len.get(), units, key)
+        let flags = head.flags.get();
+        if flags & !(HAS_KEY | IS_LISTED) != 0 {
+            return Err(UnitMapError::Saved("unknown flags"));
+        }
+        let key = BlobKey::new(head.key, head.iv).map_err(|_| UnitMapError::Saved("impossible key"));
+        let key = if flags & HAS_KEY == 0 { None } else { Some(key?) };
+        let is_listed = flags & IS_LISTED != 0;
+        Self { blob, decoded_len: head.decoded_len.get(), units, key, is_listed }.checked()
     }
 
     /// A digest over everything [`UnitMap::to_bytes`] keeps: two maps are equal exactly when
@@ -269,6 +334,19 @@ impl UnitMap {
     pub fn fingerprint(&self) -> Digest {
         let bytes = self.to_bytes();
         Digest(*blake3::hash(&bytes).as_bytes())
+    }
+}
+
+/// Puts each vacant unit behind the one before it, which is the only place where it may be.
+fn place_vacant(units: &mut [Unit]) {
+    let mut end = 0;
+    for unit in units {
+        if unit.is_vacant() {
+            *unit = Unit::vacant(end);
+        } else {
+            // One that ends nowhere is refused by whoever checks the map.
+            end = unit.decoded.align_out(BLOCK).map_or(end, ByteRange::end);
+        }
     }
 }
 
@@ -297,6 +375,10 @@ fn check_sizes(unit: &Unit) -> Result<(), &'static str> {
 }
 
 const SAVED_MAGIC: [u8; 8] = *b"rafsdum2";
+/// Bit of [`SavedHead::flags`]: the blob is encrypted.
+const HAS_KEY: u32 = 0x1;
+/// Bit of [`SavedHead::flags`]: units may be vacant.
+const IS_LISTED: u32 = 0x2;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -305,8 +387,8 @@ struct SavedHead {
     id: [u8; 64],
     decoded_len: U64,
     count: U32,
-    /// 0 or 1.
-    has_key: U32,
+    /// [`HAS_KEY`], [`IS_LISTED`].
+    flags: U32,
     key: [u8; KEY_LEN],
     iv: [u8; IV_LEN],
 }
@@ -495,6 +577,59 @@ mod tests {
             assert!(UnitMap::from_bytes(&bad).is_err(), "flip at {at}");
             assert!(UnitMap::from_bytes(&bytes[..at]).is_err(), "cut at {at}");
         }
+    }
+
+    fn listed(known: &[(UnitIndex, Unit)]) -> Result<UnitMap, UnitMapError> {
+        UnitMap::listed("blob".parse().unwrap(), 1 << 20, 5, known.iter().copied())
+    }
+
+    #[test]
+    fn a_listed_map_grows_and_keeps_its_layout() {
+        let (first, third) = (unit(0, 4097), unit(16384, 10));
+        let one = listed(&[(0, first), (3, third)]).unwrap();
+        let other = listed(&[(1, unit(8192, 4096)), (3, third), (4, unit(24576, 1))]).unwrap();
+
+        let both = one.merge(&other).unwrap();
+
+        assert_eq!(Some(&both), other.merge(&one).as_ref(), "in whichever order");
+        let all = [(0, first), (1, unit(8192, 4096)), (3, third), (4, unit(24576, 1))];
+        assert_eq!(both, listed(&all).unwrap());
+        assert_eq!((one.layout(), other.layout()), (both.layout(), both.layout()));
+        assert_ne!(one.fingerprint(), both.fingerprint());
+        assert_eq!(UnitMap::from_bytes(&both.to_bytes()), Ok(both.clone()));
+        assert_eq!(UnitMap::from_bytes(&one.to_bytes()), Ok(one.clone()));
+        assert_eq!(both.merge(&one), Some(both.clone()));
+        let none = listed(&[]).unwrap();
+        assert_eq!(none.merge(&both), Some(both.clone()));
+
+        let plain = map(&[first, unit(8192, 4096), unit(12288, 1), third, unit(24576, 1)]).unwrap();
+        assert_eq!(plain.merge(&both), None, "what has tables of its own is another thing");
+        assert_ne!(plain.layout(), both.layout());
+    }
+
+    #[test]
+    fn listed_maps_that_place_a_unit_differently_or_in_another_one_do_not_merge() {
+        let one = listed(&[(0, unit(0, 4097)), (3, unit(16384, 10))]).unwrap();
+        for (number, strange) in [
+            (0, unit(0, 4096)),
+            (3, unit(20480, 10)),
+            (2, unit(4096, 10)),
+            (2, unit(16384, 10)),
+            (4, unit(8192, 1)),
+            (3, Unit { check: Check::Crc32c(99), ..unit(16384, 10) }),
+        ] {
+            assert_eq!(one.merge(&listed(&[(number, strange)]).unwrap()), None, "{number} {strange:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_leads_to_a_vacant_unit() {
+        let map = listed(&[(1, unit(4096, 4096)), (3, unit(8192, 10))]).unwrap();
+        let covering = |start, end| map.covering(ByteRange::new(start, end).unwrap());
+        assert_eq!((map.find(0), map.find(4096), map.find(8192), map.find(12288)), (None, Some(1), Some(3), None));
+        assert_eq!((covering(4096, 8192), covering(8192, 8193)), (Some(1..2), Some(3..4)));
+        assert_eq!(covering(4096, 8193), None, "unit 2 may be anything");
+        assert_eq!(listed(&[(3, unit(8192, 10)), (4, unit(0, 10))]).ok(), None, "numbers go with places");
     }
 
     #[test]

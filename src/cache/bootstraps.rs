@@ -36,6 +36,10 @@ pub struct KeptBootstrap {
     path: PathBuf,
 }
 
+/// How the name of a note ends that says which bootstrap was made of something: the digest of that
+/// comes before it, the digest of the bootstrap is in it.
+const MADE: &str = ".made";
+
 impl KeptBootstrap {
     /// SHA-256 of the bootstrap, which is its name.
     pub fn digest(&self) -> Digest {
@@ -87,6 +91,42 @@ impl Bootstraps {
         Ok(kept)
     }
 
+    /// Keeps a copy of what `make` makes of something that has the digest `source`. It is asked only if
+    /// what it made before is not there any more. Waits for the disk.
+    ///
+    /// # Errors
+    /// What `make` says, or the store.
+    pub fn keep_made<E: From<StoreError>>(
+        self: &Arc<Self>,
+        source: Digest,
+        make: impl FnOnce() -> Result<Vec<u8>, E>,
+    ) -> Result<KeptBootstrap, E> {
+        let note = self.dir.join(format!("{source}{MADE}"));
+        let made = fs::read_to_string(&note).ok().and_then(|text| Digest::from_hex(text.trim_end()));
+        if let Some(digest) = made {
+            let kept = self.keep_known(digest);
+            if File::open(&kept.path).and_then(sha256_of).is_ok_and(|there| there == digest) {
+                note_use(&kept.path);
+                return Ok(kept);
+            }
+        }
+        let kept = self.keep(&make()?)?;
+        self.write(format!("{}\n", kept.digest).as_bytes(), &note)?;
+        Ok(kept)
+    }
+
+    /// Removes the notes of what bootstrap `digest` was made from.
+    fn forget_made(&self, digest: Digest) {
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let is_note = entry.file_name().as_encoded_bytes().ends_with(MADE.as_bytes());
+            let names = |text: String| Digest::from_hex(text.trim_end()) == Some(digest);
+            if is_note && fs::read_to_string(entry.path()).is_ok_and(names) {
+                // One that stays leads to nothing, and is written anew.
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
     /// Keeps the copy with this digest, which a predecessor made and nobody looks at again.
     pub fn keep_known(self: &Arc<Self>, digest: Digest) -> KeptBootstrap {
         *self.kept.lock().unwrap().entry(digest).or_insert(0) += 1;
@@ -133,7 +173,10 @@ impl Bootstraps {
         }
         let path = self.dir.join(digest.to_string());
         match fs::remove_file(&path) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                self.forget_made(digest);
+                Ok(true)
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(cause) => Err(at(&path)(cause)),
         }
@@ -168,6 +211,38 @@ impl Drop for RemoveOnDrop<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_made_is_made_again_only_when_it_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let bootstraps = Bootstraps::new(dir.path().join("bootstraps"));
+        let (source, another) = (Digest([1; 32]), Digest([2; 32]));
+        let keep = |source, made: &[u8]| {
+            let mut asked = false;
+            let kept = bootstraps.keep_made(source, || {
+                asked = true;
+                Ok::<_, StoreError>(made.to_vec())
+            });
+            (fs::read(kept.unwrap().path()).unwrap(), asked)
+        };
+        let made = |text: &[u8], asked| (text.to_vec(), asked);
+        assert_eq!(keep(source, b"one"), made(b"one", true));
+        assert_eq!(keep(source, b"lost"), made(b"one", false));
+        assert_eq!(keep(another, b"two"), made(b"two", true));
+
+        // One that was spoilt, and one that went.
+        let path = |text: &[u8]| bootstraps.dir().join(sha256(text).to_string());
+        fs::write(path(b"one"), b"spoilt").unwrap();
+        assert_eq!(keep(source, b"one"), made(b"one", true));
+        assert!(bootstraps.remove(&sha256(b"one").to_string()).unwrap());
+        let names: Vec<_> = fs::read_dir(bootstraps.dir()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names.len(), 2, "the note went with it: {names:?}");
+        assert_eq!(keep(source, b"new"), made(b"new", true));
+        fs::write(bootstraps.dir().join(format!("{another}{MADE}")), "nonsense").unwrap();
+        assert_eq!(keep(another, b"two"), made(b"two", true));
+        assert_eq!(keep(another, b""), made(b"two", false));
+        assert_eq!(bootstraps.lots().len(), 2, "notes are nothing that can go alone");
+    }
 
     #[test]
     fn what_is_kept_stays_and_a_spoilt_copy_is_made_anew() {

@@ -77,7 +77,7 @@ impl Device {
         ledger.attach();
         let core = Arc::new(Core {
             id: engine.number_device(),
-            layout: Arc::clone(&map),
+            first: Arc::clone(&map),
             map: RwLock::new(Arc::clone(&map)),
             sources: Sources::new(source),
             ledger,
@@ -188,7 +188,7 @@ impl Device {
 
     /// Bytes of the units that are present, in whole blocks.
     pub fn present_bytes(&self) -> u64 {
-        let layout = &self.core.layout;
+        let layout = self.core.layout();
         let present = (0..).zip(layout.units()).filter(|(index, _)| self.core.ledger.presence.get(*index));
         present.map(|(_, unit)| unit.blocks().len()).sum()
     }
@@ -317,11 +317,11 @@ impl Drop for Device {
 
 impl Fill for Device {
     fn decoded_len(&self) -> u64 {
-        self.core.layout.decoded_len()
+        self.core.first.decoded_len()
     }
 
     fn present(&self, decoded: ByteRange) -> bool {
-        self.core.layout.covering(decoded).is_some_and(|units| self.core.ledger.presence.all(units))
+        self.core.covering(decoded).is_some_and(|units| self.core.ledger.presence.all(units))
     }
 
     fn fill_for(&self, request: Request, decoded: ByteRange, done: Completion) {
@@ -335,7 +335,7 @@ impl Fill for Device {
     fn touched(&self, decoded: ByteRange) {
         self.core.counters.hits.fetch_add(1, Ordering::Relaxed);
         self.core.note_read(decoded);
-        if let Some(units) = self.core.layout.covering(decoded) {
+        if let Some(units) = self.core.covering(decoded) {
             self.core.observe(units);
         }
     }

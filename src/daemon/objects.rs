@@ -156,6 +156,26 @@ mod tests {
     }
 
     #[test]
+    fn what_images_list_of_a_blob_is_added_up_also_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let source: Arc<dyn BlobSource> = Arc::new(LocalSource::new(dir.path()).unwrap());
+        let objects = || Objects::new(dir.path().join("maps"));
+        let units = [(0, 0, b"one"), (2, 8192, b"two"), (3, 16384, b"six")];
+        let units = units.map(|(index, at, bytes)| (index, Unit::plain(at, bytes).unwrap()));
+        let listed = |which: &[usize]| {
+            let known = which.iter().map(|at| units[*at]);
+            UnitMap::listed("blob".parse().unwrap(), 1 << 20, 4, known).unwrap()
+        };
+        let first = objects();
+        first.enter("d", &[listed(&[0, 1]).into()], &source).unwrap();
+        for objects in [first, objects()] {
+            let entered = objects.enter("d", &[listed(&[1, 2]).into()], &source).unwrap();
+            assert_eq!(entered[0].known().0, listed(&[0, 1, 2]));
+            assert_eq!(objects.saved("d", &"blob".parse().unwrap()), Some(listed(&[0, 1, 2])));
+        }
+    }
+
+    #[test]
     fn contradictions_are_refused_also_after_a_restart_and_additions_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         let source: Arc<dyn BlobSource> = Arc::new(LocalSource::new(dir.path()).unwrap());

@@ -64,10 +64,15 @@ pub(super) fn prepare(
     saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Prepared, DaemonError> {
-    let loaded = reader::bootstrap::load(&spec.bootstrap).map_err(DaemonError::Load)?;
-    let kept = bootstraps.keep(&loaded.bytes)?;
+    let found = reader::bootstrap::find(&spec.bootstrap, None).map_err(DaemonError::Load)?;
+    let source_digest = found.to_be_lifted();
+    let load = || found.load().map(|loaded| loaded.bytes).map_err(DaemonError::Load);
+    let kept = match source_digest {
+        // Lifting takes time that a further mount need not spend.
+        Some(digest) => bootstraps.keep_made(digest, load)?,
+        None => bootstraps.keep(&load()?)?,
+    };
     let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
-    drop(loaded);
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, &spec.bootstrap)))?;
     ensure_block_size(&image)?;
     let maps = image

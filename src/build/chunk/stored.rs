@@ -3,7 +3,7 @@ use crate::format::rafs::{ChunkRecord, chunk_flags};
 use zerocopy::FromZeros;
 
 /// A chunk that lies in a blob of the image.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::build) struct Chunk {
     /// Of the plain bytes.
     pub digest: Digest,
