@@ -16,6 +16,7 @@ mod blobwriter;
 mod chunk;
 mod chunkdict;
 mod compact;
+mod convert;
 mod emit;
 mod error;
 mod hintedpaths;
@@ -50,6 +51,7 @@ pub use base::Base;
 pub use chunk::{Compression, InvalidCompression};
 pub use chunkdict::{DictionaryReport, DictionarySpec, dictionary};
 pub use compact::{CompactReport, CompactSpec, CompactedBlob, Fate, compact};
+pub use convert::{ConvertReport, ConvertSpec, NewTable, convert};
 pub use error::{BuildError, Limit, Unfit};
 pub use lift::{LIFT_VERSION, LiftError, is_showable_xattr, lift};
 pub use load::{Layer, LoadError};
@@ -273,9 +275,7 @@ impl Writing<'_> {
     fn verify(&self, made: &Made, threads: NonZeroUsize) -> Result<(), BuildError> {
         let bytes = made.readable_bootstrap();
         match &made.image.layout {
-            Some(layout) => {
-                verify::image(bytes, &self.bootstrap(&made.image, layout).expected(), &made.blobs, threads)
-            }
+            Some(layout) => verify::image(bytes, &self.bootstrap(&made.image, layout).expected(), &made.blobs, threads),
             None => v5::image(&bytes, &self.v5(&made.image), &made.blobs, threads),
         }
     }

@@ -85,15 +85,7 @@ pub(super) struct Form {
 impl Form {
     fn shape(self, chunk_size: u32) -> Shape {
         let Self { compression, digest } = self;
-        Shape {
-            version: Version::V6,
-            compression,
-            digest,
-            chunk_size,
-            key: None,
-            toc: false,
-            inline_bootstrap: false,
-        }
+        Shape { version: Version::V6, compression, digest, chunk_size, key: None, toc: false, inline_bootstrap: false }
     }
 
     /// The form of a new blob for chunks of the blob of `entry`. Nothing is written as gzip, which

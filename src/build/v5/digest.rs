@@ -1,7 +1,7 @@
 //! The tree of digests: what is in a file or directory, and nothing about it (`rafs-v5.md` section 8).
 
-use super::layout::index;
-use super::{Layout, Source};
+use super::Source;
+use super::layout::{Layout, index};
 use crate::base::Digest;
 use crate::build::rewrite::digest_of;
 use crate::build::tree::Kind;

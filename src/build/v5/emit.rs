@@ -216,8 +216,8 @@ fn xattrs(out: &mut File, meta: &Meta) {
 /// Writes the id of the blob that had none, and holds the bootstrap, into its row of the blob table.
 pub(in crate::build) fn name_blob(bootstrap: &mut [u8], unnamed: &[u8], id: &BlobId) {
     let Ok((sb, _)) = Superblock::ref_from_prefix(bootstrap) else { return };
-    let start = usize::try_from(sb.blob_table_offset.get()).expect("at most 2 GiB");
-    let table = &mut bootstrap[start..][..index(sb.blob_table_size.get())];
+    let (start, size) = (sb.blob_table_offset.get(), index(sb.blob_table_size.get()));
+    let table = &mut bootstrap[usize::try_from(start).expect("at most 2 GiB")..][..size];
     if let Some(at) = table.windows(unnamed.len()).position(|field| field == unnamed) {
         table[at..at + unnamed.len()].copy_from_slice(&id.to_padded()[..unnamed.len()]);
     }

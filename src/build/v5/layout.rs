@@ -163,9 +163,7 @@ fn record_bytes(tree: &Tree, path: &Path<'_>, chunk_size: u32) -> u64 {
     let node = tree.node(path.node);
     let rest = match &node.kind {
         Kind::Symlink(target) => align(target.len() as u64),
-        Kind::Regular(content) => {
-            size_of::<ChunkRecord>() as u64 * content.size.div_ceil(chunk_size.into())
-        }
+        Kind::Regular(content) => size_of::<ChunkRecord>() as u64 * content.size.div_ceil(chunk_size.into()),
         _ => 0,
     };
     let xattrs = match xattr_bytes(&node.meta) {

@@ -14,7 +14,7 @@ mod layout;
 mod verify;
 
 pub(super) use emit::name_blob;
-pub(super) use layout::Layout;
+
 pub(super) use verify::image;
 
 use super::chunk::{Chunk, Content};
