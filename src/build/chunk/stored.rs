@@ -20,7 +20,7 @@ pub(in crate::build) struct Chunk {
     /// Bytes in the blob file.
     pub stored_len: u32,
     pub stored_offset: u64,
-    /// A multiple of 4096.
+    /// A multiple of 4096, except in packed blobs of version 5.
     pub decoded_offset: u64,
 }
 
