@@ -12,6 +12,7 @@ mod chunkdict;
 mod compact;
 mod config;
 mod connect;
+mod convert;
 mod demo;
 mod doctor;
 pub mod export;
@@ -87,6 +88,7 @@ enum Command {
     Export(export::ExportArgs),
     Optimize(optimize::OptimizeArgs),
     Compact(compact::CompactArgs),
+    Convert(convert::ConvertArgs),
     Chunkdict(chunkdict::ChunkdictArgs),
     Check(check::CheckArgs),
     Inspect(inspect::InspectArgs),
@@ -132,6 +134,7 @@ pub fn run() -> ExitCode {
         Command::Export(args) => export::run(args),
         Command::Optimize(args) => optimize::run(args),
         Command::Compact(args) => compact::run(args),
+        Command::Convert(args) => convert::run(&args),
         Command::Chunkdict(args) => chunkdict::run(args),
         Command::Check(args) => Ok(check::run(&args)),
         Command::Inspect(args) => inspect::run(args),
