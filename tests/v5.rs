@@ -30,7 +30,7 @@ fn everything() -> Tree {
     let with = |item: Item, xattrs: Vec<(&'static str, Vec<u8>)>| Item::With(Box::new(item), xattrs);
     let deep = tree([("z", Item::File(noise(9, 5000))), ("a", Item::Hard("dir/twin")), (".hidden", Item::Fifo)]);
     let dir = tree([
-        ("twin", with(Item::File(noise(1, 12_345)), vec![("user.a", b"1\02".to_vec()), ("trusted.b", vec![])])),
+        ("twin", with(Item::File(noise(1, 12_345)), vec![("user.a", b"1\x002".to_vec()), ("trusted.b", vec![])])),
         ("deep", Item::Dir(deep)),
         ("empty", Item::Dir(Tree::new())),
     ]);
@@ -88,7 +88,7 @@ impl Laid {
     }
 
     fn files(&self, bootstrap: &Path) -> Files {
-        let source = Arc::new(LocalSource::new(&self.path("blobs")).unwrap());
+        let source = Arc::new(LocalSource::new(self.path("blobs")).unwrap());
         Files::open(bootstrap, source, self.runtime.handle().clone()).unwrap_or_else(|e| panic!("{e:?}"))
     }
 }
@@ -155,7 +155,7 @@ fn metadata_is_kept() {
         image.xattrs(&inode(path), visit).unwrap();
         found
     };
-    assert_eq!(xattrs("dir/twin"), [("trusted.b".into(), vec![]), ("user.a".into(), b"1\02".to_vec())]);
+    assert_eq!(xattrs("dir/twin"), [("trusted.b".into(), vec![]), ("user.a".into(), b"1\x002".to_vec())]);
     assert_eq!(xattrs("dir"), [("security.x".into(), vec![0; 300])], "of the others EROFS has none");
 }
 

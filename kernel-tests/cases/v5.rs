@@ -20,6 +20,12 @@ pub(crate) const CASES: &[Case] = &[
         run: images_of_version_5_share_a_blob_of_which_each_lists_a_part,
     },
     Case {
+        name: "a_complete_blob_of_version_5_grows_by_what_another_image_lists",
+        needs: NEEDS,
+        place: Place::Both,
+        run: a_complete_blob_of_version_5_grows_by_what_another_image_lists,
+    },
+    Case {
         name: "an_image_of_version_5_survives_its_daemon",
         needs: NEEDS,
         place: Place::Both,
@@ -95,6 +101,25 @@ fn images_of_version_5_share_a_blob_of_which_each_lists_a_part(ctx: &Ctx) -> Out
     let notes = kept.iter().filter(|entry| entry.file_name().as_encoded_bytes().ends_with(b".made")).count();
     ensure!((notes, kept.len()) == (2, 4), "each was lifted once: {kept:?}");
     fixture.restart(&[])?;
+    fixture.finish()
+}
+
+fn a_complete_blob_of_version_5_grows_by_what_another_image_lists(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 1)?;
+    let [first, second] = images(&ctx.dir)?;
+    let one = fixture.mount_other(&first, "one", &["--prefetch"])?;
+    fixture.wait_for_list("complete", |images| {
+        let devices = images.iter().flat_map(|image| image["devices"].as_array().into_iter().flatten());
+        let mut stats = devices.map(|device| &device["stats"]["complete"]).peekable();
+        stats.peek().is_some() && stats.all(|complete| complete == true)
+    })?;
+    // The kernel reads what is complete alone, until there is more of it.
+    ensure_reads(&one, "a", 1)?;
+    let other = fixture.mount_other(&second, "other", &[])?;
+    drop_caches()?;
+    ensure_reads(&other, "b", 2)?;
+    ensure_reads(&one, "both", 3)?;
+    ensure_reads(&one, "dir/link", 1)?;
     fixture.finish()
 }
 

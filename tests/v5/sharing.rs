@@ -50,7 +50,7 @@ impl Shared {
     }
 
     fn source(&self) -> Arc<LocalSource> {
-        Arc::new(LocalSource::new(&self.dir.path().join("blobs")).unwrap())
+        Arc::new(LocalSource::new(self.dir.path().join("blobs")).unwrap())
     }
 
     fn map(&self, image: &Image) -> UnitMap {
