@@ -77,7 +77,7 @@ const FANOTIFY_SINCE: (u32, u32) = (6, 15);
 ///
 /// The one place that decides it for the tests. A version is a poor witness, and is taken only to
 /// choose between running and skipping: a case that runs on a kernel without the events fails.
-fn cannot_fanotify() -> Option<String> {
+pub(crate) fn cannot_fanotify() -> Option<String> {
     older_than(FANOTIFY_SINCE).map(|release| format!("Linux {release} has no complete pre-content events (6.15)"))
 }
 

@@ -58,6 +58,7 @@ const TABLES: &[&[Case]] = &[
     facts::CASES,
     cases::events::CASES,
     cases::reading::CASES,
+    cases::metadata::CASES,
     cases::images::CASES,
     cases::interop::CASES,
     cases::sharing::CASES,
@@ -67,11 +68,13 @@ const TABLES: &[&[Case]] = &[
     cases::v5::CASES,
     cases::many::CASES,
     cases::lifecycle::CASES,
+    cases::unprivileged::CASES,
     cases::meddling::CASES,
     cases::baddays::CASES,
     cases::service::CASES,
     cases::prefetch::CASES,
     cases::observing::CASES,
+    cases::fuse::CASES,
 ];
 
 /// What a case returns; the error's whole chain is printed.
@@ -96,12 +99,12 @@ pub(crate) enum Place {
     Host,
     /// In the virtual machine, with the cachefiles backend.
     Guest,
-    /// On this host, with each of its backends: all but cachefiles.
+    /// On this host, with each backend that works there.
     Here,
     /// On this host, with each backend over FUSE.
     Fuse,
-    /// On this host, where names and attributes are served as well.
-    FuseTree,
+    /// With one backend.
+    Only(Backend),
     /// Everywhere, with each backend.
     Both,
 }
@@ -113,8 +116,8 @@ impl Place {
             Self::Host => backend == Backend::Fanotify,
             Self::Guest => backend == Backend::Cachefiles,
             Self::Here => backend != Backend::Cachefiles,
+            Self::Only(wanted) => backend == wanted,
             Self::Fuse => matches!(backend, Backend::FuseDevice | Backend::FuseTree),
-            Self::FuseTree => backend == Backend::FuseTree,
             Self::Both => true,
         }
     }

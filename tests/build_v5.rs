@@ -402,7 +402,7 @@ fn an_image_of_another_builder_is_built_again_from_what_is_in_it() {
     }
     let Some(folder) = support::interop::folder(test) else { return };
     let (theirs, shop) = (folder.join("v5-none"), Shop::new());
-    let source = Arc::new(LocalSource::new(&theirs.join("blobs")).unwrap());
+    let source = Arc::new(LocalSource::new(theirs.join("blobs")).unwrap());
     let files = Files::open(&theirs.join("bootstrap"), source, shop.runtime.handle().clone()).unwrap();
     fs::remove_dir(shop.path("source")).unwrap();
     to_directory(&files, &shop.path("source"), UnpackOptions::default(), &()).unwrap();

@@ -6,6 +6,8 @@
 
 #[path = "../fuzz/bodies/mod.rs"]
 mod bodies;
+#[path = "fuzz_corpora/fuse_server.rs"]
+mod fuse_server;
 #[path = "fuzz_corpora/seeds.rs"]
 mod seeds;
 mod support;
@@ -127,6 +129,13 @@ fn version_5_bootstraps_of_any_bytes_are_lifted_or_refused() {
     check("rafs5", bodies::rafs5::run);
 }
 
+#[test]
+fn requests_of_any_bytes_are_understood_or_refused() {
+    check("fuse_wire", |input| {
+        bodies::fuse_wire::run(input);
+    });
+}
+
 /// Without this the mutations would be of garbage and prove little.
 #[test]
 fn seeds_are_accepted_by_their_parsers() {
@@ -162,6 +171,9 @@ fn seeds_are_accepted_by_their_parsers() {
     }
     for (name, input) in corpus("lists") {
         assert!(bodies::lists::read(&input), "{name}");
+    }
+    for (name, input) in corpus("fuse_wire") {
+        assert!(bodies::fuse_wire::run(&input), "{name}");
     }
     for (name, input) in corpus("codec") {
         assert!(bodies::codec::decode(&input).is_ok(), "{name}");

@@ -8,6 +8,7 @@
 pub mod blob_meta;
 pub mod bootstrap;
 pub mod codec;
+pub mod fuse_wire;
 pub mod lists;
 pub mod rafs5;
 pub mod tar;

@@ -27,11 +27,12 @@ const fn case(name: &'static str, needs: &'static [Need], run: fn(&Ctx) -> Outco
 }
 
 pub(crate) const CASES: &[Case] = &[
-    case(
-        "readers_stuck_on_a_dead_source_die_when_killed_and_the_mount_goes",
-        NEEDS,
-        readers_stuck_on_a_dead_source_die_when_killed_and_the_mount_goes,
-    ),
+    Case {
+        name: "readers_stuck_on_a_dead_source_die_when_killed_and_the_mount_goes",
+        needs: NEEDS,
+        place: Place::Here,
+        run: readers_stuck_on_a_dead_source_die_when_killed_and_the_mount_goes,
+    },
     case(
         "a_daemon_short_of_descriptors_serves_all_readers",
         &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend, Need::Program("prlimit")],

@@ -251,12 +251,21 @@ impl<'a> Fixture<'a> {
 
     /// Mounts the image at a new directory `name`, with these further options.
     pub(crate) fn mount_with(&self, name: &str, options: &[&str]) -> anyhow::Result<PathBuf> {
+        self.mount_so(name, self.ctx.backend.name(), options)
+    }
+
+    /// Mounts the image at a new directory `name` by another backend than the one under test.
+    pub(crate) fn mount_by(&self, name: &str, backend: &str) -> anyhow::Result<PathBuf> {
+        self.mount_so(name, backend, &[])
+    }
+
+    fn mount_so(&self, name: &str, backend: &str, options: &[&str]) -> anyhow::Result<PathBuf> {
         let dir = self.ctx.dir.join(name);
         fs::create_dir_all(&dir)?;
         let (bootstrap, url) = (self.bootstrap(), self.server.url());
         let dir_text = dir.to_str().context("UTF-8")?;
         let fixed = ["mount", bootstrap.to_str().context("UTF-8")?, dir_text, "--blobs", &url];
-        let backend = ["--backend", self.ctx.backend.name()];
+        let backend = ["--backend", backend];
         self.must(&[&fixed[..], &backend, options].concat())?;
         Ok(dir)
     }

@@ -48,10 +48,16 @@ fn doctor_finds_the_backend_under_test(ctx: &Ctx) -> Outcome {
 
     ensure!(output.status.success(), "{output:?}");
     let host: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    let found = host["findings"].as_array().into_iter().flatten().find(|it| it["name"] == ctx.backend.name());
-    let is_fuse = matches!(ctx.backend, Backend::FuseDevice | Backend::FuseTree);
-    ensure!(host["choice"] == ctx.backend.name() || is_fuse, "{host}");
-    ensure!(found.is_some_and(|found| found["works"] == true) || !is_fuse, "{host}");
+    let is_first = matches!(ctx.backend, Backend::Fanotify | Backend::Cachefiles);
+    ensure!(!is_first || host["choice"] == ctx.backend.name(), "{host}");
+    let finding = match ctx.backend {
+        Backend::Fanotify => "pre-content-events",
+        Backend::Cachefiles => "cachefiles",
+        Backend::FuseDevice => "fuse-device",
+        Backend::FuseTree => "fuse",
+    };
+    let finding = host["findings"].as_array().into_iter().flatten().find(|it| it["name"] == finding);
+    ensure!(finding.is_some_and(|finding| finding["works"] == true), "{host}");
     ensure!(!cache.exists(), "the directory that doctor made is left");
     let elsewhere = Command::new(&ctx.rafsd).args(["doctor", "--json", "--cache", "/dev/shm/rafsd-test"]).output()?;
     let host: serde_json::Value = serde_json::from_slice(&elsewhere.stdout)?;

@@ -19,7 +19,7 @@ use rafsd::sys::fdpass;
 
 use super::fixture::{FILE, Fixture, content};
 use crate::host::Need;
-use crate::{Case, Ctx, Outcome, Place};
+use crate::{Backend, Case, Ctx, Outcome, Place};
 
 const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend];
 
@@ -97,7 +97,11 @@ fn the_thread_that_answers_the_kernel_is_narrowed(ctx: &Ctx) -> Outcome {
     let mount = fixture.mount("mnt")?;
     ensure!(fs::read(mount.join("0"))? == content(0, FILE), "the bytes of the image");
     if rafsd::sys::sandbox::has_seccomp() {
-        let name = if ctx.in_guest { "cf-0" } else { "fan-0" };
+        let name = match ctx.backend {
+            Backend::Fanotify => "fan-0",
+            Backend::Cachefiles => "cf-0",
+            Backend::FuseDevice | Backend::FuseTree => "fuse-0",
+        };
         let status = fs::read_to_string(format!("/proc/{}/task/{}/status", fixture.pid(), thread(&fixture, name)?))?;
         let filters = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:")).map(str::trim);
         let own = fs::read_to_string("/proc/self/status")?;

@@ -38,6 +38,7 @@ mod top;
 mod trace;
 pub mod unpack;
 mod upgrade;
+mod userdirs;
 
 use std::io::{self, Write};
 use std::process::ExitCode;

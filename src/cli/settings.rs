@@ -10,6 +10,7 @@ use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 
+use super::userdirs::user_dirs;
 use crate::daemon::settings::{self, DEFAULT_FILE, Field, Given, Origin, Resolved, Setting, Settings, TABLE};
 
 /// The variable that names the config file.
@@ -113,6 +114,7 @@ impl SettingsArgs {
             None => (None, None),
         };
         let mut resolved = settings::resolve(text.as_deref(), &self.given);
+        resolved.fit_user(user_dirs());
         if !resolved.mistakes.is_empty() {
             let told: Vec<_> = resolved.mistakes.iter().map(ToString::to_string).collect();
             let from = path.map_or_else(|| "the settings".to_owned(), |path| path.display().to_string());
@@ -143,7 +145,9 @@ pub(super) fn settings_for_clients(named: Option<&Path>) -> anyhow::Result<Setti
         Err(_) if named.is_none() => None,
         other => other?.map(|(_, text)| text),
     };
-    Ok(settings::resolve(text.as_deref(), &[]).settings)
+    let mut resolved = settings::resolve(text.as_deref(), &[]);
+    resolved.fit_user(user_dirs());
+    Ok(resolved.settings)
 }
 
 #[cfg(test)]

@@ -2,12 +2,13 @@
 //!
 //! From the moment the last of them ended, the kernel let every reader through: what was missing
 //! read as zeros, and stays in the page cache as zeros. Nothing can undo what was read, so such a
-//! mount is ended, and loudly. One whose blobs were complete needed nobody and stays.
+//! mount is ended, and loudly. One whose blobs were complete needed nobody and stays. One over FUSE has shown
+//! nobody anything wrong, but what was not in memory fails for good: it is ended too.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, File};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::records::RecordId;
 use super::{Daemon, DaemonError};
@@ -27,8 +28,12 @@ impl Daemon {
         };
         let bootstraps = self.options.cache.join("bootstraps");
         let table = mount_table().map_err(|cause| DaemonError::Start { what: "a look at the mount table", cause })?;
+        let cut_off = self.end_cut_off_mounts(&living, &table)?;
         let ours = |mount: &&MountInfo| {
-            mount.fs_type == "erofs" && Path::new(&mount.source).starts_with(&bootstraps) && !kept(mount)
+            mount.fs_type == "erofs"
+                && Path::new(&mount.source).starts_with(&bootstraps)
+                && !kept(mount)
+                && !cut_off.contains(&mount.target)
         };
         let mut poisoned = self.forget_the_unkept(&living)?;
         for mount in table.iter().filter(ours) {
@@ -55,6 +60,36 @@ impl Daemon {
         Ok(())
     }
 
+    /// Ends mounts whose FUSE connection nobody has kept, and gives their places.
+    fn end_cut_off_mounts(
+        &self,
+        living: &HashSet<WatchId>,
+        table: &[MountInfo],
+    ) -> Result<HashSet<PathBuf>, DaemonError> {
+        let records = self.records.load();
+        let records = records.map_err(|cause| DaemonError::Start { what: "the records of served images", cause })?;
+        let superblocks = records.into_iter().filter_map(|(_, record)| record.ok()).filter_map(|record| {
+            record.fuse?;
+            record.superblock.map(WatchId::from).filter(|watch| !living.contains(watch))
+        });
+        let devices: HashSet<_> = superblocks.map(|watch| format!("{}:{}", watch.device.0, watch.device.1)).collect();
+        let is_ours = |mount: &&MountInfo| {
+            // The number alone may be another file system's by now.
+            devices.contains(&mount.device) && (mount.fs_type == "erofs" || mount.fs_type == "fuse.rafsd")
+        };
+        let mut ended = HashSet::new();
+        for mount in table.iter().filter(is_ours) {
+            let dir = mount.target.display();
+            tracing::error!(%dir, "the daemon and its keepers were killed, and reads of this image fail since; it is unmounted");
+            self.watch_stray(&mount.target);
+            if let Err(error) = self.options.sandbox.outside(|| detach(&mount.target)) {
+                tracing::error!(%dir, %error, "it cannot be unmounted");
+            }
+            ended.insert(mount.target.clone());
+        }
+        Ok(ended)
+    }
+
     /// Takes the records of superblocks away that nobody has kept, and gives the directories of their
     /// devices that are not complete: what is out of the tree may have files open on them.
     fn forget_the_unkept(&self, living: &HashSet<WatchId>) -> Result<BTreeSet<String>, DaemonError> {
@@ -74,9 +109,11 @@ impl Daemon {
             if is_kept {
                 continue;
             }
-            let directories = record.into_iter().flat_map(|record| record.devices).map(|device| device.directory);
+            // Over FUSE, what is missing has failed.
+            let open = record.ok().filter(|record| record.fuse.is_none());
+            let directories = open.into_iter().flat_map(|record| record.devices).map(|device| device.directory);
             incomplete.extend(directories.filter(|name| !self.store.is_complete(name)));
-            self.records.remove(id);
+            self.forget(id);
         }
         Ok(incomplete)
     }

@@ -26,28 +26,15 @@ pub(super) struct Stage<'a> {
     pub(super) sandbox: &'a Sandbox,
 }
 
-/// How EROFS reads the files of devices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reading {
-    /// Through the page cache of their file system.
-    Buffered,
-    /// Past it, where that is to be had: from Linux 6.13 on.
-    Direct,
-}
-
 /// Mounts `bootstrap` over `devices`, in the order of the image, visible to nobody.
 ///
 /// # Errors
 /// `ENOTBLK` if EROFS takes only block devices here.
-pub(super) fn mount(bootstrap: &Path, devices: &[PathBuf], reading: Reading) -> Result<DetachedMount, MountError> {
+pub(super) fn mount(bootstrap: &Path, devices: &[PathBuf]) -> Result<DetachedMount, MountError> {
     let context = FsContext::open("erofs")?;
     context.set_path("source", bootstrap)?;
     for device in devices {
         context.set_path("device", device)?;
-    }
-    if reading == Reading::Direct {
-        // Linux 6.12 does not know it.
-        let _ = context.set_flag("directio");
     }
     context.mount(MountAttrFlags::empty())
 }

@@ -83,7 +83,11 @@ impl ColdByte {
         }
         let file = File::from(at);
         nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM)?;
-        file.read_exact_at(&mut [0], self.at)
+        let read = file.read_exact_at(&mut [0], self.at);
+        // What could not be read stays as a page that is there and empty, and is read alone by the next reader,
+        // whom nothing can interrupt then.
+        nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+        read
     }
 }
 

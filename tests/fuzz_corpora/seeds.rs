@@ -7,6 +7,7 @@ use std::num::NonZeroUsize;
 use rafsd::blob::{BlobKey, BlobTables};
 use rafsd::build::{Batching, BuildSpec, Compression, Encryption, Source, build, lift};
 use rafsd::codec::Compressor;
+use rafsd::export::fuse::wire::{RequestHead, opcode};
 use rafsd::format::blobfile::{ChunkInfoV2, Header, MAGIC, PartHeader, TocEntry, ZranContext, features};
 use rafsd::format::erofs::{SUPERBLOCK_OFFSET, Superblock};
 use rafsd::format::rafs::{Algorithm, BlobEntry, DigestAlgorithm};
@@ -57,6 +58,7 @@ pub(super) fn all() -> Vec<(&'static str, Seeds)> {
         ("toc", files()),
         ("lists", lists()),
         ("rafs5", version_5()),
+        ("fuse_wire", requests()),
     ]
 }
 
@@ -93,6 +95,51 @@ fn version_5() -> Seeds {
         }
     }
     seeds
+}
+
+/// Requests as kernels send them.
+fn requests() -> Seeds {
+    let request = |opcode, body: &[u8]| {
+        let len = u32::try_from(size_of::<RequestHead>() + body.len()).unwrap();
+        let head = RequestHead { len, opcode, unique: 6, node: 300, uid: 0, gid: 0, pid: 1, extensions: 0, padding: 0 };
+        [head.as_bytes(), body].concat()
+    };
+    let words = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>();
+    let read = words(&[0, 0, 4096, 0, 131_072, 0, 0, 0, 0x8000, 0]);
+    let init = [words(&[7, 45, 131_072, 0x73ff_fffb, 0x3ff]), vec![0; 44]].concat();
+    let old = words(&[7, 31, 131_072, 0x03ff_fffb]);
+    let named = [words(&[64, 0]), b"user.name\0".to_vec()].concat();
+    let walk = [
+        request(opcode::LOOKUP, b"usr\0"),
+        request(opcode::GETATTR, &words(&[0, 0, 0, 0])),
+        request(opcode::OPENDIR, &words(&[0, 0])),
+        request(opcode::READDIRPLUS, &read),
+        request(opcode::READDIR, &read),
+        request(opcode::READLINK, &[]),
+        request(opcode::FORGET, &words(&[1, 0])),
+        request(opcode::BATCH_FORGET, &words(&[1, 0, 5, 0, 1, 0])),
+    ];
+    let bytes = [
+        request(opcode::OPEN, &words(&[0, 0])),
+        request(opcode::READ, &read),
+        request(opcode::INTERRUPT, &words(&[6, 0])),
+        request(opcode::RELEASE, &[0; 24]),
+    ];
+    let attributes = [
+        request(opcode::GETXATTR, &named),
+        request(opcode::LISTXATTR, &words(&[0, 0])),
+        request(opcode::STATFS, &[]),
+        request(opcode::SETXATTR, &named),
+        request(99, &[]),
+    ];
+    let hello = |body: &[u8]| bodies::fuse_wire::pack(&[request(opcode::INIT, body), request(opcode::DESTROY, &[])]);
+    Seeds::from([
+        ("init".into(), hello(&init)),
+        ("init-old".into(), hello(&old)),
+        ("walk".into(), bodies::fuse_wire::pack(&walk)),
+        ("bytes".into(), bodies::fuse_wire::pack(&bytes)),
+        ("attributes".into(), bodies::fuse_wire::pack(&attributes)),
+    ])
 }
 
 fn key() -> Encryption {

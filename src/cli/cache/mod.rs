@@ -14,6 +14,7 @@ use clap::Subcommand;
 use super::connect::{Place, block_on};
 use super::print_json;
 use super::progress::Bar;
+use super::userdirs::user_dirs;
 use crate::base::ByteSize;
 use crate::build::Progress;
 use crate::cache::{Shelves, StoreError, VerifyReport};
@@ -262,7 +263,9 @@ impl CachePlace {
             Ok(_) | Err(ClientError::NoDaemon { .. }) => {}
             Err(other) => return Err(other.into()),
         }
-        let dir = self.cache.as_deref().unwrap_or(Path::new("/var/lib/rafsd"));
+        let of_user = user_dirs().map(|dirs| dirs.cache);
+        let default = of_user.as_deref().unwrap_or(Path::new("/var/lib/rafsd"));
+        let dir = self.cache.as_deref().unwrap_or(default);
         match Shelves::open(dir) {
             Ok(shelves) => Ok(Cache::Idle(shelves)),
             Err(error @ StoreError::Locked { .. }) => Err(match keeper::status(&self.place.run) {

@@ -191,7 +191,27 @@ pub struct Resolved {
     pub mistakes: Vec<Located>,
 }
 
+/// Directories of a user who is not root.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UserDirs {
+    pub cache: PathBuf,
+    pub run: PathBuf,
+}
+
 impl Resolved {
+    /// Has directories that nobody has set be those of `user`, who is not root.
+    pub fn fit_user(&mut self, user: Option<UserDirs>) {
+        let Some(user) = user else { return };
+        let free = TABLE.iter().zip(&self.origins).filter(|(_, origin)| **origin == Origin::Default);
+        for (setting, _) in free {
+            match setting.key {
+                "cache" => self.settings.cache.clone_from(&user.cache),
+                "run" => self.settings.run.clone_from(&user.run),
+                _ => {}
+            }
+        }
+    }
+
     /// Lowers what nobody has set to what suits a process that may use `limit` bytes of memory.
     pub fn fit_memory(&mut self, limit: Option<u64>) {
         let fitting = StoreOptions::within(limit);
@@ -250,6 +270,19 @@ mod tests {
 
     fn given(key: &'static str, text: &str, origin: Origin) -> Given {
         Given { key, text: text.to_owned(), origin }
+    }
+
+    #[test]
+    fn directories_that_nobody_set_are_those_of_the_user() {
+        let user = UserDirs { cache: "/home/u/.cache/rafsd".into(), run: "/run/user/7/rafsd".into() };
+        let mut resolved = resolve(Some("run = \"/set\""), &[]);
+
+        resolved.fit_user(Some(user.clone()));
+
+        assert_eq!((&resolved.settings.cache, &resolved.settings.run), (&user.cache, &PathBuf::from("/set")));
+        let mut of_root = resolve(None, &[]);
+        of_root.fit_user(None);
+        assert_eq!(of_root.settings, Settings::default());
     }
 
     #[test]

@@ -1,16 +1,22 @@
 //! From a tree to a mount: by the calls of the kernel for who may, by `fusermount3` for who may not.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
 
 use super::negotiation::MAX_READ;
 use super::tree::ImageTree;
 use super::{AnnounceLasting, Connected, Fuse, Keep, Legacy, Part};
 use crate::export::{AttachError, LiveImage, MountWatch, WatchId};
+use crate::image::{Image, Kind, Visit};
 use crate::sys::fuse::{FusermountError, Options, find_fusermount, mount_by, unmount_by};
 use crate::sys::mount::MountError;
 use crate::sys::sandbox::Sandbox;
@@ -60,16 +66,17 @@ impl Fuse {
         let mounted = self.mount_lasting(tree.clone(), Backend::FuseTree, options, keep, sandbox);
         let (mount, connected, lasting) = match mounted {
             Ok(mounted) => mounted,
-            Err(AttachError::Mount(error)) if is_forbidden(&error) => {
-                return match find_fusermount() {
+            Err(error) => {
+                return match find_fusermount().filter(|_| is_forbidden(&error)) {
                     Some(program) => {
-                        self.attach_by(&program, tree, (options, target), (watch, announce), (keep, sandbox))
+                        self.attach_by(&program, image, (options, target), (watch, announce), (keep, sandbox))
                     }
-                    None => Err(AttachError::Mount(error)),
+                    None => Err(error),
                 };
             }
-            Err(error) => return Err(error),
         };
+        widen_read_ahead(&mount, sandbox);
+        open_once(&image.image, &mount, sandbox);
         let finish = || {
             let watched = watch.add(&mount).map_err(at(target))?;
             announce(watched, Some(&lasting)).map_err(AttachError::Unkept)?;
@@ -96,7 +103,7 @@ impl Fuse {
     fn attach_by(
         self: &Arc<Self>,
         program: &Path,
-        tree: Arc<ImageTree>,
+        image: &LiveImage,
         (options, target): (Options, &Path),
         (watch, announce): (&MountWatch, AnnounceLasting<'_>),
         (keep, sandbox): (&dyn Keep, &Sandbox),
@@ -107,6 +114,7 @@ impl Fuse {
         let device = sandbox.outside(|| mount_by(program, target, options)).map_err(refused)?;
         let keep_device = keep.keep(Part::Device, device.held());
         let undo = || sandbox.outside(|| unmount_by(program, target, true));
+        let tree = Arc::new(ImageTree::new(image));
         let connect = || self.connect(device, tree, Backend::FuseTree, None).map_err(at(target));
         let connected = connect().inspect_err(|_| drop(undo()))?;
         let finish = || {
@@ -114,6 +122,7 @@ impl Fuse {
             let root = File::open(target).map_err(at(target))?;
             let lasting = connected.make_lasting(&root, keep)?;
             widen_read_ahead(&root, sandbox);
+            open_once(&image.image, &root, sandbox);
             let watched = watch.add(&root).map_err(at(target))?;
             announce(watched, Some(&lasting)).map_err(AttachError::Unkept)?;
             Ok(watched)
@@ -142,12 +151,38 @@ fn at(target: &Path) -> impl Fn(io::Error) -> AttachError + Copy {
 }
 
 /// Whether it is the caller who may not mount.
-fn is_forbidden(error: &MountError) -> bool {
-    matches!(error.cause.raw_os_error(), Some(libc::EPERM | libc::EACCES))
+fn is_forbidden(error: &AttachError) -> bool {
+    let AttachError::Mount(MountError { cause, .. }) = error else { return false };
+    matches!(cause.raw_os_error(), Some(libc::EPERM | libc::EACCES))
+}
+
+/// Opens and closes a file of the mount whose root is `root`, so that the kernel learns that we need not be
+/// asked about either.
+///
+/// Else the first process that closes a file waits for us, and that may be a copy of one which is about to
+/// become our successor (seen on 6.18). Where no file can be opened the kernel learns it later.
+fn open_once(image: &Image, root: &impl AsFd, sandbox: &Sandbox) {
+    let mut walk = image.walk();
+    let mut path = None;
+    while let Some(step) = walk.next_visit() {
+        if let Ok(Visit { path: names, inode }) = step
+            && inode.kind == Kind::Regular
+        {
+            path = Some(names.join(&b"/"[..]));
+            break;
+        }
+    }
+    let Some(path) = path else { return };
+    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let root = root.as_fd();
+    let opened = sandbox.outside(|| openat(root, OsStr::from_bytes(&path), flags, Mode::empty()).map(drop));
+    if let Err(error) = opened {
+        tracing::debug!(%error, "no file was opened ahead");
+    }
 }
 
 /// Has the kernel read further ahead. Where that is forbidden, sequential reads are slower.
-pub(super) fn widen_read_ahead(mount: &impl AsFd, sandbox: &Sandbox) {
+fn widen_read_ahead(mount: &impl AsFd, sandbox: &Sandbox) {
     let widen = || {
         let device = nix::sys::stat::fstat(mount)?.st_dev;
         let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));

@@ -4,13 +4,14 @@ use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
 use zerocopy::{Immutable, IntoBytes};
 
 use super::duty::Duty;
+use super::interrupts::Interrupts;
 use super::negotiation::{Negotiated, Reaction, flag, negotiate};
 use super::read::Buffers;
 use super::reply::{self, Listing, Node, XattrOut, no_entry, opened};
@@ -43,6 +44,7 @@ pub struct Connection {
     frozen: RwLock<bool>,
     /// Requests that were read and not answered.
     waiting: AtomicUsize,
+    pub(super) interrupts: Interrupts,
     /// Where they are written down, if the kernel does not send them again to a successor.
     requests: OnceLock<Arc<RequestLog>>,
 }
@@ -68,6 +70,7 @@ impl Connection {
         agreed: Option<Negotiated>,
         (backend, telemetry): (Backend, Telemetry),
         buffers: Arc<Buffers>,
+        signals: Arc<AtomicBool>,
     ) -> Self {
         Self {
             device,
@@ -80,6 +83,7 @@ impl Connection {
             changed: Condvar::new(),
             frozen: RwLock::new(false),
             waiting: AtomicUsize::new(0),
+            interrupts: Interrupts::new(signals),
             requests: OnceLock::new(),
         }
     }
@@ -190,16 +194,19 @@ impl Connection {
             Ok(request) => request,
             Err(error) => return self.refuse(error),
         };
+        if let Question::Interrupt { unique } = request.question {
+            return self.interrupts.signalled(unique);
+        }
         if !request.question.wants_answer() {
             return;
         }
         let mut duty = self.duty(request.unique);
         // All else is answered before this returns.
-        if let (Some(log), Question::Read { .. }) = (self.requests.get(), &request.question) {
-            if !duty.write_down(log, bytes) {
-                tracing::error!("too many reads wait to write another one down; failed");
-                return duty.fail(libc::EIO);
-            }
+        if let (Some(log), Question::Read { .. }) = (self.requests.get(), &request.question)
+            && !duty.write_down(log, bytes)
+        {
+            tracing::error!("too many reads wait to write another one down; failed");
+            return duty.fail(libc::EIO);
         }
         faultpoint::reach("written-down");
         match request.question {
@@ -232,7 +239,7 @@ impl Connection {
             Question::Change => duty.fail(libc::EROFS),
             // The kernel remembers most of these, and does without.
             Question::Other { .. } => duty.fail(libc::ENOSYS),
-            Question::Init(_) | Question::Read { .. } | Question::Forget | Question::Interrupt => {
+            Question::Init(_) | Question::Read { .. } | Question::Forget | Question::Interrupt { .. } => {
                 unreachable!("answered elsewhere, or not at all")
             }
         }

@@ -4,6 +4,12 @@
 //! way. The file system of the files is mounted where no path leads to, lives in the hands of EROFS alone, and
 //! ends with it.
 //!
+//! EROFS reads the files through the page cache, so what comes this way is in memory twice for a while. Past it
+//! (option `directio`) it is not, and whoever reads many small files waits more than twice as long; a page
+//! whose reader was killed also stays locked until its request is answered, and with it whoever unmounts and
+//! whoever calls `sync` (all seen on 6.18). How far the kernel reads ahead in the files is left as it is: it goes
+//! on behind the end of what is read, into what nobody may ever want.
+//!
 //! What is there whole when the image is mounted does not come this way: EROFS is given the file in the cache
 //! itself, for as long as the mount lives. Passing reads on to a file that became complete later is not to be
 //! had: EROFS refuses files of a FUSE file system that does so (seen on 6.18).
@@ -24,7 +30,7 @@ use super::reply::{Listed, Node, Statistics};
 use super::wire::{NodeId, ROOT};
 use super::{Attachment, Connected, Fuse, Piece, Tree, TreeError, Visit, Wishes};
 use crate::base::{BLOCK, ByteRange};
-use crate::export::erofs::{self, NewSettings, Reading, Stage};
+use crate::export::erofs::{self, NewSettings, Stage};
 use crate::export::probe::ColdByte;
 use crate::export::{AttachError, Backing, LiveImage, MountWatch, WatchId};
 use crate::sys::faultpoint;
@@ -70,7 +76,9 @@ impl Fuse {
         let paths = paths(&image.devices, straight, files.as_ref());
         let attached = sandbox.outside(|| mount_over(&image.bootstrap, &paths)).and_then(|mount| {
             let reaches_us = |cold: &ColdByte, mount: &DetachedMount| {
-                tree.expect_read(cold.device, || sandbox.outside(|| cold.read(mount)))
+                let seen = tree.expect_read(cold.device, || sandbox.outside(|| cold.read(mount)));
+                sandbox.outside(|| forget_pages(&paths[cold.device]));
+                seen
             };
             erofs::publish(mount, image, stage, &reaches_us)
         });
@@ -124,8 +132,7 @@ pub(super) fn paths(devices: &[Arc<dyn Backing>], straight: &[bool], files: Opti
 /// Mounts EROFS over files, or over loop devices where it takes nothing else.
 pub(super) fn mount_over(bootstrap: &Path, paths: &[PathBuf]) -> Result<DetachedMount, AttachError> {
     let settings = NewSettings::before();
-    let reading = if std::env::var_os("FDEV_BUFFERED").is_some() { Reading::Buffered } else { Reading::Direct };
-    let mounted = match erofs::mount(bootstrap, paths, reading) {
+    let mounted = match erofs::mount(bootstrap, paths) {
         Ok(mount) if !faultpoint::pretends("no-file-backed") => Ok(mount),
         Err(error) if error.cause.raw_os_error() != Some(libc::ENOTBLK) => Err(AttachError::Mount(error)),
         _ => mount_by_loop(bootstrap, paths),
@@ -134,6 +141,15 @@ pub(super) fn mount_over(bootstrap: &Path, paths: &[PathBuf]) -> Result<Detached
         tracing::debug!(%error, "the read-ahead of a mount stays as it is");
     }
     mounted
+}
+
+/// Drops what the trial has left: see [`ColdByte::read`].
+fn forget_pages(path: &Path) {
+    let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+    let forgotten = File::open(path).and_then(|file| Ok(nix::fcntl::posix_fadvise(&file, 0, 0, advice)?));
+    if let Err(error) = forgotten {
+        tracing::debug!(path = %path.display(), %error, "pages of a trial stay");
+    }
 }
 
 /// For kernels whose EROFS takes only block devices.
@@ -148,7 +164,7 @@ fn mount_by_loop(bootstrap: &Path, paths: &[PathBuf]) -> Result<DetachedMount, A
     let first = over(bootstrap)?;
     let others = paths.iter().map(|path| over(path)).collect::<Result<Vec<_>, _>>()?;
     let paths: Vec<_> = others.iter().map(|device| device.path().to_owned()).collect();
-    erofs::mount(first.path(), &paths, Reading::Buffered).map_err(AttachError::Mount)
+    erofs::mount(first.path(), &paths).map_err(AttachError::Mount)
 }
 
 /// Why a device could not be served for a trial.

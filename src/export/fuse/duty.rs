@@ -33,6 +33,11 @@ impl Duty {
         self.slot.is_some()
     }
 
+    /// What the kernel calls the request.
+    pub(super) fn unique(&self) -> u64 {
+        self.unique
+    }
+
     /// Whether the kernel sent it again, because a process that died had taken it.
     pub(super) fn is_resent(&self) -> bool {
         self.unique & RESENT != 0

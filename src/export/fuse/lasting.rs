@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::attach::{HANDSHAKE, widen_read_ahead};
+use super::attach::HANDSHAKE;
 use super::negotiation::{Negotiated, flag};
 use super::{Connected, Fuse, Tree};
 use crate::export::{AttachError, WatchId};
@@ -80,10 +80,7 @@ impl Fuse {
         let mount = sandbox.outside(|| device.mount(options)).map_err(AttachError::Mount)?;
         let connected = self.connect(device, tree, backend, None).map_err(unusable)?;
         match connected.make_lasting(&mount, keep) {
-            Ok(lasting) => {
-                widen_read_ahead(&mount, sandbox);
-                Ok((mount, connected, lasting))
-            }
+            Ok(lasting) => Ok((mount, connected, lasting)),
             Err(error) => {
                 connected.close();
                 Err(error)

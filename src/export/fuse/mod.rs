@@ -16,6 +16,7 @@ mod attach;
 mod connection;
 mod device;
 mod duty;
+mod interrupts;
 mod lasting;
 pub mod negotiation;
 mod read;

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use super::connection::Connection;
 use super::duty::Duty;
+use super::interrupts::Waiting;
 use super::negotiation::MAX_READ;
 use super::reply::HEAD;
 use super::wire::NodeId;
@@ -66,7 +67,7 @@ pub(super) fn read(connection: &Arc<Connection>, duty: Duty, node: NodeId, (offs
             return connection.fail(duty, &error);
         }
     };
-    let wanted = Wanted { connection: connection.clone(), node, range, pid };
+    let wanted = Wanted { connection: connection.clone(), unique: duty.unique(), node, range, pid };
     if missing.is_empty() {
         let is_resent = duty.is_resent();
         let answer = wanted.answer(duty);
@@ -80,18 +81,18 @@ pub(super) fn read(connection: &Arc<Connection>, duty: Duty, node: NodeId, (offs
         failed: OnceLock::new(),
         owed: Mutex::new(Some((duty, waiting))),
     });
+    connection.interrupts.enter(together.wanted.unique, pid, &together);
     for (device, decoded) in missing {
         let share = Share { together: together.clone(), is_settled: false };
         device.fill_for(request.clone(), decoded, Box::new(move |outcome| share.settle(outcome, decoded)));
     }
 }
 
+/// Ranges of devices that are to be filled.
+type Missing = Vec<(Arc<dyn Backing>, ByteRange)>;
+
 /// What of the read is not there yet.
-fn missing(
-    connection: &Connection,
-    node: NodeId,
-    range: ByteRange,
-) -> Result<Vec<(Arc<dyn Backing>, ByteRange)>, TreeError> {
+fn missing(connection: &Connection, node: NodeId, range: ByteRange) -> Result<Missing, TreeError> {
     let mut missing = Vec::new();
     connection.tree.pieces(node, range, &mut |piece| {
         if let Piece::Device(device, decoded) = piece {
@@ -114,6 +115,7 @@ fn in_blocks(device: &Arc<dyn Backing>, decoded: ByteRange) -> ByteRange {
 /// What a reader waits for.
 struct Wanted {
     connection: Arc<Connection>,
+    unique: u64,
     node: NodeId,
     range: ByteRange,
     pid: u32,
@@ -208,9 +210,19 @@ impl Drop for Share {
     }
 }
 
+impl Waiting for Together {
+    fn let_go(&self) {
+        // Told nothing else, it counts as denied.
+        if let Some((duty, _)) = self.owed.lock().unwrap().take() {
+            duty.fail(libc::EINTR);
+        }
+    }
+}
+
 impl Drop for Together {
     /// When the last share has gone.
     fn drop(&mut self) {
+        self.wanted.connection.interrupts.leave(self.wanted.unique);
         let owed = self.owed.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
         let Some((duty, waiting)) = owed.take() else { return };
         match self.failed.get() {

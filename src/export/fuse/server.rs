@@ -1,7 +1,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use super::negotiation::Negotiated;
 use super::read::Buffers;
 use super::wire::REQUEST_BUFFER;
-use super::{Connection, Tree};
+use super::{Connection, Tree, interrupts};
 use crate::export::pulse::Pulse;
 use crate::sys::fuse::Device;
 use crate::telemetry::{Backend, Telemetry};
@@ -32,6 +32,8 @@ pub struct Fuse {
     connections: RwLock<HashMap<u64, Arc<Connection>>>,
     last: AtomicU64,
     buffers: Arc<Buffers>,
+    /// Set when readers were sent a signal and may have to be let go.
+    signals: Arc<AtomicBool>,
     telemetry: Telemetry,
 }
 
@@ -78,6 +80,7 @@ impl Fuse {
             connections: RwLock::default(),
             last: AtomicU64::new(PULSE),
             buffers: Arc::default(),
+            signals: Arc::default(),
             telemetry,
         }))
     }
@@ -99,7 +102,8 @@ impl Fuse {
     ) -> io::Result<Connected> {
         let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
         let counted = (backend, self.telemetry.clone());
-        let connection = Arc::new(Connection::new(device, tree, agreed, counted, self.buffers.clone()));
+        let connection =
+            Arc::new(Connection::new(device, tree, agreed, counted, self.buffers.clone(), self.signals.clone()));
         // In the table first: whoever is woken must find it.
         self.connections.write().unwrap().insert(number, connection.clone());
         let added = self.epoll.add(connection.device(), interest(number));
@@ -120,7 +124,12 @@ impl Fuse {
         loop {
             // One at a time: the others are for the other threads.
             let mut events = [EpollEvent::empty()];
-            match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            let timeout = if self.look_at_the_signalled() {
+                EpollTimeout::try_from(interrupts::PERIOD).unwrap_or(EpollTimeout::ZERO)
+            } else {
+                EpollTimeout::NONE
+            };
+            match self.epoll.wait(&mut events, timeout) {
                 Ok(0) | Err(Errno::EINTR) => continue,
                 Ok(_) => {}
                 Err(errno) => return Err(errno.into()),
@@ -136,6 +145,14 @@ impl Fuse {
                 number => self.serve(number, &mut buffer),
             }
         }
+    }
+
+    /// Lets readers go that are being killed. Tells whether to look again.
+    fn look_at_the_signalled(&self) -> bool {
+        if self.signals.swap(false, Ordering::AcqRel) {
+            self.connections().iter().for_each(|connection| connection.interrupts.look());
+        }
+        self.signals.load(Ordering::Acquire)
     }
 
     /// Ends [`Fuse::run`] on all threads. What the kernel asks then waits until somebody reads it.

@@ -89,6 +89,14 @@ pub struct BatchForgetIn {
     pub dummy: u32,
 }
 
+/// `struct fuse_interrupt_in`.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct InterruptIn {
+    /// Of the request that somebody waits for.
+    pub unique: u64,
+}
+
 /// Kinds of request (`enum fuse_opcode`).
 pub mod opcode {
     pub const LOOKUP: u32 = 1;
@@ -182,8 +190,10 @@ pub enum Question<'a> {
     },
     /// The kernel drops what it knew. No answer.
     Forget,
-    /// Somebody who waits for the answer to another request was sent a signal. No answer.
-    Interrupt,
+    /// Somebody who waits for the answer to the request `unique` was sent a signal. No answer.
+    Interrupt {
+        unique: u64,
+    },
     /// The end of the connection.
     Destroy,
     /// Something would be changed.
@@ -197,7 +207,7 @@ pub enum Question<'a> {
 impl Question<'_> {
     /// Whether the kernel waits for an answer.
     pub fn wants_answer(&self) -> bool {
-        !matches!(self, Self::Forget | Self::Interrupt)
+        !matches!(self, Self::Forget | Self::Interrupt { .. })
     }
 }
 
@@ -267,7 +277,7 @@ fn question(opcode: u32, body: &[u8]) -> Result<Question<'_>, &'static str> {
         }
         opcode::LISTXATTR => Question::Xattrs { size: record::<XattrIn>(body)?.0.size },
         opcode::FORGET | opcode::BATCH_FORGET => Question::Forget,
-        opcode::INTERRUPT => Question::Interrupt,
+        opcode::INTERRUPT => Question::Interrupt { unique: record::<InterruptIn>(body)?.0.unique },
         opcode::DESTROY => Question::Destroy,
         opcode::SETATTR
         | opcode::SYMLINK

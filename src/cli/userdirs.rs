@@ -1,0 +1,43 @@
+//! Where a user who is not root has what a daemon needs, by the rules of the XDG base directories.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use crate::daemon::settings::UserDirs;
+
+/// The directories of the user of this process; `None` for root.
+pub(super) fn user_dirs() -> Option<UserDirs> {
+    let uid = nix::unistd::geteuid();
+    (!uid.is_root()).then(|| dirs(uid.as_raw(), |name| std::env::var_os(name)))
+}
+
+/// The directories by what the environment says. Without any, what anybody may write to: that they belong to
+/// nobody else is for the daemon to see to.
+fn dirs(uid: u32, variable: impl Fn(&str) -> Option<OsString>) -> UserDirs {
+    // A relative one is to be ignored.
+    let dir = |name| variable(name).map(PathBuf::from).filter(|dir: &PathBuf| dir.is_absolute());
+    let cache = dir("XDG_CACHE_HOME").or_else(|| dir("HOME").map(|home| home.join(".cache")));
+    let cache = cache.map_or_else(|| PathBuf::from(format!("/var/tmp/rafsd-{uid}")), |dir| dir.join("rafsd"));
+    let run = dir("XDG_RUNTIME_DIR");
+    let run = run.map_or_else(|| PathBuf::from(format!("/tmp/rafsd-{uid}")), |dir| dir.join("rafsd"));
+    UserDirs { cache, run }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(environment: &[(&str, &str)], cache: &str, run: &str) {
+        let find = |name: &str| environment.iter().find(|(key, _)| *key == name).map(|(_, value)| value.into());
+        assert_eq!(dirs(7, find), UserDirs { cache: cache.into(), run: run.into() });
+    }
+
+    #[test]
+    fn the_environment_says_where() {
+        let all = [("XDG_CACHE_HOME", "/c"), ("XDG_RUNTIME_DIR", "/r"), ("HOME", "/h")];
+        check(&all, "/c/rafsd", "/r/rafsd");
+        check(&[("HOME", "/h")], "/h/.cache/rafsd", "/tmp/rafsd-7");
+        check(&[("XDG_CACHE_HOME", "c"), ("XDG_RUNTIME_DIR", "")], "/var/tmp/rafsd-7", "/tmp/rafsd-7");
+    }
+}
