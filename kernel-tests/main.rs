@@ -65,6 +65,7 @@ const TABLES: &[&[Case]] = &[
     cases::space::CASES,
     cases::faults::CASES,
     cases::takeover::CASES,
+    cases::v5::CASES,
     cases::many::CASES,
     cases::lifecycle::CASES,
     cases::unprivileged::CASES,

@@ -21,7 +21,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("source", &["base", "sys", "net", "telemetry"]),
     ("cache", &["base", "sys", "codec", "telemetry", "blob", "source"]),
     ("build", &["base", "sys", "format", "codec", "image", "blob"]),
-    ("reader", &["base", "sys", "format", "codec", "image", "blob", "source"]),
+    // `build` only to lift bootstraps of RAFS v5, whose trees it lays out as those it builds.
+    ("reader", &["base", "sys", "format", "codec", "image", "blob", "source", "build"]),
     ("tools", &["base", "sys", "format", "codec", "image", "blob", "source", "reader", "build"]),
     // `format` only to write the image of a few hundred bytes with which a host is tried out.
     ("export", &["base", "sys", "format", "telemetry", "image", "cache"]),

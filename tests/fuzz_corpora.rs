@@ -17,7 +17,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rafsd::build::lift;
 use rafsd::image::Image;
+use rafsd::image::v5::Bootstrap;
 use support::tree::Random;
 
 /// Mutations of all seeds of one target together.
@@ -123,6 +125,11 @@ fn lists_of_any_bytes_are_read_or_refused() {
 }
 
 #[test]
+fn version_5_bootstraps_of_any_bytes_are_lifted_or_refused() {
+    check("rafs5", bodies::rafs5::run);
+}
+
+#[test]
 fn requests_of_any_bytes_are_understood_or_refused() {
     check("fuse_wire", |input| {
         bodies::fuse_wire::run(input);
@@ -146,6 +153,11 @@ fn seeds_are_accepted_by_their_parsers() {
         while let Some(visit) = walk.next_visit() {
             visit.unwrap_or_else(|e| panic!("{name}: {e}"));
         }
+    }
+    for (name, input) in corpus("rafs5") {
+        let bytes = bodies::bootstrap::unpack(&input);
+        let lifted = Bootstrap::parse(&bytes).map_err(Into::into).and_then(|image| lift(&image));
+        lifted.unwrap_or_else(|e| panic!("{name}: {e}"));
     }
     for (name, input) in corpus("blob_meta") {
         bodies::blob_meta::tables(&input).unwrap_or_else(|e| panic!("{name}: {e}"));

@@ -17,7 +17,8 @@ use std::path::Path;
 use generated::member::{Content, Island, Item, Member, Numbers, Style, What, archive};
 use rafsd::blob::BlobKey;
 use rafsd::build::{
-    Batching, BuildReport, BuildSpec, Compression, Encryption, Layer, MergeSpec, Source, Whiteouts, build, merge,
+    Batching, BuildReport, BuildSpec, Compression, Encryption, Layer, MergeSpec, Source, Version, Whiteouts, build,
+    merge,
 };
 use rafsd::codec;
 use rafsd::format::rafs::DigestAlgorithm;
@@ -139,6 +140,27 @@ fn digests_of_blobs() -> String {
     out
 }
 
+/// The same for RAFS v5.
+fn digests_of_v5() -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let mut out = String::new();
+    for (tree, items) in trees() {
+        for (kit, compression, digest, aligned, inline) in [
+            ("none blake3", Compression::None, DigestAlgorithm::Blake3, false, false),
+            ("lz4 sha256", Compression::Lz4, DigestAlgorithm::Sha256, false, false),
+            ("zstd blake3", Compression::Zstd { level: 3 }, DigestAlgorithm::Blake3, false, false),
+            ("zstd sha256 aligned", Compression::Zstd { level: 3 }, DigestAlgorithm::Sha256, true, false),
+            ("zstd blake3 inline", Compression::Zstd { level: 3 }, DigestAlgorithm::Blake3, false, true),
+        ] {
+            let mut spec = spec(tree, &items, dir.path());
+            (spec.compression, spec.digest) = (compression, digest);
+            (spec.version, spec.inline_bootstrap) = (Version::V5 { aligned }, inline);
+            out.push_str(&line(tree, kit, &build(spec, &()).unwrap()));
+        }
+    }
+    out
+}
+
 /// Everything in a bootstrap.
 fn text(image: &Image, detail: Detail) -> String {
     let mut out = Vec::new();
@@ -182,6 +204,11 @@ fn tiny_images_have_the_digests_they_always_had() {
 #[test]
 fn tiny_blobs_of_every_form_have_the_digests_they_always_had() {
     assert_golden("blobs.txt", &digests_of_blobs());
+}
+
+#[test]
+fn tiny_images_of_version_5_have_the_digests_they_always_had() {
+    assert_golden("v5.txt", &digests_of_v5());
 }
 
 #[test]

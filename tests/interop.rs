@@ -13,11 +13,14 @@ use rafsd::base::BlobId;
 use rafsd::blob::{BlobKind, BlobTables, Check, DecodeError, Decoder, UnitMap, decode};
 use rafsd::codec;
 use rafsd::format::rafs::{BlobEntry, ExtSuperblock};
-use rafsd::format::{array_at, record_at};
+use rafsd::format::{array_at, rafs5, record_at};
 use rafsd::image::check::{Code, Severity, check};
-use rafsd::image::{Extent, Image, Kind};
+use rafsd::image::v5::Bootstrap;
+use rafsd::image::{Extent, Image, Kind, Origin};
 use rafsd::reader::bootstrap;
-use support::interop::{SERVED, folder};
+use rafsd::tools::check::v5;
+use support::interop::{SERVED, V5, folder};
+use zerocopy::little_endian::U32;
 
 /// The image in `dir`, by its bootstrap or by the blob that holds it.
 fn open(dir: &Path) -> Image {
@@ -221,9 +224,42 @@ fn a_tar_layer_has_a_map_without_digests_and_is_not_served() {
 }
 
 #[test]
-fn images_of_version_5_are_refused() {
-    let Some(folder) = folder("images_of_version_5_are_refused") else { return };
-    assert!(bootstrap::load(&folder.join("v5-zstd/bootstrap")).is_err());
+fn images_of_version_5_are_sound_and_so_is_what_they_are_lifted_to() {
+    let Some(folder) = folder("images_of_version_5_are_sound_and_so_is_what_they_are_lifted_to") else { return };
+    for name in V5 {
+        let path = folder.join(name).join("bootstrap");
+        let found = bootstrap::find(&path, None).unwrap_or_else(|e| panic!("{name}: {e:?}"));
+        let before = v5::check(&found.v5().unwrap());
+        let image = Image::parse(found.load().unwrap().bytes).unwrap_or_else(|e| panic!("{name}: {e:?}"));
+        let after = check(&image);
+        assert_eq!((&before.findings[..], &after.findings[..]), (&[][..], &[][..]), "{name}");
+        assert!(before.paths > 1000 && before.paths == after.paths, "{name}: {} paths", before.paths);
+        assert_eq!((before.inodes, before.chunks), (after.inodes, after.chunks), "{name}");
+        assert_eq!(image.summary().origin, Origin::V5);
+        let lifted = bootstrap::open(&path).unwrap();
+        assert_eq!(lifted.bytes(), image.bytes(), "{name}: lifted twice, it is the same");
+    }
+}
+
+#[test]
+fn the_digest_of_every_inode_of_version_5_is_checked() {
+    let Some(folder) = folder("the_digest_of_every_inode_of_version_5_is_checked") else { return };
+    for name in ["v5-none", "v5-aligned-sha256"] {
+        let bytes = fs::read(folder.join(name).join("bootstrap")).unwrap();
+        let sb: &rafs5::Superblock = record_at(&bytes, 0, "superblock").unwrap();
+        let rows: &[U32] =
+            array_at(&bytes, sb.inode_table_offset.get(), sb.inode_table_entries.get().into(), "").unwrap();
+        for number in (1..=rows.len()).step_by(7) {
+            let mut bytes = bytes.clone();
+            bytes[rows[number - 1].get() as usize * 8 + 5] ^= 0x40;
+            let report = v5::check(&Bootstrap::parse(&bytes).unwrap());
+            let found: Vec<_> = report.findings.iter().map(|finding| (finding.code, &*finding.place)).collect();
+            // The digest of a directory is over those of its children, and no further up.
+            let own = (Code::InodeDigest, &*format!("inode {number}"));
+            assert!(found.contains(&own) && found.len() == if number == 1 { 1 } else { 2 }, "{name}: {found:?}");
+            assert!(found.iter().all(|(code, _)| *code == Code::InodeDigest), "{name}: {found:?}");
+        }
+    }
 }
 
 #[test]

@@ -54,6 +54,9 @@ const STATUS: u32 = 5;
 const HELD: u32 = 7;
 const DONE: u32 = 8;
 const FAILED: u32 = 9;
+const TAKE_POST: u32 = 10;
+const RELIEF: u32 = 11;
+const SERVING: u32 = 12;
 /// Held by each test: the count is one for all threads.
 static ALONE: Mutex<()> = Mutex::new(());
 
@@ -82,10 +85,19 @@ fn ask(socket: &OwnedFd, text: &[u8], fd: Option<&File>) -> u32 {
     hear(socket).0
 }
 
-/// A keeper with its daemon's end.
+/// A keeper at its post, with its daemon's end.
 fn start(run: &Path) -> (OwnedFd, JoinHandle<()>) {
+    let (daemon, thread) = start_new(run);
+    assert!(fdpass::connect(&run.join(keeper::SOCKETS[0])).is_err(), "nobody before it has everything");
+    assert_eq!(ask(&daemon, &word(TAKE_POST, 0, [0; 2], 0), None), DONE);
+    (daemon, thread)
+}
+
+/// A keeper that has no post yet, with its daemon's end.
+fn start_new(run: &Path) -> (OwnedFd, JoinHandle<()>) {
     let (ours, theirs) = fdpass::pair().unwrap();
-    let orders = Orders { run: run.to_owned(), rank: 0, patience: Duration::from_secs(1), successor: None };
+    let patience = Duration::from_secs(1);
+    let orders = Orders { run: run.to_owned(), rank: 0, patience, successor: None, sandbox: true };
     let thread = std::thread::spawn(move || {
         COUNTS.set(true);
         keeper::keep(theirs, orders).unwrap();
@@ -187,4 +199,129 @@ fn what_a_daemon_said_before_it_died_is_in_force() {
     assert_eq!((hear(&successor).0, hear(&successor).0), (HELD, DONE));
     assert_eq!(ask(&successor, &word(FINISH, 0, [0; 2], 0), None), DONE);
     thread.join().unwrap();
+}
+
+#[test]
+fn only_a_daemon_that_served_has_answered_those_who_waited() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // Readers are denied after a second without anybody. Each of the others lives longer than that.
+    for (serves, denies_at_once) in [(true, false), (false, true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let (daemon, thread) = start(dir.path());
+        let watch = living(dir.path());
+        assert_eq!(ask(&daemon, &word(HOLD, WATCH, [0; 2], 0), Some(&watch)), DONE);
+        drop(daemon);
+        let successor = attach(dir.path());
+        assert_eq!((hear(&successor).0, hear(&successor).0), (HELD, DONE));
+        if serves {
+            assert_eq!(ask(&successor, &word(SERVING, 0, [0; 2], 0), None), DONE);
+        }
+        std::thread::sleep(Duration::from_millis(2300));
+
+        drop(successor);
+
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!(keeper::status(dir.path()).unwrap().denying, denies_at_once, "serves: {serves}");
+        std::thread::sleep(Duration::from_millis(1500));
+        assert!(keeper::status(dir.path()).unwrap().denying, "in time all the same");
+        let last = attach(dir.path());
+        assert_eq!((hear(&last).0, hear(&last).0), (HELD, DONE));
+        assert_eq!(ask(&last, &word(FINISH, 0, [0; 2], 0), None), DONE);
+        left(thread);
+    }
+}
+
+/// Waits until a keeper's thread has ended.
+fn left(thread: JoinHandle<()>) {
+    let until = Instant::now() + Duration::from_secs(10);
+    while !thread.is_finished() {
+        assert!(Instant::now() < until, "it stays");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    thread.join().unwrap();
+}
+
+#[test]
+fn one_that_is_replaced_leaves_its_post_to_the_other() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let watch = living(dir.path());
+    let hold = |daemon: &OwnedFd| assert_eq!(ask(daemon, &word(HOLD, WATCH, [0; 2], 0), Some(&watch)), DONE);
+    // Told to finish, or left alone after it has heard who takes its post; these are threads of one process.
+    for told in [true, false] {
+        let (old_daemon, old) = start(dir.path());
+        hold(&old_daemon);
+        let (daemon, new) = start_new(dir.path());
+        hold(&daemon);
+        assert_eq!(ask(&old_daemon, &word(RELIEF, 0, [0; 2], std::process::id().into()), None), DONE);
+        assert_eq!(ask(&daemon, &word(TAKE_POST, 0, [0; 2], 0), None), DONE);
+        if told {
+            assert_eq!(ask(&old_daemon, &word(FINISH, 0, [0; 2], 0), None), DONE);
+        }
+        drop(old_daemon);
+
+        left(old);
+
+        assert!(!keeper::status(dir.path()).unwrap().orphaned, "the new one is reached, and has a daemon");
+        assert_eq!(ask(&daemon, &word(FINISH, 0, [0; 2], 0), None), DONE);
+        left(new);
+    }
+}
+
+#[test]
+fn one_that_nobody_replaced_stays_and_is_reached_again() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let (daemon, thread) = start(dir.path());
+    let watch = living(dir.path());
+    assert_eq!(ask(&daemon, &word(HOLD, WATCH, [0; 2], 0), Some(&watch)), DONE);
+    let path = dir.path().join(keeper::SOCKETS[0]);
+    // Somebody else has its name, of whom it has heard nothing, and dies.
+    std::fs::remove_file(&path).unwrap();
+    let stranger = fdpass::listen(&path).unwrap();
+    drop(daemon);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!thread.is_finished(), "it left what it holds to a stranger");
+
+    drop(stranger);
+
+    let until = Instant::now() + Duration::from_secs(10);
+    while keeper::status(dir.path()).is_err() {
+        assert!(Instant::now() < until, "nobody reaches it");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let successor = attach(dir.path());
+    assert_eq!((hear(&successor).0, hear(&successor).0), (HELD, DONE));
+    assert_eq!(ask(&successor, &word(FINISH, 0, [0; 2], 0), None), DONE);
+    left(thread);
+}
+
+#[test]
+fn a_new_one_whose_daemon_dies_leaves_unless_nobody_else_is_there() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let watch = living(dir.path());
+    let hold = |daemon: &OwnedFd| assert_eq!(ask(daemon, &word(HOLD, WATCH, [0; 2], 0), Some(&watch)), DONE);
+    let (old_daemon, old) = start(dir.path());
+    hold(&old_daemon);
+    let (daemon, new) = start_new(dir.path());
+    hold(&daemon);
+    drop(daemon);
+    left(new);
+    assert!(!keeper::status(dir.path()).unwrap().orphaned, "the old one is where it was");
+
+    let (daemon, new) = start_new(dir.path());
+    hold(&daemon);
+    assert_eq!(ask(&old_daemon, &word(FINISH, 0, [0; 2], 0), None), DONE);
+    left(old);
+    drop(daemon);
+    let until = Instant::now() + Duration::from_secs(10);
+    while !keeper::status(dir.path()).is_ok_and(|status| status.orphaned && status.alive == 1) {
+        assert!(Instant::now() < until, "nobody has the post");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let successor = attach(dir.path());
+    assert_eq!((hear(&successor).0, hear(&successor).0), (HELD, DONE));
+    assert_eq!(ask(&successor, &word(FINISH, 0, [0; 2], 0), None), DONE);
+    left(new);
 }

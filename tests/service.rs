@@ -209,6 +209,66 @@ fn every_thread_but_the_one_outside_is_confined() {
 }
 
 #[test]
+fn keepers_are_confined_but_for_the_thread_that_starts_daemons() {
+    if landlock_version().is_none() || !has_seccomp() {
+        return eprintln!("SKIPPED: this kernel has no sandbox");
+    }
+    let before = threads(std::process::id()).into_values().next().unwrap();
+    for (options, confined) in [(&["--restart", "keepers"][..], true), (&["--sandbox", "off"], false)] {
+        let dir = scratch();
+        let mut daemon = Daemon(serve(dir.path()).args(options).spawn().unwrap());
+        wait_until_it_answers(&dir.path().join("run/rafsd.sock"));
+
+        let keepers = rafsd::daemon::keeper::statuses(&dir.path().join("run"));
+
+        assert_eq!(keepers.len(), 2);
+        for keeper in keepers {
+            let threads = threads(keeper.pid);
+            assert_eq!(threads.len(), 2, "{threads:?}");
+            for (name, about) in &threads {
+                let is_free = !confined || name.starts_with("hands ");
+                assert_eq!(*about, if is_free { before } else { (1, 2, before.2 + 1) }, "{name} {options:?}");
+            }
+        }
+        assert_eq!(daemon.stop(), Some(0));
+    }
+}
+
+#[test]
+fn a_hangup_has_the_settings_read_again_and_never_ends_the_daemon() {
+    let dir = scratch();
+    let config = dir.path().join("config.toml");
+    let write = |text: &str| fs::write(&config, text).unwrap();
+    write("log = \"info\"\n");
+    let mut daemon = Daemon(serve(dir.path()).arg("--config").arg(&config).spawn().unwrap());
+    wait_until_it_answers(&dir.path().join("run/rafsd.sock"));
+    let hang_up = |text: &str, told: &str| {
+        write(text);
+        let pid = nix::unistd::Pid::from_raw(daemon.0.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+        let until = Instant::now() + PATIENCE;
+        while !fs::read_to_string(dir.path().join("log")).unwrap().contains(told) {
+            assert!(Instant::now() < until, "never {told:?}: {}", fs::read_to_string(dir.path().join("log")).unwrap());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    let level = || {
+        let mut stream = UnixStream::connect(dir.path().join("run/rafsd.sock")).unwrap();
+        stream.write_all(b"GET /v1/log HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer.lines().last().unwrap_or_default().to_owned()
+    };
+
+    hang_up("log = \"debug\"\n", "settings were read again");
+    assert!(level().contains("rafsd=debug"), "{}", level());
+    hang_up("log = \"debug\"\ndeadline = \"5s\"\nfetches = 3\n", "settings=\"deadline, fetches\"");
+    hang_up("log = \"trace\"\nfetchs = 3\n", "settings stay as they are");
+    assert!(level().contains("rafsd=debug"), "{}", level());
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
 fn the_sandbox_can_be_turned_off() {
     let before = threads(std::process::id()).into_values().next().unwrap();
     let dir = scratch();

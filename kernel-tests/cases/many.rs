@@ -1,4 +1,4 @@
-//! Many images under one daemon. `RAFSD_MOUNTS=1000` for the numbers that are aimed at; what is said
+//! Many images under one daemon. `RAFSD_MOUNTS=1000` and `RAFSD_BURST=10000` for the numbers that are aimed at; what is said
 //! about time is printed and never decides.
 
 use std::fs::{self, File};
@@ -19,6 +19,12 @@ const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend
 pub(crate) const CASES: &[Case] = &[
     Case { name: "many_mounts_under_one_daemon_survive_it", needs: NEEDS, place: Place::Here, run: many_mounts },
     Case { name: "a_burst_of_cold_reads_waits_and_is_served", needs: NEEDS, place: Place::Here, run: burst },
+    Case {
+        name: "an_image_of_many_files_is_mounted_again_without_being_read",
+        needs: NEEDS,
+        place: Place::Here,
+        run: again,
+    },
     Case { name: "an_image_of_many_blobs_is_mounted", needs: NEEDS, place: Place::Here, run: many_blobs },
 ];
 
@@ -29,6 +35,14 @@ const MOST_MEMORY: u64 = 144 << 20;
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+}
+
+/// The number in the environment's `variable`, for long runs.
+fn number(variable: &str, usual: usize) -> anyhow::Result<usize> {
+    match std::env::var(variable) {
+        Ok(text) => text.parse().with_context(|| format!("{variable}={text}")),
+        Err(_) => Ok(usual),
+    }
 }
 
 /// Bytes of memory that belong to the process: anonymous, and its share of files.
@@ -49,7 +63,7 @@ fn choice(backend: Backend) -> BackendChoice {
 }
 
 fn many_mounts(ctx: &Ctx) -> Outcome {
-    let count: usize = std::env::var("RAFSD_MOUNTS").ok().and_then(|text| text.parse().ok()).unwrap_or(200);
+    let count = number("RAFSD_MOUNTS", 200)?;
     let mut fixture = Fixture::files(ctx, 1)?;
     let images: Vec<PathBuf> = (0..IMAGES)
         .map(|image| {
@@ -101,41 +115,108 @@ fn many_mounts(ctx: &Ctx) -> Outcome {
     fixture.finish()
 }
 
-/// More readers at once than there may be events under way, and descriptors for half of them.
+/// More readers at once than there may be events under way, and descriptors for far fewer.
 fn burst(ctx: &Ctx) -> Outcome {
-    const READERS: usize = 1500;
+    /// Bytes from one reader's place to the next.
+    const STEP: usize = 16 << 10;
+    let readers = number("RAFSD_BURST", 1500)?;
+    let wanted = content(3, readers * STEP);
     let mut fixture = Fixture::with(
         ctx,
         &["--chunk-size", "4096"],
         rafsd::net::server::ServerOptions { delay: Duration::from_millis(20), ..Default::default() },
         &[],
-        |dir| fs::write(dir.join("big"), content(3, READERS * 16384)),
+        |dir| fs::write(dir.join("big"), &wanted),
     )?;
     fixture.stop()?;
     fixture.limit_descriptors(600);
     fixture.start(&[])?;
     let mount = fixture.mount("mnt")?;
-    let wanted = content(3, READERS * 16384);
-    let path = mount.join("big");
+    // One open file for all: its readers are what there are many of.
+    let file = File::open(mount.join("big"))?;
+    nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM)?;
+    let began = Instant::now();
     let failures: Vec<String> = std::thread::scope(|scope| {
         let read = |reader: usize| {
-            let (path, wanted) = (&path, &wanted);
+            let (file, wanted) = (&file, &wanted);
             let work = move || {
-                let file = File::open(path).map_err(|e| e.to_string())?;
-                let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM;
-                nix::fcntl::posix_fadvise(&file, 0, 0, advice).map_err(|e| e.to_string())?;
-                let (mut byte, at) = ([0], reader * 16384);
+                let (mut byte, at) = ([0], reader * STEP);
                 file.read_exact_at(&mut byte, at as u64).map_err(|e| e.to_string())?;
                 if byte[0] == wanted[at] { Ok(()) } else { Err(format!("a wrong byte at {at}")) }
             };
             std::thread::Builder::new().stack_size(64 << 10).spawn_scoped(scope, work).expect("a thread")
         };
-        let readers: Vec<_> = (0..READERS).map(read).collect();
-        readers.into_iter().filter_map(|reader| reader.join().expect("no panic").err()).collect()
+        let reading: Vec<_> = (0..readers).map(read).collect();
+        reading.into_iter().filter_map(|reader| reader.join().expect("no panic").err()).collect()
     });
-    ensure!(failures.is_empty(), "{} of {READERS} readers failed: {:?}", failures.len(), failures.first());
+    println!("{readers} cold reads at once in {:?}", began.elapsed());
+    drop(file);
+    ensure!(failures.is_empty(), "{} of {readers} readers failed: {:?}", failures.len(), failures.first());
     fixture.umount(&mount)?;
     fixture.finish()
+}
+
+/// `RAFSD_FILES=100000` for the number that is aimed at.
+fn again(ctx: &Ctx) -> Outcome {
+    let count = number("RAFSD_FILES", 5000)?;
+    let fixture = Fixture::files(ctx, 1)?;
+    let image = fixture.build_other("many", |dir| {
+        (0..count).try_for_each(|file| {
+            let dir = dir.join((file / 500).to_string());
+            fs::create_dir_all(&dir)?;
+            fs::write(dir.join(file.to_string()), content(file, 100 + file % 900))
+        })
+    })?;
+    // A file that was written a moment ago could change once more without that showing.
+    std::thread::sleep(Duration::from_millis(3200));
+    let (client, runtime) = (Client::new(&fixture.run())?, runtime()?);
+    let bootstrap = image.join("bootstrap");
+    let blobs = image.join("blobs").to_str().context("UTF-8")?.to_owned();
+    let spec = ImageSpec { bootstrap: bootstrap.clone(), blobs, ca: None, prefetch: PrefetchOrder::None };
+    let mount = |name: &str| {
+        let dir = ctx.dir.join(name);
+        fs::create_dir_all(&dir)?;
+        let request = MountRequest { image: spec.clone(), dir: dir.clone(), backend: choice(ctx.backend), trace: None };
+        let (before, began) = (bytes_read(fixture.pid())?, Instant::now());
+        let report = runtime.block_on(client.mount(&request))?;
+        let (took, read) = (began.elapsed(), bytes_read(fixture.pid())? - before);
+        println!("{name} mount of {count} files in {took:?}, {read} bytes read");
+        ensure!(
+            report.devices.iter().all(|device| device.stats.as_ref().is_some_and(|stats| stats.units_present == 0)),
+            "nothing is fetched: {report:?}"
+        );
+        anyhow::Ok((dir, read))
+    };
+    let len = fs::metadata(&bootstrap)?.len();
+    let (first, read) = mount("first")?;
+    ensure!(read > len, "{read} bytes read at the first mount of a bootstrap of {len}");
+    let (second, read) = mount("second")?;
+    ensure!(read < len / 10, "{read} bytes read at the second mount");
+    fixture.umount(&first)?;
+    fixture.umount(&second)?;
+    let (third, read) = mount("third")?;
+    ensure!(read < len / 10, "{read} bytes read at a mount when none was left");
+    let wanted = content(count - 1, 100 + (count - 1) % 900);
+    ensure!(fs::read(third.join(format!("{}/{}", (count - 1) / 500, count - 1)))? == wanted, "the last file");
+    fixture.umount(&third)?;
+
+    // Another image in its place is noticed.
+    let other = fixture.build_other("other", |dir| fs::write(dir.join("only"), "one"))?;
+    for entry in fs::read_dir(other.join("blobs"))? {
+        let entry = entry?;
+        fs::rename(entry.path(), image.join("blobs").join(entry.file_name()))?;
+    }
+    fs::rename(other.join("bootstrap"), &bootstrap)?;
+    let (fourth, _) = mount("fourth")?;
+    ensure!(fs::read(fourth.join("only"))? == b"one", "the image that is there now");
+    fixture.umount(&fourth)?;
+    fixture.finish()
+}
+
+/// Bytes that a process has read so far, by any call.
+fn bytes_read(pid: u32) -> anyhow::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/io"))?;
+    Ok(text.lines().find_map(|line| line.strip_prefix("rchar: ")).context("rchar")?.parse()?)
 }
 
 /// More devices than the old mount call has room for.

@@ -19,3 +19,4 @@ pub(crate) mod sharing;
 pub(crate) mod space;
 pub(crate) mod takeover;
 pub(crate) mod unprivileged;
+pub(crate) mod v5;

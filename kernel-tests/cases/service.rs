@@ -6,7 +6,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use anyhow::{Context as _, ensure};
@@ -248,6 +248,17 @@ fn a_service_manager_keeps_readers_waiting(ctx: &Ctx) -> Outcome {
     for reader in [taken, waiting] {
         let got = reader.join().map_err(|_| anyhow::anyhow!("a reader panicked"))??;
         ensure!(got == content(0, FILE), "a reader got something else");
+    }
+    // The keepers live this time, and go by the settings of the next daemon when it has everything.
+    // A manager that does not listen would have daemons wait: few messages fit into its socket.
+    manager.hear(&socket)?;
+    let keepers = fixture.kill()?;
+    fixture.start_below(manager.hand_over()?, &["--deadline", "100s"])?;
+    manager.hear(&socket)?;
+    let until = Instant::now() + Duration::from_secs(20);
+    while fixture.keepers().len() != 2 || fixture.keepers().iter().any(|pid| keepers.contains(pid)) {
+        ensure!(Instant::now() < until, "{keepers:?} were not replaced: {}", fixture.log());
+        std::thread::sleep(Duration::from_millis(5));
     }
     ensure!(fs::read(mount.join("1"))? == content(1, FILE), "the other file");
     fixture.umount(&mount)?;

@@ -36,6 +36,8 @@ pub(crate) const CASES: &[Case] = &[
     case("keepers_start_another_daemon", Place::Both, keepers_start_another_daemon),
     case("any_one_of_three_puts_the_others_back", Place::Here, any_one_of_three_puts_the_others_back),
     case("an_upgrade_is_not_noticed_by_readers", Place::Both, an_upgrade_is_not_noticed_by_readers),
+    case("keepers_go_by_the_settings_of_the_daemon_that_serves", Place::Both, keepers_go_by_the_settings_of_the_daemon),
+    case("a_kill_while_keepers_are_replaced_is_survived", Place::Both, a_kill_while_keepers_are_replaced_is_survived),
     case("without_a_successor_reads_fail_in_time", Place::Both, without_a_successor_reads_fail_in_time),
     case("what_ends_while_no_daemon_runs_is_forgotten", Place::Here, what_ends_while_no_daemon_runs_is_forgotten),
     case("kept_mounts_are_served_by_the_next_daemon", Place::Both, kept_mounts_are_served_by_the_next_daemon),
@@ -390,6 +392,127 @@ fn an_upgrade_is_not_noticed_by_readers(ctx: &Ctx) -> Outcome {
     siege.stop_readers()?;
     ensure!(siege.errors().is_empty(), "{:?}\n{}", siege.errors(), siege.fixture.log());
     stop_by_command(siege)
+}
+
+/// Waits until there are two keepers, each with a daemon, and none of `before`. Gives their numbers.
+fn other_keepers(fixture: &Fixture<'_>, before: &[u32]) -> anyhow::Result<Vec<u32>> {
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        let there = keeper::statuses(&fixture.run());
+        let others = there.iter().filter(|it| !it.orphaned && !before.contains(&it.pid));
+        if others.count() == 2 {
+            return Ok(there.iter().map(|it| it.pid).collect());
+        }
+        ensure!(Instant::now() < until, "before {before:?}, now {there:?}: {}", fixture.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn keepers_go_by_the_settings_of_the_daemon(ctx: &Ctx) -> Outcome {
+    let config = ctx.dir.join("rafsd.toml");
+    fs::write(&config, "deadline = \"600s\"\n")?;
+    let options = ["--restart", "keepers", "--config", config.to_str().context("UTF-8")?];
+    let mut siege = Siege::begin(ctx, &options)?;
+    siege.start_readers(2);
+    let (daemon, keepers) = (siege.fixture.pid(), siege.fixture.keepers());
+    siege.wait_for_reads(5)?;
+
+    // The same settings after a crash: the same keepers.
+    kill(Pid::from_raw(i32::try_from(daemon)?), Signal::SIGKILL)?;
+    siege.fixture.forget_daemon()?;
+    let daemon = another_daemon(&siege.fixture, daemon)?;
+    siege.wait_for_reads(5)?;
+    std::thread::sleep(Duration::from_millis(500));
+    ensure!(siege.fixture.keepers() == keepers, "replaced for nothing");
+
+    // Another program, and another deadline.
+    let other = ctx.dir.join("rafsd-next");
+    fs::copy(&ctx.rafsd, &other)?;
+    fs::write(&config, "deadline = \"2s\"\n")?;
+    siege.fixture.must(&["upgrade", "--program", other.to_str().context("UTF-8")?])?;
+    let daemon = another_daemon(&siege.fixture, daemon)?;
+    other_keepers(&siege.fixture, &keepers)?;
+    siege.wait_for_reads(5)?;
+    siege.stop_readers()?;
+    ensure!(siege.errors().is_empty(), "{:?}\n{}", siege.errors(), siege.fixture.log());
+    kill(Pid::from_raw(i32::try_from(daemon)?), Signal::SIGKILL)?;
+    let daemon = another_daemon(&siege.fixture, daemon)?;
+    let program = fs::read_link(format!("/proc/{daemon}/exe"))?;
+    ensure!(program == other, "process {daemon} runs {}", program.display());
+
+    // Nobody can be started any more: readers are denied when the new deadline has passed.
+    fs::remove_file(&other)?;
+    fs::write(&other, b"no program")?;
+    ensure!(siege.missing()? > 0, "nothing is missing");
+    kill(Pid::from_raw(i32::try_from(daemon)?), Signal::SIGKILL)?;
+    let clock = Instant::now();
+    let got = fs::read(siege.mount.join("big")).map(|bytes| bytes.len()).map_err(|e| e.raw_os_error());
+    let waited = clock.elapsed();
+    ensure!(got.is_err_and(is_failure), "{got:?}");
+    ensure!(waited < Duration::from_secs(if ctx.in_guest { 60 } else { 20 }), "after {waited:?}");
+
+    fs::remove_file(&other)?;
+    fs::copy(&ctx.rafsd, &other)?;
+    let _ = another_daemon(&siege.fixture, daemon)?;
+    if !is_fanotify(ctx) {
+        // The kernel let go of its cache; see `without_a_successor_reads_fail_in_time`.
+        nix::mount::umount(&siege.mount)?;
+        siege.mount = siege.fixture.mount("again")?;
+    }
+    stop_by_command(siege)
+}
+
+fn a_kill_while_keepers_are_replaced_is_survived(ctx: &Ctx) -> Outcome {
+    let mut siege = Siege::begin(ctx, &[])?;
+    let token = siege.fixture.run().join("token");
+    siege.start_readers(2);
+    for (seconds, step) in (100..).zip(["keeper-filled", "keeper-posted"]) {
+        let before = siege.fixture.keepers();
+        siege.wait_for_reads(5)?;
+        siege.fixture.kill()?;
+        siege.fixture.set_environment("RAFSD_FAULT_POINT", format!("{step}:{}", token.display()));
+        fs::write(&token, b"")?;
+        let options = [String::from("--deadline"), format!("{seconds}s")];
+        let options = options.each_ref().map(String::as_str);
+        // It may die before it is asked anything.
+        let _ = siege.fixture.start(&options);
+        let until = Instant::now() + Duration::from_secs(60);
+        while token.exists() {
+            ensure!(Instant::now() < until, "no daemon ever reached {step}: {}", siege.fixture.log());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        siege.fixture.forget_daemon()?;
+        // Everything is held twice, by whomever.
+        ensure!(siege.fixture.keepers().len() == 2, "{step}: {:?}", keeper::statuses(&siege.fixture.run()));
+        siege.fixture.start(&options).with_context(|| format!("after a kill at {step}"))?;
+        siege.wait_for_reads(20).with_context(|| format!("after a kill at {step}"))?;
+        let now = other_keepers(&siege.fixture, &before)?;
+        let processes = keepers_of(&siege.fixture.run())?;
+        ensure!(processes.len() == 2 && now.iter().all(|pid| processes.contains(pid)), "{step}: {processes:?}");
+        ensure!(siege.errors().is_empty(), "{step}: {:?}\n{}", siege.errors(), siege.fixture.log());
+    }
+    siege.end()
+}
+
+/// All processes that are keepers of `run`, whether they can be reached or not.
+fn keepers_of(run: &Path) -> anyhow::Result<Vec<u32>> {
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        let mut found = Vec::new();
+        for process in fs::read_dir("/proc")?.flatten() {
+            let Ok(pid) = process.file_name().to_string_lossy().parse::<u32>() else { continue };
+            let words = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let words: Vec<_> = words.split(|byte| *byte == 0).collect();
+            if words.get(1) == Some(&&b"keeper"[..]) && words.contains(&run.as_os_str().as_encoded_bytes()) {
+                found.push(pid);
+            }
+        }
+        // One that was replaced may need a moment to leave.
+        if found.len() <= 2 || Instant::now() > until {
+            return Ok(found);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn without_a_successor_reads_fail_in_time(ctx: &Ctx) -> Outcome {

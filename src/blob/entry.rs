@@ -18,6 +18,8 @@ pub enum BlobKind {
     Tarfs,
     /// A generated chunk dictionary: only some of the chunks of an existing blob, numbered anew.
     Dictionary,
+    /// Chunks and nothing else, as RAFS v5 stores them: its units are those that bootstraps list.
+    Listed,
 }
 
 impl BlobKind {
@@ -28,6 +30,7 @@ impl BlobKind {
             Self::Zran => "an index into a foreign gzip layer",
             Self::Tarfs => "a plain tar layer",
             Self::Dictionary => "a generated chunk dictionary",
+            Self::Listed => "a blob without tables",
         }
     }
 }
@@ -59,7 +62,7 @@ pub(super) struct Entry {
     pub(super) features: u32,
     pub(super) key: Option<BlobKey>,
     pub(super) ci_compression: Algorithm,
-    /// Empty for a tar file.
+    /// Empty for a blob without tables.
     pub(super) ci_stored: ByteRange,
     pub(super) ci_plain_len: usize,
 }
@@ -70,6 +73,7 @@ impl Entry {
         let set = row.features.get();
         let field = |field, value: u64| TablesError::Field { blob: blob.clone(), field, value };
         let kind = kind(set).ok_or(field("features", set.into()))?;
+        let kind = if kind == BlobKind::Native && has_no_tables(row) { BlobKind::Listed } else { kind };
         if set & features::EXTERNAL != 0 {
             return Err(TablesError::Unsupported { blob, kind: "an external object" });
         }
@@ -81,7 +85,11 @@ impl Entry {
         if row.uncompressed_size.get() > MAX_DECODED {
             return Err(field("decoded size", row.uncompressed_size.get()));
         }
-        let ci = if kind == BlobKind::Tarfs { ByteRange::default() } else { chunk_info(row, kind, &blob)? };
+        let ci = match kind {
+            BlobKind::Tarfs => ByteRange::default(),
+            BlobKind::Listed => listed_sizes(row, &blob)?,
+            BlobKind::Native | BlobKind::Zran | BlobKind::Dictionary => chunk_info(row, kind, &blob)?,
+        };
         Ok(Self {
             home: home(row, &blob)?,
             kind,
@@ -146,6 +154,23 @@ fn kind(set: u32) -> Option<BlobKind> {
     is_sound.then_some(kind)
 }
 
+/// Whether a row says nothing of a chunk-info array, nor of anything that only such an array tells.
+fn has_no_tables(row: &BlobEntry) -> bool {
+    let told = features::CHUNK_INFO_V2 | features::SEPARATE | features::HAS_TOC | features::INLINED_CHUNK_DIGEST;
+    let sizes = row.ci_offset.get() | row.ci_compressed_size.get() | row.ci_uncompressed_size.get();
+    sizes == 0 && row.features.get() & told == 0
+}
+
+/// An empty range, if the sizes of a blob without tables are possible.
+fn listed_sizes(row: &BlobEntry, blob: &BlobId) -> Result<ByteRange, TablesError> {
+    let field = |field, value: u64| TablesError::Field { blob: blob.clone(), field, value };
+    let (count, stored) = (row.chunk_count.get(), row.compressed_size.get());
+    if count == 0 || count as usize > MAX_UNITS {
+        return Err(field("chunk count", count.into()));
+    }
+    if stored > MAX_STORED { Err(field("stored size", stored)) } else { Ok(ByteRange::default()) }
+}
+
 /// Where the chunk-info array lies, if its sizes are possible (`rafs-v6.md` section 5).
 fn chunk_info(row: &BlobEntry, kind: BlobKind, blob: &BlobId) -> Result<ByteRange, TablesError> {
     let field = |field, value: u64| TablesError::Field { blob: blob.clone(), field, value };
@@ -185,7 +210,7 @@ const MAX_ZRAN_PLAIN: u64 = 512 << 20;
 fn data_end(row: &BlobEntry, kind: BlobKind) -> Option<u64> {
     let set = row.features.get();
     let has = |feature| set & feature != 0;
-    if kind == BlobKind::Tarfs || has(features::SEPARATE) || !has(features::CAP_TAR_TOC) {
+    if matches!(kind, BlobKind::Tarfs | BlobKind::Listed) || has(features::SEPARATE) || !has(features::CAP_TAR_TOC) {
         return Some(row.compressed_size.get());
     }
     row.ci_offset.get().checked_sub(if has(features::HAS_TAR_HEADER) { 512 } else { 0 })

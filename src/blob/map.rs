@@ -1,25 +1,43 @@
+mod saved;
+
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::OnceLock;
 
-use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
-
-use super::{BlobKey, Check, MAX_UNIT, Part, Recipe, Unit, UnitIndex};
+use super::{BlobKey, Check, MAX_UNIT, Recipe, Unit, UnitIndex};
 use crate::base::{BLOCK, BlobId, ByteRange, Digest};
-use crate::codec::xts::{IV_LEN, KEY_LEN};
 
 /// Every unit of one blob, ordered by decoded offset.
 ///
 /// Holds by construction: units start on block boundaries, do not overlap, are between 1 byte and
 /// [`MAX_UNIT`] long on both sides, and end within the device. Units that are parts of one stored
 /// range agree about what it is, and no unit is encrypted unless there is a key.
+///
+/// A blob without tables of its own has a *listed* map: units have the numbers that images give
+/// them, and those that no image has listed yet are *vacant*. They have no place and no bytes, and
+/// [`UnitMap::merge`] fills them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnitMap {
     blob: BlobId,
     decoded_len: u64,
     units: Vec<Unit>,
     key: Option<BlobKey>,
+    layout: Memo,
+    is_listed: bool,
 }
+
+/// A digest that was computed when somebody wanted it. Says nothing that the map does not say, and so makes no
+/// two maps differ.
+#[derive(Clone, Debug, Default)]
+struct Memo(OnceLock<Digest>);
+
+impl PartialEq for Memo {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Memo {}
 
 /// Why a list of units is not a map of a blob.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -74,6 +92,33 @@ impl UnitMap {
         units: Vec<Unit>,
         key: Option<BlobKey>,
     ) -> Result<Self, UnitMapError> {
+        Self { blob, decoded_len, units, key, is_listed: false, layout: Memo::default() }.checked()
+    }
+
+    /// A map of `count` units of which only the `known` are listed so far, by their numbers. A number
+    /// that is not below `count` is passed over; of one that is there twice, the last unit counts.
+    pub fn listed(
+        blob: BlobId,
+        decoded_len: u64,
+        count: UnitIndex,
+        known: impl IntoIterator<Item = (UnitIndex, Unit)>,
+    ) -> Result<Self, UnitMapError> {
+        if count as usize > MAX_UNITS {
+            return Err(UnitMapError::TooMany(count as usize));
+        }
+        let mut units = vec![Unit::vacant(0); count as usize];
+        for (index, unit) in known {
+            if let Some(vacant) = units.get_mut(index as usize) {
+                *vacant = unit;
+            }
+        }
+        place_vacant(&mut units);
+        Self { blob, decoded_len, units, key: None, is_listed: true, layout: Memo::default() }.checked()
+    }
+
+    /// Checks every rule and rounds the length up to whole blocks.
+    fn checked(self) -> Result<Self, UnitMapError> {
+        let Self { blob, decoded_len, units, key, is_listed, layout } = self;
         if units.len() > MAX_UNITS {
             return Err(UnitMapError::TooMany(units.len()));
         }
@@ -81,6 +126,12 @@ impl UnitMap {
         let (mut free_from, mut before, mut in_order) = (0, None::<&Unit>, true);
         for (index, unit) in units.iter().enumerate() {
             let rule = |rule| UnitMapError::Unit { unit: index, rule };
+            if is_listed && unit.is_vacant() {
+                if *unit != Unit::vacant(free_from) {
+                    return Err(rule("is vacant, and not behind the one before it"));
+                }
+                continue;
+            }
             check_sizes(unit).map_err(rule)?;
             if unit.decoded.start() < free_from {
                 return Err(rule("overlaps the one before it"));
@@ -105,7 +156,12 @@ impl UnitMap {
         if !in_order {
             check_shared(&units)?;
         }
-        Ok(Self { blob, decoded_len, units, key })
+        Ok(Self { blob, decoded_len, units, key, is_listed, layout })
+    }
+
+    /// Whether units may be vacant now and known later.
+    pub fn is_listed(&self) -> bool {
+        self.is_listed
     }
 
     /// The key of the blob, if it is encrypted.
@@ -145,8 +201,8 @@ impl UnitMap {
         (decoded < self.units[index].blocks().end()).then(|| UnitIndex::try_from(index).expect("bounded by new()"))
     }
 
-    /// Numbers of the units that touch `decoded`, or `None` if some byte of it is in no unit.
-    /// An empty range touches nothing.
+    /// Numbers of the units that touch `decoded`, or `None` if some byte of it is in no unit, or a
+    /// vacant one lies between them. An empty range touches nothing.
     pub fn covering(&self, decoded: ByteRange) -> Option<Range<UnitIndex>> {
         if decoded.is_empty() {
             return Some(0..0);
@@ -155,7 +211,7 @@ impl UnitMap {
         let mut last = first;
         while self.units[last as usize].blocks().end() < decoded.end() {
             let next = self.units.get(last as usize + 1)?;
-            if next.decoded.start() != self.units[last as usize].blocks().end() {
+            if next.decoded.start() != self.units[last as usize].blocks().end() || next.is_vacant() {
                 return None;
             }
             last += 1;
@@ -166,15 +222,24 @@ impl UnitMap {
     /// Adds what `other` knows about how to check units of the same blob.
     ///
     /// An image names digests only for the chunks its own files use, so two images that share a
-    /// blob each know a part. Returns `None` if the two maps disagree about anything both know:
-    /// then they must not share a cache.
+    /// blob each know a part; of a listed map also which units there are. Returns `None` if the two
+    /// maps disagree about anything both know, or if their units do not go together: then they must
+    /// not share a cache.
     pub fn merge(&self, other: &Self) -> Option<Self> {
         let same_blob = self.blob == other.blob && self.decoded_len == other.decoded_len && self.key == other.key;
-        if !same_blob || self.units.len() != other.units.len() {
+        if !same_blob || self.units.len() != other.units.len() || self.is_listed != other.is_listed {
             return None;
         }
         let mut merged = self.clone();
+        let mut grows = false;
         for (mine, theirs) in merged.units.iter_mut().zip(&other.units) {
+            if theirs.is_vacant() {
+                continue;
+            }
+            if mine.is_vacant() {
+                (*mine, grows) = (*theirs, true);
+                continue;
+            }
             if (Unit { check: theirs.check, ..*mine }) != *theirs {
                 return None;
             }
@@ -185,7 +250,29 @@ impl UnitMap {
                 _ => return None,
             }
         }
-        Some(merged)
+        if !grows {
+            return Some(merged);
+        }
+        place_vacant(&mut merged.units);
+        merged.checked().ok()
+    }
+
+    /// Fingerprint of what stays the same as long as a cache of this map may grow: where its units
+    /// lie, however they are checked. Of a listed map only how many there are: each keeps its place
+    /// once it has one, because maps that place it elsewhere do not merge.
+    pub fn layout(&self) -> Digest {
+        let compute = || {
+            let mut bare = self.clone();
+            for unit in &mut bare.units {
+                if self.is_listed {
+                    *unit = Unit::vacant(0);
+                } else {
+                    unit.check = Check::Unknown;
+                }
+            }
+            bare.fingerprint()
+        };
+        *self.layout.0.get_or_init(compute)
     }
 
     /// The same units without the digests that images named for them; checks that the blob itself
@@ -201,74 +288,24 @@ impl UnitMap {
         bare
     }
 
-    /// The same units without any checks: where they lie, and nothing else.
-    #[must_use]
-    pub fn without_checks(&self) -> Self {
-        let mut bare = self.clone();
-        bare.units.iter_mut().for_each(|unit| unit.check = Check::Unknown);
-        bare
-    }
-
-    /// The map as bytes that [`UnitMap::from_bytes`] understands: our own format, for our own
-    /// cache directory, guarded by a checksum.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let mut id = [0; BlobId::MAX_LEN];
-        id[..self.blob.as_str().len()].copy_from_slice(self.blob.as_str().as_bytes());
-        let head = SavedHead {
-            magic: SAVED_MAGIC,
-            id,
-            decoded_len: self.decoded_len.into(),
-            count: self.count().into(),
-            has_key: u32::from(self.key.is_some()).into(),
-            key: self.key.as_ref().map_or([0; KEY_LEN], |key| *key.key()),
-            iv: self.key.as_ref().map_or([0; IV_LEN], |key| *key.iv()),
-        };
-        let mut out = head.as_bytes().to_vec();
-        for unit in &self.units {
-            out.extend_from_slice(SavedUnit::from(unit).as_bytes());
-        }
-        let sum = blake3::hash(&out);
-        out.extend_from_slice(sum.as_bytes());
-        out
-    }
-
-    /// Reads a saved map back. Any difference from what was saved is an error.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, UnitMapError> {
-        let (body, sum) = bytes.split_last_chunk::<32>().ok_or(UnitMapError::Saved("too short"))?;
-        if blake3::hash(body).as_bytes() != sum {
-            return Err(UnitMapError::Saved("checksum mismatch"));
-        }
-        let (head, rest) =
-            SavedHead::read_from_prefix(body).map_err(|_| UnitMapError::Saved("too short for its head"))?;
-        if head.magic != SAVED_MAGIC {
-            return Err(UnitMapError::Saved("unknown version"));
-        }
-        let units = <[SavedUnit]>::ref_from_bytes(rest).map_err(|_| UnitMapError::Saved("ragged records"))?;
-        if units.len() != head.count.get() as usize {
-            return Err(UnitMapError::Saved("wrong number of records"));
-        }
-        let id_len = head.id.iter().position(|&b| b == 0).unwrap_or(head.id.len());
-        let blob = std::str::from_utf8(&head.id[..id_len])
-            .ok()
-            .and_then(|id| id.parse().ok())
-            .ok_or(UnitMapError::Saved("impossible blob id"))?;
-        let units = units
-            .iter()
-            .map(|saved| Unit::try_from(saved).map_err(UnitMapError::Saved))
-            .collect::<Result<Vec<_>, _>>()?;
-        let key = match head.has_key.get() {
-            0 => None,
-            1 => Some(BlobKey::new(head.key, head.iv).map_err(|_| UnitMapError::Saved("impossible key"))?),
-            _ => return Err(UnitMapError::Saved("unknown cipher")),
-        };
-        Self::with_key(blob, head.decoded_len.get(), units, key)
-    }
-
     /// A digest over everything [`UnitMap::to_bytes`] keeps: two maps are equal exactly when
     /// their fingerprints are.
     pub fn fingerprint(&self) -> Digest {
         let bytes = self.to_bytes();
         Digest(*blake3::hash(&bytes).as_bytes())
+    }
+}
+
+/// Puts each vacant unit behind the one before it, which is the only place where it may be.
+fn place_vacant(units: &mut [Unit]) {
+    let mut end = 0;
+    for unit in units {
+        if unit.is_vacant() {
+            *unit = Unit::vacant(end);
+        } else {
+            // One that ends nowhere is refused by whoever checks the map.
+            end = unit.decoded.align_out(BLOCK).map_or(end, ByteRange::end);
+        }
     }
 }
 
@@ -296,115 +333,11 @@ fn check_sizes(unit: &Unit) -> Result<(), &'static str> {
     Ok(())
 }
 
-const SAVED_MAGIC: [u8; 8] = *b"rafsdum2";
-
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct SavedHead {
-    magic: [u8; 8],
-    id: [u8; 64],
-    decoded_len: U64,
-    count: U32,
-    /// 0 or 1.
-    has_key: U32,
-    key: [u8; KEY_LEN],
-    iv: [u8; IV_LEN],
-}
-
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct SavedUnit {
-    decoded_start: U64,
-    decoded_len: U32,
-    stored_len: U32,
-    stored_start: U64,
-    recipe: u8,
-    check: u8,
-    /// 0 or 1.
-    encrypted: u8,
-    reserved: [u8; 5],
-    part_at: U32,
-    /// 0 for a unit that is no part.
-    part_whole: U32,
-    value: [u8; 32],
-}
-
-impl From<&Unit> for SavedUnit {
-    fn from(unit: &Unit) -> Self {
-        let small = |len: u64| u32::try_from(len).expect("a map refuses longer units").into();
-        let (check, value) = match unit.check {
-            Check::Unknown => (0, [0; 32]),
-            Check::Blake3(digest) => (1, digest),
-            Check::Sha256(digest) => (2, digest),
-            Check::Crc32c(crc) => {
-                let mut value = [0; 32];
-                value[..4].copy_from_slice(&crc.to_le_bytes());
-                (3, value)
-            }
-        };
-        let recipe = match unit.recipe {
-            Recipe::Plain => 0,
-            Recipe::Lz4Block => 1,
-            Recipe::Gzip => 2,
-            Recipe::Zstd => 3,
-            Recipe::GzipWindow => 4,
-        };
-        Self {
-            decoded_start: unit.decoded.start().into(),
-            decoded_len: small(unit.decoded.len()),
-            stored_len: small(unit.stored.len()),
-            stored_start: unit.stored.start().into(),
-            recipe,
-            check,
-            encrypted: unit.encrypted.into(),
-            reserved: [0; 5],
-            part_at: unit.part.map_or(0, |part| part.at).into(),
-            part_whole: unit.part.map_or(0, |part| part.whole).into(),
-            value,
-        }
-    }
-}
-
-impl TryFrom<&SavedUnit> for Unit {
-    type Error = &'static str;
-
-    fn try_from(saved: &SavedUnit) -> Result<Self, &'static str> {
-        let range = |start: U64, len: U32| ByteRange::at(start.get(), len.get().into()).ok_or("range overflows");
-        let crc = || u32::from_le_bytes([saved.value[0], saved.value[1], saved.value[2], saved.value[3]]);
-        Ok(Self {
-            decoded: range(saved.decoded_start, saved.decoded_len)?,
-            stored: range(saved.stored_start, saved.stored_len)?,
-            recipe: match saved.recipe {
-                0 => Recipe::Plain,
-                1 => Recipe::Lz4Block,
-                2 => Recipe::Gzip,
-                3 => Recipe::Zstd,
-                4 => Recipe::GzipWindow,
-                _ => return Err("unknown recipe"),
-            },
-            check: match saved.check {
-                0 => Check::Unknown,
-                1 => Check::Blake3(saved.value),
-                2 => Check::Sha256(saved.value),
-                3 => Check::Crc32c(crc()),
-                _ => return Err("unknown check"),
-            },
-            part: match saved.part_whole.get() {
-                0 => None,
-                whole => Some(Part { at: saved.part_at.get(), whole }),
-            },
-            encrypted: match saved.encrypted {
-                0 => false,
-                1 => true,
-                _ => return Err("unknown encryption"),
-            },
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::blob::Part;
+    use crate::codec::xts::{IV_LEN, KEY_LEN};
 
     fn unit(start: u64, len: u64) -> Unit {
         Unit {
@@ -495,6 +428,59 @@ mod tests {
             assert!(UnitMap::from_bytes(&bad).is_err(), "flip at {at}");
             assert!(UnitMap::from_bytes(&bytes[..at]).is_err(), "cut at {at}");
         }
+    }
+
+    fn listed(known: &[(UnitIndex, Unit)]) -> Result<UnitMap, UnitMapError> {
+        UnitMap::listed("blob".parse().unwrap(), 1 << 20, 5, known.iter().copied())
+    }
+
+    #[test]
+    fn a_listed_map_grows_and_keeps_its_layout() {
+        let (first, third) = (unit(0, 4097), unit(16384, 10));
+        let one = listed(&[(0, first), (3, third)]).unwrap();
+        let other = listed(&[(1, unit(8192, 4096)), (3, third), (4, unit(24576, 1))]).unwrap();
+
+        let both = one.merge(&other).unwrap();
+
+        assert_eq!(Some(&both), other.merge(&one).as_ref(), "in whichever order");
+        let all = [(0, first), (1, unit(8192, 4096)), (3, third), (4, unit(24576, 1))];
+        assert_eq!(both, listed(&all).unwrap());
+        assert_eq!((one.layout(), other.layout()), (both.layout(), both.layout()));
+        assert_ne!(one.fingerprint(), both.fingerprint());
+        assert_eq!(UnitMap::from_bytes(&both.to_bytes()), Ok(both.clone()));
+        assert_eq!(UnitMap::from_bytes(&one.to_bytes()), Ok(one.clone()));
+        assert_eq!(both.merge(&one), Some(both.clone()));
+        let none = listed(&[]).unwrap();
+        assert_eq!(none.merge(&both), Some(both.clone()));
+
+        let plain = map(&[first, unit(8192, 4096), unit(12288, 1), third, unit(24576, 1)]).unwrap();
+        assert_eq!(plain.merge(&both), None, "what has tables of its own is another thing");
+        assert_ne!(plain.layout(), both.layout());
+    }
+
+    #[test]
+    fn listed_maps_that_place_a_unit_differently_or_in_another_one_do_not_merge() {
+        let one = listed(&[(0, unit(0, 4097)), (3, unit(16384, 10))]).unwrap();
+        for (number, strange) in [
+            (0, unit(0, 4096)),
+            (3, unit(20480, 10)),
+            (2, unit(4096, 10)),
+            (2, unit(16384, 10)),
+            (4, unit(8192, 1)),
+            (3, Unit { check: Check::Crc32c(99), ..unit(16384, 10) }),
+        ] {
+            assert_eq!(one.merge(&listed(&[(number, strange)]).unwrap()), None, "{number} {strange:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_leads_to_a_vacant_unit() {
+        let map = listed(&[(1, unit(4096, 4096)), (3, unit(8192, 10))]).unwrap();
+        let covering = |start, end| map.covering(ByteRange::new(start, end).unwrap());
+        assert_eq!((map.find(0), map.find(4096), map.find(8192), map.find(12288)), (None, Some(1), Some(3), None));
+        assert_eq!((covering(4096, 8192), covering(8192, 8193)), (Some(1..2), Some(3..4)));
+        assert_eq!(covering(4096, 8193), None, "unit 2 may be anything");
+        assert_eq!(listed(&[(3, unit(8192, 10)), (4, unit(0, 10))]).ok(), None, "numbers go with places");
     }
 
     #[test]

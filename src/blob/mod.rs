@@ -8,6 +8,7 @@
 mod batch;
 mod decode;
 mod entry;
+mod listed;
 mod map;
 mod tables;
 pub mod toc;
@@ -30,8 +31,8 @@ pub const MAX_UNIT: u64 = 16 << 20;
 /// One independently fetchable, independently verifiable piece of a blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unit {
-    /// Where the plain bytes belong in the device. Starts on a block boundary; the end does not
-    /// have to. The bytes from the end to the next block boundary belong to the unit and are zero.
+    /// Where the plain bytes belong in the device; empty if the unit is vacant. Starts on a block
+    /// boundary; the end does not have to. The bytes from the end to the next block boundary belong to the unit and are zero.
     pub decoded: ByteRange,
     /// Where the stored bytes lie in the blob file.
     pub stored: ByteRange,
@@ -61,6 +62,23 @@ impl Unit {
         let range = ByteRange::at(at, bytes.len() as u64)?;
         let check = Check::Blake3(crate::codec::blake3(bytes).0);
         Some(Self { decoded: range, stored: range, recipe: Recipe::Plain, check, part: None, encrypted: false })
+    }
+
+    /// A unit of which nothing is known but its number, behind the byte `at`, a block boundary.
+    pub fn vacant(at: u64) -> Self {
+        Self {
+            decoded: ByteRange::new(at, at).unwrap_or_default(),
+            stored: ByteRange::default(),
+            recipe: Recipe::Plain,
+            check: Check::Unknown,
+            part: None,
+            encrypted: false,
+        }
+    }
+
+    /// Whether nothing is known of it.
+    pub fn is_vacant(&self) -> bool {
+        self.decoded.is_empty()
     }
 
     /// How many plain bytes the stored range holds.

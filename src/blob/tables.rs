@@ -13,7 +13,7 @@ use crate::format::rafs::{Algorithm, BlobEntry, ChunkRecord, DigestAlgorithm, ch
 /// Where a blob keeps its tables, and how to read them: one checked row of the blob table.
 #[derive(Clone, Debug)]
 pub struct BlobTables {
-    entry: Entry,
+    pub(super) entry: Entry,
 }
 
 /// Why the tables of a blob cannot be used.
@@ -92,7 +92,7 @@ impl BlobTables {
     }
 
     /// The bytes of the blob file that [`BlobTables::geometry`] wants: the chunk-info array and
-    /// the header behind it. Empty for a tar file, which has no tables.
+    /// the header behind it. Empty for a blob that has no tables.
     pub fn stored(&self) -> ByteRange {
         let ci = self.entry.ci_stored;
         let header = if ci.is_empty() { 0 } else { size_of::<Header>() as u64 };
@@ -103,16 +103,18 @@ impl BlobTables {
     /// they have no digest or cannot be decoded yet.
     pub fn ensure_servable(&self) -> Result<(), TablesError> {
         match self.entry.kind {
-            BlobKind::Native => Ok(()),
+            BlobKind::Native | BlobKind::Listed => Ok(()),
             kind => Err(TablesError::Unsupported { blob: self.entry.blob.clone(), kind: kind.name() }),
         }
     }
 
     /// Makes the unit map from the bytes of [`BlobTables::stored`]. Units get a check only where
-    /// the blob itself carries one (a CRC); [`BlobTables::with_digests`] adds the image's.
+    /// the blob itself carries one (a CRC); [`BlobTables::with_digests`] adds the image's. A blob
+    /// without tables has no units yet.
     pub fn geometry(&self, stored: &[u8]) -> Result<UnitMap, TablesError> {
         let units = match self.entry.kind {
             BlobKind::Tarfs => self.tar_units(),
+            BlobKind::Listed => Vec::new(),
             _ => self.chunk_units(&self.open(stored)?)?,
         };
         self.map(units)
@@ -128,7 +130,8 @@ impl BlobTables {
     }
 
     /// Adds to `map` the digests that the image's chunk table names for this blob. Rows of other
-    /// blobs are passed over.
+    /// blobs are passed over. If the blob has no tables, the rows are all there is to tell of it, and
+    /// `map` is passed over.
     ///
     /// # Errors
     /// If a row and the map place the same chunk differently, or two rows promise different bytes.
@@ -137,6 +140,9 @@ impl BlobTables {
         map: &UnitMap,
         rows: impl Iterator<Item = &'a ChunkRecord>,
     ) -> Result<UnitMap, TablesError> {
+        if self.entry.kind == BlobKind::Listed {
+            return self.listed(rows);
+        }
         let mut units = map.units().to_vec();
         let mut named = vec![false; units.len()];
         let of_tar = self.entry.kind == BlobKind::Tarfs;
@@ -193,7 +199,7 @@ impl BlobTables {
     }
 
     /// What a row promises about the plain bytes: its digest, its CRC where it carries none.
-    fn promised(&self, row: &ChunkRecord) -> Check {
+    pub(super) fn promised(&self, row: &ChunkRecord) -> Check {
         if row.digest != [0; 32] {
             return match self.entry.digest {
                 DigestAlgorithm::Blake3 => Check::Blake3(row.digest),
@@ -366,7 +372,7 @@ impl BlobTables {
         (0..len.div_ceil(piece)).map(unit).collect()
     }
 
-    fn recipe(&self, compressed: bool) -> Result<Recipe, TablesError> {
+    pub(super) fn recipe(&self, compressed: bool) -> Result<Recipe, TablesError> {
         Ok(match (compressed, self.entry.compression) {
             (false, _) => Recipe::Plain,
             (true, Algorithm::Lz4Block) => Recipe::Lz4Block,
@@ -378,7 +384,7 @@ impl BlobTables {
         })
     }
 
-    fn unit(
+    pub(super) fn unit(
         &self,
         (decoded_at, decoded_size): (u64, u32),
         stored: Option<ByteRange>,

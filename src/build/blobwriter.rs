@@ -19,6 +19,7 @@ use super::blobparts::{Parts, part};
 use super::blobtable::{BatchRow, Table};
 use super::chunk::{Chunk, Packer};
 use super::error::{BuildError, Limit};
+use super::spec::Version;
 use crate::base::{BLOCK, BlobId};
 use crate::codec::xts::BlobKey;
 use crate::format::blobfile::{Header, features};
@@ -34,6 +35,7 @@ const MAX_DECODED: u64 = (1 << 44) - BLOCK;
 /// What a blob is like as a whole.
 #[derive(Clone, Debug)]
 pub(super) struct Shape {
+    pub version: Version,
     pub compression: Algorithm,
     pub digest: DigestAlgorithm,
     /// Bytes; a power of two.
@@ -48,6 +50,14 @@ pub(super) struct Shape {
 impl Shape {
     fn has_tar_headers(&self) -> bool {
         self.toc || self.inline_bootstrap
+    }
+
+    /// Where the next chunk starts in the device if one ends at byte `end`.
+    fn next_start(&self, end: u64) -> u64 {
+        match self.version {
+            Version::V5 { aligned: false } => end,
+            Version::V6 | Version::V5 { aligned: true } => end.next_multiple_of(BLOCK),
+        }
     }
 }
 
@@ -73,7 +83,7 @@ impl BlobWriter {
     pub(super) fn number(&mut self, chunk: Chunk) -> Result<u32, BuildError> {
         let number = u32::try_from(self.chunks.len()).expect("bounded below");
         let decoded_offset = self.decoded;
-        let decoded_end = (decoded_offset + u64::from(chunk.plain_len)).next_multiple_of(BLOCK);
+        let decoded_end = self.shape.next_start(decoded_offset + u64::from(chunk.plain_len));
         if number >= MAX_CHUNKS {
             return Err(BuildError::Limit(Limit::Chunks));
         }
@@ -146,8 +156,12 @@ impl BlobWriter {
         }
         let Self { shape, decoded, chunks, batches, .. } = self;
         let mut sealed = SealedBlob { shape, parts, features, decoded_bytes: decoded, chunks, batches, table: None };
-        if !sealed.chunks.is_empty() {
-            sealed.add_tables(packer)?;
+        match sealed.shape.version {
+            _ if sealed.chunks.is_empty() => {}
+            Version::V6 => sealed.add_tables(packer)?,
+            // The bootstrap has all tables.
+            Version::V5 { .. } if sealed.shape.has_tar_headers() => sealed.parts.end_data(sealed.decoded_bytes)?,
+            Version::V5 { .. } => {}
         }
         Ok(Some(sealed))
     }
@@ -176,12 +190,12 @@ pub(super) struct SealedBlob {
     shape: Shape,
     parts: Parts,
     features: u32,
-    /// Length of the device, whole blocks.
+    /// Length of the device, whole blocks unless chunks are packed.
     pub decoded_bytes: u64,
     /// In the order of their numbers.
     pub chunks: Vec<Chunk>,
     batches: Vec<BatchRow>,
-    /// Missing if there are no chunks.
+    /// Missing if there are no chunks, or if they are listed in the bootstrap alone.
     table: Option<Table>,
 }
 
@@ -227,7 +241,9 @@ impl SealedBlob {
     /// The blob's row of the blob table, but for its index, as a bootstrap in the blob has it.
     /// `None` if the blob has no chunks: such a blob is in no table.
     pub(super) fn entry(&self) -> Option<BlobEntry> {
-        let table = self.table.as_ref()?;
+        if self.chunks.is_empty() {
+            return None;
+        }
         let mut entry = BlobEntry::new_zeroed();
         entry.id = UNKNOWN_ID;
         entry.chunk_size = self.shape.chunk_size.into();
@@ -237,10 +253,12 @@ impl SealedBlob {
         entry.features = self.features.into();
         entry.compressed_size = self.parts.len().into();
         entry.uncompressed_size = self.decoded_bytes.into();
-        entry.ci_compression = table.algorithm.number().into();
-        entry.ci_offset = table.offset.into();
-        entry.ci_compressed_size = table.stored_len.into();
-        entry.ci_uncompressed_size = table.plain_len.into();
+        if let Some(table) = &self.table {
+            entry.ci_compression = table.algorithm.number().into();
+            entry.ci_offset = table.offset.into();
+            entry.ci_compressed_size = table.stored_len.into();
+            entry.ci_uncompressed_size = table.plain_len.into();
+        }
         if let Some(key) = &self.shape.key {
             let (low, high) = key.iv().split_at(8);
             let half = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("half of 16 bytes"));
@@ -290,7 +308,7 @@ pub(super) struct FinishedBlob {
     name: TemporaryName,
     /// Length of the file.
     pub stored_bytes: u64,
-    /// Length of the device, whole blocks.
+    /// Length of the device, whole blocks unless chunks are packed.
     pub decoded_bytes: u64,
     pub chunks: Vec<Chunk>,
     pub batches: u64,
@@ -367,6 +385,7 @@ mod tests {
     fn append_at(stored: u64, decoded: u64, plain_len: usize, stored_len: usize) -> Result<u64, Option<Limit>> {
         let dir = tempfile::tempdir().unwrap();
         let shape = Shape {
+            version: Version::V6,
             compression: Algorithm::None,
             digest: DigestAlgorithm::Blake3,
             chunk_size: 1 << 24,

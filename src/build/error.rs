@@ -27,6 +27,8 @@ pub enum BuildError {
     BatchSize { size: u64, chunk_size: u32 },
     #[error("chunks of 16 MiB can be neither batched nor encrypted; use a smaller --chunk-size")]
     LongEntries,
+    #[error("RAFS v5 has no {0}; leave it out, or build RAFS v6 (--fs-version 6)")]
+    NotInVersion5(&'static str),
     #[error("the system has no random bytes for a key")]
     Random,
     #[error("cannot set up the compressor")]

@@ -16,6 +16,7 @@ use super::stockblobs::{BlobRows, Contradiction};
 use super::tree::{Kind, Meta, Node, NodeId, Tree};
 use super::xattr::Collector;
 use crate::base::{BLOCK, BlobId};
+use crate::blob::TablesError;
 use crate::format::blobfile::features;
 use crate::format::erofs::{ChunkIndex, INODE_SLOT, XattrEntry};
 use crate::format::rafs::{BlobEntry, ChunkRecord, DigestAlgorithm, flags};
@@ -30,6 +31,8 @@ pub enum LoadError {
     Tarfs,
     #[error("it has {what} {value}, the images before it {before}")]
     Disagrees { what: &'static str, value: u64, before: u64 },
+    #[error(transparent)]
+    Tables(#[from] TablesError),
     #[error(transparent)]
     Contradiction(#[from] Contradiction),
     #[error("row {row} of the chunk table is a chunk of 0 bytes, 1 is the least")]

@@ -1,8 +1,9 @@
-//! From directories and tar archives to a RAFS v6 image: a bootstrap and at most one blob for each.
+//! From directories and tar archives to a RAFS image: a bootstrap and at most one blob for each.
 //!
 //! An input (`input`) walks the source once. It puts entries into the `tree` and file content
 //! into the `chunk` pipeline, whose far end is the `blobwriter`. Then `layout` gives every
-//! node a place and `emit` writes the bootstrap. At last `verify` reads it all again. Nothing here
+//! node a place and `emit` writes the bootstrap. At last `verify` reads it all again. (For RAFS v5 the
+//! same three are in `v5`; whatever else is here does not depend on the version.) Nothing here
 //! reads the clock, asks for the order of a directory or depends on the number of threads: the
 //! same source gives the same bytes. Nothing here prints; who wants to watch passes a [`Progress`].
 //!
@@ -15,11 +16,13 @@ mod blobwriter;
 mod chunk;
 mod chunkdict;
 mod compact;
+mod convert;
 mod emit;
 mod error;
 mod hintedpaths;
 mod input;
 mod layout;
+mod lift;
 mod load;
 mod merge;
 mod optimize;
@@ -35,18 +38,22 @@ mod spec;
 mod stack;
 mod stockblobs;
 mod tree;
+mod v5;
 mod verify;
 mod xattr;
 
 use std::fs;
 use std::io::{self, Write};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 pub use base::Base;
 pub use chunk::{Compression, InvalidCompression};
 pub use chunkdict::{DictionaryReport, DictionarySpec, dictionary};
 pub use compact::{CompactReport, CompactSpec, CompactedBlob, Fate, compact};
+pub use convert::{ConvertReport, ConvertSpec, NewTable, convert};
 pub use error::{BuildError, Limit, Unfit};
+pub use lift::{LIFT_VERSION, LiftError, is_showable_xattr, lift};
 pub use load::{Layer, LoadError};
 pub use merge::{BlobFacts, MergeReport, MergeSpec, merge};
 pub use optimize::{HotPath, OptimizeReport, OptimizeSpec, Remark, StillNeeded, optimize};
@@ -57,7 +64,7 @@ pub use recheck::RecheckError;
 pub use report::{BlobReport, BuildReport, LayerReport};
 pub use rewrite::{ChunkBytes, ChunkPlace, ChunkSource, Existing};
 pub use selection::{IdRange, InvalidIdRange, Owners, Selection};
-pub use spec::{Batching, BuildSpec, Encryption, Progress, Source};
+pub use spec::{Batching, BuildSpec, Encryption, Progress, Source, Version};
 pub use stockblobs::Contradiction;
 pub use verify::VerifyError;
 
@@ -73,7 +80,6 @@ use load::Agreed;
 use spec::MAX_THREADS;
 use stack::{NoTotal, Reading, Stratum};
 use tree::{NodeId, Tree};
-use verify::Expected;
 
 /// Builds an image. What had the same names in the output directory is replaced, and only when
 /// the image is complete, checked and on disk; a failed build leaves nothing behind but empty
@@ -84,6 +90,7 @@ use verify::Expected;
 pub fn build(mut spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport, BuildError> {
     let (_, Shape { chunk_size, digest, .. }) = settings(&spec)?;
     let sources = std::mem::take(&mut spec.sources);
+    let is_directory = matches!(sources.as_slice(), [Source::Directory(_)]);
     let no_total = NoTotal(progress);
     let progress = if sources.len() > 1 { &no_total } else { progress };
     let blobs = spec.out_dir.join("blobs");
@@ -96,6 +103,8 @@ pub fn build(mut spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport
         return Err(BuildError::InlineInMany);
     }
 
+    // Only one directory has its hinted files in front of everything.
+    let has_head = is_directory && !spec.prefetch.table && !spec.prefetch.is_empty();
     let explicit_ids = spec.selection.owners != Owners::Omitted;
     let mut based = Based::on(&spec.base, Agreed { chunk_size, explicit_ids }, digest)?;
     let reading = Reading { spec: &spec, blobs: &blobs, progress };
@@ -111,7 +120,7 @@ pub fn build(mut spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport
     let first = report.layers.len();
     let Stratum { layers, stored, shape } = reading.read(last, &based, &mut report)?;
     let Stored { blob, mut packer, chunk_of_cut, .. } = stored;
-    let writing = Writing { shape: &shape, chunk_of_cut: &chunk_of_cut, hints: &spec.prefetch, explicit_ids };
+    let writing = Writing { shape: &shape, chunk_of_cut: &chunk_of_cut, hints: &spec.prefetch, has_head, explicit_ids };
     let mut made = writing.write(based, layers, blob, &mut packer)?;
     if let Some(blob) = made.blobs.last() {
         report.layers[first..].iter_mut().for_each(|layer| layer.blob = Some(blob.id.to_string()));
@@ -124,8 +133,7 @@ pub fn build(mut spec: BuildSpec, progress: &dyn Progress) -> Result<BuildReport
         if made.blobs.is_empty() {
             progress.verifying(None);
         }
-        let threads = spec.threads.min(MAX_THREADS);
-        verify::image(made.readable_bootstrap(), &writing.expected(&made.image), &made.blobs, threads)?;
+        writing.verify(&made, spec.threads.min(MAX_THREADS))?;
     }
     report.encrypted = shape.key.is_some() && !made.blobs.is_empty();
     report.prefetch_entries = if made.image.rows.is_empty() { 0 } else { made.image.prefetch.len() as u64 };
@@ -157,9 +165,11 @@ pub fn read_archive(bytes: Vec<u8>) -> Result<BuildReport, BuildError> {
 
 /// What the stages of a build are told, if it is possible at all.
 fn settings(spec: &BuildSpec) -> Result<(Settings, Shape), BuildError> {
+    spec.ensure_version_has_it()?;
     let chunk_size = spec.checked_chunk_size()?;
     let key = spec.encryption.key()?;
     let shape = Shape {
+        version: spec.version,
         compression: spec.compression.algorithm(),
         digest: spec.digest,
         chunk_size,
@@ -183,6 +193,8 @@ struct Writing<'a> {
     shape: &'a Shape,
     chunk_of_cut: &'a [u32],
     hints: &'a PrefetchHints,
+    /// Whether the data of hinted files is the head of the only blob, and nothing else says so.
+    has_head: bool,
     explicit_ids: bool,
 }
 
@@ -213,33 +225,58 @@ impl Writing<'_> {
         let joined = based.join(layers, new, self.chunk_of_cut)?;
         let Joined { tree, chunks, rows, prefetch } = joined;
         let prefetch = if self.hints.is_empty() { prefetch } else { self.hints.listed(&tree) };
-        let layout = layout::layout(&tree, self.shape.chunk_size)?;
-        let bootstrap = Bootstrap {
-            tree: &tree,
-            layout: &layout,
-            blobs: &rows,
-            chunks: &chunks,
-            chunk_of_cut: self.chunk_of_cut,
-            prefetch: &prefetch,
-            facts: Facts {
-                compression: self.shape.compression,
-                digest: self.shape.digest,
-                chunk_size: self.shape.chunk_size,
-                explicit_ids: self.explicit_ids,
-                claim_xattrs: false,
-            },
-        };
-        let bootstrap = bootstrap.bytes()?;
-        Ok(Imaged { bootstrap, tree, layout, chunks, rows, prefetch })
+        let mut image = Imaged { bootstrap: Vec::new(), tree, layout: None, chunks, rows, prefetch };
+        match self.shape.version {
+            Version::V6 => {
+                let layout = layout::layout(&image.tree, self.shape.chunk_size)?;
+                image.bootstrap = self.bootstrap(&image, &layout).bytes()?;
+                image.layout = Some(layout);
+            }
+            Version::V5 { .. } => image.bootstrap = self.v5(&image).bytes()?,
+        }
+        Ok(image)
     }
 
-    fn expected<'e>(&'e self, image: &'e Imaged) -> Expected<'e> {
-        Expected {
+    fn bootstrap<'i>(&'i self, image: &'i Imaged, layout: &'i Layout) -> Bootstrap<'i> {
+        Bootstrap {
             tree: &image.tree,
-            layout: &image.layout,
+            layout,
+            blobs: &image.rows,
             chunks: &image.chunks,
             chunk_of_cut: self.chunk_of_cut,
+            prefetch: &image.prefetch,
+            facts: self.facts(),
+        }
+    }
+
+    fn v5<'i>(&'i self, image: &'i Imaged) -> v5::Source<'i> {
+        v5::Source {
+            tree: &image.tree,
+            blobs: &image.rows,
+            chunks: &image.chunks,
+            chunk_of_cut: self.chunk_of_cut,
+            prefetch: &image.prefetch,
+            head: self.has_head.then_some(self.hints),
+            facts: self.facts(),
+        }
+    }
+
+    fn facts(&self) -> Facts {
+        Facts {
+            compression: self.shape.compression,
             digest: self.shape.digest,
+            chunk_size: self.shape.chunk_size,
+            explicit_ids: self.explicit_ids,
+            claim_xattrs: false,
+        }
+    }
+
+    /// Reads everything again.
+    fn verify(&self, made: &Made, threads: NonZeroUsize) -> Result<(), BuildError> {
+        let bytes = made.readable_bootstrap();
+        match &made.image.layout {
+            Some(layout) => verify::image(bytes, &self.bootstrap(&made.image, layout).expected(), &made.blobs, threads),
+            None => v5::image(&bytes, &self.v5(&made.image), &made.blobs, threads),
         }
     }
 }
@@ -248,7 +285,8 @@ impl Writing<'_> {
 struct Imaged {
     bootstrap: Vec<u8>,
     tree: Tree,
-    layout: Layout,
+    /// Where everything is in the metadata of v6.
+    layout: Option<Layout>,
     chunks: Vec<chunk::Chunk>,
     rows: Vec<BlobEntry>,
     prefetch: Vec<NodeId>,
@@ -282,7 +320,10 @@ impl Made {
     fn readable_bootstrap(&self) -> Vec<u8> {
         let mut bytes = self.image.bootstrap.clone();
         if let Some(FinishedBlob { id, entry: Some(_), .. }) = self.blobs.last().filter(|_| self.inline) {
-            name_blob(&mut bytes, &self.image.rows, id);
+            match self.image.layout {
+                Some(_) => name_blob(&mut bytes, &self.image.rows, id),
+                None => v5::name_blob(&mut bytes, &UNNAMED, id),
+            }
         }
         bytes
     }

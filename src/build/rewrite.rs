@@ -20,7 +20,7 @@ use super::hintedpaths::HintedPaths;
 use super::load::{LoadError, Stock};
 use super::overlay::{self, Whiteouts};
 use super::repack::Repacker;
-use super::spec::default_batch_size;
+use super::spec::{Version, default_batch_size};
 use super::tree::{Kind, NodeId};
 use super::{BlobReport, Progress, layout, merge, recheck, stockblobs};
 use crate::base::{BLOCK, ByteRange, Digest};
@@ -85,7 +85,7 @@ pub(super) struct Form {
 impl Form {
     fn shape(self, chunk_size: u32) -> Shape {
         let Self { compression, digest } = self;
-        Shape { compression, digest, chunk_size, key: None, toc: false, inline_bootstrap: false }
+        Shape { version: Version::V6, compression, digest, chunk_size, key: None, toc: false, inline_bootstrap: false }
     }
 
     /// The form of a new blob for chunks of the blob of `entry`. Nothing is written as gzip, which
@@ -370,7 +370,7 @@ fn as_it_is<'b>(algorithm: Algorithm, stored: &'b [u8], plain: &[u8], form: Form
     fits.then_some(stored)
 }
 
-fn digest_of(algorithm: DigestAlgorithm, plain: &[u8]) -> Digest {
+pub(super) fn digest_of(algorithm: DigestAlgorithm, plain: &[u8]) -> Digest {
     match algorithm {
         DigestAlgorithm::Blake3 => codec::blake3(plain),
         DigestAlgorithm::Sha256 => codec::sha256(plain),

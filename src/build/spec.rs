@@ -67,6 +67,7 @@ pub struct BuildSpec {
     pub one_blob: bool,
     /// Made if it is not there. Gets `bootstrap` and `blobs/`.
     pub out_dir: PathBuf,
+    pub version: Version,
     pub compression: Compression,
     pub digest: DigestAlgorithm,
     /// Bytes: a power of two between 4 KiB and 16 MiB.
@@ -87,6 +88,21 @@ pub struct BuildSpec {
     /// Threads that compress, at most 256 of them. One more reads and one writes. The image does not
     /// depend on it.
     pub threads: NonZeroUsize,
+}
+
+/// Version of the format, with what only that version leaves to choose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Version {
+    /// EROFS metadata, which the kernel reads.
+    #[default]
+    V6,
+    /// Metadata of its own, for readers in user space. It knows no batches, no encryption and no table
+    /// of contents, and one compression and one digest for all blobs.
+    V5 {
+        /// Whether chunks start on 4 KiB in the decoded space, as version 6 has it, and do not
+        /// follow each other without gaps.
+        aligned: bool,
+    },
 }
 
 /// Which files share stored pieces of the blob with their neighbours.
@@ -129,6 +145,7 @@ impl BuildSpec {
             sources: vec![source],
             one_blob: false,
             out_dir: out_dir.into(),
+            version: Version::default(),
             compression: Compression::default(),
             digest: DigestAlgorithm::Blake3,
             chunk_size: Self::DEFAULT_CHUNK_SIZE,
@@ -151,11 +168,31 @@ impl BuildSpec {
             .ok_or(BuildError::ChunkSize(self.chunk_size))
     }
 
+    /// Fails if something is asked for that the version of the format does not have.
+    pub(super) fn ensure_version_has_it(&self) -> Result<(), BuildError> {
+        if self.version == Version::V6 {
+            return Ok(());
+        }
+        let is_batched = matches!(self.batching, Batching::Size(_));
+        let asked = [
+            (is_batched, "batches (--batch-size)"),
+            (self.encryption != Encryption::None, "encryption (--encrypt)"),
+            (self.blob_toc, "table of contents (--blob-toc)"),
+            (self.base.parent.is_some(), "build over a parent (--parent)"),
+            (self.base.dictionary.is_some(), "chunk dictionary (--chunk-dict)"),
+        ];
+        match asked.into_iter().find(|(is_asked, _)| *is_asked) {
+            Some((_, what)) => Err(BuildError::NotInVersion5(what)),
+            None => Ok(()),
+        }
+    }
+
     /// The batch size, 0 for none.
     pub(super) fn checked_batch_size(&self, chunk_size: u32) -> Result<u32, BuildError> {
         let fits = |size: u64| size.is_power_of_two() && size >= 1 << 12 && size <= u64::from(chunk_size);
         let size = match self.batching {
             Batching::Off => 0,
+            Batching::Default if self.version != Version::V6 => 0,
             Batching::Default => default_batch_size(chunk_size).into(),
             Batching::Size(size) if !fits(size) => return Err(BuildError::BatchSize { size, chunk_size }),
             Batching::Size(size) => size,

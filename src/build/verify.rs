@@ -21,6 +21,7 @@ use super::tree::{Kind, NodeId, Tree};
 use crate::base::ByteRange;
 use crate::blob::{BlobTables, Check, DecodeError, Decoder, TablesError, Unit, UnitMap};
 use crate::format::rafs::{BlobEntry, DigestAlgorithm};
+use crate::image::v5::BootstrapError;
 use crate::image::{self, Extent, Image, ImageError, Inode};
 
 /// What is wrong with an image that was just made.
@@ -28,6 +29,10 @@ use crate::image::{self, Extent, Image, ImageError, Inode};
 pub enum VerifyError {
     #[error("the bootstrap cannot be read")]
     Image(#[from] ImageError),
+    #[error("the RAFS v5 bootstrap cannot be read")]
+    V5(#[from] BootstrapError),
+    #[error("the RAFS v5 image cannot be mounted")]
+    Lift(#[from] super::LiftError),
     #[error("{what} of /{path} is not that of the source")]
     Node { path: String, what: &'static str },
     #[error("the bootstrap has {got} names, the source {want}")]
@@ -208,7 +213,7 @@ fn map(image: &Image, entry: &BlobEntry, blob: &FinishedBlob, digest: DigestAlgo
 const STRETCH: usize = 256;
 
 /// Decodes and digests every unit.
-fn data(map: &UnitMap, file: &File, threads: NonZeroUsize) -> Result<(), VerifyError> {
+pub(super) fn data(map: &UnitMap, file: &File, threads: NonZeroUsize) -> Result<(), VerifyError> {
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
     let first: Mutex<Option<(usize, VerifyError)>> = Mutex::new(None);

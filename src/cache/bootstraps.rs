@@ -5,6 +5,7 @@
 //! nobody has open may go, for it can be copied again from where it was named.
 
 use std::collections::HashMap;
+use std::fs::FileTimes;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -13,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
+use super::disk::FileFacts;
 use super::store::{StoreError, at};
 use super::victims::{Lot, LotKind};
 use crate::base::Digest;
@@ -36,6 +38,10 @@ pub struct KeptBootstrap {
     path: PathBuf,
 }
 
+/// How the name of a note ends that says which bootstrap was made of something: the digest of that
+/// comes before it, the digest of the bootstrap is in it.
+const MADE: &str = ".made";
+
 impl KeptBootstrap {
     /// SHA-256 of the bootstrap, which is its name.
     pub fn digest(&self) -> Digest {
@@ -45,6 +51,24 @@ impl KeptBootstrap {
     /// Where it lies: complete, synced, and never written again.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// One copy of a bootstrap as it was when it was seen to be sound.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootstrapStamp {
+    digest: Digest,
+    facts: FileFacts,
+    /// When its bytes were written, in seconds and nanoseconds.
+    modified: (i64, i64),
+}
+
+impl KeptBootstrap {
+    /// What tells the copy, as it is now, from one that somebody changed.
+    pub fn stamp(&self) -> io::Result<BootstrapStamp> {
+        let meta = fs::symlink_metadata(&self.path)?;
+        let modified = (meta.mtime(), meta.mtime_nsec());
+        Ok(BootstrapStamp { digest: self.digest, facts: FileFacts::from(meta), modified })
     }
 }
 
@@ -87,6 +111,48 @@ impl Bootstraps {
         Ok(kept)
     }
 
+    /// Keeps the copy that `stamp` was taken of, unless it has gone or was changed since.
+    pub fn keep_unchanged(self: &Arc<Self>, stamp: &BootstrapStamp) -> Option<KeptBootstrap> {
+        let kept = self.keep_known(stamp.digest);
+        (kept.stamp().ok()? == *stamp).then_some(kept)
+    }
+
+    /// Keeps a copy of what `make` makes of something that has the digest `source`. It is asked only if
+    /// what it made before is not there any more. Waits for the disk.
+    ///
+    /// # Errors
+    /// What `make` says, or the store.
+    pub fn keep_made<E: From<StoreError>>(
+        self: &Arc<Self>,
+        source: Digest,
+        make: impl FnOnce() -> Result<Vec<u8>, E>,
+    ) -> Result<KeptBootstrap, E> {
+        let note = self.dir.join(format!("{source}{MADE}"));
+        let made = fs::read_to_string(&note).ok().and_then(|text| Digest::from_hex(text.trim_end()));
+        if let Some(digest) = made {
+            let kept = self.keep_known(digest);
+            if File::open(&kept.path).and_then(sha256_of).is_ok_and(|there| there == digest) {
+                note_use(&kept.path);
+                return Ok(kept);
+            }
+        }
+        let kept = self.keep(&make()?)?;
+        self.write(format!("{}\n", kept.digest).as_bytes(), &note)?;
+        Ok(kept)
+    }
+
+    /// Removes the notes of what bootstrap `digest` was made from.
+    fn forget_made(&self, digest: Digest) {
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let is_note = entry.file_name().as_encoded_bytes().ends_with(MADE.as_bytes());
+            let names = |text: String| Digest::from_hex(text.trim_end()) == Some(digest);
+            if is_note && fs::read_to_string(entry.path()).is_ok_and(names) {
+                // One that stays leads to nothing, and is written anew.
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
     /// Keeps the copy with this digest, which a predecessor made and nobody looks at again.
     pub fn keep_known(self: &Arc<Self>, digest: Digest) -> KeptBootstrap {
         *self.kept.lock().unwrap().entry(digest).or_insert(0) += 1;
@@ -118,7 +184,7 @@ impl Bootstraps {
             let digest = Digest::from_hex(&name)?;
             let meta = entry.metadata().ok()?;
             let held = self.is_held(&self.kept.lock().unwrap(), digest);
-            let last_used = u64::try_from(meta.mtime()).unwrap_or(0);
+            let last_used = u64::try_from(meta.atime().max(meta.mtime())).unwrap_or(0);
             Some(Lot { name, kind: LotKind::Bootstrap, bytes: meta.blocks() * 512, last_used, held })
         };
         entries.filter_map(lot).collect()
@@ -133,17 +199,20 @@ impl Bootstraps {
         }
         let path = self.dir.join(digest.to_string());
         match fs::remove_file(&path) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                self.forget_made(digest);
+                Ok(true)
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(cause) => Err(at(&path)(cause)),
         }
     }
 }
 
-/// A file's time of change is when it was last used: its bytes never change. Only an order depends
-/// on it, so that failing is no failure.
+/// Notes that a copy is used. Only an order depends on it, so that failing is no failure.
 fn note_use(path: &Path) {
-    let _ = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
+    let now = FileTimes::new().set_accessed(SystemTime::now());
+    let _ = File::open(path).and_then(|file| file.set_times(now));
 }
 
 fn sha256_of(mut file: File) -> io::Result<Digest> {
@@ -170,12 +239,44 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_was_made_is_made_again_only_when_it_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let bootstraps = Bootstraps::new(dir.path().join("bootstraps"));
+        let (source, another) = (Digest([1; 32]), Digest([2; 32]));
+        let keep = |source, made: &[u8]| {
+            let mut asked = false;
+            let kept = bootstraps.keep_made(source, || {
+                asked = true;
+                Ok::<_, StoreError>(made.to_vec())
+            });
+            (fs::read(kept.unwrap().path()).unwrap(), asked)
+        };
+        let made = |text: &[u8], asked| (text.to_vec(), asked);
+        assert_eq!(keep(source, b"one"), made(b"one", true));
+        assert_eq!(keep(source, b"lost"), made(b"one", false));
+        assert_eq!(keep(another, b"two"), made(b"two", true));
+
+        // One that was spoilt, and one that went.
+        let path = |text: &[u8]| bootstraps.dir().join(sha256(text).to_string());
+        fs::write(path(b"one"), b"spoilt").unwrap();
+        assert_eq!(keep(source, b"one"), made(b"one", true));
+        assert!(bootstraps.remove(&sha256(b"one").to_string()).unwrap());
+        let names: Vec<_> = fs::read_dir(bootstraps.dir()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names.len(), 2, "the note went with it: {names:?}");
+        assert_eq!(keep(source, b"new"), made(b"new", true));
+        fs::write(bootstraps.dir().join(format!("{another}{MADE}")), "nonsense").unwrap();
+        assert_eq!(keep(another, b"two"), made(b"two", true));
+        assert_eq!(keep(another, b""), made(b"two", false));
+        assert_eq!(bootstraps.lots().len(), 2, "notes are nothing that can go alone");
+    }
+
+    #[test]
     fn what_is_kept_stays_and_a_spoilt_copy_is_made_anew() {
         let dir = tempfile::tempdir().unwrap();
         let bootstraps = Bootstraps::new(dir.path().join("bootstraps"));
         let first = bootstraps.keep(b"a bootstrap").unwrap();
         let second = bootstraps.keep(b"a bootstrap").unwrap();
-        let (name, path) = (first.digest().to_string(), first.path().to_owned());
+        let (name, path, stamp) = (first.digest().to_string(), first.path().to_owned(), first.stamp().unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"a bootstrap");
 
         for kept in [first, second] {
@@ -188,7 +289,12 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"a bootstrap");
         assert!(!bootstraps.lots()[0].held);
 
+        let again = bootstraps.keep_unchanged(&stamp).map(|kept| kept.stamp().unwrap());
+        assert_eq!(again, None, "it was made anew");
+        let stamp = bootstraps.keep(b"a bootstrap").unwrap().stamp().unwrap();
+        assert_eq!(bootstraps.keep_unchanged(&stamp).unwrap().stamp().unwrap(), stamp);
         assert!(bootstraps.remove(&name).unwrap());
+        assert!(bootstraps.keep_unchanged(&stamp).is_none() && !bootstraps.lots().iter().any(|lot| lot.held));
         assert!(!path.exists());
         assert!(!bootstraps.remove(&name).unwrap() && !bootstraps.remove("../lock").unwrap());
         assert_eq!(bootstraps.lots(), []);

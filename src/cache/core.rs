@@ -1,5 +1,6 @@
 //! What queued and running work on a device holds on to, and whether the device is complete.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -23,9 +24,11 @@ use crate::blob::{UnitIndex, UnitMap};
 pub(super) struct Core {
     /// Unique within the engine.
     pub(super) id: u64,
-    /// Where units lie. Never changes, so that asking for presence takes no lock.
-    pub(super) layout: Arc<UnitMap>,
-    /// The same units with all checks known so far; another image may add some.
+    /// What was known when the device was opened. Blob, length, key and number of units never change;
+    /// for where units lie there is [`Core::layout`].
+    pub(super) first: Arc<UnitMap>,
+    /// The same units with all that is known by now; another image may add checks, and to a listed
+    /// map also units.
     pub(super) map: RwLock<Arc<UnitMap>>,
     pub(super) sources: Sources,
     pub(super) ledger: Arc<Ledger>,
@@ -75,7 +78,12 @@ impl Core {
     }
 
     pub(super) fn blob(&self) -> &BlobId {
-        self.layout.blob()
+        self.first.blob()
+    }
+
+    /// Where units lie. Takes no lock unless units may be added: presence is asked for every read.
+    pub(super) fn layout(&self) -> Cow<'_, Arc<UnitMap>> {
+        if self.first.is_listed() { Cow::Owned(self.map()) } else { Cow::Borrowed(&self.first) }
     }
 
     pub(super) fn map(&self) -> Arc<UnitMap> {
@@ -95,14 +103,14 @@ impl Core {
 
     /// The units that hold `decoded`, if there are units for all of it.
     pub(super) fn covering(&self, decoded: ByteRange) -> Option<Range<UnitIndex>> {
-        self.layout.covering(decoded)
+        self.layout().covering(decoded)
     }
 
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Takes over a map of the same layout that knows at least as many checks.
+    /// Takes over a map that was merged from the one before, so that all its units are where they were.
     pub(super) fn learn(&self, map: Arc<UnitMap>) {
         let needed = map.units().iter().filter(|unit| is_needed(unit)).count();
         self.completeness.needed.store(u32::try_from(needed).unwrap_or(u32::MAX), Ordering::Release);

@@ -57,14 +57,15 @@ impl Device {
     /// `present` are the decoded ranges already in the sink: a unit is present if all its blocks
     /// lie in them. They may come in any order, touch and overlap.
     pub fn with_sink(
-        map: UnitMap,
+        map: impl Into<Arc<UnitMap>>,
         source: Arc<dyn BlobSource>,
         sink: Box<dyn Sink>,
         present: &[ByteRange],
         engine: Arc<Engine>,
     ) -> Arc<Self> {
+        let map = map.into();
         let words = found(&map, present);
-        Self::assemble(Arc::new(map), source, Arc::new(Ledger::new(sink, words, None)), None, engine)
+        Self::assemble(map, source, Arc::new(Ledger::new(sink, words, None)), None, engine)
     }
 
     pub(super) fn assemble(
@@ -77,7 +78,7 @@ impl Device {
         ledger.attach();
         let core = Arc::new(Core {
             id: engine.number_device(),
-            layout: Arc::clone(&map),
+            first: Arc::clone(&map),
             map: RwLock::new(Arc::clone(&map)),
             sources: Sources::new(source),
             ledger,
@@ -188,7 +189,7 @@ impl Device {
 
     /// Bytes of the units that are present, in whole blocks.
     pub fn present_bytes(&self) -> u64 {
-        let layout = &self.core.layout;
+        let layout = self.core.layout();
         let present = (0..).zip(layout.units()).filter(|(index, _)| self.core.ledger.presence.get(*index));
         present.map(|(_, unit)| unit.blocks().len()).sum()
     }
@@ -271,8 +272,8 @@ impl Device {
     ///
     /// Returns `false` and changes nothing if the maps disagree, or if what is new could not be
     /// made durable, which is logged: the other image then needs a device of its own.
-    pub fn learn(&self, map: &UnitMap, source: Arc<dyn BlobSource>) -> bool {
-        self.try_learn(map, source).unwrap_or_else(|error| {
+    pub fn learn(&self, map: impl Into<Arc<UnitMap>>, source: Arc<dyn BlobSource>) -> bool {
+        self.try_learn(&map.into(), source).unwrap_or_else(|error| {
             let cause = std::error::Error::source(&error).map(ToString::to_string);
             tracing::error!(blob = %self.blob(), cause, "{error}");
             false
@@ -280,9 +281,13 @@ impl Device {
     }
 
     /// The same for callers that can return an error.
-    pub(super) fn try_learn(&self, map: &UnitMap, source: Arc<dyn BlobSource>) -> Result<bool, StoreError> {
+    pub(super) fn try_learn(&self, map: &Arc<UnitMap>, source: Arc<dyn BlobSource>) -> Result<bool, StoreError> {
         let _one_at_a_time = self.learning.lock().unwrap();
         let known = self.map();
+        if Arc::ptr_eq(&known, map) {
+            self.core.sources.add(source);
+            return Ok(true);
+        }
         let Some(merged) = known.merge(map) else { return Ok(false) };
         let news = merged != *known;
         if let Some(home) = self.home.as_ref().filter(|_| news) {
@@ -317,11 +322,11 @@ impl Drop for Device {
 
 impl Fill for Device {
     fn decoded_len(&self) -> u64 {
-        self.core.layout.decoded_len()
+        self.core.first.decoded_len()
     }
 
     fn present(&self, decoded: ByteRange) -> bool {
-        self.core.layout.covering(decoded).is_some_and(|units| self.core.ledger.presence.all(units))
+        self.core.covering(decoded).is_some_and(|units| self.core.ledger.presence.all(units))
     }
 
     fn fill_for(&self, request: Request, decoded: ByteRange, done: Completion) {
@@ -335,7 +340,7 @@ impl Fill for Device {
     fn touched(&self, decoded: ByteRange) {
         self.core.counters.hits.fetch_add(1, Ordering::Relaxed);
         self.core.note_read(decoded);
-        if let Some(units) = self.core.layout.covering(decoded) {
+        if let Some(units) = self.core.covering(decoded) {
             self.core.observe(units);
         }
     }

@@ -4,6 +4,7 @@
 //! that remembers every operation, loses what was not synced, or fails where it is told to. The lock
 //! is not part of it: after a power cut nobody holds it.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io;
@@ -39,11 +40,21 @@ pub trait Disk: Send + Sync + 'static {
     /// Opens the file at `path` for reading and writing.
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
 
-    /// Gives a file another name in the same directory; what had that name is gone.
+    /// The names in a directory, in no order.
+    fn names(&self, dir: &Path) -> io::Result<Vec<OsString>>;
+
+    /// Gives a file or directory another name in the same directory; a file or an empty directory that
+    /// had that name is gone.
+    ///
+    /// # Errors
+    /// `DirectoryNotEmpty` or `AlreadyExists` if a directory with something in it has that name.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
     /// Removes the name of a file.
     fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// Removes a directory that is empty.
+    fn remove_dir(&self, dir: &Path) -> io::Result<()>;
 
     /// Returns when the names in `dir` are on stable storage.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
@@ -71,6 +82,8 @@ pub trait DiskFile: Sink {
 pub struct FileFacts {
     /// Whether it is an ordinary file.
     pub is_file: bool,
+    /// Whether it is a directory.
+    pub is_dir: bool,
     /// Length in bytes.
     pub len: u64,
     /// Inode number.
@@ -84,7 +97,7 @@ impl From<Metadata> for FileFacts {
     fn from(meta: Metadata) -> Self {
         let born = meta.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
         let born = born.and_then(|age| u64::try_from(age.as_nanos()).ok()).unwrap_or(0);
-        Self { is_file: meta.is_file(), len: meta.len(), inode: meta.ino(), born }
+        Self { is_file: meta.is_file(), is_dir: meta.is_dir(), len: meta.len(), inode: meta.ino(), born }
     }
 }
 
@@ -114,12 +127,20 @@ impl Disk for HostDisk {
         Ok(Box::new(FileSink::new(OpenOptions::new().read(true).write(true).open(path)?)))
     }
 
+    fn names(&self, dir: &Path) -> io::Result<Vec<OsString>> {
+        fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect()
+    }
+
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         fs::rename(from, to)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         fs::remove_file(path)
+    }
+
+    fn remove_dir(&self, dir: &Path) -> io::Result<()> {
+        fs::remove_dir(dir)
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {

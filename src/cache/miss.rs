@@ -39,7 +39,7 @@ impl Core {
     pub(super) fn fill_range(self: &Arc<Self>, decoded: ByteRange, wait: Arc<Wait>) {
         let request = wait.request().clone();
         let step = decoded.clamp_end(decoded.start().saturating_add(STEP));
-        let Some(units) = self.layout.covering(step) else {
+        let Some(units) = self.covering(step) else {
             let error = FillError::Unmapped { blob: self.blob().clone(), decoded: step };
             self.inflight.failures.note(&error);
             return wait.settle(&Err(error));
@@ -228,7 +228,7 @@ impl Core {
         }
         // A missed observation costs a little speed; waiting would cost a reader its answer.
         let Ok(mut streams) = self.streams.try_lock() else { return };
-        let Some(ahead) = streams.observe(&self.layout, units, reach) else { return };
+        let Some(ahead) = streams.observe(&self.layout(), units, reach) else { return };
         drop(streams);
         if self.ledger.presence.all(ahead.clone()) {
             return;
@@ -279,7 +279,7 @@ impl Core {
         let (index, unit) = (led.lead.unit(), led.unit);
         let room = scratch.room(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"));
         faultpoint::reach("fetched");
-        let outcome = match decoder.decode(self.layout.key(), &unit, stored, room) {
+        let outcome = match decoder.decode(self.first.key(), &unit, stored, room) {
             Err(_) if !led.again => return Some(led),
             Err(cause) => Err(self.corrupt(index, &unit, cause)),
             Ok(()) => self.land_checked(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),

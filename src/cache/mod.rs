@@ -45,6 +45,7 @@ mod request;
 #[cfg(all(test, feature = "shuttle"))]
 mod schedules;
 mod scrub;
+mod settled;
 mod shelves;
 mod sink;
 mod sources;
@@ -57,7 +58,7 @@ mod twins;
 mod verify;
 mod victims;
 
-pub use bootstraps::{Bootstraps, KeptBootstrap};
+pub use bootstraps::{BootstrapStamp, Bootstraps, KeptBootstrap};
 pub use device::Device;
 pub use disk::{Disk, DiskFile, FileFacts, FileSink, HostDisk};
 pub use engine::{Engine, StoreOptions};

@@ -11,7 +11,7 @@ use super::ledger::{DurableCopy, Ledger, SyncNames};
 use super::presence::found;
 use super::sink::Sink;
 use super::store::{StoreError, at};
-use crate::base::{ByteRange, Digest};
+use crate::base::ByteRange;
 use crate::blob::UnitMap;
 
 /// A data file with what is known about it.
@@ -35,6 +35,11 @@ impl Place {
     /// The map saved here, if there is a sound one.
     pub(super) fn saved(&self) -> Option<UnitMap> {
         UnitMap::from_bytes(&self.disk.read(&self.dir.join("units")).ok()?).ok()
+    }
+
+    /// What tells the file of the saved map apart, if there is one.
+    pub(super) fn saved_file(&self) -> Option<FileFacts> {
+        self.disk.facts(&self.dir.join("units")).ok()
     }
 
     pub(super) fn save(&self, map: &UnitMap) -> Result<(), StoreError> {
@@ -181,10 +186,5 @@ fn is_possible(map: &UnitMap, words: &[u64], there: &[ByteRange]) -> bool {
 
 /// What presence is bound to: where units lie, without how they are checked, and the file.
 pub(super) fn identity(map: &UnitMap, data: &FileFacts) -> Identity {
-    Identity { layout: layout(map), units: map.count(), inode: data.inode, born: data.born }
-}
-
-/// Fingerprint of where units lie, without how they are checked.
-fn layout(map: &UnitMap) -> Digest {
-    map.without_checks().fingerprint()
+    Identity { layout: map.layout(), units: map.count(), inode: data.inode, born: data.born }
 }

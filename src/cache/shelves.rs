@@ -184,16 +184,11 @@ impl Shelves {
 
     /// The names of all blobs' directories, sorted.
     pub(super) fn names(&self) -> Result<Vec<String>, StoreError> {
-        let mut names = Vec::new();
-        for entry in fs::read_dir(&self.devices_dir).map_err(at(&self.devices_dir))? {
-            let entry = entry.map_err(at(&self.devices_dir))?;
-            if let Ok(name) = entry.file_name().into_string()
-                && !name.starts_with('.')
-                && entry.file_type().is_ok_and(|kind| kind.is_dir())
-            {
-                names.push(name);
-            }
-        }
+        let entries = self.disk.names(&self.devices_dir).map_err(at(&self.devices_dir))?;
+        let is_blob =
+            |name: &String| !name.starts_with('.') && self.disk.facts(&self.dir(name)).is_ok_and(|facts| facts.is_dir);
+        let mut names: Vec<_> =
+            entries.into_iter().filter_map(|name| name.into_string().ok()).filter(is_blob).collect();
         names.sort();
         Ok(names)
     }
@@ -221,7 +216,7 @@ impl Shelves {
 
     pub(super) fn is_pinned(&self, name: &str) -> bool {
         // What cannot be looked at stays.
-        self.dir(name).join(PINNED).try_exists().unwrap_or(true)
+        !matches!(self.disk.facts(&self.dir(name).join(PINNED)), Err(e) if e.kind() == io::ErrorKind::NotFound)
     }
 
     /// When it was last taken into use or let go, in seconds since 1970.
@@ -299,8 +294,8 @@ impl Shelves {
         alive.remove(name);
         drop(alive);
         // Durable before anything in it is gone: a rest must never have the blob's name.
-        sync_dir(&self.devices_dir)?;
-        discard(&trash)?;
+        self.disk.sync_dir(&self.devices_dir).map_err(at(&self.devices_dir))?;
+        self.discard(&trash)?;
         Ok(())
     }
 
@@ -308,7 +303,7 @@ impl Shelves {
         loop {
             let number = self.trash.fetch_add(1, Ordering::Relaxed);
             let trash = self.devices_dir.join(format!("{TRASH}{number}"));
-            match fs::rename(dir, &trash) {
+            match self.disk.rename(dir, &trash) {
                 Ok(()) => return Ok(trash),
                 // Left by a process that ended in the middle.
                 Err(e) if matches!(e.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists) => {}
@@ -319,12 +314,30 @@ impl Shelves {
 
     /// Removes what a crash left half removed. Waits for the disk.
     pub(super) fn sweep(&self) {
-        let entries = fs::read_dir(&self.devices_dir).into_iter().flatten().flatten();
-        for entry in entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(TRASH.as_bytes())) {
-            if let Err(error) = discard(&entry.path()) {
+        for name in self.disk.names(&self.devices_dir).unwrap_or_default() {
+            if name.as_encoded_bytes().starts_with(TRASH.as_bytes())
+                && let Err(error) = self.discard(&self.devices_dir.join(name))
+            {
                 tracing::warn!(error = %crate::base::Chain(&error), "cannot remove what a crash left");
             }
         }
+    }
+
+    /// Removes a directory with everything in it.
+    fn discard(&self, dir: &Path) -> Result<(), StoreError> {
+        match self.discard_all(dir) {
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(at(dir)(cause)),
+            _ => Ok(()),
+        }
+    }
+
+    fn discard_all(&self, dir: &Path) -> io::Result<()> {
+        for name in self.disk.names(dir)? {
+            let path = dir.join(name);
+            // A daemon makes no directories in there; somebody else may have.
+            if self.disk.facts(&path)?.is_dir { self.discard_all(&path)? } else { self.disk.remove(&path)? }
+        }
+        self.disk.remove_dir(dir)
     }
 
     /// Makes the blob in directory `name` stay, or no longer. Survives restarts. Waits for the disk.
@@ -334,12 +347,12 @@ impl Shelves {
         let dir = self.dir(&self.find(name)?);
         let path = dir.join(PINNED);
         let outcome = if pinned {
-            OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path).map(drop)
+            self.disk.create(&path).map(drop)
         } else {
-            fs::remove_file(&path).or_else(|e| if e.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(e) })
+            self.disk.remove(&path).or_else(|e| if e.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(e) })
         };
         outcome.map_err(at(&path))?;
-        Ok(sync_dir(&dir)?)
+        Ok(self.disk.sync_dir(&dir).map_err(at(&dir))?)
     }
 }
 
@@ -375,15 +388,4 @@ pub(super) fn allocated(path: &Path) -> (u64, u64) {
     }
     let below = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| allocated(&entry.path()));
     below.fold(own, |sum, more| (sum.0 + more.0, sum.1 + more.1))
-}
-
-fn sync_dir(dir: &Path) -> Result<(), StoreError> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
-}
-
-fn discard(trash: &Path) -> Result<(), StoreError> {
-    match fs::remove_dir_all(trash) {
-        Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(at(trash)(cause)),
-        _ => Ok(()),
-    }
 }

@@ -34,10 +34,11 @@ use super::engine::{Engine, StoreOptions};
 use super::evictor::Evictor;
 use super::is_needed;
 use super::ledger::FlushError;
-use super::place::Opened;
+use super::place::{Opened, Place};
 use super::pool::Job;
 use super::presence::bit;
 use super::scrub::Scrub;
+use super::settled::Settled;
 use super::shelves::{Shelf, Shelves, note_use};
 use super::stats::StoreStats;
 use super::twins::Twins;
@@ -101,6 +102,7 @@ pub struct Store {
     shelves: Arc<Shelves>,
     engine: Arc<Engine>,
     wants_twins: Arc<AtomicBool>,
+    settled: Settled,
     _evictor: Evictor,
     _scrub: Option<Scrub>,
 }
@@ -153,7 +155,14 @@ impl Store {
         let wants_twins = Arc::default();
         let evictor = Evictor::start(&shelves, &engine, &wants_twins).map_err(StoreError::Threads)?;
         let scrub = Scrub::start(&shelves, &engine).map_err(StoreError::Threads)?;
-        Ok(Arc::new(Self { shelves, engine, wants_twins, _evictor: evictor, _scrub: scrub }))
+        Ok(Arc::new(Self {
+            shelves,
+            engine,
+            wants_twins,
+            settled: Settled::default(),
+            _evictor: evictor,
+            _scrub: scrub,
+        }))
     }
 
     /// From now on a blob that nobody is known to use may go, and bytes may be copied from one blob
@@ -209,14 +218,15 @@ impl Store {
     /// `source` is asked before those the device had, which stay for when it fails. A map that disagrees with what is known gets a
     /// directory of its own: an image with false digests must not poison another one's cache.
     /// Waits for the disk; on a full one, until what nobody uses has gone.
-    pub fn device(&self, map: UnitMap, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
+    pub fn device(&self, map: impl Into<Arc<UnitMap>>, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
+        let map = map.into();
         match self.find_or_open(&map, &source) {
             Err(error) if error.is_full() && self.make_room(1) => self.find_or_open(&map, &source),
             outcome => outcome,
         }
     }
 
-    fn find_or_open(&self, map: &UnitMap, source: &Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
+    fn find_or_open(&self, map: &Arc<UnitMap>, source: &Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
         let mut shelves = self.shelves.alive();
         let common = map.blob().to_string();
         let own = format!("{common}.{}", &map.fingerprint().to_string()[..16]);
@@ -233,7 +243,7 @@ impl Store {
         &self,
         shelves: &mut HashMap<String, Shelf>,
         name: &str,
-        map: &UnitMap,
+        map: &Arc<UnitMap>,
         source: &Arc<dyn BlobSource>,
     ) -> Result<Option<Arc<Device>>, StoreError> {
         let place = self.shelves.place(name);
@@ -252,12 +262,23 @@ impl Store {
         let opened = shelf.and_then(|shelf| {
             Some(Opened { ledger: shelf.ledger.upgrade()?, data: shelf.data, file: shelf.file.upgrade() })
         });
-        let Some(merged) = place.settle_map(map)? else { return Ok(None) };
+        let Some(merged) = self.settle(name, &place, map)? else { return Ok(None) };
         let opened = match opened {
             Some(opened) => opened,
             None => place.open_ledger(&merged, place.open_data(&merged)?)?,
         };
         Ok(Some(self.shelve(shelves, name, merged, source, opened)))
+    }
+
+    /// `map` and the one saved in the directory `name` together, saved; `None` if they disagree.
+    fn settle(&self, name: &str, place: &Place, map: &Arc<UnitMap>) -> Result<Option<Arc<UnitMap>>, StoreError> {
+        if self.settled.holds(name, place.saved_file(), map) {
+            return Ok(Some(Arc::clone(map)));
+        }
+        let Some(merged) = place.settle_map(map)? else { return Ok(None) };
+        let merged = if merged == **map { Arc::clone(map) } else { Arc::new(merged) };
+        self.settled.note(name, place.saved_file(), &merged);
+        Ok(Some(merged))
     }
 
     /// Names of the directories of all devices, whether somebody uses them or not.
@@ -296,7 +317,7 @@ impl Store {
             device.try_learn(&device.map(), source)?;
             return Ok(device);
         }
-        let map = place.saved().ok_or_else(|| StoreError::Unknown { dir: place.dir.clone() })?;
+        let map = Arc::new(place.saved().ok_or_else(|| StoreError::Unknown { dir: place.dir.clone() })?);
         let opened = place.open_ledger(&map, Box::new(data))?;
         Ok(self.shelve(&mut shelves, name, map, &source, opened))
     }
@@ -305,7 +326,7 @@ impl Store {
         &self,
         shelves: &mut HashMap<String, Shelf>,
         name: &str,
-        map: UnitMap,
+        map: Arc<UnitMap>,
         source: &Arc<dyn BlobSource>,
         Opened { ledger, data, file }: Opened,
     ) -> Arc<Device> {
@@ -318,7 +339,7 @@ impl Store {
             save: Box::new(move |map| place.save(map)),
             _lock: Arc::clone(&self.shelves.lock),
         };
-        let device = Device::assemble(Arc::new(map), Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
+        let device = Device::assemble(map, Arc::clone(source), ledger, Some(home), Arc::clone(&self.engine));
         shelves.retain(|_, shelf| shelf.is_alive());
         let file = file.as_ref().map_or_else(Weak::new, Arc::downgrade);
         shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak, data, file });

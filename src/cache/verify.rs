@@ -78,7 +78,11 @@ impl Shelves {
         let path = self.dir(&self.whole(name)?).join("data");
         let device = self.alive().get(name).and_then(|shelf| shelf.device.upgrade());
         let (map, words) = match device {
-            Some(device) => (device.map(), device.snapshot()),
+            Some(device) => {
+                // In this order: what became present after the map was looked at may not be in it.
+                let words = device.snapshot();
+                (device.map(), words)
+            }
             None => match self.shelved(name) {
                 Some(shelved) => (Arc::new(shelved.map), shelved.words),
                 None => return Ok(report),

@@ -8,9 +8,9 @@ use clap::ValueEnum;
 use super::opened::{self, BlobsArgs};
 use super::print_json;
 use super::progress::Bar;
-use crate::base::ByteSize;
-use crate::image::ImageError;
-use crate::image::check as metadata;
+use crate::base::{ByteSize, Chain};
+use crate::image::check::{self as metadata, Code};
+use crate::image::{Image, ImageError};
 use crate::reader::{LoadError, bootstrap};
 use crate::tools::check::{self, Report};
 
@@ -81,18 +81,35 @@ pub(super) fn run(args: &CheckArgs) -> ExitCode {
 }
 
 fn look(args: &CheckArgs) -> anyhow::Result<Report> {
-    let image = match bootstrap::open(&args.image) {
-        Ok(image) => image,
-        // What has the marks of an image and is none has been damaged; anything else is no image.
-        Err(LoadError::Image { cause, .. }) if !matches!(cause, ImageError::NotRafs(_)) => {
-            return Ok(Report::of_metadata(metadata::Report::unusable(&cause)));
+    let found = bootstrap::find(&args.image, None)?;
+    // What cannot even be opened is told of below.
+    let before = found.v5().map_or_else(|_| metadata::Report::default(), |image| check::v5::check(&image));
+    let loaded = match found.load() {
+        Ok(loaded) => loaded,
+        Err(LoadError::Lift { cause, .. }) if !cause.is_of_another_version() => {
+            let mut report = before;
+            // What the look before has found is not told again.
+            if report.is_sound() {
+                report.add(Code::Unusable, "bootstrap", || Chain(&cause).to_string());
+            }
+            return Ok(Report::of_metadata(report));
         }
         Err(cause) => return Err(cause.into()),
+    };
+    let image = match Image::parse(loaded.bytes) {
+        Ok(image) => image,
+        // What has the marks of an image and is none has been damaged; anything else is no image.
+        Err(cause) if !matches!(cause, ImageError::NotRafs(_)) => {
+            return Ok(Report::of_metadata(metadata::Report::unusable(&cause)));
+        }
+        Err(cause) => return Err(LoadError::Image { path: args.image.clone(), cause }.into()),
     };
     let runtime = opened::runtime().context("cannot start threads for reading")?;
     let source = if args.depth == Depth::Meta { None } else { Some(args.blobs.source(&args.image)?) };
     let bar = Bar::on_terminal("checking");
-    Ok(check::check(&image, args.depth.into(), source.as_deref(), runtime.handle(), &bar)?)
+    let mut report = check::check(&image, args.depth.into(), source.as_deref(), runtime.handle(), &bar)?;
+    report.found.absorb(before);
+    Ok(report)
 }
 
 fn print(args: &CheckArgs, report: &Report) -> anyhow::Result<()> {

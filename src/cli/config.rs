@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::print_json;
 use super::settings::SettingsArgs;
 use crate::daemon::settings::{self, Origin, Raw, Resolved, TABLE};
+use crate::sys::memory;
 
 /// Check or print the settings of the daemon
 ///
@@ -83,8 +84,11 @@ fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn print(args: &PrintArgs) -> anyhow::Result<()> {
-    let (resolved, file) =
+    let (mut resolved, file) =
         if args.defaults { (settings::resolve(None, &[]), None) } else { args.settings.resolve()? };
+    if !args.defaults {
+        resolved.fit_memory(memory::limit());
+    }
     if args.json {
         return print_json(&Printed::new(&resolved, file));
     }

@@ -27,6 +27,10 @@ pub(super) struct KeeperArgs {
     #[arg(long)]
     patience: u64,
 
+    /// Do without a sandbox
+    #[arg(long)]
+    no_sandbox: bool,
+
     /// Command line of a daemon to start when one vanishes
     #[arg(last = true)]
     successor: Vec<OsString>,
@@ -40,7 +44,7 @@ pub(super) fn keep(args: KeeperArgs) -> anyhow::Result<ExitCode> {
     nix::unistd::dup2_stdin(nothing).context("cannot leave standard input")?;
     let successor = if args.successor.is_empty() { None } else { Some(Prepared::new(args.successor)?) };
     let patience = Duration::from_millis(args.patience);
-    let orders = Orders { run: args.run, rank: args.rank, patience, successor };
+    let orders = Orders { run: args.run, rank: args.rank, patience, successor, sandbox: !args.no_sandbox };
     keeper::keep(socket, orders).context("the keeper failed")?;
     Ok(ExitCode::SUCCESS)
 }

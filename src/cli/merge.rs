@@ -19,6 +19,9 @@ use crate::reader::bootstrap;
 /// Writes one bootstrap and moves no data: the blobs of the layers serve the image as they are.
 /// Blobs that no file needs any more are not named in it. Whiteouts act as in overlayfs and
 /// vanish, those of the lowest layer too. The same layers give the same bytes.
+///
+/// The image is of RAFS v6 whatever its layers are. Blobs of RAFS v5 layers have no tables, which
+/// rafsd needs none of; for other readers give the result to rafsd convert.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct MergeArgs {

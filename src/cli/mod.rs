@@ -12,6 +12,7 @@ mod chunkdict;
 mod compact;
 mod config;
 mod connect;
+mod convert;
 mod demo;
 mod doctor;
 pub mod export;
@@ -27,6 +28,7 @@ mod optimize;
 mod prefetch;
 pub mod progress;
 mod register;
+mod reload;
 mod serve;
 mod serve_blobs;
 mod settings;
@@ -88,6 +90,7 @@ enum Command {
     Export(export::ExportArgs),
     Optimize(optimize::OptimizeArgs),
     Compact(compact::CompactArgs),
+    Convert(convert::ConvertArgs),
     Chunkdict(chunkdict::ChunkdictArgs),
     Check(check::CheckArgs),
     Inspect(inspect::InspectArgs),
@@ -133,6 +136,7 @@ pub fn run() -> ExitCode {
         Command::Export(args) => export::run(args),
         Command::Optimize(args) => optimize::run(args),
         Command::Compact(args) => compact::run(args),
+        Command::Convert(args) => convert::run(&args),
         Command::Chunkdict(args) => chunkdict::run(args),
         Command::Check(args) => Ok(check::run(&args)),
         Command::Inspect(args) => inspect::run(args),

@@ -13,6 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::connect::{Place, block_on};
+use super::reload::Reload;
 use super::settings::SettingsArgs;
 use crate::cache::StoreError;
 use crate::daemon::control::Control;
@@ -27,7 +28,8 @@ use crate::telemetry::logging::{self, LogControl};
 ///
 /// SIGTERM and SIGINT unmount everything and exit; requests under way have five seconds to end,
 /// and none after a second signal. A mount that is in use and incomplete stays:
-/// its readers wait, held by the keeper, and never see zeros.
+/// its readers wait, held by the keeper, and never see zeros. SIGHUP has the settings read again; of
+/// those only the log changes at once.
 ///
 /// Every setting is a flag, an environment variable and a key of the config file; a flag goes
 /// before the environment, the environment before the file. `rafsd config print` shows what is
@@ -57,6 +59,7 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     // First, because it takes descriptors that it knows by number.
     let supervisor = Supervisor::from_environment();
     let (mut resolved, file) = args.settings.resolve()?;
+    let found = resolved.settings.clone();
     resolved.fit_memory(memory::limit());
     let idle = idle_of(&resolved, args.detached);
     let mut settings = resolved.settings;
@@ -91,7 +94,8 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let file = file.map(|file| file.display().to_string());
     tracing::debug!(file, "settings are known");
     let keep_mounts = settings.keep_mounts;
-    let daemon = serve(&runtime, settings, (sandbox, log, idle, &supervisor), inherited)?;
+    let reload = Reload::new(args.settings, found, log.clone());
+    let daemon = serve(&runtime, settings, (sandbox, log, reload, idle, &supervisor), inherited)?;
     match daemon.asked_to() {
         Some(Ending::Upgrade) => daemon.hand_over(true),
         None if keep_mounts => daemon.hand_over(false),
@@ -119,7 +123,7 @@ fn ensure_own(dir: &Path) -> anyhow::Result<()> {
 fn serve(
     runtime: &Runtime,
     settings: Settings,
-    (sandbox, log, idle, supervisor): (Sandbox, LogControl, Option<Duration>, &Supervisor),
+    (sandbox, log, reload, idle, supervisor): (Sandbox, LogControl, Reload, Option<Duration>, &Supervisor),
     inherited: Option<keeper::Inheritance>,
 ) -> anyhow::Result<Arc<Daemon>> {
     let stop = Arc::new(Notify::new());
@@ -132,7 +136,7 @@ fn serve(
         };
         let control = control.with_log(log).with_metrics(metrics_listener(&settings, inherited.is_some())?);
         // Before anything is mounted: from here on a signal is an orderly stop.
-        watch_signals(stop.clone())?;
+        watch_signals(stop.clone(), reload)?;
         control
     };
     let (store, keepers) = (settings.store_options(), plan(&settings, supervisor)?);
@@ -185,7 +189,8 @@ fn plan(settings: &Settings, supervisor: &Supervisor) -> anyhow::Result<keeper::
     let command = || std::iter::once(program.clone().into()).chain(std::env::args_os().skip(1)).collect();
     let successor = by_keepers.then(command);
     let (run, patience) = (settings.run.clone(), settings.store.deadline);
-    Ok(keeper::Plan { program, run, patience, successor, supervisor: supervisor.clone() })
+    let sandbox = settings.sandbox;
+    Ok(keeper::Plan { program, run, patience, successor, sandbox, supervisor: supervisor.clone() })
 }
 
 /// When to exit for want of work.
@@ -282,9 +287,18 @@ async fn feed_watchdog(supervisor: Supervisor, daemon: Arc<Daemon>, period: Dura
     }
 }
 
-fn watch_signals(stop: Arc<Notify>) -> io::Result<()> {
+fn watch_signals(stop: Arc<Notify>, reload: Reload) -> io::Result<()> {
     let mut term = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let reload = Arc::new(reload);
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            let reload = reload.clone();
+            // It fails only when the runtime ends.
+            let _ = tokio::task::spawn_blocking(move || reload.run()).await;
+        }
+    });
     tokio::spawn(async move {
         // The first asks to stop, the next one not to wait for clients.
         loop {

@@ -72,7 +72,7 @@ fn describe(out: &mut dyn Write, report: &Report) -> io::Result<()> {
 
 fn describe_image(out: &mut dyn Write, image: &ImageStat) -> io::Result<()> {
     let size = |bytes| ByteSize(bytes).to_string();
-    writeln!(out, "{}", image.name)?;
+    writeln!(out, "{} ({})", image.name, image.format)?;
     let kinds: Vec<_> = image.inodes.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
     writeln!(out, "  inodes     {}; {} paths", kinds.join(", "), image.paths)?;
     writeln!(

@@ -19,6 +19,7 @@ use super::DaemonError;
 use super::api::PrefetchOrder;
 use super::connections::Connections;
 use super::keeper::{Inheritance, Keepers, Kind, Name};
+use super::known::KnownImages;
 use super::mounts::{Daemon, Options, State};
 use super::objects::Objects;
 use super::observe::Occupied;
@@ -111,6 +112,7 @@ impl Daemon {
             options,
             started: began,
             origins: Origins::new(telemetry.clone()),
+            images: KnownImages::default(),
             telemetry,
             occupied: Occupied::default(),
             runtime,
@@ -132,6 +134,7 @@ impl Daemon {
             let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
             let _ = daemon.takeover_ms.set(ms);
             tracing::info!(ms, "took over from a daemon that has gone");
+            daemon.keepers.note_takeover();
         }
         // Also after a takeover: the daemon that died may have died while it did this.
         daemon.end_unkept_mounts()?;
@@ -255,7 +258,7 @@ impl Daemon {
         let source = self.origins.open_or_absent(&record.spec);
         let kept = self.store.shelves().bootstraps().keep_known(key);
         let mut image = match left.prepared.get(&key) {
-            Some(image) => Prepared::known(kept, image.clone(), source.clone()),
+            Some(image) => Prepared::again(kept, image.clone(), source.clone()),
             None => resume(kept, source.clone())?,
         };
         left.prepared.insert(key, image.image.clone());

@@ -18,6 +18,7 @@ mod connections;
 pub mod control;
 mod error;
 pub mod keeper;
+mod known;
 mod mounts;
 mod objects;
 mod observe;

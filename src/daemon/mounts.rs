@@ -3,7 +3,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::runtime::Handle;
 
@@ -14,6 +14,7 @@ use super::api::{
     Unmounted,
 };
 use super::keeper::{self, Keepers};
+use super::known::KnownImages;
 use super::objects::{Object, Objects};
 use super::observe::Occupied;
 use super::order::plan;
@@ -26,6 +27,7 @@ use super::serving::Backends;
 use super::stop::Ending;
 use super::trace::Traces;
 use crate::base::BlobId;
+use crate::blob::UnitMap;
 use crate::cache::{Engine, Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
 use crate::export::{AttachError, BackendKind, MountWatch, WatchId, fuse};
@@ -63,6 +65,7 @@ pub struct Daemon {
     pub(super) records: Records,
     pub(super) objects: Objects,
     pub(super) origins: Origins,
+    pub(super) images: KnownImages,
     pub(super) watch: Arc<MountWatch>,
     pub(super) watcher: Mutex<Option<JoinHandle<()>>>,
     pub(super) state: Mutex<State>,
@@ -151,13 +154,17 @@ impl Daemon {
 
     fn mount_reserved(&self, request: &MountRequest) -> Result<Mounted, DaemonError> {
         let (kind, why) = self.backends.choose(request.backend)?;
-        let prepared = self.prepare(&request.image)?;
+        let mut prepared = self.prepare(&request.image)?;
         if self.state.lock().unwrap().stopping {
             return Err(DaemonError::Stopping);
         }
         let record = self.records.reserve();
         let mounted = match kind {
-            BackendKind::Cachefiles => self.mount_cachefiles(request, Arc::new(prepared), why, record),
+            BackendKind::Cachefiles => {
+                let own = prepared.maps.clone();
+                self.remember(&mut prepared, own);
+                self.mount_cachefiles(request, Arc::new(prepared), why, record)
+            }
             BackendKind::Fanotify | BackendKind::FuseDevice | BackendKind::FuseTree => {
                 self.mount_stored(kind, request, prepared, why, record)
             }
@@ -169,7 +176,7 @@ impl Daemon {
         let saved = |blob: &BlobId| self.store.saved_map(blob).or_else(|| self.objects.saved(DOMAIN, blob));
         let source = self.origins.open(spec).map_err(DaemonError::SourceSpec)?;
         let bootstraps = self.store.shelves().bootstraps();
-        let once = || prepare(spec, source.clone(), bootstraps, &saved, &self.runtime);
+        let once = || prepare(spec, source.clone(), bootstraps, &self.images, &saved, &self.runtime);
         match once() {
             Err(DaemonError::Store(error)) if error.is_full() && self.store.make_room(1) => once(),
             outcome => outcome,
@@ -193,6 +200,17 @@ impl Daemon {
     /// Whether it is on its way out, so that long work should end.
     pub(super) fn is_stopping(&self) -> bool {
         self.state.lock().unwrap().stopping
+    }
+
+    /// Keeps in mind what was found out about an image whose maps are `own`.
+    pub(super) fn remember(&self, prepared: &mut Prepared, own: Vec<Arc<UnitMap>>) {
+        let Some(origin) = prepared.origin.take() else { return };
+        // What others have added is theirs to say, should they be gone by then.
+        let shared = |(own, shared): (Arc<UnitMap>, &Arc<UnitMap>)| if *shared == own { shared.clone() } else { own };
+        let maps = own.into_iter().zip(&prepared.maps).map(shared).collect();
+        if let Ok(known) = prepared.known(maps) {
+            self.images.remember(origin, known, SystemTime::now());
+        }
     }
 
     fn mount_cachefiles(
@@ -247,7 +265,7 @@ impl Daemon {
         let (boot_map, boot_source) = bootstrap_as_blob(&prepared)?;
         let size = prepared.image.summary().bootstrap_len;
         // Metadata is read page by page, each read waiting for us: fetch all of it at the first.
-        let boot = Arc::new(Object::new(boot_map, boot_source));
+        let boot = Arc::new(Object::new(Arc::new(boot_map), boot_source));
         let boot = blob_object(boot, size, engine, Vec::new(), true);
         let domain = name.domain.as_deref().unwrap_or(&name.id);
         let objects = self.objects.enter(domain, &prepared.maps, &prepared.source)?;

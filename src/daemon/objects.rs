@@ -29,7 +29,7 @@ pub(super) struct Objects {
 /// One blob of one domain.
 pub(super) struct Object {
     /// All promises so far, and the source of the image that came last.
-    known: Mutex<(UnitMap, Arc<dyn BlobSource>)>,
+    known: Mutex<(Arc<UnitMap>, Arc<dyn BlobSource>)>,
     /// The device, while the kernel has the object open.
     device: Mutex<Weak<Device>>,
 }
@@ -70,12 +70,17 @@ impl Objects {
         let mut news = Vec::new();
         for map in maps {
             let before = known.get(&(domain.to_owned(), map.blob().clone())).map(|object| object.map());
-            let before = before.or_else(|| self.saved(domain, map.blob()));
+            let before = before.or_else(|| self.saved(domain, map.blob()).map(Arc::new));
             let contradiction = || DaemonError::Contradiction { blob: map.blob().clone(), domain: domain.to_owned() };
-            let merged = before.as_ref().map_or(Some(UnitMap::clone(map)), |before| before.merge(map));
-            let merged = merged.ok_or_else(contradiction)?;
-            let is_new = before.is_none_or(|before| before != merged);
-            news.push((merged, is_new));
+            let merged = match &before {
+                Some(before) if !Arc::ptr_eq(before, map) => Arc::new(before.merge(map).ok_or_else(contradiction)?),
+                _ => Arc::clone(map),
+            };
+            // One copy for all images that promise the same.
+            match before.filter(|before| *before == merged) {
+                Some(before) => news.push((before, false)),
+                None => news.push((merged, true)),
+            }
         }
         for (map, _) in news.iter().filter(|(_, is_new)| *is_new) {
             let path = self.path(domain, map.blob());
@@ -93,24 +98,24 @@ impl Objects {
 }
 
 impl Object {
-    pub(super) fn new(map: UnitMap, source: Arc<dyn BlobSource>) -> Self {
+    pub(super) fn new(map: Arc<UnitMap>, source: Arc<dyn BlobSource>) -> Self {
         Self { known: Mutex::new((map, source)), device: Mutex::default() }
     }
 
-    fn map(&self) -> UnitMap {
+    fn map(&self) -> Arc<UnitMap> {
         self.known.lock().unwrap().0.clone()
     }
 
-    fn learn(&self, map: UnitMap, source: &Arc<dyn BlobSource>) {
+    fn learn(&self, map: Arc<UnitMap>, source: &Arc<dyn BlobSource>) {
         if let Some(device) = self.device() {
             // Merged from what the device knows, so it agrees.
-            device.learn(&map, source.clone());
+            device.learn(map.clone(), source.clone());
         }
         *self.known.lock().unwrap() = (map, source.clone());
     }
 
     /// All promises so far, and where to fetch from.
-    pub(super) fn known(&self) -> (UnitMap, Arc<dyn BlobSource>) {
+    pub(super) fn known(&self) -> (Arc<UnitMap>, Arc<dyn BlobSource>) {
         self.known.lock().unwrap().clone()
     }
 
@@ -156,6 +161,26 @@ mod tests {
     }
 
     #[test]
+    fn what_images_list_of_a_blob_is_added_up_also_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let source: Arc<dyn BlobSource> = Arc::new(LocalSource::new(dir.path()).unwrap());
+        let objects = || Objects::new(dir.path().join("maps"));
+        let units = [(0, 0, b"one"), (2, 8192, b"two"), (3, 16384, b"six")];
+        let units = units.map(|(index, at, bytes)| (index, Unit::plain(at, bytes).unwrap()));
+        let listed = |which: &[usize]| {
+            let known = which.iter().map(|at| units[*at]);
+            UnitMap::listed("blob".parse().unwrap(), 1 << 20, 4, known).unwrap()
+        };
+        let first = objects();
+        first.enter("d", &[listed(&[0, 1]).into()], &source).unwrap();
+        for objects in [first, objects()] {
+            let entered = objects.enter("d", &[listed(&[1, 2]).into()], &source).unwrap();
+            assert_eq!(*entered[0].known().0, listed(&[0, 1, 2]));
+            assert_eq!(objects.saved("d", &"blob".parse().unwrap()), Some(listed(&[0, 1, 2])));
+        }
+    }
+
+    #[test]
     fn contradictions_are_refused_also_after_a_restart_and_additions_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         let source: Arc<dyn BlobSource> = Arc::new(LocalSource::new(dir.path()).unwrap());
@@ -163,7 +188,7 @@ mod tests {
         let first = objects();
         first.enter("d", &[map([true, false], false).into()], &source).unwrap();
         let both = first.enter("d", &[map([false, true], false).into()], &source).unwrap();
-        assert_eq!(both[0].known().0, map([true, true], false), "what two images know is added up");
+        assert_eq!(*both[0].known().0, map([true, true], false), "what two images know is added up");
 
         for objects in [first, objects()] {
             let lie = objects.enter("d", &[map([true, true], true).into()], &source);

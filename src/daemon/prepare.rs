@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::DaemonError;
 use super::api::ImageSpec;
+use super::known::{Known, KnownImages, Origin};
 use crate::base::{BLOCK, BlobId, Digest};
 use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
 use crate::cache::{Bootstraps, KeptBootstrap};
@@ -25,8 +26,10 @@ pub(super) struct Prepared {
     /// One map per device, with the digests this image names.
     pub(super) maps: Vec<Arc<UnitMap>>,
     pub(super) source: Arc<dyn BlobSource>,
+    /// The file it was read from; `None` if it was known already, or changed while it was read.
+    pub(super) origin: Option<Origin>,
     /// The copy stays while the image is served.
-    _kept: KeptBootstrap,
+    kept: KeptBootstrap,
 }
 
 impl std::fmt::Debug for Prepared {
@@ -37,9 +40,15 @@ impl std::fmt::Debug for Prepared {
 
 impl Prepared {
     /// The same image once more.
-    pub(super) fn known(kept: KeptBootstrap, image: Arc<Image>, source: Arc<dyn BlobSource>) -> Self {
+    pub(super) fn again(kept: KeptBootstrap, image: Arc<Image>, source: Arc<dyn BlobSource>) -> Self {
         let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
-        Self { image, key, bootstrap, maps: Vec::new(), source, _kept: kept }
+        Self { image, key, bootstrap, maps: Vec::new(), source, origin: None, kept }
+    }
+
+    /// What is worth knowing when the same image is mounted again. `maps` are its own, shared with whoever
+    /// has the same.
+    pub(super) fn known(&self, maps: Vec<Arc<UnitMap>>) -> std::io::Result<Known> {
+        Ok(Known { stamp: self.kept.stamp()?, maps })
     }
 
     /// The image over these devices, as a backend mounts it.
@@ -56,18 +65,31 @@ impl Prepared {
 const BOOTSTRAP_UNIT: usize = 1 << 20;
 
 /// Reads everything a mount needs, with a copy of the bootstrap in `bootstraps`. `saved` knows maps
-/// from before, which spare fetching a blob's tables. Blocks; runs its fetches on `runtime`.
+/// from before, which spare fetching a blob's tables; an image among `images` is not even read. Blocks; runs its fetches on `runtime`.
 pub(super) fn prepare(
     spec: &ImageSpec,
     source: Arc<dyn BlobSource>,
     bootstraps: &Arc<Bootstraps>,
+    images: &KnownImages,
     saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Prepared, DaemonError> {
-    let loaded = reader::bootstrap::load(&spec.bootstrap).map_err(DaemonError::Load)?;
-    let kept = bootstraps.keep(&loaded.bytes)?;
+    let before = Origin::of(&spec.bootstrap).ok();
+    if let Some((kept, known)) = before.as_ref().and_then(|origin| images.find(origin, bootstraps))
+        && let Ok(image) = Image::open(kept.path())
+    {
+        return Ok(Prepared { maps: known.maps, ..Prepared::again(kept, Arc::new(image), source) });
+    }
+    let found = reader::bootstrap::find(&spec.bootstrap, None).map_err(DaemonError::Load)?;
+    let source_digest = found.to_be_lifted();
+    let load = || found.load().map(|loaded| loaded.bytes).map_err(DaemonError::Load);
+    let kept = match source_digest {
+        // Lifting takes time that a further mount need not spend.
+        Some(digest) => bootstraps.keep_made(digest, load)?,
+        None => bootstraps.keep(&load()?)?,
+    };
+    let origin = before.filter(|before| Origin::of(&spec.bootstrap).is_ok_and(|after| after == *before));
     let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
-    drop(loaded);
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, &spec.bootstrap)))?;
     ensure_block_size(&image)?;
     let maps = image
@@ -77,14 +99,14 @@ pub(super) fn prepare(
         .collect::<Result<Vec<_>, _>>()?;
     ensure_checkable(&image, &maps)?;
     let maps = maps.into_iter().map(Arc::new).collect();
-    Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source, _kept: kept })
+    Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source, origin, kept })
 }
 
 /// An image that a dead daemon had prepared, from our copy of its bootstrap. It was checked then, and
 /// the kernel has it mounted: what matters now is not to keep its readers waiting.
 pub(super) fn resume(kept: KeptBootstrap, source: Arc<dyn BlobSource>) -> Result<Prepared, DaemonError> {
     let image = Arc::new(Image::open(kept.path()).map_err(DaemonError::Bootstrap)?);
-    Ok(Prepared::known(kept, image, source))
+    Ok(Prepared::again(kept, image, source))
 }
 
 /// The unit map of one device: from the cache if it is there and agrees, else from the blob.
@@ -154,7 +176,8 @@ mod tests {
             let source = Arc::new(LocalSource::new(dir.path()).unwrap());
             let store = Store::open(dir.path(), StoreOptions::default(), runtime.handle().clone()).unwrap();
             let bootstraps = store.shelves().bootstraps();
-            let error = prepare(&spec, source, bootstraps, &|_| None, runtime.handle()).unwrap_err();
+            let error =
+                prepare(&spec, source, bootstraps, &KnownImages::default(), &|_| None, runtime.handle()).unwrap_err();
             assert!(matches!(&error, DaemonError::Load(LoadError::Io { path: at, .. }) if at == path), "{error:?}");
         }
         assert!(!bootstraps.exists() || std::fs::read_dir(&bootstraps).unwrap().next().is_none());

@@ -11,7 +11,6 @@ use super::prepare::Prepared;
 use super::records::{DeviceFile, Record, RecordId};
 use super::served::{Attachment, Mounted, Served};
 use super::{Daemon, DaemonError};
-use crate::blob::UnitMap;
 use crate::cache::Device;
 use crate::export::fuse::{Lasting, Over};
 use crate::export::{BackendKind, LiveImage, WatchId};
@@ -29,10 +28,11 @@ impl Daemon {
         let devices = prepared
             .maps
             .iter()
-            .map(|map| self.store.device(UnitMap::clone(map), prepared.source.clone()))
+            .map(|map| self.store.device(map.clone(), prepared.source.clone()))
             .collect::<Result<Vec<_>, _>>()?;
         // One copy of each map, whatever the number of images that share it.
-        prepared.maps = devices.iter().map(|device| device.map()).collect();
+        let own = std::mem::replace(&mut prepared.maps, devices.iter().map(|device| device.map()).collect());
+        self.remember(&mut prepared, own);
         let image = prepared.live(&devices);
         if let Some(output) = &request.trace {
             // Before any mark, so that complete blobs get one too.

@@ -8,6 +8,7 @@
 pub mod blobfile;
 pub mod erofs;
 pub mod rafs;
+pub mod rafs5;
 mod view;
 
 pub use view::{Truncated, array_at, array_at_mut, record_at};

@@ -184,7 +184,7 @@ impl Kind {
         }
     }
 
-    fn from_mode(mode: u16) -> Option<Self> {
+    pub(super) fn from_mode(mode: u16) -> Option<Self> {
         Some(match u32::from(mode) & libc::S_IFMT {
             libc::S_IFREG => Self::Regular,
             libc::S_IFDIR => Self::Directory,

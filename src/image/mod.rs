@@ -18,6 +18,7 @@ mod records;
 mod sample;
 mod superblock;
 mod symlink;
+pub mod v5;
 mod walk;
 mod xattr;
 
@@ -27,7 +28,7 @@ pub use first_paths::FirstPaths;
 pub use inode::{Inode, Kind, Layout, Nid};
 pub use list::DirEntry;
 pub use records::RecordIndex;
-pub use superblock::Summary;
+pub use superblock::{Origin, Summary, VOLUME_OF_V5};
 pub use walk::{Entry, Visit, Walk};
 pub use xattr::Xattr;
 

@@ -27,7 +27,31 @@ pub struct Summary {
     pub chunk_size: u32,
     /// [`flags`] of the extended superblock.
     pub flags: u64,
+    /// What the volume name says it was.
+    pub origin: Origin,
 }
+
+/// Which version of the format an image had before it became a bootstrap that the kernel reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// RAFS v6, which is that already.
+    V6,
+    /// RAFS v5, lifted.
+    V5,
+}
+
+impl Origin {
+    /// What people call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V6 => "RAFS v6",
+            Self::V5 => "RAFS v5",
+        }
+    }
+}
+
+/// Volume name of a bootstrap that was lifted from RAFS v5.
+pub const VOLUME_OF_V5: [u8; 16] = *b"lifted rafs v5\0\0";
 
 pub(super) struct Head {
     pub(super) summary: Summary,
@@ -86,6 +110,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Head, ImageError> {
         shared_xattrs,
         chunk_size: ext.chunk_size.get(),
         flags: ext.flags.get(),
+        origin: if sb.volume_name == VOLUME_OF_V5 { Origin::V5 } else { Origin::V6 },
     };
     Ok(Head { summary, devices, chunk_table, prefetch_table })
 }

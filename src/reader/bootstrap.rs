@@ -3,6 +3,8 @@
 //! A blob that holds its own bootstrap cannot be named in it, because its name is its digest: the
 //! bootstrap says 64 times `x` instead, and whoever takes it out fills in the name of the file
 //! (`blob.md` section 8).
+//!
+//! One of RAFS v5 is lifted: everybody behind this reads bootstraps of one format.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -11,11 +13,13 @@ use std::path::{Path, PathBuf};
 
 use crate::base::{BlobId, ByteRange, Digest};
 use crate::blob::toc::{HEADER_LEN, LastPart, Toc, TocError, Trailer};
+use crate::build::{LIFT_VERSION, LiftError, lift};
+use crate::codec::Sha256;
 use crate::format::blobfile::features;
 use crate::format::erofs::{self, DeviceSlot, SUPERBLOCK_OFFSET, Superblock};
 use crate::format::rafs::{self, BlobEntry, ExtSuperblock};
 use crate::format::{array_at, array_at_mut, record_at};
-use crate::image::{Image, ImageError, MAX_BOOTSTRAP};
+use crate::image::{Image, ImageError, MAX_BOOTSTRAP, v5};
 
 /// What stands for the name of a blob that did not exist yet.
 const UNNAMED: [u8; BlobId::MAX_LEN] = [b'x'; BlobId::MAX_LEN];
@@ -23,13 +27,23 @@ const UNNAMED: [u8; BlobId::MAX_LEN] = [b'x'; BlobId::MAX_LEN];
 /// Part of a table of contents that is the bootstrap.
 const BOOTSTRAP: &str = "image.boot";
 
-/// A bootstrap in memory, every blob of it named.
+/// A bootstrap in memory, every blob of it named, in the format that the kernel reads.
 #[derive(Debug)]
 pub struct Loaded {
     /// The bootstrap.
     pub bytes: Vec<u8>,
     /// The blob that it was taken out of, if it was no file of its own.
     pub container: Option<BlobId>,
+}
+
+/// A bootstrap as it was found, of whichever version.
+#[derive(Debug)]
+pub struct Found {
+    path: PathBuf,
+    bytes: Vec<u8>,
+    /// What to call a blob that it cannot name.
+    name: Option<BlobId>,
+    taken_out: bool,
 }
 
 /// Why a file gives no bootstrap.
@@ -48,6 +62,13 @@ pub enum LoadError {
         path: PathBuf,
         #[source]
         cause: ImageError,
+    },
+    /// The file is a RAFS v5 bootstrap, or an older one, that is damaged or cannot be used.
+    #[error("{} is a RAFS image that cannot be used", path.display())]
+    Lift {
+        path: PathBuf,
+        #[source]
+        cause: LiftError,
     },
     /// The file is a blob whose bootstrap cannot be had.
     #[error("the bootstrap in {} cannot be used", path.display())]
@@ -77,6 +98,11 @@ pub fn load(path: &Path) -> Result<Loaded, LoadError> {
 /// Reads the bootstrap at `path` as [`load`] does. If it lies in a blob, that blob is called `id`,
 /// if given, whatever the name of the file.
 pub fn load_as(path: &Path, id: Option<&BlobId>) -> Result<Loaded, LoadError> {
+    find(path, id)?.load()
+}
+
+/// The same without a look at what is in it.
+pub fn find(path: &Path, id: Option<&BlobId>) -> Result<Found, LoadError> {
     let io = |cause| LoadError::Io { path: path.to_owned(), cause };
     // Opening a FIFO must not make the caller wait for a writer for ever.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(io)?;
@@ -86,29 +112,66 @@ pub fn load_as(path: &Path, id: Option<&BlobId>) -> Result<Loaded, LoadError> {
     }
     let len = metadata.len();
     let name = name_of(path);
+    let found = |bytes, name, taken_out| Found { path: path.to_owned(), bytes, name, taken_out };
     // From the end first: a blob without data starts with its bootstrap, and looks like one.
     match take_out(&file, len) {
-        Ok(mut bytes) => {
-            let name = id.cloned().or(name);
-            fill_in(&mut bytes, name.as_ref(), true);
-            return Ok(Loaded { bytes, container: name });
-        }
+        Ok(bytes) => return Ok(found(bytes, id.cloned().or(name), true)),
         Err(Failure::Toc(TocError::NoHeader)) => {}
         Err(Failure::Toc(cause)) => return Err(LoadError::Toc { path: path.to_owned(), cause }),
         Err(Failure::Io(cause)) => return Err(io(cause)),
     }
     if !is_bootstrap(&file, len).map_err(io)? {
-        let cause = ImageError::NotRafs("no EROFS magic at byte 1024, and no blob that holds a bootstrap");
+        let cause = ImageError::NotRafs(
+            "no EROFS magic at byte 1024, no RAFS v5 magic at its start, and no blob that holds a bootstrap",
+        );
         return Err(LoadError::Image { path: path.to_owned(), cause });
     }
     if len > MAX_BOOTSTRAP {
         return Err(io(io::Error::other("it is longer than 2 GiB, so it is no bootstrap")));
     }
-    let mut bytes = read(&file, ByteRange::at(0, len).expect("a length is no overflow")).map_err(io)?;
+    let bytes = read(&file, ByteRange::at(0, len).expect("a length is no overflow")).map_err(io)?;
     // A file that anybody may have called anything names a blob only if it looks like a name.
-    let name = name.filter(|name| Digest::from_hex(name.as_str()).is_some());
-    fill_in(&mut bytes, name.as_ref(), false);
-    Ok(Loaded { bytes, container: None })
+    Ok(found(bytes, name.filter(|name| Digest::from_hex(name.as_str()).is_some()), false))
+}
+
+impl Found {
+    /// The bootstrap with every blob named, and lifted if it is of RAFS v5.
+    pub fn load(mut self) -> Result<Loaded, LoadError> {
+        let bytes = if v5::is_bootstrap(&self.bytes) {
+            self.v5().and_then(|image| lift(&image)).map_err(|cause| LoadError::Lift { path: self.path, cause })?
+        } else {
+            fill_in(&mut self.bytes, self.name.as_ref(), self.taken_out);
+            self.bytes
+        };
+        Ok(Loaded { bytes, container: self.name.filter(|_| self.taken_out) })
+    }
+
+    /// The RAFS v5 bootstrap that it is, every blob named.
+    ///
+    /// # Errors
+    /// If it is none, or damaged.
+    pub fn v5(&self) -> Result<v5::Bootstrap<'_>, LiftError> {
+        let mut image = v5::Bootstrap::parse(&self.bytes)?;
+        if let Some(name) = &self.name {
+            image.name_blobs(name, self.taken_out);
+        }
+        Ok(image)
+    }
+
+    /// What the lifted bootstrap depends on, if this one has to be lifted: two that agree in it become
+    /// the same.
+    pub fn to_be_lifted(&self) -> Option<Digest> {
+        if !v5::is_bootstrap(&self.bytes) {
+            return None;
+        }
+        let mut hasher = Sha256::new();
+        hasher.update(&self.bytes);
+        hasher.update(&[u8::from(self.taken_out)]);
+        hasher.update(self.name.as_ref().map_or(b"", |name| name.as_str().as_bytes()));
+        hasher.update(&[0]);
+        hasher.update(&LIFT_VERSION.to_le_bytes());
+        Some(hasher.finish())
+    }
 }
 
 enum Failure {
@@ -132,6 +195,10 @@ fn is_bootstrap(file: &File, len: u64) -> io::Result<bool> {
     let mut magic = [0; 4];
     if len < SUPERBLOCK_OFFSET + magic.len() as u64 {
         return Ok(false);
+    }
+    file.read_exact_at(&mut magic, 0)?;
+    if v5::is_bootstrap(&magic) {
+        return Ok(true);
     }
     file.read_exact_at(&mut magic, SUPERBLOCK_OFFSET)?;
     Ok(u32::from_le_bytes(magic) == erofs::MAGIC)

@@ -77,6 +77,10 @@ pub fn renew(saved: &UnitMap, device: &Device, image: &Image) -> Option<UnitMap>
     if saved.decoded_len() != tables.decoded_len() || saved.key() != tables.key() {
         return None;
     }
+    if tables.kind() == BlobKind::Listed {
+        // The image itself says everything, and what others list is their business.
+        return None;
+    }
     // Digests that other images named are their business: a false one must not enter here.
     tables.with_digests(&saved.without_digests(), image.chunk_records().iter()).ok()
 }

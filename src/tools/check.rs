@@ -3,6 +3,8 @@
 //! Data is read in the order in which it is stored, in pieces of bounded size, and dropped as soon
 //! as it has been checked: memory does not grow with the blobs.
 
+pub mod v5;
+
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;

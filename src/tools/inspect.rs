@@ -36,6 +36,8 @@ pub enum Facts {
 
 #[derive(Clone, Debug, Serialize)]
 pub struct ImageFacts {
+    /// Version of the format; of RAFS v5 all else is said of what the image was lifted to.
+    pub format: &'static str,
     pub bootstrap_bytes: u64,
     pub block_size: u64,
     pub chunk_size: u32,
@@ -168,6 +170,7 @@ pub fn inspect(image: &Image, subject: &Subject) -> Result<Facts, InspectError> 
 fn image_facts(image: &Image) -> ImageFacts {
     let summary = image.summary();
     ImageFacts {
+        format: summary.origin.name(),
         bootstrap_bytes: summary.bootstrap_len,
         block_size: summary.block_size,
         chunk_size: summary.chunk_size,

@@ -21,6 +21,8 @@ pub struct Report {
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct ImageStat {
     pub name: String,
+    /// Version of the format; of RAFS v5 metadata is counted as what the image was lifted to.
+    pub format: &'static str,
     pub bootstrap_bytes: u64,
     /// Number of inodes by kind.
     pub inodes: BTreeMap<&'static str, u64>,
@@ -145,6 +147,7 @@ fn total(stats: &[ImageStat], used: &[HashSet<Chunk>]) -> Total {
 fn one(name: &str, image: &Image) -> Result<(ImageStat, HashSet<Chunk>), ImageError> {
     let mut stat = ImageStat {
         name: name.to_owned(),
+        format: image.summary().origin.name(),
         bootstrap_bytes: image.summary().bootstrap_len,
         chunk_table_bytes: size_of_val(image.chunk_records()) as u64,
         ..ImageStat::default()

@@ -5,17 +5,19 @@ use std::io::{Cursor, Read};
 use std::num::NonZeroUsize;
 
 use rafsd::blob::{BlobKey, BlobTables};
-use rafsd::build::{Batching, BuildSpec, Compression, Encryption, Source, build};
+use rafsd::build::{Batching, BuildSpec, Compression, Encryption, Source, build, lift};
 use rafsd::codec::Compressor;
 use rafsd::export::fuse::wire::{RequestHead, opcode};
 use rafsd::format::blobfile::{ChunkInfoV2, Header, MAGIC, PartHeader, TocEntry, ZranContext, features};
 use rafsd::format::erofs::{SUPERBLOCK_OFFSET, Superblock};
-use rafsd::format::rafs::{BlobEntry, DigestAlgorithm};
+use rafsd::format::rafs::{Algorithm, BlobEntry, DigestAlgorithm};
 use rafsd::image::Image;
+use rafsd::image::v5::Bootstrap;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::bodies;
 use super::support::tree::Random;
+use super::support::v5::{Item, Writer, noise, tree};
 
 type Seeds = BTreeMap<String, Vec<u8>>;
 
@@ -47,6 +49,7 @@ pub(super) fn all() -> Vec<(&'static str, Seeds)> {
     }
     bootstraps.insert("short-blocks".into(), bodies::bootstrap::pack(&short_blocks()));
     tables.extend(foreign());
+    tables.insert("listed".into(), listed());
     vec![
         ("bootstrap", bootstraps),
         ("blob_meta", tables),
@@ -54,8 +57,44 @@ pub(super) fn all() -> Vec<(&'static str, Seeds)> {
         ("codec", streams()),
         ("toc", files()),
         ("lists", lists()),
+        ("rafs5", version_5()),
         ("fuse_wire", requests()),
     ]
+}
+
+/// A blob without tables: its row, and some of the records that list its chunks.
+fn listed() -> Vec<u8> {
+    let written = Writer::default().image(&tree([("file", Item::File(noise(2, 40_000)))]));
+    let bootstrap = lift(&Bootstrap::parse(&written.bytes).unwrap()).unwrap();
+    let image = Image::parse(bootstrap).unwrap();
+    let rows = &image.chunk_records()[..5];
+    [&[5], image.devices()[0].entry.as_bytes(), rows.as_bytes()].concat()
+}
+
+/// Bootstraps of RAFS v5 with every kind of record.
+fn version_5() -> Seeds {
+    let file = |seed, len| Item::File(noise(seed, len));
+    let xattrs = |item| Item::With(Box::new(item), vec![("user.a", b"1".to_vec()), ("security.b", vec![])]);
+    let kinds = tree([
+        ("b", Item::Dir(tree([("x", xattrs(file(1, 9000))), ("y", Item::Hard("b/x"))]))),
+        ("c", Item::Link(b"b/x".to_vec())),
+        ("d", Item::Fifo),
+        ("e", Item::Char(259)),
+    ]);
+    let nested = tree([("a", Item::Dir(tree([("b", Item::Dir(tree([("c", xattrs(Item::Fifo))])))])))]);
+    let chunks = tree([("long", file(2, 40_000)), ("same", file(2, 8192)), ("tiny", file(3, 1))]);
+    let mut seeds = Seeds::new();
+    for (name, tree) in [("kinds", kinds), ("nested", nested), ("chunks", chunks)] {
+        for (kit, mut writer) in [
+            ("zstd", Writer::default()),
+            ("old", Writer { extended: false, sha256: true, ..Writer::default() }),
+            ("gzip", Writer { compression: Algorithm::Gzip, prefetch: vec![2, 1], ..Writer::default() }),
+        ] {
+            let image = writer.image(&tree);
+            seeds.insert(format!("{name}-{kit}"), bodies::bootstrap::pack(&image.bytes));
+        }
+    }
+    seeds
 }
 
 /// Requests as kernels send them.

@@ -9,6 +9,7 @@
 //! births, and is right about holes.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io;
 use std::path::{Component, Path};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -192,10 +193,14 @@ impl State {
 
     fn facts(&self, node: Node) -> FileFacts {
         match self.files.get(&node) {
-            Some(file) => {
-                FileFacts { is_file: true, len: file.bytes.len() as u64, inode: file.number, born: file.born }
-            }
-            None => FileFacts { is_file: false, len: 0, inode: 2, born: 0 },
+            Some(file) => FileFacts {
+                is_file: true,
+                is_dir: false,
+                len: file.bytes.len() as u64,
+                inode: file.number,
+                born: file.born,
+            },
+            None => FileFacts { is_file: false, is_dir: true, len: 0, inode: 2, born: 0 },
         }
     }
 
@@ -244,9 +249,19 @@ impl Model {
         self.lock().fault = fault;
     }
 
+    /// Whether a fault is still to come.
+    pub(crate) fn is_about_to_fail(&self) -> bool {
+        self.lock().fault.is_some()
+    }
+
     /// How many files are open.
     pub(crate) fn open_files(&self) -> usize {
         self.lock().open.values().sum()
+    }
+
+    /// Whether a directory is left of which the removal has begun.
+    pub(crate) fn has_trash(&self) -> bool {
+        self.lock().dirs.values().flat_map(BTreeMap::keys).any(|name| name.starts_with(".trash-"))
     }
 
     /// How many operations a fault has struck.
@@ -362,11 +377,21 @@ impl Disk for Model {
         Ok(self.handle(node))
     }
 
+    fn names(&self, dir: &Path) -> io::Result<Vec<OsString>> {
+        let state = self.alive()?;
+        let entries = state.dirs.get(&state.find(dir)?).ok_or_else(|| errno(libc::ENOTDIR))?;
+        Ok(entries.keys().map(OsString::from).collect())
+    }
+
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut state = self.alive()?;
         state.strike(Kind::Name)?;
         let ((parent, from), (other, to)) = (state.parent(from)?, state.parent(to)?);
         assert_eq!(parent, other, "names change within one directory");
+        let there = state.entries(parent).get(&to).copied();
+        if there.and_then(|node| state.dirs.get(&node)).is_some_and(|names| !names.is_empty()) {
+            return Err(errno(libc::ENOTEMPTY));
+        }
         let node = state.entries(parent).remove(&from).ok_or_else(|| errno(libc::ENOENT))?;
         state.entries(parent).insert(to.clone(), node);
         state.log.push(Op::Rename { parent, from, to });
@@ -380,6 +405,12 @@ impl Disk for Model {
         state.entries(parent).remove(&name).ok_or_else(|| errno(libc::ENOENT))?;
         state.log.push(Op::Remove { parent, name });
         Ok(())
+    }
+
+    fn remove_dir(&self, dir: &Path) -> io::Result<()> {
+        let node = self.alive()?.find(dir)?;
+        let is_empty = self.alive()?.dirs.get(&node).ok_or_else(|| errno(libc::ENOTDIR))?.is_empty();
+        if is_empty { self.remove(dir) } else { Err(errno(libc::ENOTEMPTY)) }
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {

@@ -40,6 +40,7 @@ fn cut_everywhere(births: bool) {
         seed += 1;
     }
     println!("seeds {first}..{seed}, births {births}: {tally:?} in {:?}", clock.elapsed());
+    assert!(tally.evicted > 0, "nothing was evicted: {tally:?}");
     assert!(tally.present > tally.cuts / 2, "hardly anything was present to be judged: {tally:?}");
 }
 
@@ -50,6 +51,8 @@ struct Tally {
     present: u64,
     /// Units that had to be present after a cut, and were.
     promised: u64,
+    /// Blobs that went, or began to.
+    evicted: u64,
 }
 
 /// A disk through several scripts, each ended by a power cut that leaves one of the disks looked at.
@@ -61,6 +64,10 @@ fn one_history(seed: u64, births: bool, root: &Path, tally: &mut Tally) -> Resul
         let mut script = Script::new(disk, root, Rng::new(rng.below(usize::MAX) as u64));
         script.run(STEPS).map_err(|wrong| format!("generation {generation}, power on: {wrong}"))?;
         let log = script.disk.log();
+        // By a step, or by the store itself when a write was refused.
+        let is_eviction = |op: &Op| matches!(op, Op::Rename { to, .. } if to.starts_with(".trash-"));
+        let evictions: Vec<_> = (0..log.len()).filter(|&at| is_eviction(&log[at])).collect();
+        tally.evicted += evictions.len() as u64;
         let goes_on = rng.below(log.len() + 1);
         let mut next = None;
         for at in 0..=log.len() {
@@ -70,7 +77,7 @@ fn one_history(seed: u64, births: bool, root: &Path, tally: &mut Tally) -> Resul
             let luck = [None, None, Some(Luck::Nothing), Some(Luck::Mixed)][rng.below(4)];
             let mut chance = Rng::new(rng.below(usize::MAX) as u64);
             let left = || media.survivor(luck, &mut chance.clone());
-            let promised = promises(&script, at);
+            let promised = promises(&script, &evictions, at);
             look(&left(), root, &promised, &mut rng, tally).map_err(|wrong| {
                 format!(
                     "generation {generation}, cut after operation {at} of {}, {luck:?}: {wrong}{}",
@@ -88,12 +95,16 @@ fn one_history(seed: u64, births: bool, root: &Path, tally: &mut Tally) -> Resul
     Ok(())
 }
 
-/// What must be present after a cut at `at`.
-fn promises<'s>(script: &'s Script<'_>, at: usize) -> Vec<&'s Promise> {
+/// What must be present after a cut at `at`; operations `evictions` of the log took a blob away.
+fn promises<'s>(script: &'s Script<'_>, evictions: &[usize], at: usize) -> Vec<&'s Promise> {
     let meddled = script.meddled.iter().copied().filter(|&when| when <= at).max().unwrap_or(0);
     // Meddling takes several operations; the last of them is what is noted.
     let soon = script.meddled.iter().any(|&when| when > at && when <= at + 8);
-    script.promises.iter().filter(|promise| !soon && promise.since <= at && promise.since >= meddled).collect()
+    // What went was durable until it began to.
+    let evicted = evictions.iter().copied().filter(|&when| when < at).max();
+    let stays = |promise: &Promise| evicted.is_none_or(|when| promise.since > when && !promise.apart);
+    let holds = |promise: &&Promise| promise.since <= at && promise.since >= meddled && stays(promise);
+    script.promises.iter().filter(|promise| !soon && holds(promise)).collect()
 }
 
 /// Boots a machine with this disk, and believes nothing.

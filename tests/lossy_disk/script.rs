@@ -1,11 +1,11 @@
-//! What happens to a store: mounts, reads, flushes, failures, the death of its process, and people
+//! What happens to a store: mounts, reads, flushes, evictions, failures, the death of its process, and people
 //! who meddle with its files while it is stopped.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rafsd::cache::{Device, Disk, Store, fill_blocking};
+use rafsd::cache::{Device, Disk, StockError, Store, fill_blocking};
 
 use super::images::{Image, NEVER_READ, options, runtime};
 use super::model::{Fault, Kind, Model};
@@ -17,6 +17,9 @@ pub(crate) struct Promise {
     pub(crate) since: usize,
     pub(crate) image: usize,
     pub(crate) units: Vec<usize>,
+    /// Whether the image had a directory of its own, because another one that it contradicts had the
+    /// common one. When that goes, the image takes the common one anew at its next mount.
+    pub(crate) apart: bool,
 }
 
 /// One machine between two power cuts.
@@ -30,11 +33,14 @@ pub(crate) struct Script<'a> {
     pub(crate) promises: Vec<Promise>,
     /// Lengths of the log at which somebody meddled: no promise goes beyond.
     pub(crate) meddled: Vec<usize>,
+    /// What went wrong in a step, if anything.
+    wrong: Option<String>,
 }
 
 impl<'a> Script<'a> {
     pub(crate) fn new(disk: Model, root: &'a Path, rng: Rng) -> Self {
-        Self { disk, root, rng, store: None, devices: [None, None, None], promises: vec![], meddled: vec![] }
+        let devices = [None, None, None];
+        Self { disk, root, rng, store: None, devices, promises: vec![], meddled: vec![], wrong: None }
     }
 
     /// Runs `steps` steps. What is wrong while the power is on is an error.
@@ -57,7 +63,8 @@ impl<'a> Script<'a> {
             77..81 => self.close_one(),
             81..85 => self.kill(),
             85..88 => self.stop(),
-            88..94 => self.fail(),
+            88..92 => self.fail(),
+            92..96 => self.evict(),
             _ => self.meddle(),
         }
     }
@@ -78,10 +85,50 @@ impl<'a> Script<'a> {
 
     fn store(&mut self) -> Option<Arc<Store>> {
         if self.store.is_none() {
+            let has_trash = self.disk.has_trash();
+            if has_trash {
+                // Swept by a thread of the store: no fault must strike at a moment that no seed decides.
+                self.disk.set_fault(None);
+            }
             let disk = Arc::new(self.disk.clone());
             self.store = Store::open_on(disk, self.root, options(), runtime()).ok();
+            let until = Instant::now() + Duration::from_secs(20);
+            while self.store.is_some() && has_trash && self.disk.has_trash() {
+                assert!(Instant::now() < until, "what is half removed stays");
+                std::thread::yield_now();
+            }
         }
         self.store.clone()
+    }
+
+    /// Removes a blob, if nobody uses it.
+    fn evict(&mut self) {
+        if self.rng.below(3) > 0 {
+            self.devices = [None, None, None];
+            self.wait_for_quiet();
+        }
+        let Some(store) = self.store() else { return };
+        store.say_uses_are_known();
+        let names = store.directories();
+        if names.is_empty() {
+            return;
+        }
+        let name = &names[self.rng.below(names.len())];
+        let dir = self.root.join("v1").join(name);
+        let is_used = |device: &Arc<Device>| device.data_path().is_some_and(|path| path.starts_with(&dir));
+        let is_used = self.devices.iter().flatten().any(is_used);
+        let begins = self.disk.log_len();
+        let met = self.disk.faults_met();
+
+        let outcome = store.shelves().remove(name);
+
+        let has_changed = self.disk.log_len() > begins;
+        self.wrong = match (is_used, &outcome) {
+            (true, Err(StockError::InUse(_))) if !has_changed => None,
+            (false, Ok(())) if self.disk.look_at(&dir.join("data"), |_| ()).is_err() => None,
+            (false, Err(_)) if self.disk.faults_met() > met => None,
+            _ => Some(format!("removing {name}, used {is_used}: {outcome:?}")),
+        };
     }
 
     /// Mounts an image. May fail if the disk does; then the next try must work.
@@ -89,7 +136,11 @@ impl<'a> Script<'a> {
         let which = self.rng.below(3);
         let image = &Image::all()[which];
         let Some(store) = self.store() else { return };
-        self.disturb();
+        // These readers run on this thread, which opens: one whose write is refused would wait for an eviction,
+        // and that for what is being opened.
+        if !self.disk.is_about_to_fail() {
+            self.disturb();
+        }
         if let Ok(device) = store.device(image.map(), image.source()) {
             self.devices[which] = Some(device);
         }
@@ -119,7 +170,8 @@ impl<'a> Script<'a> {
         self.disk.set_meanwhile(None);
         // With nothing to do, it rests on what an earlier process wrote and may have failed to sync.
         if flushed.is_ok() && self.disk.log_len() > log_len {
-            self.promises.push(Promise { since: self.disk.log_len(), image: which, units: before });
+            let apart = !device.data_path().is_some_and(|path| path.starts_with(self.common_dir()));
+            self.promises.push(Promise { since: self.disk.log_len(), image: which, units: before, apart });
         }
     }
 
@@ -185,6 +237,9 @@ impl<'a> Script<'a> {
     }
 
     fn judge(&self) -> Result<(), String> {
+        if let Some(wrong) = &self.wrong {
+            return Err(wrong.clone());
+        }
         let open = self.devices.iter().zip(Image::all());
         open.filter_map(|(device, image)| Some((device.as_ref()?, image)))
             .try_for_each(|(device, image)| image.judge(device, &self.disk))

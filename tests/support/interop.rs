@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 
 /// Images with blobs of their own that can be served: one for each compressor, digest and source, with
-/// several blobs, with a dictionary, batched, encrypted, and two whose bootstrap lies in the blob.
-pub const SERVED: [&str; 12] = [
+/// several blobs, with a dictionary, batched, encrypted, and two whose bootstrap lies in the blob. Those
+/// of version 5 as well: [`V5`].
+pub const SERVED: [&str; 16] = [
     "v6-none",
     "v6-zstd",
     "v6-lz4_block",
@@ -18,7 +19,14 @@ pub const SERVED: [&str; 12] = [
     "v6-encrypt",
     "v6-tar-inline",
     "v6-tar-toc",
+    "v5-none",
+    "v5-lz4_block",
+    "v5-zstd",
+    "v5-aligned-sha256",
 ];
+
+/// Images of RAFS v5: one for each compressor, and one of aligned chunks.
+pub const V5: [&str; 4] = ["v5-none", "v5-lz4_block", "v5-zstd", "v5-aligned-sha256"];
 
 /// The folder, if it is there; else says aloud that `test` proves nothing.
 pub fn folder(test: &str) -> Option<PathBuf> {

@@ -10,6 +10,7 @@ pub mod interop;
 pub mod layers;
 pub mod listing;
 pub mod tree;
+pub mod v5;
 
 /// Why a test that needs a privileged host cannot run here, or `None` if it can.
 pub fn unable_to_mount() -> Option<&'static str> {

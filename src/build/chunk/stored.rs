@@ -3,7 +3,7 @@ use crate::format::rafs::{ChunkRecord, chunk_flags};
 use zerocopy::FromZeros;
 
 /// A chunk that lies in a blob of the image.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::build) struct Chunk {
     /// Of the plain bytes.
     pub digest: Digest,
@@ -20,7 +20,7 @@ pub(in crate::build) struct Chunk {
     /// Bytes in the blob file.
     pub stored_len: u32,
     pub stored_offset: u64,
-    /// A multiple of 4096.
+    /// A multiple of 4096, except in packed blobs of version 5.
     pub decoded_offset: u64,
 }
 

@@ -74,6 +74,7 @@ Examples:
   rafsd build rootfs/ -o image/
   zcat layer.tar.gz | rafsd build - -o image/ --compress zstd:19
   rafsd build rootfs/ -o image/ --exclude '*.pyc' --exclude /var/cache --prefetch-files hot.txt
+  rafsd build rootfs/ -o image/ --fs-version 5
   rafsd build base.tar.gz runtime.tar.gz app.tar.gz -o image/";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

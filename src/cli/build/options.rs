@@ -7,7 +7,7 @@ use clap::ValueEnum;
 
 use crate::base::ByteSize;
 use crate::build::{
-    Batching, BuildSpec, Encryption, IdRange, MAX_HINTS, Owners, Pattern, PrefetchHints, Selection, Whiteouts,
+    Batching, BuildSpec, Encryption, IdRange, MAX_HINTS, Owners, Pattern, PrefetchHints, Selection, Version, Whiteouts,
 };
 use crate::cli::list;
 
@@ -15,6 +15,18 @@ use crate::cli::list;
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Blob")]
 pub(super) struct BlobArgs {
+    /// Version of the format: 6, which the kernel reads, or 5, for readers in user space that know
+    /// no other
+    ///
+    /// RAFS v5 has no batches, no encryption and no table of contents, and is not built over a parent
+    /// or with a dictionary. rafsd reads both; rafsd convert makes v6 of v5.
+    #[arg(long, value_name = "5|6", default_value = "6", value_parser = clap::value_parser!(u8).range(5..=6))]
+    fs_version: u8,
+
+    /// Let chunks of RAFS v5 start on 4 KiB in the decoded space, as those of v6 always do
+    #[arg(long)]
+    aligned_chunk: bool,
+
     /// Store small files together in pieces of up to this size, a power of two from 4KiB to the
     /// chunk size; or off
     ///
@@ -62,6 +74,10 @@ impl std::str::FromStr for BatchSize {
 
 impl BlobArgs {
     pub(super) fn apply(&self, spec: &mut BuildSpec) {
+        spec.version = match self.fs_version {
+            5 => Version::V5 { aligned: self.aligned_chunk },
+            _ => Version::V6,
+        };
         spec.batching = self.batch_size.map_or(Batching::Default, |size| size.0);
         spec.encryption = if self.encrypt { Encryption::Random } else { Encryption::None };
         spec.one_blob = self.one_blob;
@@ -93,7 +109,7 @@ enum PrefetchPolicy {
     None,
     /// Put their data in front, and list them in the image (the default)
     Fs,
-    /// Only put their data in front: the format has no field for how much that is
+    /// Only put their data in front. RAFS v5 says how much that is; v6 has no field for it
     Blob,
 }
 
@@ -224,6 +240,14 @@ mod tests {
         assert_eq!(batching, [Batching::Default, Batching::Off, Batching::Size(65536)]);
         assert!(flags("--batch-size small").is_err());
         assert!(spec("").verify && !spec("--no-verify").verify);
+    }
+
+    #[test]
+    fn version_is_5_or_6_and_v6_is_aligned_anyway() {
+        let versions = ["", "--fs-version 6 --aligned-chunk", "--fs-version 5", "--fs-version 5 --aligned-chunk"];
+        let want = [Version::V6, Version::V6, Version::V5 { aligned: false }, Version::V5 { aligned: true }];
+        assert_eq!(versions.map(|text| spec(text).version), want);
+        assert!(flags("--fs-version 4").is_err());
     }
 
     #[test]

@@ -80,6 +80,7 @@ impl Stage {
             run: run.clone(),
             patience: LINGER,
             successor: None,
+            sandbox: true,
             supervisor: Supervisor::default(),
         };
         let options = Options {

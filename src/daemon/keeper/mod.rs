@@ -12,11 +12,17 @@
 //! another one. What is left open is the death of all three at once; under a service manager that
 //! holds descriptors (systemd's store), which is given the same, not even that.
 //!
-//! * `post` is the keeper process, `wire` what is said, this file the daemon's end, `inherit` that of a
-//!   successor.
+//! Keepers outlive daemons. When a successor has everything, it replaces those that would start
+//! another daemon than it is, or deny readers at another time: `renewal`.
+//!
+//! * `post` is the keeper process, `hands` what it does outside of its sandbox, `door` where it is reached, `wire` what is said, this file the daemon's
+//!   end, `inherit` that of a successor.
 
+mod door;
+mod hands;
 mod inherit;
 mod post;
+mod renewal;
 mod wire;
 
 pub use inherit::{Inheritance, inherit};
@@ -123,6 +129,8 @@ pub struct Plan {
     pub patience: Duration,
     /// The command line of a successor, if a keeper is to start one.
     pub successor: Option<Vec<OsString>>,
+    /// Whether keepers confine themselves.
+    pub sandbox: bool,
     /// The service manager, which is given the same descriptors.
     pub supervisor: Supervisor,
 }
@@ -134,7 +142,8 @@ pub type Held = Arc<dyn AsFd + Send + Sync>;
 pub struct Keepers {
     plan: Plan,
     state: Mutex<State>,
-    stop: EventFd,
+    /// Wakes the thread that looks after them.
+    wake: EventFd,
     watcher: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -142,6 +151,8 @@ struct State {
     ends: [Option<End>; RANKS],
     /// Everything they hold, for one that has to be started again.
     held: BTreeMap<Name, Held>,
+    /// Whether those of a predecessor have to be looked at.
+    renews: bool,
     finished: bool,
 }
 
@@ -164,9 +175,9 @@ impl Keepers {
     pub fn start(plan: Plan, inherited: Option<Inheritance>) -> io::Result<Arc<Self>> {
         let (ends, held) = inherited.map_or_else(Default::default, |all| (all.ends, all.held));
         let held = held.into_iter().map(|(name, fd)| (name, Arc::new(fd) as Held)).collect();
-        let state = Mutex::new(State { ends, held, finished: false });
-        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let this = Arc::new(Self { plan, state, stop, watcher: Mutex::default() });
+        let state = Mutex::new(State { ends, held, renews: false, finished: false });
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let this = Arc::new(Self { plan, state, wake, watcher: Mutex::default() });
         this.complete()?;
         let weak = Arc::downgrade(&this);
         let watcher = std::thread::Builder::new().name("keep-0".to_owned()).spawn(move || {
@@ -220,6 +231,16 @@ impl Keepers {
         self.state.lock().unwrap().ends.iter().flatten().any(|end| !has_hung_up(end.socket.as_fd()))
     }
 
+    /// Tells them that whoever waits is being answered, after everything was taken over: from then on the
+    /// time that readers wait counts anew. And has those replaced that go by other settings.
+    pub fn note_takeover(&self) {
+        let mut state = self.state.lock().unwrap();
+        // One that does not hear it denies readers early.
+        let _ = self.tell_all(&mut state, Word::new(Op::Serving), None);
+        drop(state);
+        self.renew();
+    }
+
     /// Leaves the mounts to them, and to a successor: at once if `successor`, else whenever one comes.
     pub fn leave(&self, successor: bool) {
         let mut state = self.state.lock().unwrap();
@@ -236,26 +257,14 @@ impl Keepers {
         let mut state = self.state.lock().unwrap();
         state.finished = true;
         state.held.keys().for_each(|name| self.forget_at_the_supervisor(*name));
-        for end in state.ends.iter_mut().filter_map(Option::take) {
-            match end.tell(Word::new(Op::Finish), None) {
-                // Hanging up last: a keeper whose daemon vanishes takes that for something else.
-                Ok(()) => {
-                    // The end of the talk is the last thing that it does.
-                    let _ = end.hear();
-                    if let Some(mut child) = end.child {
-                        let _ = child.wait();
-                    }
-                }
-                Err(_) => bury(Some(end)),
-            }
-        }
+        state.ends.iter_mut().filter_map(Option::take).for_each(dismiss);
         drop(state);
         self.stop_watching();
     }
 
     fn stop_watching(&self) {
-        // The counter cannot overflow from a handful of stops, and a full one wakes as well.
-        let _ = self.stop.write(1);
+        // The counter cannot overflow from a handful of writes, and a full one wakes as well.
+        let _ = self.wake.write(1);
         if let Some(thread) = self.watcher.lock().unwrap().take() {
             let _ = thread.join();
         }
@@ -268,6 +277,8 @@ impl Keepers {
                 Some(Ok(())) => outcome = Ok(()),
                 // Its word is no: it lives and does not want this.
                 Some(Err(error)) if error.raw_os_error() == Some(libc::ENOSPC) => return Err(error),
+                // Of another release: it lives and does not know the word.
+                Some(Err(error)) if error.raw_os_error() == Some(libc::EBADMSG) => {}
                 Some(Err(_)) => bury(end.take()),
                 None => {}
             }
@@ -286,30 +297,36 @@ impl Keepers {
                 continue;
             }
             bury(state.ends[rank].take());
-            let end = self.spawn(rank)?;
-            let told = state.held.iter().try_for_each(|(name, fd)| end.tell(Word::about(Op::Hold, *name), Some(&**fd)));
-            if let Err(error) = told {
-                // Left alone it would take that for the death of the daemon.
-                bury(Some(end));
-                return Err(error);
-            }
-            state.ends[rank] = Some(end);
+            state.ends[rank] = Some(self.fill_post(rank, &state.held, |_| ())?);
         }
         Ok(())
     }
 
+    /// Starts a keeper, gives it everything, and then the post of `rank`; before that, `meanwhile`.
+    fn fill_post(&self, rank: usize, held: &BTreeMap<Name, Held>, meanwhile: impl FnOnce(&End)) -> io::Result<End> {
+        let end = self.spawn(rank)?;
+        let told = held.iter().try_for_each(|(name, fd)| end.tell(Word::about(Op::Hold, *name), Some(&**fd)));
+        let is_ready = || {
+            meanwhile(&end);
+            end.tell(Word::new(Op::TakePost), None)
+        };
+        match told.and_then(|()| is_ready()) {
+            Ok(()) => Ok(end),
+            Err(error) => {
+                // Left alone it would take that for the death of the daemon.
+                bury(Some(end));
+                Err(error)
+            }
+        }
+    }
+
     fn spawn(&self, rank: usize) -> io::Result<End> {
-        let plan = &self.plan;
         let (ours, theirs) = fdpass::pair()?;
-        let mut command = Command::new(&plan.program);
-        command.arg("keeper").arg("--run").arg(&plan.run).arg("--rank").arg(rank.to_string());
-        command.arg("--patience").arg(plan.patience.as_millis().to_string());
+        let mut command = Command::new(&self.plan.program);
+        command.args(self.plan.arguments(rank));
         // A successor must not take itself for the process that a service manager started.
         for name in service::VARIABLES {
             command.env_remove(name);
-        }
-        if let Some(successor) = &plan.successor {
-            command.arg("--").args(successor);
         }
         let child = command.stdin(Stdio::from(theirs)).stdout(Stdio::null()).spawn()?;
         // It holds the keeper's end too; a keeper that fails to start must be heard to hang up.
@@ -328,19 +345,37 @@ impl Keepers {
             state.ends.iter().flatten().filter_map(|end| end.socket.try_clone().ok()).collect()
         };
         let mut fds: Vec<_> = sockets.iter().map(|socket| PollFd::new(socket.as_fd(), PollFlags::empty())).collect();
-        fds.push(PollFd::new(self.stop.as_fd(), PollFlags::POLLIN));
+        fds.push(PollFd::new(self.wake.as_fd(), PollFlags::POLLIN));
         let timeout = PollTimeout::from(1000u16);
         if poll(&mut fds, timeout).is_err() {
             std::thread::sleep(Duration::from_millis(10));
         }
-        if self.stop.read().is_ok() {
+        let _ = self.wake.read();
+        if self.state.lock().unwrap().finished {
             return false;
         }
         if let Err(error) = self.complete() {
             tracing::error!(%error, "a keeper has died and cannot be started again; trying on");
             std::thread::sleep(Duration::from_secs(1));
+        } else if let Err(error) = self.replace_foreign() {
+            tracing::error!(%error, "keepers of the last daemon stay: if this one dies, they go by the settings of that one");
         }
         true
+    }
+}
+
+/// Lets a keeper go, and waits until it has.
+fn dismiss(end: End) {
+    match end.tell(Word::new(Op::Finish), None) {
+        // Hanging up last: a keeper whose daemon vanishes takes that for something else.
+        Ok(()) => {
+            // The end of the talk is the last thing that it does.
+            let _ = end.hear();
+            if let Some(mut child) = end.child {
+                let _ = child.wait();
+            }
+        }
+        Err(_) => bury(Some(end)),
     }
 }
 

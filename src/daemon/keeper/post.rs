@@ -7,6 +7,10 @@
 //! There are two of them. The one of rank 1 does the same as the one of rank 0, except that it
 //! starts no daemon and denies no reader while the other lives. So any one of the three processes
 //! may die, or any two one shortly after the other, and the third puts the rest back.
+//!
+//! A keeper is nobody until it has been given everything and told to take its post. The one that had
+//! the post before leaves then, told by the daemon; without a daemon, when it sees that the one it was
+//! told of can be reached.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,13 +21,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
+use super::door::Door;
+use super::hands::Hands;
 use super::wire::{Kind, Name, Op, Word};
 use super::{DENYING, ORPHANED, socket_name};
 use crate::sys::fanotify::{Answer, Group};
 use crate::sys::inotify::each_watch;
 use crate::sys::journal::Journal;
 use crate::sys::spawn::Prepared;
-use crate::sys::{fdpass, mount, process};
+use crate::sys::{fdpass, mount, process, sandbox};
 
 /// Most descriptors that are held: far more than a host has blobs in use.
 const MOST_HELD: usize = 32 << 10;
@@ -34,6 +40,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A daemon that served this long did not die of its start.
 const SETTLED: Duration = Duration::from_secs(30);
+/// One that served this long after it had taken everything over has answered those who waited before.
+const SERVED: Duration = Duration::from_secs(2);
 /// How long another process may take to say or hear a word.
 const WORD: Duration = Duration::from_secs(5);
 
@@ -48,34 +56,50 @@ pub struct Orders {
     pub patience: Duration,
     /// The command line of a daemon to start when one vanishes; `None` if somebody else does that.
     pub successor: Option<Prepared>,
+    /// Whether the thread that holds and hears confines itself.
+    pub sandbox: bool,
 }
 
 /// Runs until it may let go. `daemon` is the connection of the daemon that started it.
-pub fn keep(daemon: OwnedFd, orders: Orders) -> io::Result<()> {
+///
+/// # Errors
+/// If it cannot begin. Once it has said that it runs, it ends well.
+pub fn keep(daemon: OwnedFd, mut orders: Orders) -> io::Result<()> {
     // In this order: from here on only SIGKILL or a reason to stop ends this process.
     process::ignore_stop_signals()?;
     let _ = process::leave_session();
     let _ = process::raise_descriptor_limit();
     process::protect_from_oom();
     process::set_name(if orders.rank == 0 { c"rafsd-keeper" } else { c"rafsd-spare" });
-    let own = orders.run.join(socket_name(orders.rank));
-    let listener = fdpass::listen(&own)?;
-    let mut post = Post::new(daemon, listener, orders);
+    let starts_daemons = orders.successor.is_some();
+    let hands = Hands::start(orders.successor.take())?;
+    if orders.sandbox {
+        sandbox::confine_keeper(&orders.run).map_err(io::Error::other)?;
+    }
+    let mut post = Post::new(daemon, orders, hands, starts_daemons);
     // The last thing that takes memory is done.
     post.say_hello()?;
     post.stand();
-    let _ = std::fs::remove_file(&own);
+    post.door.close();
     Ok(())
 }
 
 /// Everything the keeper process has.
 struct Post {
     orders: Orders,
+    hands: Hands,
+    /// Whether a daemon can be started from here.
+    starts_daemons: bool,
     sibling: PathBuf,
-    listener: OwnedFd,
+    /// Open while this is the keeper of its rank.
+    door: Door,
+    /// The process that was to take this post, if any was.
+    relief: Option<u32>,
     /// The daemon's connection; `None` while there is no daemon.
     daemon: Option<OwnedFd>,
     attached: Instant,
+    /// Since when it serves, if it took over and said so.
+    serving: Option<Instant>,
     /// Sorted by name; never grows beyond what was reserved.
     held: Vec<(Name, OwnedFd)>,
     journal: Option<Journal>,
@@ -100,9 +124,10 @@ struct Absence {
 }
 
 impl Post {
-    fn new(daemon: OwnedFd, listener: OwnedFd, orders: Orders) -> Self {
+    fn new(daemon: OwnedFd, orders: Orders, hands: Hands, starts_daemons: bool) -> Self {
         let now = Instant::now();
-        let sibling = orders.run.join(socket_name(1 - orders.rank.min(1)));
+        let sibling = socket_path(&orders.run, 1 - orders.rank.min(1));
+        let door = Door::new(&orders.run, orders.rank);
         let absence = Absence {
             since: now,
             wants_successor: false,
@@ -114,10 +139,14 @@ impl Post {
         };
         Self {
             orders,
+            hands,
+            starts_daemons,
             sibling,
-            listener,
+            door,
+            relief: None,
             daemon: Some(daemon),
             attached: now,
+            serving: None,
             held: Vec::with_capacity(MOST_HELD),
             journal: None,
             absence,
@@ -146,14 +175,12 @@ impl Post {
 
     fn wait(&self) {
         let timeout = if self.daemon.is_some() { PollTimeout::NONE } else { timeout(TICK) };
-        let listener = self.listener.as_fd();
+        let daemon = self.daemon.as_ref().map(AsFd::as_fd);
         // A denied reader may try again at once, and should not wait for the next tick.
-        let second = match (&self.daemon, self.denying.then(|| self.get(Kind::Group)).flatten()) {
-            (Some(daemon), _) => daemon.as_fd(),
-            (None, Some(group)) => group,
-            (None, None) => listener,
-        };
-        let mut fds = [poll_for_input(listener), poll_for_input(second)];
+        let denied = self.denying.then(|| self.get(Kind::Group)).flatten();
+        let (first, second) = (self.door.listener(), daemon.or(denied));
+        let Some(either) = first.or(second) else { return std::thread::sleep(TICK) };
+        let mut fds = [poll_for_input(first.unwrap_or(either)), poll_for_input(second.unwrap_or(either))];
         // Interrupted or failed: the loop looks at everything anyway, and an orphan's time goes on.
         if poll(&mut fds, timeout).is_err() {
             std::thread::sleep(Duration::from_millis(10));
@@ -204,6 +231,15 @@ impl Post {
                 self.absence.parting = Some(word.value != 0);
                 Ok(())
             }
+            (Op::Serving, _) => {
+                self.serving = Some(Instant::now());
+                Ok(())
+            }
+            (Op::TakePost, _) => self.door.open().map_err(|e| errno(&e)),
+            (Op::Relief, _) => {
+                self.relief = u32::try_from(word.value).ok();
+                Ok(())
+            }
             (Op::Finish, _) => Ok(()),
             _ => Err(libc::EINVAL),
         }
@@ -236,13 +272,15 @@ impl Post {
             None => (self.absence.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE),
         };
         // One that died of its start has served nobody: the readers who waited for it wait on.
-        if parting.is_some() || self.attached.elapsed() >= SETTLED || !self.absence.is_known {
+        let has_served = self.serving.take().is_some_and(|since| since.elapsed() >= SERVED);
+        let is_settled = self.attached.elapsed() >= SETTLED;
+        if parting.is_some() || has_served || is_settled || !self.absence.is_known {
             self.absence.since = now;
         }
         self.absence.is_known = true;
         self.absence.next_attempt = now + self.absence.pause;
-        self.absence.wants_successor = parting.unwrap_or(true) && self.orders.successor.is_some();
-        if parting.is_none() && self.orders.rank == 0 {
+        self.absence.wants_successor = parting.unwrap_or(true) && self.starts_daemons;
+        if parting.is_none() && self.orders.rank == 0 && self.door.listener().is_some() {
             tracing::error!(
                 successor = self.absence.wants_successor,
                 "the daemon vanished; readers of its mounts wait"
@@ -253,10 +291,8 @@ impl Post {
     /// Answers one connection, if somebody waits for that. Who says nothing is dropped. True when the
     /// daemon has said to finish meanwhile.
     fn serve(&mut self) -> bool {
-        if !has_input(self.listener.as_fd()) {
-            return false;
-        }
-        let Ok(client) = fdpass::accept(self.listener.as_fd()) else { return false };
+        let Some(listener) = self.door.listener().filter(|it| has_input(*it)) else { return false };
+        let Ok(client) = fdpass::accept(listener) else { return false };
         let own = nix::unistd::geteuid().as_raw();
         let is_ours = fdpass::peer(client.as_fd()).is_ok_and(|(_, uid)| uid == own || uid == 0);
         if !is_ours || fdpass::set_timeout(client.as_fd(), Some(WORD)).is_err() {
@@ -297,7 +333,7 @@ impl Post {
         if told.and_then(|()| fdpass::set_timeout(client.as_fd(), None)).is_err() {
             return false;
         }
-        (self.attached, self.daemon) = (Instant::now(), Some(client));
+        (self.attached, self.serving, self.daemon) = (Instant::now(), None, Some(client));
         (self.denying, self.denied_taken) = (false, false);
         false
     }
@@ -320,8 +356,29 @@ impl Post {
         }
     }
 
+    /// Whether this orphan keeps nothing that another one does not keep in its place.
+    ///
+    /// One that was starting when its daemon died holds perhaps a part only: the one that has the post
+    /// has all. With nobody there a part is better than nothing.
+    fn is_replaced(&mut self) -> bool {
+        if self.door.is_ours() {
+            return false;
+        }
+        let owner = self.door.owner();
+        if owner.is_some() && (self.door.listener().is_none() || owner == self.relief) {
+            return true;
+        }
+        if owner.is_none() && self.door.open().is_ok() {
+            tracing::warn!(rank = self.orders.rank, "nobody had this keeper's name; it has it again");
+        }
+        false
+    }
+
     /// What an orphan does from time to time. True when it may let go.
     fn is_over(&mut self) -> bool {
+        if self.is_replaced() {
+            return true;
+        }
         if let Some(child) = self.absence.child
             && waitpid(child, Some(WaitPidFlag::WNOHANG)).is_ok_and(|status| status.pid().is_some())
         {
@@ -356,12 +413,11 @@ impl Post {
     }
 
     fn start_successor(&mut self) {
-        let Some(program) = self.orders.successor.as_ref().filter(|_| self.absence.wants_successor) else { return };
         let now = Instant::now();
-        if self.absence.child.is_some() || now < self.absence.next_attempt {
+        if !self.absence.wants_successor || self.absence.child.is_some() || now < self.absence.next_attempt {
             return;
         }
-        match program.start(self.get(Kind::Program)) {
+        match self.hands.start_daemon(self.get(Kind::Program)) {
             Ok(child) => self.absence.child = Some(child),
             Err(error) => tracing::error!(%error, "no daemon can be started in place of the one that vanished"),
         }
@@ -385,8 +441,12 @@ impl Post {
         }
         for mounted in table.unwrap_or_default() {
             let ours = devices.iter().any(|(major, minor)| mounted.device == format!("{major}:{minor}"));
-            if ours && let Err(error) = mount::detach(&mounted.target) {
-                tracing::error!(dir = %mounted.target.display(), %error, "cannot take a mount out of the tree");
+            if !ours {
+                continue;
+            }
+            let dir = mounted.target.display().to_string();
+            if let Err(error) = self.hands.detach(mounted.target) {
+                tracing::error!(dir, %error, "cannot take a mount out of the tree");
             }
         }
         self.deny();

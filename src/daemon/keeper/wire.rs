@@ -31,10 +31,30 @@ pub(super) enum Op {
     Done,
     /// Keeper: this could not be done; the value is an errno.
     Failed,
+    /// Daemon, to a keeper that it has just started: you hold everything; be the keeper of your rank.
+    TakePost,
+    /// Daemon, to the one that has the rank: the process with this number takes your post, and holds
+    /// everything that you do.
+    Relief,
+    /// Daemon: I have taken everything over, and whoever waits is being answered.
+    Serving,
 }
 
-const OPS: [Op; 10] =
-    [Op::Attach, Op::Hold, Op::Release, Op::Leave, Op::Finish, Op::Status, Op::Recover, Op::Held, Op::Done, Op::Failed];
+const OPS: [Op; 13] = [
+    Op::Attach,
+    Op::Hold,
+    Op::Release,
+    Op::Leave,
+    Op::Finish,
+    Op::Status,
+    Op::Recover,
+    Op::Held,
+    Op::Done,
+    Op::Failed,
+    Op::TakePost,
+    Op::Relief,
+    Op::Serving,
+];
 
 /// The kinds of descriptors that are held. In this order they are given to a successor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -154,6 +154,8 @@ impl Settings {
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
     Default,
+    /// Below the default, because memory control groups leave little.
+    Memory,
     File,
     Environment,
     Flag,
@@ -163,6 +165,7 @@ impl std::fmt::Display for Origin {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Default => "default",
+            Self::Memory => "memory",
             Self::File => "file",
             Self::Environment => "environment",
             Self::Flag => "flag",
@@ -212,23 +215,21 @@ impl Resolved {
     /// Lowers what nobody has set to what suits a process that may use `limit` bytes of memory.
     pub fn fit_memory(&mut self, limit: Option<u64>) {
         let fitting = StoreOptions::within(limit);
-        let is_free = |key: &str| {
-            let at = TABLE.iter().position(|setting| setting.key == key);
-            at.is_some_and(|at| self.origins[at] == Origin::Default)
-        };
-        let free =
-            ["memory", "memory_reserve", "window", "prefetch_window", "readahead_first", "readahead_most"].map(is_free);
         let store = &mut self.settings.store;
         let fields = [
-            (&mut store.memory, fitting.memory),
-            (&mut store.memory_reserve, fitting.memory_reserve),
-            (&mut store.window, fitting.window),
-            (&mut store.prefetch_window, fitting.prefetch_window),
-            (&mut store.readahead_first, fitting.readahead_first),
-            (&mut store.readahead_most, fitting.readahead_most),
+            ("memory", &mut store.memory, fitting.memory),
+            ("memory_reserve", &mut store.memory_reserve, fitting.memory_reserve),
+            ("window", &mut store.window, fitting.window),
+            ("prefetch_window", &mut store.prefetch_window, fitting.prefetch_window),
+            ("readahead_first", &mut store.readahead_first, fitting.readahead_first),
+            ("readahead_most", &mut store.readahead_most, fitting.readahead_most),
         ];
-        for ((field, fitting), _) in fields.into_iter().zip(free).filter(|(_, is_free)| *is_free) {
-            *field = (*field).min(fitting);
+        for (key, field, fitting) in fields.into_iter().filter(|(_, field, fitting)| **field > *fitting) {
+            let at = TABLE.iter().position(|setting| setting.key == key);
+            if let Some(origin) = at.map(|at| &mut self.origins[at]).filter(|origin| **origin == Origin::Default) {
+                *origin = Origin::Memory;
+                *field = fitting;
+            }
         }
         store.stream = store.stream.min(fitting.stream);
         // What was set goes before what was lowered.
@@ -315,6 +316,17 @@ mod tests {
         let store = fitted(&[set("memory_reserve", "16MiB"), set("readahead_first", "8MiB")], small);
         assert_eq!((store.memory, store.memory_reserve), (16 * MIB, 16 * MIB));
         assert_eq!((store.readahead_first, store.readahead_most), (8 * MIB, 8 * MIB));
+    }
+
+    #[test]
+    fn what_was_lowered_says_so() {
+        let mut resolved = resolve(None, &[given("window", "4MiB", Origin::Flag)]);
+        resolved.fit_memory(Some(32 << 20));
+        let origin = |key| resolved.origins[TABLE.iter().position(|setting| setting.key == key).unwrap()];
+        assert_eq!(
+            (origin("memory"), origin("window"), origin("gap")),
+            (Origin::Memory, Origin::Flag, Origin::Default)
+        );
     }
 
     #[test]

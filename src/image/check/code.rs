@@ -149,6 +149,16 @@ codes! {
     /// Entries of the prefetch table behind its end mark.
     PrefetchEnd = "prefetch-end", Remark;
 
+    // Of RAFS v5 only.
+    /// The digest of an inode is not that of its content.
+    InodeDigest = "inode-digest", Error;
+    /// An inode says that it lies in another directory than it does.
+    InodeParent = "inode-parent", Error;
+    /// No directory leads to some inodes.
+    UnusedInodes = "unused-inodes", Remark;
+    /// An xattr in a namespace that EROFS has no number for.
+    XattrNamespace = "xattr-namespace", Remark;
+
     // Found by who opens the blobs, which `image` never does.
     /// A blob is not there, or too short.
     BlobMissing = "blob-missing", Error;

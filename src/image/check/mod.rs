@@ -78,6 +78,15 @@ impl Report {
         self.errors == 0
     }
 
+    /// Adds what another look at the same image found, behind what is here. Numbers of what was seen
+    /// stay.
+    pub fn absorb(&mut self, other: Self) {
+        self.errors += other.errors;
+        self.remarks += other.remarks;
+        let room = MAX_FINDINGS.saturating_sub(self.findings.len());
+        self.findings.extend(other.findings.into_iter().take(room));
+    }
+
     /// Adds a finding. `detail` is made only if the finding is kept.
     pub fn add(&mut self, code: Code, place: impl ToString, detail: impl FnOnce() -> String) {
         match code.severity() {

@@ -106,6 +106,35 @@ pub(super) fn wide() -> Result<Filter, SandboxError> {
 
 /// The little that decoding, writing to the cache and answering the kernel take.
 pub(super) fn narrow() -> Result<Filter, SandboxError> {
+    listed_only(narrow_rules()?)
+}
+
+/// The same, and what a keeper does with its sockets, which are local ones, and with a daemon that it
+/// has had started.
+pub(super) fn keeper() -> Result<Filter, SandboxError> {
+    let mut rules = narrow_rules()?;
+    let calls = [
+        libc::SYS_bind,
+        libc::SYS_listen,
+        libc::SYS_accept4,
+        libc::SYS_connect,
+        libc::SYS_getsockopt,
+        libc::SYS_setsockopt,
+        libc::SYS_wait4,
+        libc::SYS_waitid,
+        libc::SYS_geteuid,
+    ];
+    rules.extend(calls.map(|call| (call, Vec::new())));
+    let local = argument(0, SeccompCmpOp::Eq, u64::from(libc::AF_UNIX.unsigned_abs()));
+    rules.insert(libc::SYS_socket, vec![all_of([local])?]);
+    listed_only(rules)
+}
+
+fn listed_only(rules: BTreeMap<i64, Vec<SeccompRule>>) -> Result<Filter, SandboxError> {
+    compile(rules, SeccompAction::Errno(libc::EPERM.unsigned_abs()), SeccompAction::Allow)
+}
+
+fn narrow_rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, SandboxError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = NARROW.iter().map(|call| (*call, Vec::new())).collect();
     #[cfg(target_arch = "x86_64")]
     rules.extend(NARROW_X86_64.iter().map(|call| (*call, Vec::new())));
@@ -120,7 +149,7 @@ pub(super) fn narrow() -> Result<Filter, SandboxError> {
     let names = [libc::PR_SET_NAME, libc::PR_SET_VMA].map(|name| u64::from(name.unsigned_abs()));
     let name = |value| all_of([argument(0, SeccompCmpOp::Eq, value)]);
     rules.insert(libc::SYS_prctl, vec![name(names[0])?, name(names[1])?]);
-    compile(rules, SeccompAction::Errno(libc::EPERM.unsigned_abs()), SeccompAction::Allow)
+    Ok(rules)
 }
 
 /// Calls that a narrowed thread may make with any arguments.

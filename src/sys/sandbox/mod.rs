@@ -10,6 +10,8 @@
 //!
 //! Threads that take bytes apart, or answer the kernel, give up still more: [`Sandbox::narrow`].
 //!
+//! The keepers confine themselves their own way: [`confine_keeper`].
+//!
 //! All threads share one memory, so this does not hold whoever can already run code of their own
 //! in it. It holds what goes wrong before that: a path that leads elsewhere, a file written in the
 //! wrong place, a program started.
@@ -22,6 +24,7 @@ pub use files::{Policy, landlock_version};
 
 use std::fmt;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -96,6 +99,21 @@ impl Sandbox {
             tracing::warn!("a thread could not give up the system calls that it does not need");
         }
     }
+}
+
+/// Confines the calling thread to what holding descriptors takes: sockets and files beneath `run`,
+/// answers to the kernel, memory, time. It starts neither threads nor programs and mounts nothing. There
+/// is no way back, and none out: what needs more is done by a thread that was started before.
+///
+/// What the kernel does not have is left out and told.
+///
+/// # Errors
+/// If the kernel refuses what it has.
+pub fn confine_keeper(run: &Path) -> Result<Strength, SandboxError> {
+    let calls = calls::keeper()?;
+    let policy = Policy { write: vec![run.to_owned()], ..Policy::default() };
+    let landlock = files::restrict(&policy)?;
+    Ok(Strength { landlock, seccomp: calls.apply() })
 }
 
 impl PartialEq for Sandbox {

@@ -175,6 +175,33 @@ fn a_narrowed_thread_works_on_files_and_does_nothing_else() {
 }
 
 #[test]
+fn a_keeper_has_its_sockets_and_starts_and_writes_nothing_else() {
+    use std::os::unix::net::{UnixListener, UnixStream};
+    let (run, elsewhere) = (tempfile::tempdir_in("/var/tmp").unwrap(), tempfile::tempdir_in("/var/tmp").unwrap());
+    let confined = || {
+        let strength = confine_keeper(run.path()).unwrap();
+        if strength.landlock.is_none() || !strength.seccomp {
+            return eprintln!("skipped: this kernel has {strength:?}");
+        }
+        let path = run.path().join("socket");
+        let listener = UnixListener::bind(run.path().join("new")).unwrap();
+        fs::rename(run.path().join("new"), &path).unwrap();
+        let _client = UnixStream::connect(&path).unwrap();
+        listener.accept().unwrap();
+        fs::remove_file(&path).unwrap();
+        assert!(fs::read_to_string("/proc/self/mountinfo").is_ok());
+
+        assert_eq!(kind(UnixListener::bind(elsewhere.path().join("socket"))), DENIED);
+        assert_eq!(kind(fs::write(elsewhere.path().join("file"), "x")), DENIED);
+        assert_eq!(kind(TcpListener::bind("127.0.0.1:0")), DENIED);
+        assert_eq!(kind(Command::new("/bin/true").status()), DENIED);
+        assert!(thread::Builder::new().spawn(|| {}).is_err());
+        assert!(mount::detach(run.path()).is_err_and(|error| error.raw_os_error() == Some(libc::EPERM)));
+    };
+    thread::scope(|scope| scope.spawn(confined).join().unwrap());
+}
+
+#[test]
 fn what_the_kernel_lacks_is_left_out_and_told() {
     let on_a_kernel_without = |call: i64| {
         let strength = thread::spawn(move || {
