@@ -195,11 +195,11 @@ impl Connection {
         }
         let mut duty = self.duty(request.unique);
         // All else is answered before this returns.
-        if let (Some(log), Question::Read { .. }) = (self.requests.get(), &request.question) {
-            if !duty.write_down(log, bytes) {
-                tracing::error!("too many reads wait to write another one down; failed");
-                return duty.fail(libc::EIO);
-            }
+        if let (Some(log), Question::Read { .. }) = (self.requests.get(), &request.question)
+            && !duty.write_down(log, bytes)
+        {
+            tracing::error!("too many reads wait to write another one down; failed");
+            return duty.fail(libc::EIO);
         }
         faultpoint::reach("written-down");
         match request.question {

@@ -86,12 +86,11 @@ pub(super) fn read(connection: &Arc<Connection>, duty: Duty, node: NodeId, (offs
     }
 }
 
+/// A range of a device that is not there yet.
+type Missing = (Arc<dyn Backing>, ByteRange);
+
 /// What of the read is not there yet.
-fn missing(
-    connection: &Connection,
-    node: NodeId,
-    range: ByteRange,
-) -> Result<Vec<(Arc<dyn Backing>, ByteRange)>, TreeError> {
+fn missing(connection: &Connection, node: NodeId, range: ByteRange) -> Result<Vec<Missing>, TreeError> {
     let mut missing = Vec::new();
     connection.tree.pieces(node, range, &mut |piece| {
         if let Piece::Device(device, decoded) = piece {
