@@ -58,7 +58,7 @@ pub fn read(bytes: &[u8]) -> bool {
             assert!(!name.is_empty() && !name.contains(&0) && !name.contains(&b'/'));
             list(name, usize::try_from(request.node % 4096).expect("small"));
         }
-        Question::Forget | Question::Interrupt => assert!(!request.question.wants_answer()),
+        Question::Forget | Question::Interrupt { .. } => assert!(!request.question.wants_answer()),
         _ => {}
     }
     true

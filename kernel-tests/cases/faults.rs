@@ -23,6 +23,7 @@ pub(crate) const CASES: &[Case] = &[
     case("a_flipped_bit_is_eio_and_the_log_names_it", Place::Both, a_flipped_bit_is_eio_and_the_log_names_it),
     case("a_stalled_source_is_eio_by_the_deadline", Place::Both, a_stalled_source_is_eio_by_the_deadline),
     case("a_waiting_reader_can_be_killed", Place::Both, a_waiting_reader_can_be_killed),
+    case("a_kill_during_an_unmount_holds_nothing_up", Place::Fuse, a_kill_during_an_unmount_holds_nothing_up),
     case("a_source_that_comes_back_serves_again", Place::Both, a_source_that_comes_back_serves_again),
     case("a_killed_daemon_leaves_readers_waiting", Place::Host, a_killed_daemon_leaves_readers_waiting),
     case("a_busy_mount_outlives_sigterm_without_zeros", Place::Host, a_busy_mount_outlives_sigterm_without_zeros),
@@ -76,6 +77,39 @@ fn a_waiting_reader_can_be_killed(ctx: &Ctx) -> Outcome {
     reader.child.kill()?;
 
     ensure!(reader.ends_within(Duration::from_secs(10))?, "the reader cannot be killed");
+    fixture.finish()
+}
+
+/// The kernel waits for a read that only the daemon can answer, on a thread of the daemon. If that thread held
+/// the connection, nobody could end it any more once the daemon is killed.
+fn a_kill_during_an_unmount_holds_nothing_up(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    fixture.restart(&["--deadline", "8"])?;
+    let mount = fixture.mount("mnt")?;
+    fixture.server.set_fault(Fault::StallHead);
+    let mut reader = Reader::of(&mount.join("0"), &ctx.dir.join("copy"))?;
+    ensure!(!reader.ends_within(Duration::from_millis(500))?, "the reader did not wait");
+    reader.child.kill()?;
+    ensure!(reader.ends_within(Duration::from_secs(10))?, "the reader cannot be killed");
+    let mut unmounting = Command::new(&ctx.rafsd)
+        .arg("umount")
+        .arg(&mount)
+        .arg("--run")
+        .arg(fixture.run())
+        .stderr(Stdio::null())
+        .spawn()?;
+    std::thread::sleep(Duration::from_secs(1));
+
+    let clock = Instant::now();
+    // Waits for the last thread.
+    let keepers = fixture.kill()?;
+    unmounting.wait()?;
+
+    // The keepers' patience, and some more.
+    ensure!(clock.elapsed() < Duration::from_secs(20), "the daemon took {:?} to end", clock.elapsed());
+    ensure!(crate::mounts::below(&ctx.dir)?.is_empty(), "still mounted");
+    fixture.start(&[])?;
+    keepers.into_iter().try_for_each(wait_for_exit)?;
     fixture.finish()
 }
 

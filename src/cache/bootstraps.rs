@@ -5,14 +5,12 @@
 //! nobody has open may go, for it can be copied again from where it was named.
 
 use std::collections::HashMap;
-use std::fs::FileTimes;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::SystemTime;
 
 use super::disk::FileFacts;
 use super::store::{StoreError, at};
@@ -59,16 +57,16 @@ impl KeptBootstrap {
 pub struct BootstrapStamp {
     digest: Digest,
     facts: FileFacts,
-    /// When its bytes were written, in seconds and nanoseconds.
-    modified: (i64, i64),
+    /// When it was last changed in any way, in seconds and nanoseconds.
+    changed: (i64, i64),
 }
 
 impl KeptBootstrap {
     /// What tells the copy, as it is now, from one that somebody changed.
     pub fn stamp(&self) -> io::Result<BootstrapStamp> {
         let meta = fs::symlink_metadata(&self.path)?;
-        let modified = (meta.mtime(), meta.mtime_nsec());
-        Ok(BootstrapStamp { digest: self.digest, facts: FileFacts::from(meta), modified })
+        let changed = (meta.ctime(), meta.ctime_nsec());
+        Ok(BootstrapStamp { digest: self.digest, facts: FileFacts::from(meta), changed })
     }
 }
 
@@ -184,7 +182,8 @@ impl Bootstraps {
             let digest = Digest::from_hex(&name)?;
             let meta = entry.metadata().ok()?;
             let held = self.is_held(&self.kept.lock().unwrap(), digest);
-            let last_used = u64::try_from(meta.atime().max(meta.mtime())).unwrap_or(0);
+            let last_used = fs::metadata(used(&entry.path())).map_or(meta.mtime(), |used| used.mtime());
+            let last_used = u64::try_from(last_used).unwrap_or(0);
             Some(Lot { name, kind: LotKind::Bootstrap, bytes: meta.blocks() * 512, last_used, held })
         };
         entries.filter_map(lot).collect()
@@ -200,6 +199,8 @@ impl Bootstraps {
         let path = self.dir.join(digest.to_string());
         match fs::remove_file(&path) {
             Ok(()) => {
+                // One that stays is a date and nothing else.
+                let _ = fs::remove_file(used(&path));
                 self.forget_made(digest);
                 Ok(true)
             }
@@ -209,10 +210,17 @@ impl Bootstraps {
     }
 }
 
-/// Notes that a copy is used. Only an order depends on it, so that failing is no failure.
+/// The empty file whose time of change is when a copy was last used. The copy itself is left as it is, so that
+/// every change of it shows.
+fn used(path: &Path) -> PathBuf {
+    path.with_extension("used")
+}
+
+/// Notes that a copy is used, if it is there.
 fn note_use(path: &Path) {
-    let now = FileTimes::new().set_accessed(SystemTime::now());
-    let _ = File::open(path).and_then(|file| file.set_times(now));
+    if path.exists() {
+        super::shelves::stamp(&used(path));
+    }
 }
 
 fn sha256_of(mut file: File) -> io::Result<Digest> {
@@ -262,7 +270,8 @@ mod tests {
         assert_eq!(keep(source, b"one"), made(b"one", true));
         assert!(bootstraps.remove(&sha256(b"one").to_string()).unwrap());
         let names: Vec<_> = fs::read_dir(bootstraps.dir()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        assert_eq!(names.len(), 2, "the note went with it: {names:?}");
+        let notes = names.iter().filter(|name| name.as_encoded_bytes().ends_with(b".made"));
+        assert_eq!((notes.count(), names.len()), (1, 3), "the notes went with it: {names:?}");
         assert_eq!(keep(source, b"new"), made(b"new", true));
         fs::write(bootstraps.dir().join(format!("{another}{MADE}")), "nonsense").unwrap();
         assert_eq!(keep(another, b"two"), made(b"two", true));

@@ -120,12 +120,12 @@ impl Daemon {
         let dir = dir.ok_or_else(|| DaemonError::NotADirectory(request.dir.clone()))?;
         let request = &MountRequest { dir: dir.clone(), ..request.clone() };
         ensure_absolute(&request.image)?;
-        let _reserved = self.reserve(&dir)?;
+        let reserved = self.reserve(&dir)?;
         let mounted = self.mount_reserved(request).inspect_err(|error| self.forget_trace(request, error))?;
         let report = mounted.served.report(Some(&dir), &self.telemetry);
         tracing::info!(dir = %dir.display(), backend = %report.backend, image = report.image, "mounted");
         let (served, watched) = (mounted.served.clone(), mounted.watch);
-        self.state.lock().unwrap().mounts.insert(dir.clone(), Some(mounted));
+        reserved.fill(mounted);
         self.prefetch_mounted(&dir, &served, watched, &request.image.prefetch);
         drop(served);
         // Somebody may have unmounted it before we could write it down.
@@ -390,8 +390,11 @@ impl Daemon {
             std::thread::sleep(Duration::from_millis(2));
         }
         let mut state = self.state.lock().unwrap();
-        // The watching thread may have been first.
-        if let Some(Some(mounted)) = state.mounts.remove(dir) {
+        // The watching thread may have been first, and somebody else may have mounted there since.
+        let is_ours = |mounted: &Option<Mounted>| mounted.as_ref().is_some_and(|mounted| mounted.watch == watch);
+        if state.mounts.get(dir).is_some_and(is_ours)
+            && let Some(Some(mounted)) = state.mounts.remove(dir)
+        {
             self.note_lingering(&mounted);
             state.lingering.push(mounted);
         }
@@ -463,6 +466,14 @@ fn take_down(dir: &Path, lazy: bool) -> Result<(), DaemonError> {
 struct Reservation<'a> {
     daemon: &'a Daemon,
     dir: &'a Path,
+}
+
+impl Reservation<'_> {
+    /// Puts the mount into its place. From then on it may be gone, and the place another one's.
+    fn fill(self, mounted: Mounted) {
+        self.daemon.state.lock().unwrap().mounts.insert(self.dir.to_owned(), Some(mounted));
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for Reservation<'_> {

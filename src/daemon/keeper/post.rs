@@ -269,7 +269,8 @@ impl Post {
         self.absence.pause = match parting {
             Some(_) => Duration::ZERO,
             None if self.attached.elapsed() >= SETTLED => FIRST_PAUSE,
-            None => (self.absence.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE),
+            // Each start doubles it.
+            None => self.absence.pause.max(FIRST_PAUSE),
         };
         // One that died of its start has served nobody: the readers who waited for it wait on.
         let has_served = self.serving.take().is_some_and(|since| since.elapsed() >= SERVED);

@@ -88,11 +88,11 @@ pub(super) fn read(connection: &Arc<Connection>, duty: Duty, node: NodeId, (offs
     }
 }
 
-/// Ranges of devices that are to be filled.
-type Missing = Vec<(Arc<dyn Backing>, ByteRange)>;
+/// A range of a device that is not there yet.
+type Missing = (Arc<dyn Backing>, ByteRange);
 
 /// What of the read is not there yet.
-fn missing(connection: &Connection, node: NodeId, range: ByteRange) -> Result<Missing, TreeError> {
+fn missing(connection: &Connection, node: NodeId, range: ByteRange) -> Result<Vec<Missing>, TreeError> {
     let mut missing = Vec::new();
     connection.tree.pieces(node, range, &mut |piece| {
         if let Piece::Device(device, decoded) = piece {
