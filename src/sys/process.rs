@@ -15,10 +15,13 @@ pub fn ignore_stop_signals() -> io::Result<()> {
     Ok(())
 }
 
-/// Leaves the terminal and process group of whoever started this process.
+/// Leaves the terminal and process group of whoever started this process, unless that was started outside of
+/// them already, as keepers start their successors.
 pub fn leave_session() -> io::Result<()> {
-    nix::unistd::setsid()?;
-    Ok(())
+    match nix::unistd::setsid() {
+        Err(nix::errno::Errno::EPERM) if nix::unistd::getsid(None) == Ok(nix::unistd::getpid()) => Ok(()),
+        outcome => Ok(outcome.map(drop)?),
+    }
 }
 
 /// Gives the process a name of its own in `ps` and `top`; at most 15 bytes are kept.
