@@ -309,6 +309,8 @@ mod tests {
   state          lazy: what is missing is fetched when it is read
   kernel path    fanotify: pre-content events passed their self test, and there is no cachefiles
   not cachefiles /dev/cachefiles cannot be opened (No such file or directory): load the cachefiles module
+  not fuse-device it works here; another one comes first, ask for this one with --backend
+  not fuse-tree  it works here; another one comes first, ask for this one with --backend
   here           3.0 MiB of 12.0 MiB (25%)
   waiting        2 reads, the first for 1.5 s
   errors         units by cause: source 3, corrupt 1; last 12.0 s ago: unit 3 is corrupt
@@ -334,7 +336,7 @@ mod tests {
     #[test]
     fn a_path_that_works_and_was_not_taken_is_explained() {
         let text = shown(|_, info| info.host.findings.iter_mut().for_each(|finding| finding.works = true));
-        assert!(text.contains("not cachefiles it works here; the other one comes first"), "{text}");
+        assert!(text.contains("not cachefiles it works here; another one comes first"), "{text}");
     }
 
     #[test]

@@ -87,6 +87,8 @@ pub(crate) fn info() -> Info {
                 finding("cachefiles", false, missing, Some("load the cachefiles module")),
                 finding("erofs-on-demand", true, "EROFS knows the fsid option", None),
                 finding("pre-content-events", true, "a cold read raised an event", None),
+                finding("fuse", true, "FUSE file systems can be mounted; protocol 7.45", None),
+                finding("fuse-device", true, "EROFS read a device through FUSE", None),
             ],
             choice: Some(BackendKind::Fanotify),
         },

@@ -171,7 +171,7 @@ impl Field {
             Self::Time(..) => "a length of time such as 30s",
             Self::TimeOrNever(..) => "a length of time such as 30s, or never",
             Self::Switch(_) => "on or off",
-            Self::Backends(_) => "a list of cachefiles and fanotify",
+            Self::Backends(_) => "a list of cachefiles, fanotify, fuse-device and fuse-tree",
             Self::Restart(_) => "auto, keepers or never",
             Self::LogRules(_) => "a level or rules such as info,rafsd::cache=debug",
             Self::LogFormat(_) => "text or json",
