@@ -91,10 +91,10 @@ fn describe(meta: &Metadata) -> String {
 fn fuse_shows_what_the_kernels_own_driver_shows(ctx: &Ctx) -> Outcome {
     let fixture = Fixture::new(ctx, |dir| {
         tree::make(dir, 11)?;
-        fs::create_dir(dir.join("names"))?;
-        (0..3000).try_for_each(|number| fs::write(dir.join(format!("names/{number:05}")), b""))?;
+        fs::create_dir(dir.join("many-names"))?;
+        (0..3000).try_for_each(|number| fs::write(dir.join(format!("many-names/{number:05}")), b""))?;
         for number in 0..5 {
-            fs::hard_link(dir.join("names/00007"), dir.join(format!("linked-{number}")))?;
+            fs::hard_link(dir.join("many-names/00007"), dir.join(format!("many-linked-{number}")))?;
         }
         Ok(())
     })?;
@@ -127,9 +127,9 @@ fn fuse_shows_what_the_kernels_own_driver_shows(ctx: &Ctx) -> Outcome {
 /// A name that is not there stays so, also when the kernel remembers that it is not.
 fn ensure_missing(mount: &Path) -> Outcome {
     for _ in 0..2 {
-        for name in ["none", "names/none", "names/00007/none"] {
+        for name in ["none", "many-names/none", "many-names/00007/none"] {
             let errno = fs::symlink_metadata(mount.join(name)).err().and_then(|error| error.raw_os_error());
-            let expected = if name == "names/00007/none" { libc::ENOTDIR } else { libc::ENOENT };
+            let expected = if name == "many-names/00007/none" { libc::ENOTDIR } else { libc::ENOENT };
             ensure!(errno == Some(expected), "{name}: {errno:?}");
         }
         let long = "x".repeat(256);

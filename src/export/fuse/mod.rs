@@ -113,6 +113,9 @@ pub enum TreeError {
     /// Something else was asked of it than it can be asked.
     #[error("it is of another kind")]
     OtherKind,
+    /// The kernel lets names of up to 1024 bytes through.
+    #[error("no name is as long as {len} bytes")]
+    LongName { len: usize },
     #[error("it has no such attribute")]
     NoXattr,
     /// Nothing in the tree has any.
@@ -133,6 +136,7 @@ impl TreeError {
             Self::NotADirectory => libc::ENOTDIR,
             Self::IsADirectory => libc::EISDIR,
             Self::OtherKind => libc::EINVAL,
+            Self::LongName { .. } => libc::ENAMETOOLONG,
             Self::NoXattr => libc::ENODATA,
             // The kernel does not ask again.
             Self::NoXattrs => libc::ENOSYS,

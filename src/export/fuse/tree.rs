@@ -19,6 +19,9 @@ use crate::image::{Extent, Image, Inode, Kind, Nid, Xattr};
 /// The number of inode 0, if that is not the root: behind "nothing" and the root.
 const FIRST: NodeId = ROOT + 1;
 
+/// Bytes of a name, as `statfs` tells.
+const LONGEST_NAME: usize = 255;
+
 /// The tree of an image.
 pub struct ImageTree {
     image: Arc<Image>,
@@ -119,7 +122,11 @@ impl Tree for ImageTree {
     }
 
     fn find(&self, parent: NodeId, name: &[u8]) -> Result<Option<Node>, TreeError> {
-        let found = self.image.child(&self.directory(parent)?, name).map_err(TreeError::Damaged)?;
+        let dir = self.directory(parent)?;
+        if name.len() > LONGEST_NAME {
+            return Err(TreeError::LongName { len: name.len() });
+        }
+        let found = self.image.child(&dir, name).map_err(TreeError::Damaged)?;
         Ok(found.map(|inode| self.describe(&inode)))
     }
 
