@@ -35,7 +35,7 @@ impl Fill for Zeros {
     }
 
     fn present(&self, _: ByteRange) -> bool {
-        self.asked.fetch_add(1, Ordering::Relaxed) % 2 == 0
+        self.asked.fetch_add(1, Ordering::Relaxed).is_multiple_of(2)
     }
 
     fn fill_for(&self, _: Request, _: ByteRange, done: Completion) {
