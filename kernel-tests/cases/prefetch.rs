@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::fixture::{FILE, Fixture, content, drop_caches, is_fanotify, read_byte, wait_for_exit};
 use super::images::{SmallDisk, fill_up};
 use crate::host::Need;
-use crate::{Case, Ctx, Outcome, Place};
+use crate::{Backend, Case, Ctx, Outcome, Place};
 
 const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend];
 
@@ -237,7 +237,10 @@ fn a_trace_says_what_was_read_first_and_is_taken_as_it_is(ctx: &Ctx) -> Outcome 
     fixture.use_cache(&ctx.dir.join("another-cache"));
     fixture.start(&[])?;
     let dir = fixture.mount_with("again", &[&format!("--prefetch={}", text(&trace)?)])?;
-    fixture.wait_for_list("prefetched", |images| images[0]["devices"][0]["stats"]["units_present"] == 4)?;
+    // Over FUSE files the kernel has read ahead behind the end of file 2, which stands in the trace as well.
+    let most = if ctx.backend == Backend::FuseDevice { 5 } else { 4 };
+    let present = |images: &[Value]| images[0]["devices"][0]["stats"]["units_present"].as_u64();
+    fixture.wait_for_list("prefetched", |images| present(images).is_some_and(|count| (4..=most).contains(&count)))?;
     fixture.server.set_fault(Fault::Status { code: 404, retry_after: None });
     ensure!(fs::read(dir.join("2"))? == content(2, FILE), "file 2, prefetched");
     ensure!(read_byte(&dir.join("0"), 2 << 20) == Ok(content(0, FILE)[2 << 20]), "the part of file 0");
