@@ -155,7 +155,7 @@ fn a_daemon_does_not_start_with_wrong_settings() {
     let (code, told) = serve(&["--deadline", "0"], &[]);
     assert_eq!((code, told.as_str()), (Some(2), "error: --deadline: 0 is out of range; it must be from 100ms to 1h"));
     let (code, told) = serve(&[], &[("RAFSD_BACKEND", "fuse")]);
-    let wanted = "error: RAFSD_BACKEND: \"fuse\" is not a list of cachefiles and fanotify";
+    let wanted = "error: RAFSD_BACKEND: \"fuse\" is not a list of cachefiles, fanotify, fuse-device and fuse-tree";
     assert_eq!((code, told.as_str()), (Some(2), wanted));
     assert_eq!(serve(&["--config", "/nowhere.toml"], &[]).0, Some(1));
     assert!(!run.exists(), "nothing was made");

@@ -32,11 +32,7 @@ pub(crate) const CASES: &[Case] = &[
     case("metrics_count_what_happened", Place::Both, metrics_count_what_happened),
     case("metrics_are_told_on_the_loopback_only", Place::Host, metrics_are_told_on_the_loopback_only),
     case("a_successor_counts_what_it_took_over", Place::Host, a_successor_counts_what_it_took_over),
-    case(
-        "a_failed_read_is_one_line_with_its_request",
-        Place::But(Backend::FuseDevice),
-        a_failed_read_is_one_line_with_its_request,
-    ),
+    case("a_failed_read_is_one_line_with_its_request", Place::Here, a_failed_read_is_one_line_with_its_request),
     case("the_log_level_changes_while_running", Place::Host, the_log_level_changes_while_running),
     case("nothing_told_holds_a_secret", Place::Host, nothing_told_holds_a_secret),
     case("strangers_are_refused_whatever_the_modes", Place::Host, strangers_are_refused_whatever_the_modes),
