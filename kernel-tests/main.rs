@@ -105,8 +105,6 @@ pub(crate) enum Place {
     Fuse,
     /// With one backend.
     Only(Backend),
-    /// Everywhere, with each backend but this one.
-    But(Backend),
     /// Everywhere, with each backend.
     Both,
 }
@@ -119,7 +117,6 @@ impl Place {
             Self::Guest => backend == Backend::Cachefiles,
             Self::Here => backend != Backend::Cachefiles,
             Self::Only(wanted) => backend == wanted,
-            Self::But(other) => backend != other,
             Self::Fuse => matches!(backend, Backend::FuseDevice | Backend::FuseTree),
             Self::Both => true,
         }

@@ -38,7 +38,7 @@ pub(crate) const CASES: &[Case] = &[
     case("a_prefetch_waits_for_a_source_that_went_away", Place::Both, a_prefetch_waits_for_a_source_that_went_away),
     case(
         "a_trace_says_what_was_read_first_and_is_taken_as_it_is",
-        Place::But(Backend::FuseDevice),
+        Place::Both,
         a_trace_says_what_was_read_first_and_is_taken_as_it_is,
     ),
     case("a_mount_that_traces_sees_complete_blobs_too", Place::Host, a_mount_that_traces_sees_complete_blobs_too),

@@ -62,6 +62,8 @@ pub(super) fn read(connection: &Arc<Connection>, duty: Duty, node: NodeId, (offs
     };
     let missing = match missing(connection, node, range) {
         Ok(missing) => missing,
+        // No reader: we asked ourselves.
+        Err(error @ TreeError::Probed) => return connection.fail(duty, &error),
         Err(error) => {
             telemetry.note_answer(connection.backend, Answer::Denied, duty.is_resent());
             return connection.fail(duty, &error);
