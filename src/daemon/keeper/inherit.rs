@@ -56,8 +56,11 @@ pub fn inherit(run: &Path, handed: Vec<(String, OwnedFd)>) -> io::Result<Option<
             other => other?,
         };
         fdpass::set_timeout(socket.as_fd(), Some(PATIENCE))?;
-        Word::new(Op::Attach).send(&socket, None)?;
-        let held = all.receive(&socket)?;
+        let held = match Word::new(Op::Attach).send(&socket, None).and_then(|()| all.receive(&socket)) {
+            // It was killed, and its socket was still there.
+            Err(error) if has_gone(&error) => continue,
+            other => other?,
+        };
         let (pid, _) = fdpass::peer(socket.as_fd())?;
         all.ends[rank] = Some(End { socket, pid, child: None });
         // The dead daemon may have told one of them something that it did not tell the other.
@@ -77,6 +80,11 @@ pub fn inherit(run: &Path, handed: Vec<(String, OwnedFd)>) -> io::Result<Option<
     let serves = |kind| all.held.contains_key(&Name::only(kind));
     let is_there = all.ends.iter().any(Option::is_some) || serves(Kind::Group) || serves(Kind::Cachefiles);
     Ok(is_there.then_some(all))
+}
+
+/// Whether the other end of a talk has ended.
+fn has_gone(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof)
 }
 
 impl Inheritance {
@@ -166,5 +174,30 @@ impl Inheritance {
     /// Names of all device files.
     pub fn devices(&self) -> impl Iterator<Item = Name> + '_ {
         self.held.keys().copied().filter(|name| name.kind == Kind::Device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_keeper_that_dies_before_it_has_answered_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let dying: Vec<_> = (0..RANKS).map(|rank| fdpass::listen(&socket_path(dir.path(), rank)).unwrap()).collect();
+        let ended = std::thread::spawn(move || {
+            for (rank, listener) in dying.into_iter().enumerate() {
+                // Before it is heard, and after.
+                let client = fdpass::accept(listener.as_fd()).unwrap();
+                if rank > 0 {
+                    Word::receive(&client).unwrap();
+                }
+            }
+        });
+
+        let inherited = inherit(dir.path(), Vec::new()).unwrap();
+
+        assert!(inherited.is_none(), "{inherited:?}");
+        ended.join().unwrap();
     }
 }
