@@ -71,13 +71,17 @@ fn a_waiting_reader_can_be_killed(ctx: &Ctx) -> Outcome {
     let fixture = Fixture::files(ctx, 1)?;
     let mount = fixture.mount("mnt")?;
     fixture.server.set_fault(Fault::StallHead);
+    kill_a_waiting_reader(ctx, &mount)?;
+    fixture.finish()
+}
+
+/// A program that waits for what does not come, and dies when it is killed.
+fn kill_a_waiting_reader(ctx: &Ctx, mount: &Path) -> Outcome {
     let mut reader = Reader::of(&mount.join("0"), &ctx.dir.join("copy"))?;
     ensure!(!reader.ends_within(Duration::from_millis(500))?, "the reader did not wait");
-
     reader.child.kill()?;
-
     ensure!(reader.ends_within(Duration::from_secs(10))?, "the reader cannot be killed");
-    fixture.finish()
+    Ok(())
 }
 
 /// The kernel waits for a read that only the daemon can answer, on a thread of the daemon. If that thread held
@@ -87,10 +91,7 @@ fn a_kill_during_an_unmount_holds_nothing_up(ctx: &Ctx) -> Outcome {
     fixture.restart(&["--deadline", "8"])?;
     let mount = fixture.mount("mnt")?;
     fixture.server.set_fault(Fault::StallHead);
-    let mut reader = Reader::of(&mount.join("0"), &ctx.dir.join("copy"))?;
-    ensure!(!reader.ends_within(Duration::from_millis(500))?, "the reader did not wait");
-    reader.child.kill()?;
-    ensure!(reader.ends_within(Duration::from_secs(10))?, "the reader cannot be killed");
+    kill_a_waiting_reader(ctx, &mount)?;
     let mut unmounting = Command::new(&ctx.rafsd)
         .arg("umount")
         .arg(&mount)

@@ -10,13 +10,12 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::chunk::Content;
-use super::emit::{Bootstrap, Facts};
+use super::emit::Bootstrap;
 use super::error::{BuildError, Unfit};
 use super::load::{Layer, Stock};
 use super::tree::{Kind, Meta, Node, NodeId, Tree};
 use super::{Progress, layout, merge, stockblobs};
 use crate::base::{Digest, hex};
-use crate::format::rafs::flags;
 
 /// What to make a dictionary of.
 #[derive(Debug)]
@@ -101,13 +100,7 @@ pub fn dictionary(spec: &DictionarySpec<'_>, progress: &dyn Progress) -> Result<
         chunks: &chunks,
         chunk_of_cut: &cuts,
         prefetch: &[],
-        facts: Facts {
-            compression: merge::compression(last),
-            digest: merge::digest(last),
-            chunk_size: agreed.chunk_size,
-            explicit_ids: agreed.explicit_ids,
-            claim_xattrs: last & flags::HAS_XATTR != 0,
-        },
+        facts: merge::facts(agreed, last),
     };
     let bytes = bootstrap.bytes()?;
     let bootstrap_bytes = bytes.len() as u64;

@@ -19,7 +19,7 @@ use super::blobparts::{Parts, part};
 use super::blobtable::Table;
 use super::blobwriter::TemporaryName;
 use super::chunk::{Chunk, Compression, Packer};
-use super::emit::{Bootstrap, Facts};
+use super::emit::Bootstrap;
 use super::error::BuildError;
 use super::load::{LoadError, Stock};
 use super::overlay::{self, Whiteouts};
@@ -30,7 +30,7 @@ use super::{RecheckError, layout, merge, recheck, stockblobs};
 use crate::base::{BLOCK, BlobId, Digest};
 use crate::blob::{BlobKind, BlobTables};
 use crate::format::blobfile::features;
-use crate::format::rafs::{Algorithm, BlobEntry, chunk_flags, flags};
+use crate::format::rafs::{Algorithm, BlobEntry, chunk_flags};
 use crate::image::Image;
 
 /// What to convert.
@@ -110,13 +110,7 @@ pub fn convert(spec: &ConvertSpec<'_>) -> Result<ConvertReport, BuildError> {
         chunks: &chunks,
         chunk_of_cut: &cuts,
         prefetch: &prefetch,
-        facts: Facts {
-            compression: merge::compression(bits),
-            digest: merge::digest(bits),
-            chunk_size: agreed.chunk_size,
-            explicit_ids: agreed.explicit_ids,
-            claim_xattrs: bits & flags::HAS_XATTR != 0,
-        },
+        facts: merge::facts(agreed, bits),
     };
     let image = recheck::bootstrap(bootstrap.bytes()?, &bootstrap.expected()).map_err(BuildError::Recheck)?;
     files.iter().try_for_each(|(row, file)| file.recheck(&image, usize::from(*row)))?;

@@ -11,7 +11,7 @@ use super::emit::{Bootstrap, Facts};
 use super::error::BuildError;
 use super::hintedpaths::HintedPaths;
 use super::layout;
-use super::load::{Layer, LoadError, Stock};
+use super::load::{Agreed, Layer, LoadError, Stock};
 use super::overlay::{self, Whiteouts};
 use super::report::count;
 use super::tree::{Kind, NodeId, Tree};
@@ -133,13 +133,7 @@ pub fn merge(spec: MergeSpec, progress: &dyn Progress) -> Result<MergeReport, Bu
         chunks: &chunks,
         chunk_of_cut: &cuts,
         prefetch: &prefetch,
-        facts: Facts {
-            compression: compression(last),
-            digest: digest(last),
-            chunk_size: agreed.chunk_size,
-            explicit_ids: agreed.explicit_ids,
-            claim_xattrs: true,
-        },
+        facts: Facts { claim_xattrs: true, ..facts(agreed, last) },
     };
     let bytes = bootstrap.bytes()?;
     let bootstrap_bytes = bytes.len() as u64;
@@ -193,12 +187,23 @@ fn supply(rows: &mut [BlobEntry], facts: &[BlobFacts]) -> Result<(), BuildError>
     Ok(())
 }
 
-pub(super) fn compression(bits: u64) -> Algorithm {
+/// What a superblock says of an image whose flags are `bits`, when it is written anew.
+pub(super) fn facts(agreed: Agreed, bits: u64) -> Facts {
+    Facts {
+        compression: compression(bits),
+        digest: digest(bits),
+        chunk_size: agreed.chunk_size,
+        explicit_ids: agreed.explicit_ids,
+        claim_xattrs: bits & flags::HAS_XATTR != 0,
+    }
+}
+
+fn compression(bits: u64) -> Algorithm {
     let all = [Algorithm::None, Algorithm::Lz4Block, Algorithm::Gzip, Algorithm::Zstd];
     all.into_iter().find(|algorithm| bits & algorithm.flag() != 0).unwrap_or(Algorithm::None)
 }
 
-pub(super) fn digest(bits: u64) -> DigestAlgorithm {
+fn digest(bits: u64) -> DigestAlgorithm {
     if bits & flags::HASH_SHA256 != 0 { DigestAlgorithm::Sha256 } else { DigestAlgorithm::Blake3 }
 }
 

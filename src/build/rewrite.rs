@@ -14,7 +14,7 @@ use std::path::Path;
 
 use super::blobwriter::{BlobWriter, FinishedBlob, Shape, TemporaryName};
 use super::chunk::{Chunk, Compression, Packer};
-use super::emit::{Bootstrap, Facts};
+use super::emit::Bootstrap;
 use super::error::BuildError;
 use super::hintedpaths::HintedPaths;
 use super::load::{LoadError, Stock};
@@ -26,7 +26,7 @@ use super::{BlobReport, Progress, layout, merge, recheck, stockblobs};
 use crate::base::{BLOCK, ByteRange, Digest};
 use crate::codec;
 use crate::format::blobfile::features;
-use crate::format::rafs::{Algorithm, BlobEntry, DigestAlgorithm, flags};
+use crate::format::rafs::{Algorithm, BlobEntry, DigestAlgorithm};
 use crate::image::Image;
 
 /// Reads the chunks of an image.
@@ -307,13 +307,7 @@ impl<'a> Rewrite<'a> {
             chunks: &chunks,
             chunk_of_cut: &self.chunk_of_cut,
             prefetch: &prefetch,
-            facts: Facts {
-                compression: merge::compression(bits),
-                digest: merge::digest(bits),
-                chunk_size: agreed.chunk_size,
-                explicit_ids: agreed.explicit_ids,
-                claim_xattrs: bits & flags::HAS_XATTR != 0,
-            },
+            facts: merge::facts(agreed, bits),
         };
         let bytes = bootstrap.bytes()?;
         let image = recheck::image(bytes, &bootstrap.expected(), &self.new).map_err(BuildError::Recheck)?;

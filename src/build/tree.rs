@@ -12,6 +12,7 @@ use super::error::Unfit;
 use super::layout::MAX_METADATA;
 use super::xattr;
 use crate::format::erofs::{Dirent, InodeExtended, MAX_NAME};
+use crate::image;
 
 /// A node of one [`Tree`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -72,6 +73,19 @@ impl Kind {
 
     pub(super) fn is_directory(&self) -> bool {
         matches!(self, Self::Directory(_))
+    }
+
+    /// What an image calls it.
+    pub(super) fn in_images(&self) -> image::Kind {
+        match self {
+            Self::Directory(_) => image::Kind::Directory,
+            Self::Regular(_) => image::Kind::Regular,
+            Self::Symlink(_) => image::Kind::Symlink,
+            Self::Character(_) => image::Kind::Character,
+            Self::Block(_) => image::Kind::Block,
+            Self::Fifo => image::Kind::Fifo,
+            Self::Socket => image::Kind::Socket,
+        }
     }
 }
 

@@ -22,7 +22,7 @@ use crate::base::ByteRange;
 use crate::blob::{BlobTables, Check, DecodeError, Decoder, TablesError, Unit, UnitMap};
 use crate::format::rafs::{BlobEntry, DigestAlgorithm};
 use crate::image::v5::BootstrapError;
-use crate::image::{self, Extent, Image, ImageError, Inode};
+use crate::image::{Extent, Image, ImageError, Inode};
 
 /// What is wrong with an image that was just made.
 #[derive(Debug, thiserror::Error)]
@@ -124,15 +124,6 @@ fn difference(
 ) -> Result<Option<&'static str>, ImageError> {
     let (node, place) = (expected.tree.node(id), expected.layout.place(id));
     let meta = &node.meta;
-    let kind = match node.kind {
-        Kind::Directory(_) => image::Kind::Directory,
-        Kind::Regular(_) => image::Kind::Regular,
-        Kind::Symlink(_) => image::Kind::Symlink,
-        Kind::Character(_) => image::Kind::Character,
-        Kind::Block(_) => image::Kind::Block,
-        Kind::Fifo => image::Kind::Fifo,
-        Kind::Socket => image::Kind::Socket,
-    };
     let mut xattrs = meta.xattrs.iter();
     let mut same_xattrs = true;
     image.xattrs(inode, &mut |got| {
@@ -147,7 +138,7 @@ fn difference(
         Kind::Directory(_) | Kind::Fifo | Kind::Socket => true,
     };
     let checks = [
-        (inode.kind == kind, "the kind"),
+        (inode.kind == node.kind.in_images(), "the kind"),
         (inode.nid == place.nid() && inode.ino == place.ino, "the number"),
         (inode.permissions == meta.permissions, "the mode"),
         ((inode.uid, inode.gid) == (meta.uid, meta.gid), "the owner"),

@@ -11,7 +11,6 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use super::core::Core;
-use super::fetch::{Led, Window, groups};
 use super::inflight::{Lead, Role, Wait};
 use super::plan::{PlanLimits, plan};
 use super::pool::Job;
@@ -19,6 +18,7 @@ use super::readahead::Reach;
 use super::sink::Scratch;
 use super::stats::count;
 use super::store::is_full;
+use super::window::{Led, Window, groups};
 use super::{Completion, FillError, Request, is_needed};
 use crate::base::{ByteRange, Class, RequestId};
 use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};

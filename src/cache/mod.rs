@@ -57,6 +57,7 @@ mod trace;
 mod twins;
 mod verify;
 mod victims;
+mod window;
 
 pub use bootstraps::{BootstrapStamp, Bootstraps, KeptBootstrap};
 pub use device::Device;

@@ -13,8 +13,8 @@ use tokio::sync::Notify;
 use super::admission::{Admission, STUCK};
 use super::budget::Budget;
 use super::engine::StoreOptions;
-use super::fetch::Window;
 use super::lanes::Lanes;
+use super::window::Window;
 use crate::base::{Class, RequestId};
 use crate::blob::UnitIndex;
 

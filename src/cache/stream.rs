@@ -13,8 +13,9 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 
 use super::core::Core;
-use super::fetch::{Led, Slot, Window, fail, groups, hope, job};
+use super::fetch::{Slot, fail, hope, job};
 use super::pool::Queue;
+use super::window::{Led, Window, groups};
 use crate::base::{ByteRange, Class, Fault, RequestId};
 use crate::source::{BlobSource, ReadCtx, SourceError};
 

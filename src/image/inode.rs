@@ -184,6 +184,19 @@ impl Kind {
         }
     }
 
+    /// The bits of `st_mode` that say this.
+    pub fn type_bits(self) -> u32 {
+        match self {
+            Self::Regular => libc::S_IFREG,
+            Self::Directory => libc::S_IFDIR,
+            Self::Symlink => libc::S_IFLNK,
+            Self::Character => libc::S_IFCHR,
+            Self::Block => libc::S_IFBLK,
+            Self::Fifo => libc::S_IFIFO,
+            Self::Socket => libc::S_IFSOCK,
+        }
+    }
+
     pub(super) fn from_mode(mode: u16) -> Option<Self> {
         Some(match u32::from(mode) & libc::S_IFMT {
             libc::S_IFREG => Self::Regular,

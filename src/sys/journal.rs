@@ -21,18 +21,15 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use memmap2::MmapRaw;
-
 use super::fanotify::{EVENT_BUFFER, records};
 use super::files::InodeId;
+use super::sharedmemory::{Kind, SharedMemory};
 use crate::base::ByteRange;
 
-const MAGIC: u64 = u64::from_le_bytes(*b"rafsdjrn");
-const VERSION: u64 = 1;
 /// Descriptor numbers that have a slot. The kernel gives the lowest free one, so this is also the
 /// number of descriptors that a daemon may have open before events have to be denied.
 const SLOTS: usize = 1 << 17;
@@ -40,9 +37,9 @@ const HEADER: usize = 4096;
 const SLOT: usize = 32;
 const LEN: usize = HEADER + EVENT_BUFFER + SLOTS * SLOT;
 
-/// Words of the header.
-const AT_MAGIC: usize = 0;
-const AT_VERSION: usize = 8;
+const KIND: Kind = Kind { name: c"rafsd-journal", magic: u64::from_le_bytes(*b"rafsdjrn"), version: 1, len: LEN };
+
+/// Words of the header, behind magic and version.
 const AT_GENERATION: usize = 16;
 /// One more than the highest number that ever had an event.
 const AT_USED: usize = 24;
@@ -50,8 +47,7 @@ const AT_USED: usize = 24;
 /// The journal of one fanotify group.
 #[derive(Debug)]
 pub struct Journal {
-    map: MmapRaw,
-    file: OwnedFd,
+    memory: SharedMemory,
     /// Bytes of the landing that may not be zero. Held while it is in use.
     landing: Mutex<usize>,
     /// Slots in use.
@@ -75,23 +71,10 @@ impl Journal {
 
     /// An empty journal in memory of its own.
     pub fn create() -> io::Result<Self> {
-        // SAFETY: a name and plain numbers in, a descriptor or -1 out.
-        let fd = unsafe { libc::memfd_create(c"rafsd-journal".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the call just returned this descriptor and nobody else knows it.
-        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-        file.set_len(LEN as u64)?;
-        // Nobody can shorten it under a mapping.
-        let seals = nix::fcntl::SealFlag::F_SEAL_SHRINK | nix::fcntl::SealFlag::F_SEAL_GROW;
-        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_ADD_SEALS(seals))?;
-        let this = Self::map(file)?;
+        let this = Self::over(SharedMemory::create(&KIND)?);
         let mut generation = [0; 8];
         std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut generation)?;
         this.word(AT_GENERATION).store(u64::from_ne_bytes(generation), Ordering::Relaxed);
-        this.word(AT_VERSION).store(VERSION, Ordering::Relaxed);
-        this.word(AT_MAGIC).store(MAGIC, Ordering::Release);
         Ok(this)
     }
 
@@ -100,26 +83,14 @@ impl Journal {
     /// # Errors
     /// `InvalidData` if it is none, or of a version that this program does not know.
     pub fn open(fd: OwnedFd) -> io::Result<Self> {
-        let bad = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
-        let file = File::from(fd);
-        if file.metadata()?.len() != LEN as u64 {
-            return bad("the journal has another length");
-        }
-        let this = Self::map(file)?;
-        if this.word(AT_MAGIC).load(Ordering::Acquire) != MAGIC {
-            return bad("this is no journal");
-        }
-        if this.word(AT_VERSION).load(Ordering::Relaxed) != VERSION {
-            return bad("the journal is of another version");
-        }
+        let this = Self::over(SharedMemory::open(fd, &KIND)?);
         *this.landing.lock().unwrap() = EVENT_BUFFER;
         this.outstanding.store(this.slots().count(), Ordering::Relaxed);
         Ok(this)
     }
 
-    fn map(file: File) -> io::Result<Self> {
-        let map = memmap2::MmapOptions::new().len(LEN).map_raw(&file)?;
-        Ok(Self { map, file: file.into(), landing: Mutex::new(0), outstanding: AtomicUsize::new(0) })
+    fn over(memory: SharedMemory) -> Self {
+        Self { memory, landing: Mutex::new(0), outstanding: AtomicUsize::new(0) }
     }
 
     /// Tells this journal from every other one.
@@ -140,15 +111,13 @@ impl Journal {
         // The kernel may be stopped halfway, and what it did not reach must not look like records.
         self.zero_landing(&mut used);
         *used = len;
-        let start = self.landing_start();
-        // SAFETY: the kernel writes at most `len` bytes, all of them in the landing, which is
-        // mapped as long as `self` lives and of which nobody holds a reference.
-        let read = unsafe { libc::read(source.as_raw_fd(), start.cast(), len) };
-        let Ok(read) = usize::try_from(read) else {
-            let error = io::Error::last_os_error();
-            // Nothing was taken, or the kernel denied what it had begun to give.
-            *used = 0;
-            return Err(error);
+        let read = match self.memory.read_from(source, HEADER, len) {
+            Ok(read) => read,
+            Err(error) => {
+                // Nothing was taken, or the kernel denied what it had begun to give.
+                *used = 0;
+                return Err(error);
+            }
         };
         *used = read;
         Ok(self.copy_landing(read))
@@ -159,23 +128,13 @@ impl Journal {
         self.zero_landing(&mut self.landing.lock().unwrap());
     }
 
-    fn landing_start(&self) -> *mut u8 {
-        // SAFETY: the mapping is longer than the header.
-        unsafe { self.map.as_mut_ptr().add(HEADER) }
-    }
-
     fn zero_landing(&self, used: &mut usize) {
-        // SAFETY: `used` is at most the length of the landing, which is mapped as long as `self`
-        // lives and of which nobody holds a reference; the lock keeps other threads away.
-        unsafe { std::ptr::write_bytes(self.landing_start(), 0, *used) };
+        self.memory.zero(HEADER, *used);
         *used = 0;
     }
 
     fn copy_landing(&self, len: usize) -> Vec<u8> {
-        let mut bytes = vec![0; len];
-        // SAFETY: the landing has `len` bytes, the vector as many, and they do not overlap.
-        unsafe { std::ptr::copy_nonoverlapping(self.landing_start(), bytes.as_mut_ptr(), len) };
-        bytes
+        self.memory.copy(HEADER, len)
     }
 
     /// Writes an event down. `false` if its number is too high for the journal.
@@ -235,16 +194,14 @@ impl Journal {
 
     /// The word at byte `at`, a multiple of eight.
     fn word(&self, at: usize) -> &AtomicU64 {
-        assert!(at.is_multiple_of(8) && at + 8 <= LEN && !(HEADER..HEADER + EVENT_BUFFER).contains(&at));
-        // SAFETY: in bounds and aligned, because a mapping starts at a page; mapped as long as
-        // `self` lives; other processes may change it at any time, which is what atomics are for.
-        unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().add(at).cast()) }
+        assert!(!(HEADER..HEADER + EVENT_BUFFER).contains(&at));
+        self.memory.word(at)
     }
 }
 
 impl AsFd for Journal {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        self.memory.as_fd()
     }
 }
 

@@ -22,4 +22,5 @@ pub mod process;
 pub mod requestlog;
 pub mod sandbox;
 pub mod service;
+mod sharedmemory;
 pub mod spawn;

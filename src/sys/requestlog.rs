@@ -15,16 +15,13 @@
 //! answer one that stands here and was answered gives `ENOENT`.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
-use memmap2::MmapRaw;
+use super::sharedmemory::{Kind, SharedMemory};
 
-const MAGIC: u64 = u64::from_le_bytes(*b"rafsdrql");
-const VERSION: u64 = 1;
 const HEADER: usize = 4096;
 /// Threads that may read at once.
 const LANES: usize = 16;
@@ -39,10 +36,9 @@ pub const LONGEST: usize = SLOT - 8;
 const AT_SLOTS: usize = HEADER + LANES * LANE;
 const LEN: usize = AT_SLOTS + SLOTS * SLOT;
 
-/// Words of the header.
-const AT_MAGIC: usize = 0;
-const AT_VERSION: usize = 8;
-/// One more than the highest slot that was ever in use.
+const KIND: Kind = Kind { name: c"rafsd-requests", magic: u64::from_le_bytes(*b"rafsdrql"), version: 1, len: LEN };
+
+/// Word of the header, behind magic and version: one more than the highest slot that was ever in use.
 const AT_USED: usize = 16;
 /// Where a request has its length (4 bytes) and its number (8 bytes).
 const NUMBER_AT: usize = 8;
@@ -51,8 +47,7 @@ const SHORTEST: usize = 40;
 /// The memory of one connection.
 #[derive(Debug)]
 pub struct RequestLog {
-    map: MmapRaw,
-    file: OwnedFd,
+    memory: SharedMemory,
     free: Mutex<Free>,
 }
 
@@ -80,21 +75,7 @@ pub struct Slot(usize);
 impl RequestLog {
     /// An empty log in memory of its own.
     pub fn create() -> io::Result<Self> {
-        // SAFETY: a name and plain numbers in, a descriptor or -1 out.
-        let fd = unsafe { libc::memfd_create(c"rafsd-requests".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the call just returned this descriptor and nobody else knows it.
-        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-        file.set_len(LEN as u64)?;
-        // Nobody can shorten it under a mapping.
-        let seals = nix::fcntl::SealFlag::F_SEAL_SHRINK | nix::fcntl::SealFlag::F_SEAL_GROW;
-        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_ADD_SEALS(seals))?;
-        let this = Self::map(file)?;
-        this.word(AT_VERSION).store(VERSION, Ordering::Relaxed);
-        this.word(AT_MAGIC).store(MAGIC, Ordering::Release);
-        Ok(this)
+        Ok(Self::over(SharedMemory::create(&KIND)?))
     }
 
     /// The log that another process made, and what stands there. The log is empty then: whoever opens it
@@ -103,31 +84,17 @@ impl RequestLog {
     /// # Errors
     /// `InvalidData` if it is none, or of a version that this program does not know.
     pub fn take_over(fd: OwnedFd) -> io::Result<(Self, Vec<Vec<u8>>)> {
-        let bad = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
-        let file = File::from(fd);
-        if file.metadata()?.len() != LEN as u64 {
-            return bad("the log of requests has another length");
-        }
-        let this = Self::map(file)?;
-        if this.word(AT_MAGIC).load(Ordering::Acquire) != MAGIC {
-            return bad("this is no log of requests");
-        }
-        if this.word(AT_VERSION).load(Ordering::Relaxed) != VERSION {
-            return bad("the log of requests is of another version");
-        }
+        let this = Self::over(SharedMemory::open(fd, &KIND)?);
         let left = this.left();
         Ok((this, left))
     }
 
-    fn map(file: File) -> io::Result<Self> {
-        let map = memmap2::MmapOptions::new().len(LEN).map_raw(&file)?;
-        let used = Free { lanes: 0, slots: Vec::new(), unused: 0 };
-        let this = Self { map, file: file.into(), free: Mutex::new(used) };
-        let used = usize::try_from(this.word(AT_USED).load(Ordering::Relaxed)).unwrap_or(SLOTS).min(SLOTS);
-        this.free.lock().unwrap().unused = used;
+    fn over(memory: SharedMemory) -> Self {
+        let used = usize::try_from(memory.word(AT_USED).load(Ordering::Relaxed)).unwrap_or(SLOTS).min(SLOTS);
+        let this = Self { memory, free: Mutex::new(Free { lanes: 0, slots: Vec::new(), unused: used }) };
         // Highest first, so that the lowest is taken first.
         this.free.lock().unwrap().slots = (0..used).rev().filter(|slot| this.is_free(*slot)).collect();
-        Ok(this)
+        this
     }
 
     /// Has the kernel write what `device` gives into the log, and copies it to `buffer`, which has room for
@@ -140,13 +107,10 @@ impl RequestLog {
         let lane = self.take_lane().ok_or(io::ErrorKind::WouldBlock)?;
         let landed = Landed { log: self, lane };
         // Else the kernel could not write once this process is being killed, and would fail the request.
-        self.zero(Self::lane_at(lane), LANE);
-        // SAFETY: the kernel writes at most `LANE` bytes, all of them in a lane that is mapped as long as `self`
-        // lives, that this thread alone uses, and of which nobody holds a reference.
-        let read = unsafe { libc::read(device.as_raw_fd(), self.at(Self::lane_at(lane)).cast(), LANE) };
-        let Ok(len) = usize::try_from(read) else { return Err(io::Error::last_os_error()) };
-        let len = len.min(LANE);
-        buffer[..len].copy_from_slice(&self.copy(Self::lane_at(lane), len));
+        self.memory.zero(Self::lane_at(lane), LANE);
+        // This thread alone uses the lane.
+        let len = self.memory.read_from(device, Self::lane_at(lane), LANE)?;
+        buffer[..len].copy_from_slice(&self.memory.copy(Self::lane_at(lane), len));
         Ok((landed, len))
     }
 
@@ -169,24 +133,22 @@ impl RequestLog {
                 None if free.unused == SLOTS => return None,
                 None => {
                     free.unused += 1;
-                    self.word(AT_USED).store(free.unused as u64, Ordering::Release);
+                    self.memory.word(AT_USED).store(free.unused as u64, Ordering::Release);
                     free.unused - 1
                 }
             }
         };
         let at = Self::slot_at(slot);
-        // SAFETY: `LONGEST` bytes behind the length belong to the slot, which is mapped as long as `self` lives,
-        // is free, and is used by nobody else since it was taken above; the request does not overlap it.
-        unsafe { std::ptr::copy_nonoverlapping(request.as_ptr(), self.at(at + 8), request.len()) };
+        self.memory.put(at + 8, request);
         // Last: a slot with a length is a whole request.
-        self.word(at).store(request.len() as u64, Ordering::Release);
+        self.memory.word(at).store(request.len() as u64, Ordering::Release);
         Some(Slot(slot))
     }
 
     /// Strikes out a request that was answered.
     pub fn strike_out(&self, slot: Slot) {
         let Slot(slot) = slot;
-        self.word(Self::slot_at(slot)).store(0, Ordering::Release);
+        self.memory.word(Self::slot_at(slot)).store(0, Ordering::Release);
         self.free.lock().unwrap().slots.push(slot);
     }
 
@@ -203,20 +165,20 @@ impl RequestLog {
             }
         };
         for lane in 0..LANES {
-            add(self.copy(Self::lane_at(lane), LANE));
-            self.zero(Self::lane_at(lane), LANE);
+            add(self.memory.copy(Self::lane_at(lane), LANE));
+            self.memory.zero(Self::lane_at(lane), LANE);
         }
         let used = self.free.lock().unwrap().unused;
         let taken: Vec<_> = (0..used).filter(|slot| !self.is_free(*slot)).collect();
         for slot in taken {
-            add(self.copy(Self::slot_at(slot) + 8, LONGEST));
+            add(self.memory.copy(Self::slot_at(slot) + 8, LONGEST));
             self.strike_out(Slot(slot));
         }
         found.into_values().collect()
     }
 
     fn is_free(&self, slot: usize) -> bool {
-        self.word(Self::slot_at(slot)).load(Ordering::Acquire) == 0
+        self.memory.word(Self::slot_at(slot)).load(Ordering::Acquire) == 0
     }
 
     const fn lane_at(lane: usize) -> usize {
@@ -226,46 +188,18 @@ impl RequestLog {
     const fn slot_at(slot: usize) -> usize {
         AT_SLOTS + slot * SLOT
     }
-
-    fn at(&self, at: usize) -> *mut u8 {
-        assert!(at < LEN);
-        // SAFETY: within the mapping, as just checked.
-        unsafe { self.map.as_mut_ptr().add(at) }
-    }
-
-    fn zero(&self, at: usize, len: usize) {
-        assert!(at + len <= LEN);
-        // SAFETY: mapped as long as `self` lives, and nobody holds a reference into the mapping.
-        unsafe { std::ptr::write_bytes(self.at(at), 0, len) };
-    }
-
-    fn copy(&self, at: usize, len: usize) -> Vec<u8> {
-        assert!(at + len <= LEN);
-        let mut bytes = vec![0; len];
-        // SAFETY: the mapping has `len` bytes there, the vector as many, and they do not overlap.
-        unsafe { std::ptr::copy_nonoverlapping(self.at(at), bytes.as_mut_ptr(), len) };
-        bytes
-    }
-
-    /// The word at byte `at`, a multiple of eight.
-    fn word(&self, at: usize) -> &AtomicU64 {
-        assert!(at.is_multiple_of(8) && at + 8 <= LEN);
-        // SAFETY: in bounds and aligned, because a mapping starts at a page; mapped as long as `self` lives;
-        // other processes may change it at any time, which is what atomics are for.
-        unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().add(at).cast()) }
-    }
 }
 
 impl AsFd for RequestLog {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        self.memory.as_fd()
     }
 }
 
 impl Drop for Landed<'_> {
     fn drop(&mut self) {
         // What has no length is no request.
-        self.log.zero(RequestLog::lane_at(self.lane), SHORTEST);
+        self.log.memory.zero(RequestLog::lane_at(self.lane), SHORTEST);
         self.log.free.lock().unwrap().lanes &= !(1 << self.lane);
     }
 }

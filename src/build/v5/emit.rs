@@ -117,7 +117,7 @@ impl Source<'_> {
         inode.parent = u64::from(path.parent).into();
         inode.ino = u64::from(path.ino).into();
         (inode.uid, inode.gid) = (meta.uid.into(), meta.gid.into());
-        inode.mode = (mode(&node.kind) | u32::from(meta.permissions)).into();
+        inode.mode = (node.kind.in_images().type_bits() | u32::from(meta.permissions)).into();
         inode.nlink = path.links.into();
         inode.child_index = path.first_child.into();
         inode.child_count = path.children.into();
@@ -171,18 +171,6 @@ fn directory_size(layout: &Layout<'_>, path: &Path<'_>) -> u64 {
     let children = &layout.paths[first..first + index(path.children)];
     let bytes: u64 = children.iter().map(|child| child.name.len() as u64 + ENTRY).sum();
     bytes.next_multiple_of(BLOCK).max(BLOCK)
-}
-
-fn mode(kind: &Kind) -> u32 {
-    match kind {
-        Kind::Directory(_) => libc::S_IFDIR,
-        Kind::Regular(_) => libc::S_IFREG,
-        Kind::Symlink(_) => libc::S_IFLNK,
-        Kind::Character(_) => libc::S_IFCHR,
-        Kind::Block(_) => libc::S_IFBLK,
-        Kind::Fifo => libc::S_IFIFO,
-        Kind::Socket => libc::S_IFSOCK,
-    }
 }
 
 /// The names from the root to a path.

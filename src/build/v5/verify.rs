@@ -88,15 +88,6 @@ impl Reading<'_> {
     fn compare(&mut self, inode: &Inode<'_>, id: NodeId) -> Result<(), VerifyError> {
         let node = self.source.tree.node(id);
         let meta = &node.meta;
-        let kind = match node.kind {
-            Kind::Directory(_) => image::Kind::Directory,
-            Kind::Regular(_) => image::Kind::Regular,
-            Kind::Symlink(_) => image::Kind::Symlink,
-            Kind::Character(_) => image::Kind::Character,
-            Kind::Block(_) => image::Kind::Block,
-            Kind::Fifo => image::Kind::Fifo,
-            Kind::Socket => image::Kind::Socket,
-        };
         let (same_number, links) = match node.kind {
             Kind::Regular(_) => {
                 let ino = *self.inos[id.index()].get_or_insert(inode.ino);
@@ -116,7 +107,7 @@ impl Reading<'_> {
             Kind::Directory(_) | Kind::Fifo | Kind::Socket => true,
         };
         let checks = [
-            (inode.kind == kind, "the kind"),
+            (inode.kind == node.kind.in_images(), "the kind"),
             (same_number, "the number"),
             (inode.permissions == meta.permissions, "the mode"),
             ((inode.uid, inode.gid) == (meta.uid, meta.gid), "the owner"),

@@ -18,6 +18,7 @@
 //! * `post` is the keeper process, `hands` what it does outside of its sandbox, `door` where it is reached, `wire` what is said, this file the daemon's
 //!   end, `inherit` that of a successor.
 
+mod absence;
 mod door;
 mod hands;
 mod inherit;

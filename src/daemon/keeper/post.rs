@@ -15,12 +15,11 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::wait::{WaitPidFlag, waitpid};
-use nix::unistd::Pid;
 
+use super::absence::Absence;
 use super::door::Door;
 use super::hands::Hands;
 use super::wire::{Kind, Name, Op, Word};
@@ -35,13 +34,6 @@ use crate::sys::{fdpass, mount, process, sandbox};
 const MOST_HELD: usize = 32 << 10;
 /// How often an orphan looks around.
 const TICK: Duration = Duration::from_millis(100);
-/// Pauses before a daemon is started again: the first at once, then doubling.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// A daemon that served this long did not die of its start.
-const SETTLED: Duration = Duration::from_secs(30);
-/// One that served this long after it had taken everything over has answered those who waited before.
-const SERVED: Duration = Duration::from_secs(2);
 /// How long another process may take to say or hear a word.
 const WORD: Duration = Duration::from_secs(5);
 
@@ -88,8 +80,6 @@ pub fn keep(daemon: OwnedFd, mut orders: Orders) -> io::Result<()> {
 struct Post {
     orders: Orders,
     hands: Hands,
-    /// Whether a daemon can be started from here.
-    starts_daemons: bool,
     sibling: PathBuf,
     /// Open while this is the keeper of its rank.
     door: Door,
@@ -97,9 +87,6 @@ struct Post {
     relief: Option<u32>,
     /// The daemon's connection; `None` while there is no daemon.
     daemon: Option<OwnedFd>,
-    attached: Instant,
-    /// Since when it serves, if it took over and said so.
-    serving: Option<Instant>,
     /// Sorted by name; never grows beyond what was reserved.
     held: Vec<(Name, OwnedFd)>,
     journal: Option<Journal>,
@@ -109,47 +96,20 @@ struct Post {
     denied_taken: bool,
 }
 
-/// What is known of a daemon that is not there.
-struct Absence {
-    since: Instant,
-    /// Whether a successor is to be started from here.
-    wants_successor: bool,
-    next_attempt: Instant,
-    pause: Duration,
-    child: Option<Pid>,
-    /// Whether a daemon was missed before, since one last served for a while.
-    is_known: bool,
-    /// What the daemon said about its leaving, if it did: whether it wants a successor.
-    parting: Option<bool>,
-}
-
 impl Post {
     fn new(daemon: OwnedFd, orders: Orders, hands: Hands, starts_daemons: bool) -> Self {
-        let now = Instant::now();
         let sibling = socket_path(&orders.run, 1 - orders.rank.min(1));
         let door = Door::new(&orders.run, orders.rank);
-        let absence = Absence {
-            since: now,
-            wants_successor: false,
-            next_attempt: now,
-            pause: Duration::ZERO,
-            child: None,
-            is_known: false,
-            parting: None,
-        };
         Self {
             orders,
             hands,
-            starts_daemons,
             sibling,
             door,
             relief: None,
             daemon: Some(daemon),
-            attached: now,
-            serving: None,
             held: Vec::with_capacity(MOST_HELD),
             journal: None,
-            absence,
+            absence: Absence::new(starts_daemons),
             denying: false,
             denied_taken: false,
         }
@@ -228,11 +188,11 @@ impl Post {
                 Ok(())
             }
             (Op::Leave, _) => {
-                self.absence.parting = Some(word.value != 0);
+                self.absence.expect(word.value != 0);
                 Ok(())
             }
             (Op::Serving, _) => {
-                self.serving = Some(Instant::now());
+                self.absence.note_service();
                 Ok(())
             }
             (Op::TakePost, _) => self.door.open().map_err(|e| errno(&e)),
@@ -264,26 +224,10 @@ impl Post {
     }
 
     fn note_absence(&mut self) {
-        let now = Instant::now();
-        let parting = self.absence.parting.take();
-        self.absence.pause = match parting {
-            Some(_) => Duration::ZERO,
-            None if self.attached.elapsed() >= SETTLED => FIRST_PAUSE,
-            // Each start doubles it.
-            None => self.absence.pause.max(FIRST_PAUSE),
-        };
-        // One that died of its start has served nobody: the readers who waited for it wait on.
-        let has_served = self.serving.take().is_some_and(|since| since.elapsed() >= SERVED);
-        let is_settled = self.attached.elapsed() >= SETTLED;
-        if parting.is_some() || has_served || is_settled || !self.absence.is_known {
-            self.absence.since = now;
-        }
-        self.absence.is_known = true;
-        self.absence.next_attempt = now + self.absence.pause;
-        self.absence.wants_successor = parting.unwrap_or(true) && self.starts_daemons;
-        if parting.is_none() && self.orders.rank == 0 && self.door.listener().is_some() {
+        let unexpected = self.absence.begin();
+        if unexpected && self.orders.rank == 0 && self.door.listener().is_some() {
             tracing::error!(
-                successor = self.absence.wants_successor,
+                successor = self.absence.wants_successor(),
                 "the daemon vanished; readers of its mounts wait"
             );
         }
@@ -334,7 +278,8 @@ impl Post {
         if told.and_then(|()| fdpass::set_timeout(client.as_fd(), None)).is_err() {
             return false;
         }
-        (self.attached, self.serving, self.daemon) = (Instant::now(), None, Some(client));
+        self.daemon = Some(client);
+        self.absence.end();
         (self.denying, self.denied_taken) = (false, false);
         false
     }
@@ -380,14 +325,10 @@ impl Post {
         if self.is_replaced() {
             return true;
         }
-        if let Some(child) = self.absence.child
-            && waitpid(child, Some(WaitPidFlag::WNOHANG)).is_ok_and(|status| status.pid().is_some())
-        {
-            self.absence.child = None;
-        }
-        let late = self.absence.since.elapsed() >= self.orders.patience;
+        self.absence.reap();
+        let late = self.absence.has_lasted(self.orders.patience);
         let is_needed = self.alive() > 0;
-        if !is_needed && (late || !self.absence.wants_successor && self.get(Kind::Cachefiles).is_none()) {
+        if !is_needed && (late || !self.absence.wants_successor() && self.get(Kind::Cachefiles).is_none()) {
             return true;
         }
         if late {
@@ -414,21 +355,19 @@ impl Post {
     }
 
     fn start_successor(&mut self) {
-        let now = Instant::now();
-        if !self.absence.wants_successor || self.absence.child.is_some() || now < self.absence.next_attempt {
+        if !self.absence.is_time_to_start() {
             return;
         }
-        match self.hands.start_daemon(self.get(Kind::Program)) {
-            Ok(child) => self.absence.child = Some(child),
-            Err(error) => tracing::error!(%error, "no daemon can be started in place of the one that vanished"),
+        let started = self.hands.start_daemon(self.get(Kind::Program));
+        if let Err(error) = &started {
+            tracing::error!(%error, "no daemon can be started in place of the one that vanished");
         }
-        self.absence.pause = (self.absence.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
-        self.absence.next_attempt = now + self.absence.pause;
+        self.absence.note_start(started.ok());
     }
 
     /// Takes the mounts out of the tree and denies their readers.
     fn recover(&mut self) {
-        self.absence.wants_successor = false;
+        self.absence.give_up();
         self.held.retain(|(name, _)| name.kind != Kind::Fuse);
         if self.steps_back() {
             return;

@@ -90,7 +90,7 @@ impl ImageTree {
         Node {
             id: self.id(inode.nid),
             ino: inode.nid,
-            mode: type_bits(inode.kind) | u32::from(inode.permissions),
+            mode: inode.kind.type_bits() | u32::from(inode.permissions),
             nlink: inode.nlink,
             uid: inode.uid,
             gid: inode.gid,
@@ -231,18 +231,6 @@ impl ImageTree {
 
 fn is_list(xattr: &Xattr<'_>) -> bool {
     xattr.prefix.starts_with(b"system.posix_acl_")
-}
-
-fn type_bits(kind: Kind) -> u32 {
-    match kind {
-        Kind::Regular => libc::S_IFREG,
-        Kind::Directory => libc::S_IFDIR,
-        Kind::Symlink => libc::S_IFLNK,
-        Kind::Character => libc::S_IFCHR,
-        Kind::Block => libc::S_IFBLK,
-        Kind::Fifo => libc::S_IFIFO,
-        Kind::Socket => libc::S_IFSOCK,
-    }
 }
 
 fn kind_in_listing(kind: u8) -> u8 {

@@ -1,0 +1,122 @@
+//! One ranged read: which units it brings, who waits for them, and how it comes apart.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+
+use super::core::Core;
+use super::inflight::Lead;
+use crate::base::{ByteRange, Class, RequestId};
+use crate::blob::{Unit, UnitIndex};
+use crate::telemetry::Telemetry;
+
+/// One ranged read and the duty to finish the units it brings.
+pub(super) struct Window {
+    pub(super) core: Arc<Core>,
+    pub(super) stored: ByteRange,
+    /// Not empty.
+    pub(super) units: Vec<Led>,
+    /// When a reader began to wait; `None` while nobody does.
+    pub(super) asked: Option<Instant>,
+    /// The request of the kernel that it was made for or promoted by.
+    pub(super) request: RequestId,
+    /// Whether it is part of a prefetch that gives way to everything else. No more so once a reader
+    /// waits for one of its units.
+    pub(super) bulk: bool,
+    /// What has come already of a bulk read that gave way, from the start of `stored` on.
+    pub(super) head: BytesMut,
+}
+
+/// A unit on its way, and the duty to finish it.
+pub(super) struct Led {
+    pub(super) unit: Unit,
+    pub(super) lead: Lead,
+    /// Whether this is the second attempt, after a first one brought damaged bytes.
+    pub(super) again: bool,
+}
+
+impl Window {
+    /// A read of its own for `units`, for readers or ahead of one.
+    pub(super) fn new(core: Arc<Core>, stored: ByteRange, units: Vec<Led>, asked: Option<Instant>) -> Self {
+        Self { core, stored, units, asked, request: RequestId::NONE, bulk: false, head: BytesMut::new() }
+    }
+
+    /// The same for a prefetch behind everybody.
+    pub(super) fn bulk(core: Arc<Core>, stored: ByteRange, units: Vec<Led>) -> Self {
+        Self { bulk: true, ..Self::new(core, stored, units, None) }
+    }
+
+    /// Parts of which each is wholly urgent or wholly bulk, in order. What has come of the first is
+    /// kept if it is bulk; a reader's read brings its own.
+    pub(super) fn split_by_urgency(self) -> Vec<Self> {
+        let Self { core, units, request, mut head, .. } = self;
+        let longest = core.engine.options.window;
+        let mut parts: Vec<Self> = Vec::new();
+        for group in groups(units) {
+            let is_urgent = group.iter().any(|led| led.lead.urgency().class() == Class::OnDemand);
+            let stored = group[0].unit.stored;
+            match parts.last_mut() {
+                Some(part) if part.bulk != is_urgent && (part.bulk || part.stored.hull(stored).len() <= longest) => {
+                    part.stored = part.stored.hull(stored);
+                    part.units.extend(group);
+                }
+                _ => {
+                    let head = std::mem::take(&mut head);
+                    let part = Self::new(Arc::clone(&core), stored, group, is_urgent.then(Instant::now));
+                    parts.push(if is_urgent { Self { request, ..part } } else { Self { bulk: true, head, ..part } });
+                }
+            }
+        }
+        parts
+    }
+
+    pub(super) fn class(&self) -> Class {
+        let classes = self.units.iter().map(|led| led.lead.urgency().class());
+        classes.min().unwrap_or(Class::Prefetch)
+    }
+
+    /// Whether a reader has waited this long already.
+    pub(super) fn is_late(&self, deadline: Duration) -> bool {
+        self.asked.is_some_and(|asked| asked.elapsed() >= deadline)
+    }
+
+    /// Whether its units can be asked for by more than one read.
+    pub(super) fn is_divisible(&self) -> bool {
+        self.units.iter().any(|led| led.unit.stored != self.stored)
+    }
+
+    pub(super) fn span(&self) -> RangeInclusive<UnitIndex> {
+        let units = || self.units.iter().map(|led| led.lead.unit());
+        units().min().unwrap_or(0)..=units().max().unwrap_or(0)
+    }
+
+    /// Notes that its units are being fetched now, and how long a reader has waited for that.
+    pub(super) fn start(&mut self, now: Instant, telemetry: &Telemetry) {
+        let mut is_first = true;
+        for led in &mut self.units {
+            is_first &= led.lead.start(now);
+        }
+        if let Some(asked) = self.asked.filter(|_| is_first) {
+            telemetry.fills.queue.observe(now.saturating_duration_since(asked));
+        }
+    }
+
+    pub(super) fn holds(&self, device: u64, unit: UnitIndex) -> bool {
+        self.core.id == device && self.units.iter().any(|led| led.lead.unit() == unit)
+    }
+}
+
+/// Units that share their stored bytes together, all others alone. They come in order of stored
+/// ranges, as [`super::plan`] leaves them, so those that share are neighbours.
+pub(super) fn groups(units: Vec<Led>) -> Vec<Vec<Led>> {
+    let mut groups: Vec<Vec<Led>> = Vec::new();
+    for led in units {
+        match groups.last_mut() {
+            Some(group) if group[0].unit.shares_with(&led.unit) => group.push(led),
+            _ => groups.push(vec![led]),
+        }
+    }
+    groups
+}
