@@ -17,6 +17,7 @@ use rafsd::build::{
 use rafsd::codec;
 use rafsd::format::blobfile::features;
 use rafsd::format::rafs::DigestAlgorithm;
+use rafsd::image;
 use rafsd::image::v5::{Bootstrap, Inode};
 use rafsd::reader::{Files, bootstrap};
 use rafsd::source::LocalSource;
@@ -356,6 +357,8 @@ fn layers_of_both_versions_become_one_image_that_can_be_converted() {
     ] {
         let image = merged(name, versions);
         listing::assert_same(&want, &shop.listing(&image, &blobs));
+        let report = image::check::check(&bootstrap::open(&image).unwrap());
+        assert_eq!(report.findings, [], "{name}: what was written is sound");
 
         let converted = shop.convert(&image, &format!("{name}-converted")).unwrap();
         assert_eq!((converted.tables.len(), converted.kept_blobs.len()), (tables, 2 - tables), "{name}");

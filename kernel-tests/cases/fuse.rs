@@ -200,6 +200,7 @@ fn what_is_complete_at_the_mount_needs_nobody(ctx: &Ctx) -> Outcome {
     let second = fixture.mount("second")?;
     ensure!(fs::read(first.join("0"))? == content(0, FILE), "over FUSE");
     fixture.umount(&first)?;
+    ensure!(fixture.list()?[0]["state"] == "complete", "{:?}", fixture.list()?);
     fixture.kill_all()?;
     drop_caches()?;
 

@@ -46,6 +46,7 @@ pub(crate) const CASES: &[Case] = &[
     case("a_takeover_needs_no_source", Place::Here, a_takeover_needs_no_source),
     case("the_whole_tree_is_right_after_a_takeover", Place::Both, the_whole_tree_is_right_after_a_takeover),
     case("readers_survive_kills_where_nothing_is_sent_again", Place::Fuse, readers_survive_without_resend),
+    case("readers_survive_a_kill_at_each_step_there", Place::Fuse, readers_survive_a_kill_at_each_step_there),
 ];
 
 /// Bytes of one chunk: small, so that an image has many to miss.
@@ -257,12 +258,21 @@ const STEPS: &[&str] =
 const TAKEOVER_STEPS: &[&str] = &["adopted-one", "adopting"];
 
 fn readers_survive_a_kill_at_each_step(ctx: &Ctx) -> Outcome {
-    let mut siege = Siege::begin(ctx, &[])?;
+    kill_at_each_step(ctx, Siege::begin(ctx, &[])?, TAKEOVER_STEPS)
+}
+
+/// As before Linux 6.9.
+fn readers_survive_a_kill_at_each_step_there(ctx: &Ctx) -> Outcome {
+    let siege = Siege::begin_as(ctx, &[], Some("no-resend"))?;
+    kill_at_each_step(ctx, siege, &["adopted-one", "adopting", "replayed"])
+}
+
+fn kill_at_each_step(ctx: &Ctx, mut siege: Siege<'_>, takeover: &[&str]) -> Outcome {
     // Where a confined daemon may remove it.
     let token = siege.fixture.run().join("token");
     siege.start_readers(4);
     let host_only = ["taken", "written-down", "answered", "adopting", "synced", "flushed"];
-    for step in STEPS.iter().chain(TAKEOVER_STEPS) {
+    for step in STEPS.iter().chain(takeover) {
         if ctx.in_guest && host_only.contains(step) {
             continue;
         }

@@ -73,7 +73,7 @@ impl Entry {
         let set = row.features.get();
         let field = |field, value: u64| TablesError::Field { blob: blob.clone(), field, value };
         let kind = kind(set).ok_or(field("features", set.into()))?;
-        let kind = if kind == BlobKind::Native && has_no_tables(row) { BlobKind::Listed } else { kind };
+        let kind = if kind == BlobKind::Native && row.has_no_tables() { BlobKind::Listed } else { kind };
         if set & features::EXTERNAL != 0 {
             return Err(TablesError::Unsupported { blob, kind: "an external object" });
         }
@@ -152,13 +152,6 @@ fn kind(set: u32) -> Option<BlobKind> {
         BlobKind::Native
     };
     is_sound.then_some(kind)
-}
-
-/// Whether a row says nothing of a chunk-info array, nor of anything that only such an array tells.
-fn has_no_tables(row: &BlobEntry) -> bool {
-    let told = features::CHUNK_INFO_V2 | features::SEPARATE | features::HAS_TOC | features::INLINED_CHUNK_DIGEST;
-    let sizes = row.ci_offset.get() | row.ci_compressed_size.get() | row.ci_uncompressed_size.get();
-    sizes == 0 && row.features.get() & told == 0
 }
 
 /// An empty range, if the sizes of a blob without tables are possible.

@@ -3,10 +3,13 @@
 use super::{Check, Unit, UnitIndex, UnitMap};
 use super::{TablesError, tables::BlobTables};
 use crate::base::ByteRange;
+use crate::format::erofs::MAX_DEVICES;
 use crate::format::rafs::{ChunkRecord, chunk_flags};
 
 /// Numbers that a map keeps free for what other images list, however few this one does.
-const MOST_FREE: usize = 1 << 18;
+const MOST_FREE: usize = 1 << 12;
+/// An image can have that of each of its devices.
+const _: () = assert!(MOST_FREE * size_of::<Unit>() * MAX_DEVICES <= 128 << 20);
 /// The same for each unit that it does list.
 const FREE_PER_UNIT: usize = 8;
 

@@ -20,7 +20,17 @@ pub use entry::BlobKind;
 pub use map::{UnitMap, UnitMapError};
 pub use tables::{BlobTables, TablesError};
 
-use crate::base::ByteRange;
+use crate::base::{ByteRange, Digest};
+use crate::codec;
+use crate::format::rafs::DigestAlgorithm;
+
+/// The digest of `plain` by `algorithm`.
+pub fn digest_of(algorithm: DigestAlgorithm, plain: &[u8]) -> Digest {
+    match algorithm {
+        DigestAlgorithm::Blake3 => codec::blake3(plain),
+        DigestAlgorithm::Sha256 => codec::sha256(plain),
+    }
+}
 
 /// Ordinal of a unit in its blob, from 0.
 pub type UnitIndex = u32;
@@ -126,4 +136,14 @@ pub enum Check {
     Crc32c(u32),
     /// The image does not say: such a unit belongs to no file of the image and is never filled.
     Unknown,
+}
+
+impl Check {
+    /// By a digest of `algorithm`.
+    pub fn of(algorithm: DigestAlgorithm, digest: [u8; 32]) -> Self {
+        match algorithm {
+            DigestAlgorithm::Blake3 => Self::Blake3(digest),
+            DigestAlgorithm::Sha256 => Self::Sha256(digest),
+        }
+    }
 }

@@ -8,7 +8,7 @@ use super::{BlobKey, Check, Recipe, Unit, UnitMap, UnitMapError, zran};
 use crate::base::{BLOCK, BlobId, ByteRange, InvalidBlobId};
 use crate::codec::{self, CodecError};
 use crate::format::blobfile::{BatchContext, ChunkInfoV1, ChunkInfoV2, Header, MAGIC, ZranContext, features};
-use crate::format::rafs::{Algorithm, BlobEntry, ChunkRecord, DigestAlgorithm, chunk_flags};
+use crate::format::rafs::{Algorithm, BlobEntry, ChunkRecord, chunk_flags};
 
 /// Where a blob keeps its tables, and how to read them: one checked row of the blob table.
 #[derive(Clone, Debug)]
@@ -201,10 +201,7 @@ impl BlobTables {
     /// What a row promises about the plain bytes: its digest, its CRC where it carries none.
     pub(super) fn promised(&self, row: &ChunkRecord) -> Check {
         if row.digest != [0; 32] {
-            return match self.entry.digest {
-                DigestAlgorithm::Blake3 => Check::Blake3(row.digest),
-                DigestAlgorithm::Sha256 => Check::Sha256(row.digest),
-            };
+            return Check::of(self.entry.digest, row.digest);
         }
         let has_crc = row.flags.get() & chunk_flags::HAS_CRC32 != 0;
         if has_crc { Check::Crc32c(row.crc32.get()) } else { Check::Unknown }

@@ -361,12 +361,12 @@ fn chunk_index(chunk: &Chunk) -> ChunkIndex {
 fn device_slot(blob: &BlobEntry, end: &mut u64) -> Result<DeviceSlot, BuildError> {
     let mut slot = DeviceSlot::new_zeroed();
     slot.tag = blob.id;
-    slot.blocks = blocks(blob).into();
     let start = end.next_multiple_of(FLAT_ALIGNMENT);
-    *end = start + u64::from(blocks(blob)) * BLOCK;
+    *end = start.saturating_add(blob.uncompressed_size.get() / BLOCK * BLOCK);
     if *end > MAX_FLAT {
         return Err(BuildError::Limit(Limit::Decoded));
     }
+    slot.blocks = blocks(blob).into();
     slot.mapped_blkaddr = block_number(start).into();
     Ok(slot)
 }

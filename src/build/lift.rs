@@ -17,6 +17,7 @@ use zerocopy::FromZeros;
 use super::chunk::{Chunk, Content};
 use super::emit::{Bootstrap, Facts};
 use super::error::{BuildError, Limit, Unfit};
+use super::input::check_target;
 use super::layout;
 use super::merge::prefetch_nodes;
 use super::tree::{Kind, Meta, Node, NodeId, Tree};
@@ -232,17 +233,15 @@ impl<'a, 'b> Lift<'a, 'b> {
         let kind = match inode.kind {
             image::Kind::Directory => Kind::empty_directory(),
             image::Kind::Regular => Kind::Regular(self.content(inode)?),
-            image::Kind::Symlink => Kind::Symlink(inode.target.into()),
+            image::Kind::Symlink => {
+                check_target(inode.target).map_err(|problem| LiftError::Unfit { number: inode.number, problem })?;
+                Kind::Symlink(inode.target.into())
+            }
             image::Kind::Character => Kind::Character(inode.rdev),
             image::Kind::Block => Kind::Block(inode.rdev),
             image::Kind::Fifo => Kind::Fifo,
             image::Kind::Socket => Kind::Socket,
         };
-        if let Kind::Symlink(target) = &kind
-            && target.len() > MAX_TARGET
-        {
-            return Err(LiftError::Unfit { number: inode.number, problem: Unfit::SymlinkLength(target.len()) });
-        }
         Ok(Node { meta: self.meta(inode)?, kind })
     }
 
@@ -369,9 +368,6 @@ impl<'a, 'b> Lift<'a, 'b> {
 const MAX_CHUNKS: u32 = 0xff_ffff;
 /// Number of a chunk that has none yet.
 const UNNUMBERED: u32 = u32::MAX;
-
-/// Longest link target that readers of v6 accept, in bytes.
-const MAX_TARGET: usize = 4095;
 
 /// How much of a blob its chunks show.
 #[derive(Clone, Copy, Debug, Default)]

@@ -24,6 +24,7 @@ use super::spec::{Version, default_batch_size};
 use super::tree::{Kind, NodeId};
 use super::{BlobReport, Progress, layout, merge, recheck, stockblobs};
 use crate::base::{BLOCK, ByteRange, Digest};
+use crate::blob::digest_of;
 use crate::codec;
 use crate::format::blobfile::features;
 use crate::format::rafs::{Algorithm, BlobEntry, DigestAlgorithm};
@@ -362,13 +363,6 @@ fn as_it_is<'b>(algorithm: Algorithm, stored: &'b [u8], plain: &[u8], form: Form
         compressed => compressed == form.compression && stored.len() < plain.len(),
     };
     fits.then_some(stored)
-}
-
-pub(super) fn digest_of(algorithm: DigestAlgorithm, plain: &[u8]) -> Digest {
-    match algorithm {
-        DigestAlgorithm::Blake3 => codec::blake3(plain),
-        DigestAlgorithm::Sha256 => codec::sha256(plain),
-    }
 }
 
 fn report(blob: &FinishedBlob, blobs_dir: &Path) -> BlobReport {

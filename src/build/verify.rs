@@ -184,10 +184,7 @@ fn map(image: &Image, entry: &BlobEntry, blob: &FinishedBlob, digest: DigestAlgo
         return Err(VerifyError::Place { chunk: units.len().min(blob.chunks.len()) });
     }
     for (number, (unit, chunk)) in units.iter_mut().zip(&blob.chunks).enumerate() {
-        let want = match digest {
-            DigestAlgorithm::Blake3 => Check::Blake3(chunk.digest.0),
-            DigestAlgorithm::Sha256 => Check::Sha256(chunk.digest.0),
-        };
+        let want = Check::of(digest, chunk.digest.0);
         let is_named = matches!(unit.check, Check::Blake3(_) | Check::Sha256(_));
         let place = ByteRange::at(chunk.decoded_offset, chunk.plain_len.into());
         if Some(unit.decoded) != place || is_named && unit.check != want {

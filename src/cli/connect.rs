@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Stdio};
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use clap::error::ErrorKind;
 use clap::{Arg, ArgMatches, Command, FromArgMatches};
 
 use super::settings;
+use super::userdirs::ensure_own;
 use crate::daemon::client::{Client, ClientError};
 use crate::daemon::keeper;
 use crate::sys::service;
@@ -106,6 +107,9 @@ impl Place {
     /// A client of a daemon that answers, started now if there is none. A started daemon leaves
     /// when it has had nothing to serve for a while.
     async fn connect_or_start(&self, cache: Option<&Path>) -> anyhow::Result<Client> {
+        if self.run.symlink_metadata().is_ok() {
+            ensure_own(&self.run)?;
+        }
         let client = self.client()?;
         match client.info().await {
             Ok(info) => {
@@ -144,6 +148,7 @@ impl Place {
             .mode(0o700)
             .create(&self.run)
             .with_context(|| format!("cannot create {run}"))?;
+        ensure_own(&self.run)?;
         // The daemon works in another directory.
         let run = self.run.canonicalize().with_context(|| format!("cannot use {run}"))?;
         let cache = cache.map(std::path::absolute).transpose().context("cannot tell the working directory")?;
@@ -183,7 +188,7 @@ impl Log {
         if fs::metadata(path).is_ok_and(|meta| meta.len() > Self::LIMIT) {
             fs::rename(path, path.with_extension("log.old"))?;
         }
-        let file = File::options().create(true).append(true).open(path)?;
+        let file = File::options().create(true).append(true).custom_flags(libc::O_NOFOLLOW).open(path)?;
         let start = file.metadata()?.len();
         Ok((Self { path: path.to_owned(), start }, file))
     }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use tokio::runtime::{Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use super::connect::{Place, block_on};
 use super::reload::Reload;
 use super::settings::SettingsArgs;
+use super::userdirs::ensure_own;
 use crate::cache::StoreError;
 use crate::daemon::control::Control;
 use crate::daemon::settings::{Origin, Resolved, Restart, Settings, TABLE};
@@ -73,8 +74,8 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     for dir in [&mut settings.run, &mut settings.cache] {
         let create = DirBuilder::new().recursive(true).mode(0o700).create(&*dir);
         create.with_context(|| format!("cannot create {}", dir.display()))?;
-        *dir = dir.canonicalize().with_context(|| format!("cannot use {}", dir.display()))?;
         ensure_own(dir)?;
+        *dir = dir.canonicalize().with_context(|| format!("cannot use {}", dir.display()))?;
     }
     // Before anything else is opened: numbers of descriptors have a meaning now.
     let handed = supervisor.take_those(|label| keeper::Name::from_label(label).is_some());
@@ -107,16 +108,6 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     }
     // A successor may be at work already: nothing that unwinding would do is wanted now.
     std::process::exit(0)
-}
-
-/// Who is not root may have been given a directory in a place that anybody writes to.
-fn ensure_own(dir: &Path) -> anyhow::Result<()> {
-    use std::os::unix::fs::MetadataExt;
-    let (us, owner) = (nix::unistd::geteuid(), std::fs::metadata(dir)?.uid());
-    if !us.is_root() && owner != us.as_raw() {
-        bail!("{} belongs to user {owner}; give --cache or --run", dir.display());
-    }
-    Ok(())
 }
 
 /// Serves until something ends it, and gives the daemon to be ended.

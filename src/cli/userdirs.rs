@@ -1,7 +1,10 @@
 //! Where a user who is not root has what a daemon needs, by the rules of the XDG base directories.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
 
 use crate::daemon::settings::UserDirs;
 
@@ -11,8 +14,20 @@ pub(super) fn user_dirs() -> Option<UserDirs> {
     (!uid.is_root()).then(|| dirs(uid.as_raw(), |name| std::env::var_os(name)))
 }
 
-/// The directories by what the environment says. Without any, what anybody may write to: that they belong to
-/// nobody else is for the daemon to see to.
+/// Fails for a user who is not root if `dir`, which is there, is another one's, or what another one's link leads
+/// to: in a place that anybody writes to, somebody may have been faster.
+pub(super) fn ensure_own(dir: &Path) -> anyhow::Result<()> {
+    let us = nix::unistd::geteuid();
+    let owners = || std::io::Result::Ok([std::fs::symlink_metadata(dir)?.uid(), std::fs::metadata(dir)?.uid()]);
+    let owners = owners().with_context(|| format!("cannot use {}", dir.display()))?;
+    match owners.into_iter().find(|owner| !us.is_root() && *owner != us.as_raw()) {
+        Some(owner) => bail!("{} belongs to user {owner}; give --cache or --run", dir.display()),
+        None => Ok(()),
+    }
+}
+
+/// The directories by what the environment says. Without any, what anybody may write to: [`ensure_own`] sees
+/// to it that they belong to nobody else.
 fn dirs(uid: u32, variable: impl Fn(&str) -> Option<OsString>) -> UserDirs {
     // A relative one is to be ignored.
     let dir = |name| variable(name).map(PathBuf::from).filter(|dir: &PathBuf| dir.is_absolute());

@@ -54,6 +54,11 @@ impl Daemon {
     /// Forgets a mount that has ended, or has not begun: its record, and its connection if it has one.
     pub(super) fn forget(&self, record: RecordId) {
         self.records.remove(record);
+        self.release_connection(record);
+    }
+
+    /// Has the keepers let go of the connection of a mount, if it has one.
+    pub(super) fn release_connection(&self, record: RecordId) {
         PARTS.iter().for_each(|part| self.keepers.release(name(record.number(), *part)));
     }
 

@@ -49,7 +49,8 @@ impl Daemon {
         let (dir, watch, sandbox) = (&request.dir, &self.watch, &self.options.sandbox);
         let keep = Kept { keepers: &self.keepers, record };
         let (watch, attachment) = match kind {
-            BackendKind::Fanotify | BackendKind::Cachefiles => {
+            BackendKind::Cachefiles => unreachable!("its devices lie in the kernel's own cache"),
+            BackendKind::Fanotify => {
                 let service = self.backends.fanotify(&self.keepers)?;
                 let attachment = service.attach(&image, dir, watch, &|watch| announce(watch, None), sandbox)?;
                 (attachment.watch, Attachment::Fanotify(attachment))
@@ -108,6 +109,8 @@ impl Daemon {
             (BackendKind::FuseTree, None) => return Err(damaged("no connection")),
             (_, legacy) => service.adopt_devices(image, watch, legacy),
         };
+        // Whoever waits there must not wait for somebody who never comes.
+        let attached = attached.inspect_err(|_| self.release_connection(id));
         attached.map(Attachment::Fuse).map_err(|cause| DaemonError::Start { what: "a FUSE connection", cause })
     }
 }

@@ -90,6 +90,17 @@ pub struct BlobEntry {
     pub reserved: [u8; 36],
 }
 
+impl BlobEntry {
+    /// Whether it says nothing of a chunk-info array, nor of anything that only such an array tells: then the
+    /// units of the blob are those that bootstraps list.
+    pub fn has_no_tables(&self) -> bool {
+        use super::blobfile::features;
+        let told = features::CHUNK_INFO_V2 | features::SEPARATE | features::HAS_TOC | features::INLINED_CHUNK_DIGEST;
+        let sizes = self.ci_offset.get() | self.ci_compressed_size.get() | self.ci_uncompressed_size.get();
+        sizes == 0 && self.features.get() & told == 0
+    }
+}
+
 const _: () = assert!(size_of::<BlobEntry>() == 256);
 const _: () = assert!(offset_of!(BlobEntry, cipher) == 0xd8);
 

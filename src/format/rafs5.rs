@@ -62,16 +62,8 @@ const _: () = assert!(size_of::<Superblock>() == SUPERBLOCK_LEN as usize);
 const _: () = assert!(offset_of!(Superblock, extended_blob_table_offset) == 0x48);
 
 /// Bits of [`Superblock::flags`] that a reader must understand or tolerate.
-pub const FLAGS_KNOWN: u64 = flags::COMPRESSION_NONE
-    | flags::COMPRESSION_LZ4
-    | flags::COMPRESSION_GZIP
-    | flags::COMPRESSION_ZSTD
-    | flags::HASH_BLAKE3
-    | flags::HASH_SHA256
-    | flags::EXPLICIT_UID_GID
-    | flags::HAS_XATTR
-    | flags::ENCRYPTION_NONE
-    | 0xfc00_0000;
+pub const FLAGS_KNOWN: u64 =
+    flags::KNOWN & !(flags::INLINED_CHUNK_DIGEST | flags::TARFS_MODE | flags::ENCRYPTION_AES_128_XTS);
 
 /// The row of the inode table for an inode record at byte `offset`; `None` if no row can say it.
 pub fn inode_row(offset: u64) -> Option<u32> {

@@ -33,16 +33,7 @@ impl Image {
         dir: &Inode,
         visit: &mut dyn FnMut(DirEntry<'a>) -> ControlFlow<()>,
     ) -> Result<(), ImageError> {
-        let blocks = DirBlocks::new(self, dir)?;
-        for number in 0..blocks.count() {
-            let block = blocks.get(number)?;
-            for index in 0..block.count() {
-                if visit(block.entry(index)?).is_break() {
-                    return Ok(());
-                }
-            }
-        }
-        Ok(())
+        self.list_from(dir, 0, &mut |entry, _| visit(entry))
     }
 
     /// As [`Image::list`], from `place` on, which is 0 or was told with an entry: for whoever goes on where

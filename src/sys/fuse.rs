@@ -163,9 +163,13 @@ pub fn mount_by(program: &Path, target: &Path, options: Options) -> Result<Devic
     let mut command = Command::new(program);
     command.arg("-o").arg(words).arg("--").arg(target).env("_FUSE_COMMFD", "0");
     let child = command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::piped());
-    let child = child.spawn().map_err(start)?;
+    let mut child = child.spawn().map_err(start)?;
     drop(command);
     let received = fdpass::receive(ours.as_fd(), &mut [0; 64]);
+    if received.is_err() {
+        // It has said nothing in all this time, and is not waited for.
+        let _ = child.kill();
+    }
     let output = child.wait_with_output().map_err(silent)?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();

@@ -72,21 +72,39 @@ pub struct Landed<'a> {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Slot(usize);
 
+/// A request that a dead process had taken and perhaps not answered.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Left {
+    pub bytes: Vec<u8>,
+    /// Where it is written down, if it had to wait: to be struck out when it is answered.
+    pub slot: Option<Slot>,
+    /// Where the kernel had written it, if it stands there still.
+    lane: Option<usize>,
+}
+
 impl RequestLog {
     /// An empty log in memory of its own.
     pub fn create() -> io::Result<Self> {
         Ok(Self::over(SharedMemory::create(&KIND)?))
     }
 
-    /// The log that another process made, and what stands there. The log is empty then: whoever opens it
-    /// answers what it is given, and writes it down again if it has to wait.
+    /// The log that another process made, and what stands there. It stands there until it is forgotten: a
+    /// process that dies halfway through answering leaves the rest to the next one.
     ///
     /// # Errors
     /// `InvalidData` if it is none, or of a version that this program does not know.
-    pub fn take_over(fd: OwnedFd) -> io::Result<(Self, Vec<Vec<u8>>)> {
+    pub fn take_over(fd: OwnedFd) -> io::Result<(Self, Vec<Left>)> {
         let this = Self::over(SharedMemory::open(fd, &KIND)?);
         let left = this.left();
         Ok((this, left))
+    }
+
+    /// Forgets where the kernel had written `left`, which was answered or has a slot by now. Before anything
+    /// else is [landed](RequestLog::land) here.
+    pub fn clear_lane(&self, left: &Left) {
+        if let Some(lane) = left.lane {
+            self.memory.zero(Self::lane_at(lane), SHORTEST);
+        }
     }
 
     fn over(memory: SharedMemory) -> Self {
@@ -152,27 +170,25 @@ impl RequestLog {
         self.free.lock().unwrap().slots.push(slot);
     }
 
-    /// Takes out what stands in the log, each request once, in the order of their numbers.
-    fn left(&self) -> Vec<Vec<u8>> {
-        let mut found = BTreeMap::new();
-        let mut add = |bytes: Vec<u8>| {
+    /// What stands in the log, each request once, in the order of their numbers.
+    fn left(&self) -> Vec<Left> {
+        let mut found: BTreeMap<u64, Left> = BTreeMap::new();
+        let mut add = |bytes: Vec<u8>, lane: Option<usize>, slot: Option<usize>| {
             let len = bytes.first_chunk().map_or(0, |len| u32::from_ne_bytes(*len) as usize);
             let number = bytes.get(NUMBER_AT..NUMBER_AT + 8).and_then(|bytes| bytes.first_chunk().copied());
-            if let Some(number) = number.map(u64::from_ne_bytes)
-                && (SHORTEST..=bytes.len()).contains(&len)
-            {
-                found.insert(number, bytes[..len].to_vec());
-            }
+            let number = number.map(u64::from_ne_bytes).filter(|_| (SHORTEST..=bytes.len()).contains(&len));
+            let Some(number) = number else { return };
+            let new = || Left { bytes: bytes[..len].to_vec(), lane: None, slot: None };
+            let left = found.entry(number).or_insert_with(new);
+            left.lane = left.lane.or(lane);
+            left.slot = left.slot.take().or(slot.map(Slot));
         };
         for lane in 0..LANES {
-            add(self.memory.copy(Self::lane_at(lane), LANE));
-            self.memory.zero(Self::lane_at(lane), LANE);
+            add(self.memory.copy(Self::lane_at(lane), LANE), Some(lane), None);
         }
         let used = self.free.lock().unwrap().unused;
-        let taken: Vec<_> = (0..used).filter(|slot| !self.is_free(*slot)).collect();
-        for slot in taken {
-            add(self.memory.copy(Self::slot_at(slot) + 8, LONGEST));
-            self.strike_out(Slot(slot));
+        for slot in (0..used).filter(|slot| !self.is_free(*slot)) {
+            add(self.memory.copy(Self::slot_at(slot) + 8, LONGEST), None, Some(slot));
         }
         found.into_values().collect()
     }
@@ -218,7 +234,8 @@ mod tests {
 
     /// What a successor finds.
     fn left(log: &RequestLog) -> Vec<Vec<u8>> {
-        RequestLog::take_over(log.as_fd().try_clone_to_owned().unwrap()).unwrap().1
+        let (_, left) = RequestLog::take_over(log.as_fd().try_clone_to_owned().unwrap()).unwrap();
+        left.into_iter().map(|left| left.bytes).collect()
     }
 
     fn land<'a>(log: &'a RequestLog, bytes: &[u8]) -> Landed<'a> {
@@ -239,14 +256,36 @@ mod tests {
         drop(other);
 
         assert_eq!(left(&log), [request(2, 300), request(4, 80)]);
-        assert_eq!(left(&log), Vec::<Vec<u8>>::new(), "whoever takes it over writes it down anew");
+        assert_eq!(left(&log), [request(2, 300), request(4, 80)], "it stands there for the next one as well");
 
         drop(landed);
         let again = log.write(&request(6, 80)).unwrap();
-        assert_eq!(left(&log), [request(6, 80)]);
+        assert_eq!(left(&log), [request(4, 80), request(6, 80)]);
         log.strike_out(slot);
         log.strike_out(again);
         assert_eq!(left(&log), Vec::<Vec<u8>>::new());
+    }
+
+    #[test]
+    fn a_successor_forgets_one_request_after_the_other() {
+        let log = RequestLog::create().unwrap();
+        let landed = [land(&log, &request(2, 80)), land(&log, &request(4, 300))];
+        log.write(&request(2, 80)).unwrap();
+        log.write(&request(6, 80)).unwrap();
+        // As a process that is killed.
+        landed.into_iter().for_each(std::mem::forget);
+
+        let (successor, left) = RequestLog::take_over(log.as_fd().try_clone_to_owned().unwrap()).unwrap();
+
+        let mut expected = vec![request(2, 80), request(4, 300), request(6, 80)];
+        assert!(left.iter().map(|left| &left.bytes).eq(&expected));
+        assert_eq!(left.iter().map(|left| left.slot.is_some()).collect::<Vec<_>>(), [true, false, true]);
+        for left in left {
+            successor.clear_lane(&left);
+            left.slot.into_iter().for_each(|slot| successor.strike_out(slot));
+            expected.remove(0);
+            assert_eq!(self::left(&log), expected);
+        }
     }
 
     #[test]
@@ -273,7 +312,9 @@ mod tests {
         let (successor, left) = RequestLog::take_over(log.as_fd().try_clone_to_owned().unwrap()).unwrap();
 
         assert_eq!(left.len(), SLOTS);
-        assert!(left.iter().zip(0..).all(|(bytes, number)| *bytes == request(number, LONGEST)));
+        assert!(left.iter().zip(0..).all(|(left, number)| left.bytes == request(number, LONGEST)));
+        assert!(successor.write(&request(1, 80)).is_none());
+        left.into_iter().take(1).filter_map(|left| left.slot).for_each(|slot| successor.strike_out(slot));
         assert!(successor.write(&request(1, 80)).is_some());
     }
 

@@ -138,7 +138,7 @@ fn connect(server: &Arc<Fuse>, image: Image) -> (Kernel, Connected) {
     nix::sys::socket::setsockopt(&theirs, nix::sys::socket::sockopt::SndBuf, &(4 << 20)).unwrap();
     let device = Device::from_fd(theirs.into()).unwrap();
     let tree = Arc::new(ImageTree::new(&live(image)));
-    let connected = server.connect(device, tree, Backend::FuseTree, None).unwrap();
+    let connected = server.connect(device, tree, Backend::FuseTree).unwrap();
     let mut kernel = Kernel { socket: ours, unique: 0, asked: HashSet::new() };
     let words = [7u32, 45, 131_072, 0x73ff_fffb, 0x3ff].map(u32::to_ne_bytes).concat();
     kernel.send(request(opcode::INIT, &[words, vec![0; 44]].concat()));

@@ -1,8 +1,9 @@
 //! One damage for each field that a reader relies on: the error names it.
 
 use rafsd::base::Chain;
-use rafsd::build::lift;
+use rafsd::build::{ConvertSpec, convert, lift};
 use rafsd::format::rafs::Algorithm;
+use rafsd::image::Image;
 use rafsd::image::check::Code;
 use rafsd::image::v5::Bootstrap;
 use rafsd::tools::check::v5;
@@ -158,6 +159,47 @@ fn a_small_image_does_not_become_a_large_one() {
     assert!(text.contains("inodes up to it take more than the"), "{text}");
     let report = v5::check(&Bootstrap::parse(&image.bytes).unwrap());
     assert!(report.findings.iter().any(|finding| finding.code == Code::Tree), "{:?}", report.findings);
+}
+
+#[test]
+fn a_blob_longer_than_an_address_space_is_refused() {
+    for extended in [true, false] {
+        let mut image = Writer { extended, ..Writer::default() }.image(&everything());
+        if extended {
+            image.set(image.extended_at + 8, &(1u64 << 44).to_le_bytes());
+        } else {
+            image.put_chunk("\u{e9}", 1, 0x38, &((1u64 << 44) - 4096).to_le_bytes());
+        }
+        let text = refusal(&image).unwrap();
+        assert!(text.contains("16 TiB") || text.contains("another record tells otherwise"), "{text}");
+    }
+}
+
+#[test]
+fn directories_that_share_their_children_are_looked_at_once() {
+    const DIRECTORIES: u32 = 2000;
+    let name = |number: u32| format!("d{number:04}").into_bytes();
+    let root = (0..DIRECTORIES).map(|number| (name(number), Item::Dir(tree([])))).collect();
+    let mut image = Writer::default().image(&root);
+    for number in 0..DIRECTORIES - 1 {
+        let (path, own) = (String::from_utf8(name(number)).unwrap(), number + 2);
+        image.put(&path, 0x5c, &(own + 1).to_le_bytes());
+        image.put(&path, 0x60, &(DIRECTORIES + 1 - own).to_le_bytes());
+    }
+    let report = v5::check(&Bootstrap::parse(&image.bytes).unwrap());
+    assert!((1..u64::from(3 * DIRECTORIES)).contains(&report.errors), "{}", report.errors);
+    assert!(refusal(&image).unwrap().contains("and in another one before"));
+}
+
+#[test]
+fn chunks_of_a_foreign_gzip_layer_are_not_converted() {
+    let image = Writer { compression: Algorithm::Gzip, ..Writer::default() }.image(&everything());
+    let image = Image::parse(lift(&Bootstrap::parse(&image.bytes).unwrap()).unwrap()).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let spec = ConvertSpec { name: "an image".as_ref(), image: &image, out_dir: out.path() };
+    let error = convert(&spec).unwrap_err();
+    assert!(Chain(&error).to_string().contains("gzip members"), "{error:?}");
+    assert!(!out.path().join("bootstrap").exists());
 }
 
 #[test]

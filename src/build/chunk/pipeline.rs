@@ -8,6 +8,7 @@ use super::parcel::{Made, Outcome, Parcel};
 use super::writer::{Batch, Writer};
 use super::{Cutter, Settings};
 use crate::base::Digest;
+use crate::blob::digest_of;
 use crate::build::blobwriter::BlobWriter;
 use crate::build::{BuildError, Progress};
 use crate::codec;
@@ -190,13 +191,6 @@ fn make(algorithm: DigestAlgorithm, packer: &mut Packer, parcel: &mut Parcel, cu
         Outcome::Seen
     };
     Made { digest, crc32c, outcome }
-}
-
-fn digest_of(algorithm: DigestAlgorithm, plain: &[u8]) -> Digest {
-    match algorithm {
-        DigestAlgorithm::Blake3 => codec::blake3(plain),
-        DigestAlgorithm::Sha256 => codec::sha256(plain),
-    }
 }
 
 /// What makes two chunks the same (`blob.md` section 10).

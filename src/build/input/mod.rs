@@ -25,7 +25,8 @@ pub(super) struct Read {
 /// Longest target that the kernel can follow: a path with its NUL has at most 4096 bytes.
 const MAX_TARGET: usize = 4095;
 
-fn check_target(target: &[u8]) -> Result<(), Unfit> {
+/// Fails unless a link can have this target.
+pub(in crate::build) fn check_target(target: &[u8]) -> Result<(), Unfit> {
     if target.is_empty() || target.len() > MAX_TARGET { Err(Unfit::SymlinkLength(target.len())) } else { Ok(()) }
 }
 

@@ -3,7 +3,7 @@
 use super::Source;
 use super::layout::{Layout, index};
 use crate::base::Digest;
-use crate::build::rewrite::digest_of;
+use crate::blob::digest_of;
 use crate::build::tree::Kind;
 
 /// The digest of every path, in the order of [`Layout::paths`].

@@ -8,12 +8,11 @@ use std::num::NonZeroUsize;
 
 use super::Source;
 use crate::base::{BLOCK, ByteRange, Digest};
-use crate::blob::{Check, Recipe, TablesError, Unit, UnitMap};
+use crate::blob::{Check, Recipe, TablesError, Unit, UnitMap, digest_of};
 use crate::build::blobwriter::FinishedBlob;
 use crate::build::chunk::{Chunk, Content};
 use crate::build::error::BuildError;
 use crate::build::lift;
-use crate::build::rewrite::digest_of;
 use crate::build::tree::{Kind, NodeId};
 use crate::build::verify::{self, VerifyError};
 use crate::format::rafs::{Algorithm, DigestAlgorithm, chunk_flags};
@@ -184,10 +183,7 @@ fn map(blob: &FinishedBlob, compression: Algorithm, digest: DigestAlgorithm) -> 
             return Err(place);
         };
         end = decoded.end().next_multiple_of(BLOCK);
-        let check = match digest {
-            DigestAlgorithm::Blake3 => Check::Blake3(chunk.digest.0),
-            DigestAlgorithm::Sha256 => Check::Sha256(chunk.digest.0),
-        };
+        let check = Check::of(digest, chunk.digest.0);
         units.push(Unit { decoded, stored, recipe: recipe(chunk), check, part: None, encrypted: false });
     }
     UnitMap::new(blob.id.clone(), end, units).map_err(|cause| TablesError::Map { blob: blob.id.clone(), cause }.into())

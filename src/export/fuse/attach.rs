@@ -15,7 +15,7 @@ use nix::sys::stat::Mode;
 use super::negotiation::MAX_READ;
 use super::tree::ImageTree;
 use super::{AnnounceLasting, Connected, Fuse, Keep, Legacy, Part};
-use crate::export::{AttachError, LiveImage, MountWatch, WatchId};
+use crate::export::{AttachError, Backing, LiveImage, MountWatch, WatchId};
 use crate::image::{Image, Kind, Visit};
 use crate::sys::fuse::{FusermountError, Options, find_fusermount, mount_by, unmount_by};
 use crate::sys::mount::MountError;
@@ -30,12 +30,22 @@ pub(super) const HANDSHAKE: Duration = Duration::from_secs(20);
 pub(super) const READ_AHEAD_KIB: u32 = 1024;
 
 /// A mounted tree. Keeps its connection read until it is released.
-#[derive(Debug)]
 pub struct Attachment {
     /// Reports the end of the superblock.
     pub watch: WatchId,
     /// `None` if the kernel reads everything without us.
     pub(super) connected: Option<Connected>,
+    /// Alive as long as the mount, whether it is read through us or not.
+    pub(super) _devices: Vec<Arc<dyn Backing>>,
+}
+
+impl std::fmt::Debug for Attachment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Attachment")
+            .field("watch", &self.watch)
+            .field("connected", &self.connected)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Attachment {
@@ -84,7 +94,7 @@ impl Fuse {
             Ok(watched)
         };
         match finish() {
-            Ok(watch) => Ok(Attachment { watch, connected: Some(connected) }),
+            Ok(watch) => Ok(Attachment { watch, connected: Some(connected), _devices: image.devices.clone() }),
             Err(error) => {
                 connected.close();
                 Err(error)
@@ -96,7 +106,7 @@ impl Fuse {
     /// end of the superblock.
     pub fn adopt(self: &Arc<Self>, image: &LiveImage, watch: WatchId, legacy: Legacy) -> io::Result<Attachment> {
         let connected = self.go_on(legacy, Arc::new(ImageTree::new(image)), Backend::FuseTree)?;
-        Ok(Attachment { watch, connected: Some(connected) })
+        Ok(Attachment { watch, connected: Some(connected), _devices: image.devices.clone() })
     }
 
     /// Mounts for who may not: `program` does it, at `target` at once.
@@ -115,11 +125,11 @@ impl Fuse {
         let keep_device = keep.keep(Part::Device, device.held());
         let undo = || sandbox.outside(|| unmount_by(program, target, true));
         let tree = Arc::new(ImageTree::new(image));
-        let connect = || self.connect(device, tree, Backend::FuseTree, None).map_err(at(target));
+        let connect = || self.connect(device, tree, Backend::FuseTree).map_err(at(target));
         let connected = connect().inspect_err(|_| drop(undo()))?;
         let finish = || {
             keep_device.map_err(AttachError::Unkept)?;
-            let root = File::open(target).map_err(at(target))?;
+            let root = sandbox.outside(|| File::open(target)).map_err(at(target))?;
             let lasting = connected.make_lasting(&root, keep)?;
             widen_read_ahead(&root, sandbox);
             open_once(&image.image, &root, sandbox);
@@ -128,7 +138,7 @@ impl Fuse {
             Ok(watched)
         };
         match finish() {
-            Ok(watch) => Ok(Attachment { watch, connected: Some(connected) }),
+            Ok(watch) => Ok(Attachment { watch, connected: Some(connected), _devices: image.devices.clone() }),
             Err(error) => {
                 let _ = undo();
                 connected.close();

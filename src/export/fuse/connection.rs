@@ -21,7 +21,7 @@ use crate::base::Chain;
 use crate::export::limiter::Limiter;
 use crate::sys::faultpoint;
 use crate::sys::fuse::Device;
-use crate::sys::requestlog::RequestLog;
+use crate::sys::requestlog::{RequestLog, Slot};
 use crate::telemetry::{Backend, Telemetry};
 
 /// Most bytes of one listing. The kernel asks for a page, or since Linux 6.16 for more.
@@ -47,6 +47,12 @@ pub struct Connection {
     pub(super) interrupts: Interrupts,
     /// Where they are written down, if the kernel does not send them again to a successor.
     requests: OnceLock<Arc<RequestLog>>,
+}
+
+/// What is known of a request that a process which died had taken: where it is written down, if it had to wait.
+#[derive(Debug)]
+pub(super) struct Before {
+    pub(super) slot: Option<Slot>,
 }
 
 #[derive(Debug, Default)]
@@ -155,15 +161,15 @@ impl Connection {
         };
         faultpoint::reach("taken");
         if len > 0 {
-            self.handle_contained(&buffer[..len]);
+            self.handle_contained(&buffer[..len], None);
         }
         Ok(len)
     }
 
     /// As [`Connection::handle`]: a bug met by one request must not stop the answers for every other reader.
     /// The duty inside fails the request when unwinding drops it.
-    pub(super) fn handle_contained(self: &Arc<Self>, bytes: &[u8]) {
-        if catch_unwind(AssertUnwindSafe(|| self.handle(bytes))).is_err() {
+    pub(super) fn handle_contained(self: &Arc<Self>, bytes: &[u8], before: Option<Before>) {
+        if catch_unwind(AssertUnwindSafe(|| self.handle(bytes, before))).is_err() {
             tracing::error!("a request could not be handled and was failed");
         }
     }
@@ -183,24 +189,31 @@ impl Connection {
         self.changed.notify_all();
     }
 
-    fn duty(self: &Arc<Self>, unique: u64) -> Duty {
+    fn duty(self: &Arc<Self>, unique: u64, before: Option<Before>) -> Duty {
         self.waiting.fetch_add(1, Ordering::AcqRel);
-        Duty::new(self.clone(), unique)
+        match before {
+            None => Duty::new(self.clone(), unique),
+            Some(Before { slot }) => Duty::old(self.clone(), unique, slot),
+        }
     }
 
-    /// Answers the request that `bytes` are, or sees to it that it is answered.
-    pub(super) fn handle(self: &Arc<Self>, bytes: &[u8]) {
+    /// Answers the request that `bytes` are, or sees to it that it is answered. `before` of one that a process
+    /// which died had taken.
+    pub(super) fn handle(self: &Arc<Self>, bytes: &[u8], before: Option<Before>) {
         let request = match Request::parse(bytes) {
-            Ok(request) => request,
-            Err(error) => return self.refuse(error),
+            Ok(request) if request.question.wants_answer() => request,
+            other => {
+                if let (Some(log), Some(Before { slot: Some(slot) })) = (self.requests.get(), before) {
+                    log.strike_out(slot);
+                }
+                return match other {
+                    Ok(Request { question: Question::Interrupt { unique }, .. }) => self.interrupts.signalled(unique),
+                    Ok(_) => {}
+                    Err(error) => self.refuse(error),
+                };
+            }
         };
-        if let Question::Interrupt { unique } = request.question {
-            return self.interrupts.signalled(unique);
-        }
-        if !request.question.wants_answer() {
-            return;
-        }
-        let mut duty = self.duty(request.unique);
+        let mut duty = self.duty(request.unique, before);
         // All else is answered before this returns.
         if let (Some(log), Question::Read { .. }) = (self.requests.get(), &request.question)
             && !duty.write_down(log, bytes)
@@ -328,7 +341,7 @@ impl Connection {
             tracing::warn!(%error, held_back, "a request makes no sense");
         }
         if let Some(unique) = error.owed_to() {
-            self.duty(unique).fail(libc::EINVAL);
+            self.duty(unique, None).fail(libc::EINVAL);
         }
     }
 }

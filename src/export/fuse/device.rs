@@ -83,7 +83,7 @@ impl Fuse {
             erofs::publish(mount, image, stage, &reaches_us)
         });
         match attached {
-            Ok(watch) => Ok(Attachment { watch, connected }),
+            Ok(watch) => Ok(Attachment { watch, connected, _devices: image.devices.clone() }),
             Err(error) => {
                 connected.into_iter().for_each(Connected::close);
                 Err(error)
@@ -112,7 +112,7 @@ impl Fuse {
     ) -> io::Result<Attachment> {
         let tree = || Arc::new(DeviceTree::new(&image.devices));
         let connected = legacy.map(|legacy| self.go_on(legacy, tree(), Backend::FuseDevice)).transpose()?;
-        Ok(Attachment { watch, connected })
+        Ok(Attachment { watch, connected, _devices: image.devices.clone() })
     }
 }
 

@@ -18,18 +18,25 @@ pub(super) struct Duty {
     connection: Arc<Connection>,
     unique: u64,
     is_open: bool,
+    /// Whether a process that died had taken the request.
+    is_old: bool,
     /// Where a successor would find it, if the kernel does not send it again.
     slot: Option<Slot>,
 }
 
 impl Duty {
     pub(super) fn new(connection: Arc<Connection>, unique: u64) -> Self {
-        Self { connection, unique, is_open: true, slot: None }
+        Self { connection, unique, is_open: true, is_old: unique & RESENT != 0, slot: None }
+    }
+
+    /// That of a request which a process that died had taken, and perhaps written down.
+    pub(super) fn old(connection: Arc<Connection>, unique: u64, slot: Option<Slot>) -> Self {
+        Self { connection, unique, is_open: true, is_old: true, slot }
     }
 
     /// Has the request, which `bytes` are, written down until it is answered. `false` if there is no room.
     pub(super) fn write_down(&mut self, log: &RequestLog, bytes: &[u8]) -> bool {
-        self.slot = log.write(bytes);
+        self.slot = self.slot.take().or_else(|| log.write(bytes));
         self.slot.is_some()
     }
 
@@ -38,9 +45,9 @@ impl Duty {
         self.unique
     }
 
-    /// Whether the kernel sent it again, because a process that died had taken it.
-    pub(super) fn is_resent(&self) -> bool {
-        self.unique & RESENT != 0
+    /// Whether a process that died had taken it: the kernel has sent it again, or it was written down.
+    pub(super) fn is_old(&self) -> bool {
+        self.is_old
     }
 
     /// Answers with `body`.

@@ -6,7 +6,7 @@
 //! sees; the fill goes on. Whether it is being killed tells the kernel's status of the thread, which has to be
 //! looked at again as long as the read waits: one signal is told of, the first.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -21,12 +21,23 @@ pub(super) trait Waiting: Send + Sync {
     fn let_go(&self);
 }
 
+/// Most numbers that are remembered of reads which nobody has entered yet.
+const MOST_EARLY: usize = 64;
+
 /// The reads of one connection that wait for data.
 #[derive(Default)]
 pub(super) struct Interrupts {
-    waiting: Mutex<HashMap<u64, Reader>>,
+    state: Mutex<State>,
     /// Set when some reader has to be looked at; shared by all connections of a server.
     any: Arc<AtomicBool>,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: HashMap<u64, Reader>,
+    /// Told of before they were entered: another thread may be faster than the one that has the request. The
+    /// kernel tells once, and no number is used again.
+    early: VecDeque<u64>,
 }
 
 struct Reader {
@@ -46,26 +57,37 @@ impl std::fmt::Debug for Interrupts {
 impl Interrupts {
     /// No reads. `any` is set when one has to be looked at.
     pub(super) fn new(any: Arc<AtomicBool>) -> Self {
-        Self { waiting: Mutex::default(), any }
+        Self { state: Mutex::default(), any }
     }
 
-    /// A read waits, which the kernel calls `unique` and `thread` has asked for.
-    pub(super) fn enter(&self, unique: u64, thread: u32, read: &Arc<impl Waiting + 'static>) {
+    /// A read waits, which the kernel calls `unique` and `thread` has asked for. Of an `old` one, which a dead
+    /// process had taken, nobody knows whether it was sent a signal.
+    pub(super) fn enter(&self, unique: u64, thread: u32, old: bool, read: &Arc<impl Waiting + 'static>) {
         let read: Arc<dyn Waiting> = read.clone();
-        let reader = Reader { thread, read: Arc::downgrade(&read), is_watched: false };
-        self.waiting.lock().unwrap().insert(unique, reader);
+        let mut state = self.state.lock().unwrap();
+        let is_watched = old || state.early.contains(&unique);
+        state.waiting.insert(unique, Reader { thread, read: Arc::downgrade(&read), is_watched });
+        if is_watched {
+            self.any.store(true, Ordering::Release);
+        }
     }
 
     /// It waits no more.
     pub(super) fn leave(&self, unique: u64) {
-        self.waiting.lock().unwrap().remove(&unique);
+        self.state.lock().unwrap().waiting.remove(&unique);
     }
 
     /// Whoever waits for `unique` was sent a signal.
     pub(super) fn signalled(&self, unique: u64) {
-        if let Some(reader) = self.waiting.lock().unwrap().get_mut(&unique) {
-            reader.is_watched = true;
+        let mut state = self.state.lock().unwrap();
+        match state.waiting.get_mut(&unique) {
+            Some(reader) => reader.is_watched = true,
+            None => {
+                state.early.truncate(MOST_EARLY - 1);
+                state.early.push_front(unique);
+            }
         }
+        drop(state);
         self.look();
     }
 
@@ -74,9 +96,14 @@ impl Interrupts {
     pub(super) fn look(&self) {
         let mut killed = Vec::new();
         let mut is_left = false;
-        for reader in self.waiting.lock().unwrap().values().filter(|reader| reader.is_watched) {
-            match is_being_killed(reader.thread) {
-                true => killed.extend(reader.read.upgrade()),
+        let watched = |reader: &&Reader| reader.is_watched;
+        let told: Vec<_> = {
+            let state = self.state.lock().unwrap();
+            state.waiting.values().filter(watched).map(|reader| (reader.thread, reader.read.clone())).collect()
+        };
+        for (thread, read) in told {
+            match is_being_killed(thread) {
+                true => killed.extend(read.upgrade()),
                 false => is_left = true,
             }
         }
@@ -126,7 +153,7 @@ mod tests {
     #[test]
     fn a_reader_that_lives_on_waits_on_whatever_signal_it_got() {
         let (interrupts, read) = (Interrupts::default(), Arc::new(Read::default()));
-        interrupts.enter(8, std::process::id(), &read);
+        interrupts.enter(8, std::process::id(), false, &read);
         let has_to_look_again = || {
             interrupts.look();
             interrupts.any.swap(false, Ordering::Relaxed)
@@ -140,5 +167,11 @@ mod tests {
         assert_eq!(read.0.load(Ordering::Relaxed), 0);
         interrupts.leave(8);
         assert!(!has_to_look_again());
+
+        interrupts.enter(9, std::process::id(), false, &read);
+        assert!(has_to_look_again(), "the signal came before the read");
+        interrupts.leave(9);
+        interrupts.enter(10, std::process::id(), true, &read);
+        assert!(has_to_look_again(), "of an old one nobody knows");
     }
 }

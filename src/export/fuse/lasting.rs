@@ -14,6 +14,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::attach::HANDSHAKE;
+use super::connection::Before;
 use super::negotiation::{Negotiated, flag};
 use super::{Connected, Fuse, Tree};
 use crate::export::{AttachError, WatchId};
@@ -78,7 +79,7 @@ impl Fuse {
         let device = sandbox.outside(Device::open).map_err(unusable)?;
         keep.keep(Part::Device, device.held()).map_err(AttachError::Unkept)?;
         let mount = sandbox.outside(|| device.mount(options)).map_err(AttachError::Mount)?;
-        let connected = self.connect(device, tree, backend, None).map_err(unusable)?;
+        let connected = self.connect(device, tree, backend).map_err(unusable)?;
         match connected.make_lasting(&mount, keep) {
             Ok(lasting) => Ok((mount, connected, lasting)),
             Err(error) => {
@@ -94,17 +95,24 @@ impl Fuse {
         let Legacy { device, requests, lasting } = legacy;
         let device = Device::from_fd(device)?;
         let taken = requests.map(RequestLog::take_over).transpose();
-        let connected = self.connect(device, tree, backend, Some(lasting.agreed))?;
-        let connection = connected.connection();
+        // Not read before what was left is seen to: a request must have somewhere to be written down, and must be
+        // known before anything is said of it.
+        let connection = self.connection(device, tree, backend, Some(lasting.agreed));
         faultpoint::reach("adopting");
         if resends(&lasting.agreed) {
             connection.device().resend()?;
-            return Ok(connected);
+            return self.begin(connection);
         }
         match taken {
             Ok(Some((log, left))) => {
-                connection.write_down_in(Arc::new(log));
-                left.iter().for_each(|request| connection.handle_contained(request));
+                let log = Arc::new(log);
+                connection.write_down_in(log.clone());
+                for mut left in left {
+                    let before = Before { slot: left.slot.take() };
+                    connection.handle_contained(&left.bytes, Some(before));
+                    log.clear_lane(&left);
+                    faultpoint::reach("replayed");
+                }
             }
             Ok(None) => {}
             // Of a newer or older release, or damaged.
@@ -112,7 +120,7 @@ impl Fuse {
                 tracing::error!(%error, "requests of the last daemon cannot be read: readers that waited then have to be killed");
             }
         }
-        Ok(connected)
+        self.begin(connection)
     }
 }
 
@@ -122,7 +130,7 @@ impl Connected {
         let connection = self.connection();
         let agreed = connection.negotiated(HANDSHAKE).map_err(AttachError::Handshake)?;
         if !resends(&agreed) {
-            // Nobody but us has asked anything yet.
+            // Nobody but us has asked anything yet, unless a program has mounted it for us.
             let log = RequestLog::create().map_err(AttachError::Unkept)?;
             let copy = log.as_fd().try_clone_to_owned().map_err(AttachError::Unkept)?;
             keep.keep(Part::Requests, Arc::new(copy)).map_err(AttachError::Unkept)?;

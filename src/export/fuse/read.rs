@@ -57,7 +57,7 @@ pub(super) fn read(connection: &Arc<Connection>, duty: Duty, node: NodeId, (offs
     let range = ByteRange::at(offset, size.into()).filter(|_| size <= MAX_READ);
     let Some(range) = range else {
         // Not the kernel: it was told what the longest read is.
-        telemetry.note_answer(connection.backend, Answer::Denied, duty.is_resent());
+        telemetry.note_answer(connection.backend, Answer::Denied, duty.is_old());
         return duty.fail(libc::EINVAL);
     };
     let missing = match missing(connection, node, range) {
@@ -65,25 +65,26 @@ pub(super) fn read(connection: &Arc<Connection>, duty: Duty, node: NodeId, (offs
         // No reader: we asked ourselves.
         Err(error @ TreeError::Probed) => return connection.fail(duty, &error),
         Err(error) => {
-            telemetry.note_answer(connection.backend, Answer::Denied, duty.is_resent());
+            telemetry.note_answer(connection.backend, Answer::Denied, duty.is_old());
             return connection.fail(duty, &error);
         }
     };
     let wanted = Wanted { connection: connection.clone(), unique: duty.unique(), node, range, pid };
     if missing.is_empty() {
-        let is_resent = duty.is_resent();
+        let is_old = duty.is_old();
         let answer = wanted.answer(duty);
-        return telemetry.note_answer(connection.backend, answer.unwrap_or(Answer::AtOnce), is_resent);
+        return telemetry.note_answer(connection.backend, answer.unwrap_or(Answer::AtOnce), is_old);
     }
+    let is_old = duty.is_old();
     let request = Request::new(telemetry.next_request(), Class::OnDemand);
-    let waiting = telemetry.waiting_read(connection.backend, request.asked()).adopted(duty.is_resent());
+    let waiting = telemetry.waiting_read(connection.backend, request.asked()).adopted(is_old);
     let together = Arc::new(Together {
         wanted,
         request: request.clone(),
         failed: OnceLock::new(),
         owed: Mutex::new(Some((duty, waiting))),
     });
-    connection.interrupts.enter(together.wanted.unique, pid, &together);
+    connection.interrupts.enter(together.wanted.unique, pid, is_old, &together);
     for (device, decoded) in missing {
         let share = Share { together: together.clone(), is_settled: false };
         device.fill_for(request.clone(), decoded, Box::new(move |outcome| share.settle(outcome, decoded)));
@@ -162,7 +163,8 @@ impl Wanted {
     }
 }
 
-/// Puts a piece at `end` of the answer. Bytes of a device are those of its file: they are there for good.
+/// Puts a piece at `end` of the answer. Bytes of a device are those of its file, if they are still there: a
+/// disk that failed may have taken them away since they were found.
 fn copy(piece: Piece<'_>, answer: &mut [u8], end: &mut usize) -> io::Result<()> {
     let len = match &piece {
         Piece::Zeros(len) => *len,
@@ -175,7 +177,10 @@ fn copy(piece: Piece<'_>, answer: &mut [u8], end: &mut usize) -> io::Result<()> 
     match piece {
         Piece::Zeros(_) => rest.fill(0),
         Piece::Bytes(bytes) => rest.copy_from_slice(bytes),
-        Piece::Device(device, decoded) => device.file().read_exact_at(rest, decoded.start())?,
+        Piece::Device(device, decoded) if device.present(in_blocks(device, decoded)) => {
+            device.file().read_exact_at(rest, decoded.start())?;
+        }
+        Piece::Device(_, decoded) => return Err(io::Error::other(format!("{decoded} of a device was lost"))),
     }
     *end += len;
     Ok(())

@@ -92,18 +92,27 @@ impl Fuse {
     }
 
     /// Answers what comes through `device`, a mounted one, from `tree`, and counts its reads as those of
-    /// `backend`. With `agreed`, it goes on with a connection that another process had: there is no handshake.
-    pub fn connect(
-        self: &Arc<Self>,
+    /// `backend`.
+    pub fn connect(self: &Arc<Self>, device: Device, tree: Arc<dyn Tree>, backend: Backend) -> io::Result<Connected> {
+        self.begin(self.connection(device, tree, backend, None))
+    }
+
+    /// A connection that nobody reads yet. With `agreed` it is one that another process had: there is no
+    /// handshake.
+    pub(super) fn connection(
+        &self,
         device: Device,
         tree: Arc<dyn Tree>,
         backend: Backend,
         agreed: Option<Negotiated>,
-    ) -> io::Result<Connected> {
-        let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
+    ) -> Arc<Connection> {
         let counted = (backend, self.telemetry.clone());
-        let connection =
-            Arc::new(Connection::new(device, tree, agreed, counted, self.buffers.clone(), self.signals.clone()));
+        Arc::new(Connection::new(device, tree, agreed, counted, self.buffers.clone(), self.signals.clone()))
+    }
+
+    /// Begins to read a connection.
+    pub(super) fn begin(self: &Arc<Self>, connection: Arc<Connection>) -> io::Result<Connected> {
+        let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
         // In the table first: whoever is woken must find it.
         self.connections.write().unwrap().insert(number, connection.clone());
         let added = self.epoll.add(connection.device(), interest(number));
@@ -178,8 +187,8 @@ impl Fuse {
             match connection.serve_one(buffer) {
                 Ok(0) => return self.end(number, &connection),
                 Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => return,
                     // Withdrawn while it was read.
                     Some(libc::EINTR | libc::ENOENT) => {}
                     Some(libc::ENODEV | libc::ECONNABORTED | libc::ECONNRESET) => {

@@ -1,6 +1,6 @@
 //! Superblocks, devices, blob table and prefetch table (`rafs-v6.md` sections 2 to 6).
 
-use super::super::{Device, Image, Origin};
+use super::super::{Device, Image};
 use super::{Code, Report};
 use crate::base::ByteRange;
 use crate::format::blobfile::{ChunkInfoV1, ChunkInfoV2, features};
@@ -172,9 +172,8 @@ fn blob_features(image: &Image, device: &Device, place: &str, report: &mut Repor
     let row = if long { size_of::<ChunkInfoV2>() } else { size_of::<ChunkInfoV1>() };
     let want = count * row as u64;
     let fits = if long && special { plain >= want } else { plain == want };
-    // In RAFS v5 the bootstrap has it all.
-    let listed = image.summary().origin == Origin::V5 && stored == 0 && plain == 0;
-    let exempt = tarfs || listed || has(features::IS_CHUNKDICT_GENERATED);
+    // The bootstrap has it all.
+    let exempt = tarfs || entry.has_no_tables() || has(features::IS_CHUNKDICT_GENERATED);
     report.expect(fits || exempt, Code::BlobTables, place, || {
         format!("the chunk-info array has {plain} bytes, {count} chunks need {want}")
     });

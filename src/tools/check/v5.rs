@@ -7,9 +7,8 @@
 use std::ops::Range;
 
 use crate::base::Digest;
+use crate::blob::digest_of;
 use crate::build::is_showable_xattr;
-use crate::codec;
-use crate::format::rafs::DigestAlgorithm;
 use crate::format::rafs5::ROOT;
 use crate::image::Kind;
 use crate::image::check::{Code, Report};
@@ -23,6 +22,7 @@ pub fn check(image: &Bootstrap<'_>) -> Report {
         report: Report::default(),
         directory_of: vec![0; paths],
         names: vec![0; paths],
+        links: vec![0; paths],
         used: vec![false; image.blobs().len()],
     };
     check.directory_of[ROOT as usize] = ROOT;
@@ -51,6 +51,8 @@ struct Check<'a, 'b> {
     directory_of: Vec<Number>,
     /// Names of each inode, by the number of its first path.
     names: Vec<u32>,
+    /// What each inode that is no directory says about that, by the same number; 0 where none was met.
+    links: Vec<u32>,
     /// Whether a file uses each blob.
     used: Vec<bool>,
 }
@@ -68,6 +70,9 @@ impl Check<'_, '_> {
         let number = inode.number;
         self.report.inodes += u64::from(inode.ino == number);
         self.names[inode.ino as usize] += 1;
+        if inode.kind != Kind::Directory && inode.ino == number {
+            self.links[number as usize] = inode.nlink;
+        }
         match inode.kind {
             Kind::Directory => self.directory(inode),
             Kind::Regular => self.file(inode),
@@ -93,7 +98,10 @@ impl Check<'_, '_> {
 
     fn directory(&mut self, inode: &Inode<'_>) {
         let number = inode.number;
-        self.claim(number, inode.children.clone());
+        // Children of two directories would be looked at again and again.
+        if !self.claim(number, inode.children.clone()) {
+            return;
+        }
         let (mut digests, mut subdirectories, mut whole) = (Vec::new(), 0u64, true);
         for child in self.image.children(inode) {
             match child {
@@ -125,18 +133,18 @@ impl Check<'_, '_> {
         }
     }
 
-    /// Notes that the paths `children` lie in directory `number`.
-    fn claim(&mut self, number: Number, children: Range<Number>) {
+    /// Notes that the paths `children` lie in directory `number`; `false` if some lie in another one.
+    fn claim(&mut self, number: Number, children: Range<Number>) -> bool {
         for child in children {
             let before = std::mem::replace(&mut self.directory_of[child as usize], number);
             if before != 0 {
                 self.report.add(Code::Tree, place(child), || {
                     format!("lies in directory {number}, and in directory {before} as well")
                 });
-                // Ranges that lie over each other would be claimed again and again.
-                return;
+                return false;
             }
         }
+        true
     }
 
     fn file(&mut self, inode: &Inode<'_>) {
@@ -157,10 +165,7 @@ impl Check<'_, '_> {
 
     /// Compares the digest of an inode with that of its content.
     fn digest(&mut self, inode: &Inode<'_>, content: &[u8]) {
-        let Digest(got) = match self.image.summary().digest {
-            DigestAlgorithm::Blake3 => codec::blake3(content),
-            DigestAlgorithm::Sha256 => codec::sha256(content),
-        };
+        let Digest(got) = digest_of(self.image.summary().digest, content);
         if got != inode.digest {
             let (got, says) = (Digest(got), Digest(inode.digest));
             self.report.add(Code::InodeDigest, place(inode.number), || {
@@ -178,12 +183,9 @@ impl Check<'_, '_> {
             let detail = || format!("no directory leads to {lost} of its {} inodes", image.paths());
             self.report.add(Code::UnusedInodes, "inode table", detail);
         }
-        for number in 1..=image.paths() {
-            let Ok(inode) = image.inode(number) else { continue };
-            let (links, names) = (inode.nlink, self.names[number as usize]);
-            if inode.kind != Kind::Directory && inode.ino == number && links != names {
-                self.report.add(Code::LinkCount, place(number), || format!("{links} links, and {names} names"));
-            }
+        let links = (0..).zip(self.links.iter().zip(&self.names));
+        for (number, (links, names)) in links.filter(|(_, (links, names))| **links != 0 && links != names) {
+            self.report.add(Code::LinkCount, place(number), || format!("{links} links, and {names} names"));
         }
         for (index, _) in self.used.iter().enumerate().filter(|(_, used)| !**used) {
             self.report.add(Code::UnusedBlob, format!("blob {index}"), || "no file uses it".into());

@@ -78,16 +78,7 @@ fn usizes(from: u64, to: u64) -> std::ops::Range<usize> {
 }
 
 fn facts(image: &Image, blobs: &[Blob], inode: &Inode) -> String {
-    let kind = match inode.kind {
-        Kind::Regular => libc::S_IFREG,
-        Kind::Directory => libc::S_IFDIR,
-        Kind::Symlink => libc::S_IFLNK,
-        Kind::Character => libc::S_IFCHR,
-        Kind::Block => libc::S_IFBLK,
-        Kind::Fifo => libc::S_IFIFO,
-        Kind::Socket => libc::S_IFSOCK,
-    };
-    let mode = kind | u32::from(inode.permissions);
+    let mode = inode.kind.type_bits() | u32::from(inode.permissions);
     let mut out = format!("{mode:06o} {}:{} {}.{:09}", inode.uid, inode.gid, inode.mtime.0, inode.mtime.1);
     if inode.kind != Kind::Directory {
         write!(out, " links={}", inode.nlink).unwrap();
