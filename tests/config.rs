@@ -36,7 +36,7 @@ fn documented() -> String {
             Field::Path(_) => "a path".to_owned(),
             Field::Paths(_) => "a list of paths".to_owned(),
             Field::Switch(_) => "`true`, `false`; as a flag `on`, `off`".to_owned(),
-            Field::Backends(_) => "a list of `cachefiles`, `fanotify`".to_owned(),
+            Field::Backends(_) => "a list of `cachefiles`, `fanotify`, `fuse-device`, `fuse-tree`".to_owned(),
             Field::Restart(_) => "`auto`, `keepers`, `never`".to_owned(),
             Field::LogRules(_) => "a level, or rules".to_owned(),
             Field::LogFormat(_) => "`text`, `json`".to_owned(),
