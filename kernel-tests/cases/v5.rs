@@ -16,19 +16,19 @@ pub(crate) const CASES: &[Case] = &[
     Case {
         name: "images_of_version_5_share_a_blob_of_which_each_lists_a_part",
         needs: NEEDS,
-        place: Place::Here,
+        place: Place::Both,
         run: images_of_version_5_share_a_blob_of_which_each_lists_a_part,
     },
     Case {
         name: "a_complete_blob_of_version_5_grows_by_what_another_image_lists",
         needs: NEEDS,
-        place: Place::Here,
+        place: Place::Both,
         run: a_complete_blob_of_version_5_grows_by_what_another_image_lists,
     },
     Case {
         name: "an_image_of_version_5_survives_its_daemon",
         needs: NEEDS,
-        place: Place::Here,
+        place: Place::Both,
         run: an_image_of_version_5_survives_its_daemon,
     },
 ];
