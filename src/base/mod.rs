@@ -8,6 +8,7 @@ mod fault;
 mod id;
 mod range;
 mod request;
+mod secret;
 mod size;
 mod span;
 pub(crate) mod sync;
@@ -18,6 +19,7 @@ pub use fault::Fault;
 pub use id::{BlobId, Digest, InvalidBlobId, hex};
 pub use range::ByteRange;
 pub use request::RequestId;
+pub use secret::Secret;
 pub use size::{ByteSize, InvalidSize};
 pub use span::{InvalidSpan, TimeSpan};
 

@@ -7,9 +7,12 @@
 //!
 //! Nothing here knows what a blob is for.
 
+pub mod auth;
 mod client;
+mod clock;
 mod retry;
 pub mod server;
 
 pub use client::{ClientError, ClientOptions, client, install_tls};
+pub use clock::{Clock, Elapsed, Timekeeper};
 pub use retry::{Attempt, RetryPolicy};

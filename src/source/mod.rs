@@ -8,10 +8,12 @@ mod answer;
 mod counted;
 mod http;
 mod local;
+mod upstream;
 
 pub use absent::AbsentSource;
 pub use http::HttpSource;
 pub use local::LocalSource;
+pub use upstream::{Failure, Upstream};
 
 use std::future::Future;
 use std::path::PathBuf;
