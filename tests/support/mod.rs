@@ -1,10 +1,12 @@
 //! What several test files need: source trees with every awkward thing in them, and listings that
 //! say in one line per entry what a faithful copy must show.
 //!
-//! Only `building` knows the crate under test, so a fault in it cannot hide itself in the rest.
+//! Of what makes and lists images, only `building` knows the crate under test, so a fault in it cannot hide
+//! itself in the rest. `clock` is a time that tests move.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
 
 pub mod building;
+pub mod clock;
 pub mod image;
 pub mod interop;
 pub mod layers;
