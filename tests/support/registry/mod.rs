@@ -157,10 +157,20 @@ impl Registry {
         let shuts = matches!(fault, Fault::Refuse(_) | Fault::Deaf(_));
         self.inner.plan.add(door, when.numbers(total), fault);
         if shuts && self.inner.shut_out(door) {
-            // The doorway learns of it in a task of its own.
-            for _ in 0..8 {
-                tokio::task::yield_now().await;
-            }
+            self.settle().await;
+        }
+    }
+
+    /// A fault for the next so many requests at a door.
+    pub async fn strike(&self, door: Door, times: u64, fault: Fault) {
+        let next = self.inner.plan.counted(door);
+        self.fault(door, When::Some(next, times), 0, fault).await;
+    }
+
+    /// Lets the doors learn of what was changed.
+    pub async fn settle(&self) {
+        for _ in 0..16 {
+            tokio::task::yield_now().await;
         }
     }
 

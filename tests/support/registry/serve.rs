@@ -34,10 +34,7 @@ pub(super) async fn answer(
     let seen = see(&step, request).await;
     let place = inner.record.enter(seen.clone());
 
-    let mut reply = match inner.proxy_fault(&seen) {
-        Some(fault) => inner.replaced(&seen, &fault).unwrap_or_else(|| Reply::new(502, "")),
-        None => inner.reply(&seen, &line).await,
-    };
+    let mut reply = inner.reply(&seen, &line).await;
     if let Some(late) = reply.late {
         ticket.rest();
         inner.clock.sleep(late).await;
@@ -92,29 +89,29 @@ impl Inner {
         Door::ALL.into_iter().find(|door| self.host(*door) == host).unwrap_or(Door::Proxy)
     }
 
-    fn proxy_fault(&self, seen: &Seen) -> Option<Fault> {
-        if !seen.proxied || !seen.is_blob_read() {
-            return None;
-        }
-        self.plan.count(Door::Proxy).1
-    }
-
     async fn reply(&self, seen: &Seen, line: &Line) -> Reply {
-        if let Some(refusal) = self.refusal(seen) {
+        let by_proxy = if seen.proxied && seen.is_blob_read() { self.plan.count(Door::Proxy).1 } else { None };
+        let is_proxy = by_proxy.is_some();
+        if let Some(refusal) = self.refusal(seen).filter(|_| !is_proxy) {
             return refusal;
         }
-        let counts = seen.door == Door::Tokens || seen.is_blob_read();
-        let fault = if counts { self.plan.count(seen.door).1 } else { None };
+        let counts = (seen.door == Door::Tokens || seen.is_blob_read()) && !is_proxy;
+        let fault = if counts { self.plan.count(seen.door).1 } else { by_proxy };
         match &fault {
-            Some(Fault::HangUp | Fault::Refuse(_) | Fault::Deaf(_)) => line.mute(),
+            Some(Fault::HangUp | Fault::Refuse(_) | Fault::Deaf(_)) => {
+                line.mute();
+                return Reply::new(500, "");
+            }
             Some(Fault::ResetHead) => {
                 line.mute();
                 line.reset_at_end();
+                return Reply::new(500, "");
             }
             _ => {}
         }
         let mut reply = match fault.as_ref().and_then(|fault| self.replaced(seen, fault)) {
             Some(reply) => reply,
+            None if is_proxy => Reply::new(502, ""),
             None => match seen.door {
                 Door::Registry => self.registry(seen, fault.as_ref()),
                 Door::Storage | Door::Elsewhere => self.stored(seen, fault.as_ref()),

@@ -3,9 +3,10 @@
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 
 use axum::extract::connect_info::Connected;
@@ -61,6 +62,8 @@ pub(super) struct Doorway {
     listener: Option<TcpListener>,
     /// Connections that fill the queue of a deaf listener.
     crowd: Vec<TcpStream>,
+    /// Those that were taken and still are, to be ended with the listener.
+    taken: Vec<Weak<OwnedFd>>,
     mood: watch::Receiver<Mood>,
     tls: Option<TlsAcceptor>,
     record: Arc<Record>,
@@ -70,18 +73,23 @@ impl Doorway {
     pub(super) fn new(mood: watch::Receiver<Mood>, tls: Option<TlsAcceptor>, record: Arc<Record>) -> Self {
         let place = bound("127.0.0.1:0".parse().expect("an address"));
         let address = place.local_addr().expect("bound");
-        Self { address, _place: place, listener: None, crowd: Vec::new(), mood, tls, record }
+        Self { address, _place: place, listener: None, crowd: Vec::new(), taken: Vec::new(), mood, tls, record }
     }
 
     pub(super) fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Makes the listener what the mood says. Connections that wait for a deaf door are lost.
+    /// Makes the listener what the mood says. Whoever is connected is so no longer.
     pub(super) async fn obey(&mut self) {
         let mood = *self.mood.borrow_and_update();
         self.listener = None;
         self.crowd.clear();
+        if mood != Mood::Open {
+            for connection in self.taken.drain(..).filter_map(|it| it.upgrade()) {
+                let _ = rustix::net::shutdown(&*connection, rustix::net::Shutdown::Both);
+            }
+        }
         match mood {
             Mood::Open => self.listener = Some(bound(self.address).listen(1024).expect("a free port")),
             Mood::Shut => {}
@@ -128,12 +136,14 @@ impl Listener for Doorway {
                     let Ok((stream, _)) = accepted else { continue };
                     self.record.step();
                     let _ = stream.set_nodelay(true);
+                    let Ok(handle) = stream.as_fd().try_clone_to_owned().map(Arc::new) else { continue };
+                    self.taken.push(Arc::downgrade(&handle));
                     let line = Line::default();
                     let stream = match &self.tls {
                         None => Stream::Plain(stream),
                         Some(acceptor) => Stream::Shaking(Box::new(acceptor.accept(stream))),
                     };
-                    return (Wire { stream, line: line.clone() }, line);
+                    return (Wire { stream, line: line.clone(), _handle: handle }, line);
                 }
             }
         }
@@ -155,6 +165,8 @@ enum Stream {
 pub(super) struct Wire {
     stream: Stream,
     line: Line,
+    /// Goes with the connection, which would stay open otherwise.
+    _handle: Arc<OwnedFd>,
 }
 
 impl Wire {
