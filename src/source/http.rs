@@ -8,7 +8,7 @@ use reqwest::{Method, Url};
 
 use super::answer::{self, Answer, ContentRange};
 use super::{BoxFuture, Failure, OpenError, ReadCtx, SourceError, Upstream};
-use crate::base::{BlobId, ByteRange};
+use crate::base::{BlobId, ByteRange, Fault};
 use crate::net::{Ask, Clock, Endpoint, EndpointOptions, Reply, SendError, without_secrets};
 
 /// One HTTP server that has blobs.
@@ -185,7 +185,8 @@ impl HttpUpstream {
         match error {
             SendError::Late => SourceError::Deadline { blob: blob.clone(), place, range }.into(),
             SendError::Untrusted(_) => SourceError::Untrusted { place, detail }.into(),
-            SendError::Unauthorized { .. } if error.fault() == crate::base::Fault::Permanent => {
+            SendError::Late => SourceError::Deadline { blob: blob.clone(), place, range }.into(),
+            SendError::Unauthorized { .. } if error.fault() == Fault::Permanent => {
                 SourceError::Unauthorized { place, detail }.into()
             }
             _ => self.unavailable(blob, detail),
