@@ -183,7 +183,6 @@ impl HttpUpstream {
     fn transport(&self, blob: &BlobId, range: ByteRange, error: SendError) -> Failure {
         let (detail, place) = (error.to_string(), self.place.clone());
         match error {
-            SendError::Late => SourceError::Deadline { blob: blob.clone(), place, range }.into(),
             SendError::Untrusted(_) => SourceError::Untrusted { place, detail }.into(),
             SendError::Late => SourceError::Deadline { blob: blob.clone(), place, range }.into(),
             SendError::Unauthorized { .. } if error.fault() == Fault::Permanent => {
