@@ -7,12 +7,18 @@ mod absent;
 mod answer;
 mod counted;
 mod http;
+mod limited;
 mod local;
+mod localdisk;
+mod object;
 mod upstream;
 
 pub use absent::AbsentSource;
 pub use http::HttpSource;
+pub use limited::Limited;
 pub use local::LocalSource;
+pub use localdisk::{BadDisk, BadTable, LocalDisk};
+pub use object::{BadPlace, ObjectUpstream};
 pub use upstream::{Failure, Upstream};
 
 use std::future::Future;
@@ -130,8 +136,9 @@ impl SourceError {
     }
 }
 
-/// Opens the source that `spec` names: a directory, as a path or `file://` URL, or the base of an
-/// `http://` or `https://` server, where blob `ID` is at `BASE/ID`. Connects to nobody yet.
+/// Opens the source that `spec` names: a directory, as a path or `file://` URL, a disk of blobs as
+/// `localdisk:///PATH`, or the base of an `http://` or `https://` server, where blob `ID` is at `BASE/ID`. Connects to
+/// nobody yet.
 ///
 /// `options` and `policy` apply to remote sources only.
 pub fn open(spec: &str, options: &ClientOptions, policy: RetryPolicy) -> Result<Arc<dyn BlobSource>, OpenError> {
@@ -150,6 +157,10 @@ pub fn open_counted(
     let Some((scheme, _)) = spec.split_once("://") else {
         return Ok(local(LocalSource::new(spec)?));
     };
+    if scheme.eq_ignore_ascii_case("localdisk") {
+        let disk = LocalDisk::new(spec)?;
+        return Ok(counted(place(disk.describe()), disk));
+    }
     if !scheme.eq_ignore_ascii_case("file") {
         let source = HttpSource::new(spec, options, policy)?;
         let place = place(source.describe());
@@ -180,6 +191,12 @@ pub enum OpenError {
     /// Nobody here speaks this protocol.
     #[error("blobs cannot be fetched over {scheme:?}; give a directory or an http or https URL")]
     Scheme { scheme: String },
+    /// The spec of a bucket is malformed, or its credentials cannot be used.
+    #[error(transparent)]
+    Bucket(#[from] BadPlace),
+    /// A disk of blobs cannot be used.
+    #[error(transparent)]
+    Disk(#[from] BadDisk),
     /// No client could be built for the remote source.
     #[error(transparent)]
     Client(#[from] ClientError),
