@@ -10,9 +10,13 @@
 pub mod auth;
 mod client;
 mod clock;
+pub mod hosts;
+mod limit;
+
 mod retry;
 pub mod server;
 
 pub use client::{ClientError, ClientOptions, client, install_tls};
 pub use clock::{Clock, Elapsed, Timekeeper};
+pub use limit::{Rate, Slot, Slots};
 pub use retry::{Attempt, RetryPolicy};
