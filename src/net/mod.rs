@@ -13,6 +13,7 @@ mod clock;
 pub mod hosts;
 mod limit;
 
+pub mod proxy;
 mod retry;
 pub mod server;
 
