@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
 
 use super::api::ImageSpec;
-use crate::net::{ClientOptions, RetryPolicy};
-use crate::source::{self, AbsentSource, BlobSource, OpenError};
+use crate::source::{AbsentSource, BlobSource, Network, NetworkOptions, OpenError};
 use crate::telemetry::Telemetry;
 
 /// What a source is opened from.
@@ -17,7 +16,7 @@ type Spec = (String, Option<PathBuf>);
 #[derive(Default)]
 pub(super) struct Origins {
     open: Mutex<HashMap<Spec, Weak<dyn BlobSource>>>,
-    telemetry: Telemetry,
+    network: Network,
 }
 
 impl std::fmt::Debug for Origins {
@@ -29,7 +28,7 @@ impl std::fmt::Debug for Origins {
 impl Origins {
     /// No source yet; `telemetry` counts what all of them are asked.
     pub(super) fn new(telemetry: Telemetry) -> Self {
-        Self { telemetry, ..Self::default() }
+        Self { network: Network::new(NetworkOptions::default(), telemetry), ..Self::default() }
     }
 
     /// The source that `spec` names. Connects to nobody yet.
@@ -38,9 +37,7 @@ impl Origins {
         if let Some(open) = self.open.lock().unwrap().get(&key).and_then(Weak::upgrade) {
             return Ok(open);
         }
-        let mut options = ClientOptions::default();
-        options.extra_ca_pem.extend(spec.ca.clone());
-        let source = source::open_counted(&spec.blobs, &options, RetryPolicy::default(), &self.telemetry)?;
+        let source = self.network.open(std::slice::from_ref(&spec.blobs), spec.ca.as_deref())?;
         let mut open = self.open.lock().unwrap();
         open.retain(|_, source| source.strong_count() > 0);
         open.insert(key, Arc::downgrade(&source));
