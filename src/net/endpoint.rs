@@ -407,7 +407,7 @@ async fn patient<T>(
 }
 
 /// Sorts what went wrong before or after an answer's head.
-fn transport(error: reqwest::Error) -> SendError {
+pub(super) fn transport(error: reqwest::Error) -> SendError {
     let error = error.without_url();
     match distrust(&error) {
         Some(detail) => SendError::Untrusted(detail),
