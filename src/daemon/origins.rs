@@ -11,7 +11,7 @@ use crate::source::{self, AbsentSource, BlobSource, OpenError};
 use crate::telemetry::Telemetry;
 
 /// What a source is opened from.
-type Spec = (String, Option<PathBuf>);
+type Spec = (Vec<String>, Option<PathBuf>);
 
 /// Open sources. One stays open as long as an image uses it.
 #[derive(Default)]
@@ -34,17 +34,44 @@ impl Origins {
 
     /// The source that `spec` names. Connects to nobody yet.
     pub(super) fn open(&self, spec: &ImageSpec) -> Result<Arc<dyn BlobSource>, OpenError> {
-        let key = (spec.blobs.clone(), spec.ca.clone());
+        let key = (spec.places(), spec.ca.clone());
         if let Some(open) = self.open.lock().unwrap().get(&key).and_then(Weak::upgrade) {
             return Ok(open);
         }
         let mut options = ClientOptions::default();
         options.extra_ca_pem.extend(spec.ca.clone());
-        let source = source::open_counted(&spec.blobs, &options, RetryPolicy::default(), &self.telemetry)?;
+        let source = source::open_counted(&key.0[0], &options, RetryPolicy::default(), &self.telemetry)?;
         let mut open = self.open.lock().unwrap();
         open.retain(|_, source| source.strong_count() > 0);
         open.insert(key, Arc::downgrade(&source));
         Ok(source)
+    }
+
+    /// The registry `host` and its mirrors, for questions that nobody waits for after `until`.
+    pub(super) fn registry(
+        &self,
+        host: &str,
+        ca: Option<&std::path::Path>,
+        until: std::time::Instant,
+    ) -> Result<crate::oci::Endpoints, OpenError> {
+        use crate::net::{Endpoint, EndpointOptions};
+        let mut options = EndpointOptions::default();
+        options.client.extra_ca_pem.extend(ca.map(ToOwned::to_owned));
+        let base =
+            reqwest::Url::parse(&format!("http://{host}/")).map_err(|e| OpenError::Url { detail: e.to_string() })?;
+        let endpoint = Endpoint::new(&base, options, crate::net::Clock::default())?;
+        Ok(crate::oci::Endpoints::new(host, vec![Arc::new(endpoint)], RetryPolicy::default(), until))
+    }
+
+    /// Where the blobs of `spec` would be fetched from, in order.
+    pub(super) fn addresses(&self, spec: &ImageSpec) -> Result<Vec<String>, OpenError> {
+        Ok(vec![self.open(spec)?.describe()])
+    }
+
+    /// Who we are to the registry of `repository`, without secrets.
+    pub(super) async fn login(&self, repository: &crate::oci::Repository) -> String {
+        let _ = repository;
+        "nobody".to_owned()
     }
 
     /// The same for an image that is mounted already: it goes on with what is present, and fails
@@ -65,10 +92,10 @@ mod tests {
     #[test]
     fn images_of_one_server_share_a_source_for_as_long_as_one_uses_it() {
         let spec = |blobs: &str| ImageSpec {
-            bootstrap: "/b".into(),
+            bootstrap: Some("/b".into()),
             blobs: blobs.into(),
-            ca: None,
             prefetch: PrefetchOrder::None,
+            ..ImageSpec::default()
         };
         let origins = Origins::default();
         crate::net::install_tls();
@@ -82,8 +109,7 @@ mod tests {
 
     #[test]
     fn a_source_that_is_gone_fails_reads_and_nothing_else() {
-        let spec =
-            ImageSpec { bootstrap: "/b".into(), blobs: "/nowhere".into(), ca: None, prefetch: PrefetchOrder::None };
+        let spec = ImageSpec { bootstrap: Some("/b".into()), blobs: "/nowhere".into(), ..ImageSpec::default() };
         let source = Origins::default().open_or_absent(&spec);
         assert!(source.describe().contains("/nowhere"));
     }

@@ -10,6 +10,7 @@
 
 pub mod bootstrap;
 pub mod document;
+mod endpoints;
 mod error;
 mod fetch;
 mod platform;
@@ -20,6 +21,7 @@ mod resolve;
 mod scripted;
 mod shape;
 
+pub use endpoints::Endpoints;
 pub use error::{DocumentError, OciError};
 pub use fetch::{Answer, Ask, Fetch, FetchError, FetchFuture, Taken};
 pub use platform::{InvalidPlatform, Platform};
