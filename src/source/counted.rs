@@ -54,6 +54,10 @@ impl<S: BlobSource> BlobSource for Counted<S> {
         })
     }
 
+    fn places(&self) -> u32 {
+        self.inner.places()
+    }
+
     fn describe(&self) -> String {
         self.inner.describe()
     }
@@ -111,9 +115,11 @@ impl Drop for Asked<'_> {
     }
 }
 
-fn outcome_of(error: &SourceError) -> Outcome {
+pub(super) fn outcome_of(error: &SourceError) -> Outcome {
     match error {
-        SourceError::NotFound { .. } | SourceError::Refused { .. } => Outcome::Refused,
+        SourceError::NotFound { .. } | SourceError::Refused { .. } | SourceError::Unauthorized { .. } => {
+            Outcome::Refused
+        }
         SourceError::OutOfRange { .. } | SourceError::NoRanges { .. } | SourceError::Untrusted { .. } => {
             Outcome::Improper
         }
