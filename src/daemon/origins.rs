@@ -2,12 +2,16 @@
 //! and a thousand images of one server need one.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Instant;
+
+use reqwest::Url;
 
 use super::api::ImageSpec;
-use crate::net::{ClientOptions, RetryPolicy};
-use crate::source::{self, AbsentSource, BlobSource, OpenError};
+use crate::net::{ClientOptions, Clock, Endpoint, EndpointOptions, RetryPolicy};
+use crate::oci::{Endpoints, InvalidReference, Reference, Repository};
+use crate::source::{self, AbsentSource, BlobSource, HttpUpstream, OpenError, Tier, Tiers, WholeSource};
 use crate::telemetry::Telemetry;
 
 /// What a source is opened from.
@@ -32,44 +36,81 @@ impl Origins {
         Self { telemetry, ..Self::default() }
     }
 
-    /// The source that `spec` names. Connects to nobody yet.
+    /// The source that `spec` names: one place, or several of which the first is asked first. Connects to nobody
+    /// yet.
     pub(super) fn open(&self, spec: &ImageSpec) -> Result<Arc<dyn BlobSource>, OpenError> {
         let key = (spec.places(), spec.ca.clone());
         if let Some(open) = self.open.lock().unwrap().get(&key).and_then(Weak::upgrade) {
             return Ok(open);
         }
-        let mut options = ClientOptions::default();
-        options.extra_ca_pem.extend(spec.ca.clone());
-        let source = source::open_counted(&key.0[0], &options, RetryPolicy::default(), &self.telemetry)?;
+        let source = self.open_all(&key.0, spec.ca.as_deref())?;
         let mut open = self.open.lock().unwrap();
         open.retain(|_, source| source.strong_count() > 0);
         open.insert(key, Arc::downgrade(&source));
         Ok(source)
     }
 
-    /// The registry `host` and its mirrors, for questions that nobody waits for after `until`.
-    pub(super) fn registry(
-        &self,
-        host: &str,
-        ca: Option<&std::path::Path>,
-        until: std::time::Instant,
-    ) -> Result<crate::oci::Endpoints, OpenError> {
-        use crate::net::{Endpoint, EndpointOptions};
-        let mut options = EndpointOptions::default();
-        options.client.extra_ca_pem.extend(ca.map(ToOwned::to_owned));
-        let base =
-            reqwest::Url::parse(&format!("http://{host}/")).map_err(|e| OpenError::Url { detail: e.to_string() })?;
-        let endpoint = Endpoint::new(&base, options, crate::net::Clock::default())?;
-        Ok(crate::oci::Endpoints::new(host, vec![Arc::new(endpoint)], RetryPolicy::default(), until))
+    fn open_all(&self, places: &[String], ca: Option<&Path>) -> Result<Arc<dyn BlobSource>, OpenError> {
+        if let [place] = places
+            && !Reference::is_meant(place)
+        {
+            return source::open_counted(place, &options(ca), RetryPolicy::default(), &self.telemetry);
+        }
+        let mut tiers = Vec::new();
+        for place in places {
+            if Reference::is_meant(place) {
+                tiers.extend(self.repository(place, ca)?);
+            } else {
+                let source = source::open_counted(place, &options(ca), RetryPolicy::default(), &self.telemetry)?;
+                tiers.push(Tier::new(WholeSource::new(source)));
+            }
+        }
+        let tiers = Tiers::new(tiers, RetryPolicy::default(), Clock::default());
+        let place = self.telemetry.place(&tiers.describe());
+        Ok(source::counted(place.clone(), tiers.counting(place)))
     }
 
-    /// Where the blobs of `spec` would be fetched from, in order.
+    /// The blobs of a repository, from the registry's mirrors first.
+    fn repository(&self, place: &str, ca: Option<&Path>) -> Result<Vec<Tier>, OpenError> {
+        let repository: Repository =
+            place.parse().map_err(|error: InvalidReference| OpenError::Url { detail: error.to_string() })?;
+        let path = repository.path();
+        let tier = |endpoint: Arc<Endpoint>| {
+            let base = endpoint.base().join(&format!("/v2/{path}"));
+            let base = base.map_err(|error| OpenError::Url { detail: error.to_string() })?;
+            Ok(Tier::new(HttpUpstream::repository(endpoint, base, path)))
+        };
+        self.endpoints(repository.host(), ca)?.into_iter().map(tier).collect()
+    }
+
+    /// The registry `host` and its mirrors, in the order in which they are asked.
+    fn endpoints(&self, host: &str, ca: Option<&Path>) -> Result<Vec<Arc<Endpoint>>, OpenError> {
+        let options = EndpointOptions { client: options(ca), ..EndpointOptions::default() };
+        let base = Url::parse(&format!("http://{host}/")).map_err(|e| OpenError::Url { detail: e.to_string() })?;
+        Ok(vec![Arc::new(Endpoint::new(&base, options, Clock::default())?)])
+    }
+
+    /// The registry `host` for questions that nobody waits for after `until`.
+    pub(super) fn registry(&self, host: &str, ca: Option<&Path>, until: Instant) -> Result<Endpoints, OpenError> {
+        Ok(Endpoints::new(host, self.endpoints(host, ca)?, RetryPolicy::default(), until))
+    }
+
+    /// Where the blobs of `spec` would be fetched from, in order, without secrets.
     pub(super) fn addresses(&self, spec: &ImageSpec) -> Result<Vec<String>, OpenError> {
-        Ok(vec![self.open(spec)?.describe()])
+        let mut addresses = Vec::new();
+        for place in spec.places() {
+            if Reference::is_meant(&place) {
+                let tiers = self.repository(&place, spec.ca.as_deref())?;
+                addresses.extend(tiers.iter().map(|tier| tier.upstream.describe()));
+            } else {
+                addresses.push(self.open_all(&[place], spec.ca.as_deref())?.describe());
+            }
+        }
+        Ok(addresses)
     }
 
     /// Who we are to the registry of `repository`, without secrets.
-    pub(super) async fn login(&self, repository: &crate::oci::Repository) -> String {
+    pub(super) async fn login(&self, repository: &Repository) -> String {
         let _ = repository;
         "nobody".to_owned()
     }
@@ -82,6 +123,13 @@ impl Origins {
             Arc::new(AbsentSource::new(error))
         })
     }
+}
+
+/// How servers are reached that nothing else is said about.
+fn options(ca: Option<&Path>) -> ClientOptions {
+    let mut options = ClientOptions::default();
+    options.extra_ca_pem.extend(ca.map(Path::to_owned));
+    options
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod http;
 mod local;
 mod tiers;
 mod upstream;
+mod whole;
 
 pub use absent::AbsentSource;
 pub use health::Health;
@@ -18,6 +19,7 @@ pub use http::HttpUpstream;
 pub use local::LocalSource;
 pub use tiers::{Tier, Tiers};
 pub use upstream::{Failure, Upstream};
+pub use whole::WholeSource;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -186,7 +188,8 @@ pub fn http(base: &str, options: &ClientOptions, policy: RetryPolicy) -> Result<
     Ok(Tiers::new(vec![Tier::new(upstream)], policy, Clock::default()))
 }
 
-fn counted(place: Arc<Place>, inner: impl BlobSource) -> Arc<dyn BlobSource> {
+/// `inner` with its reads counted at `place`.
+pub fn counted(place: Arc<Place>, inner: impl BlobSource) -> Arc<dyn BlobSource> {
     Arc::new(Counted { inner, place })
 }
 
