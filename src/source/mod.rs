@@ -15,6 +15,7 @@ mod network;
 mod object;
 mod tiers;
 mod upstream;
+mod whole;
 
 pub use absent::AbsentSource;
 pub use health::Health;
@@ -26,6 +27,7 @@ pub use network::{Network, NetworkOptions, Registry, Server};
 pub use object::{BadPlace, ObjectUpstream};
 pub use tiers::{Tier, Tiers};
 pub use upstream::{Failure, Upstream};
+pub use whole::WholeSource;
 
 use std::future::Future;
 use std::path::PathBuf;

@@ -6,15 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::Bytes;
 use reqwest::Url;
 
 use super::counted::Counted;
 use super::{
-    BlobSource, BoxFuture, Failure, Health, HttpUpstream, LocalDisk, LocalSource, ObjectUpstream, OpenError, ReadCtx,
-    Tier, Tiers, Upstream,
+    BlobSource, Health, HttpUpstream, LocalDisk, LocalSource, ObjectUpstream, OpenError, Tier, Tiers, WholeSource,
 };
-use crate::base::{BlobId, ByteRange, Secret};
+use crate::base::Secret;
 use crate::net::auth::{Keychain, Nobody, TokenOptions, Tokens};
 use crate::net::hosts::{self, HostConfig, ProxyUse, RegistryHosts};
 use crate::net::proxy::ProxyOptions;
@@ -200,8 +198,20 @@ impl Network {
         }
     }
 
+    /// Where [`Network::open`] would fetch from, in order, without secrets.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn addresses(&self, specs: &[String], ca: Option<&Path>) -> Result<Vec<String>, OpenError> {
+        let mut addresses = Vec::new();
+        for spec in specs {
+            addresses.extend(self.tiers(spec, ca)?.iter().map(|tier| tier.upstream.describe()));
+        }
+        Ok(addresses)
+    }
+
     fn tiers(&self, spec: &str, ca: Option<&Path>) -> Result<Vec<Tier>, OpenError> {
-        let local = |source: Arc<dyn BlobSource>| Ok(vec![Tier::new(Once(source))]);
+        let local = |source: Arc<dyn BlobSource>| Ok(vec![Tier::new(WholeSource::new(source))]);
         let Some((scheme, rest)) = spec.split_once("://") else { return local(Arc::new(LocalSource::new(spec)?)) };
         let mut client = self.options.client.clone();
         client.extra_ca_pem.extend(ca.map(Path::to_owned));
@@ -256,29 +266,6 @@ impl Network {
 fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
-}
-
-/// A source on this host as one place among others.
-struct Once(Arc<dyn BlobSource>);
-
-impl Upstream for Once {
-    fn len<'a>(&'a self, blob: &'a BlobId, ctx: ReadCtx) -> BoxFuture<'a, Result<u64, Failure>> {
-        Box::pin(async move { Ok(self.0.len(blob, ctx).await?) })
-    }
-
-    fn pour<'a>(
-        &'a self,
-        blob: &'a BlobId,
-        stored: ByteRange,
-        ctx: ReadCtx,
-        take: &'a mut (dyn FnMut(Bytes) + Send),
-    ) -> BoxFuture<'a, Result<(), Failure>> {
-        Box::pin(async move { Ok(self.0.stream(blob, stored, ctx, take).await?) })
-    }
-
-    fn describe(&self) -> String {
-        self.0.describe()
-    }
 }
 
 #[cfg(test)]
