@@ -16,6 +16,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("codec", &["base"]),
     ("net", &["base"]),
     ("telemetry", &["base"]),
+    ("oci", &["base", "codec", "net"]),
     ("image", &["base", "format", "sys"]),
     ("blob", &["base", "format", "codec"]),
     ("source", &["base", "sys", "net", "telemetry"]),
@@ -26,7 +27,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("tools", &["base", "sys", "format", "codec", "image", "blob", "source", "reader", "build"]),
     // `format` only to write the image of a few hundred bytes with which a host is tried out.
     ("export", &["base", "sys", "format", "telemetry", "image", "cache"]),
-    ("daemon", &["base", "sys", "net", "telemetry", "image", "blob", "source", "reader", "cache", "export"]),
+    (
+        "daemon",
+        &["base", "sys", "codec", "net", "oci", "telemetry", "image", "blob", "source", "reader", "cache", "export"],
+    ),
     (
         "cli",
         &[
@@ -35,6 +39,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "format",
             "codec",
             "net",
+            "oci",
             "telemetry",
             "image",
             "blob",
