@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class, Secret};
 use rafsd::cache::{Device, Fill, FillError, Store, StoreOptions};
+use rafsd::net::auth::{Keychain, Login, LoginFuture, TokenOptions, Tokens};
 use rafsd::net::{ClientOptions, Endpoint, EndpointOptions, Proxy, RetryPolicy};
 use rafsd::source::{BlobSource, BoxFuture, HttpUpstream, ReadCtx, SourceError, Tier, Tiers};
 use rafsd::telemetry::Place;
@@ -19,7 +20,7 @@ use tokio::sync::oneshot;
 use crate::image::{BLOB, Blob, OTHER, UNITS};
 use crate::row::{Event, Form, Outcome, Row};
 use crate::support::clock::{Bustle, Driver, VirtualClock};
-use crate::support::registry::{Access, Content, Door, Registry, Setup};
+use crate::support::registry::{Access, Content, Door, Registry, Setup, USER};
 use crate::support::secrets;
 
 /// How long nothing must happen before the time moves. The cache decodes on threads of its own, but nobody
@@ -102,9 +103,9 @@ impl Bench {
         };
         let setup = || Setup {
             content: content(),
-            access: Access::Open,
-            storage: row.form == Form::Stored,
-            tls: row.form == Form::Secure,
+            access: row.form.access(),
+            storage: matches!(row.form, Form::Stored | Form::Guarded),
+            tls: matches!(row.form, Form::Secure | Form::SecureToken),
             ..Setup::default()
         };
         let struck = Registry::start(setup(), &time).await;
@@ -118,11 +119,13 @@ impl Bench {
 
         let through = Proxy::Through(Secret::new(format!("http://{}", struck.address(Door::Proxy))));
         let mut tiers = match row.form {
-            Form::Proxied => vec![tier(&struck, through, &time)],
-            Form::ProxyFirst => vec![tier(&struck, through, &time), tier(&struck, Proxy::Direct, &time)],
-            _ => vec![tier(&struck, Proxy::Direct, &time)],
+            Form::Proxied => vec![tier(&struck, through, row.form, &time)],
+            Form::ProxyFirst => {
+                vec![tier(&struck, through, row.form, &time), tier(&struck, Proxy::Direct, row.form, &time)]
+            }
+            _ => vec![tier(&struck, Proxy::Direct, row.form, &time)],
         };
-        tiers.extend(origin.as_ref().map(|origin| tier(origin, Proxy::Direct, &time)));
+        tiers.extend(origin.as_ref().map(|origin| tier(origin, Proxy::Direct, row.form, &time)));
         let place = Arc::new(Place::default());
         let source = Tiers::new(tiers, RetryPolicy::default(), time.clock()).counting(Arc::clone(&place));
         let source = Shifted { source, time: time.clone() };
@@ -167,13 +170,25 @@ impl Bench {
             Event::None => {}
             Event::Pass(seconds) => self.time.advance(Duration::from_secs(seconds)),
             Event::RevokeSignatures => self.struck.keys().revoke_signatures(),
+            Event::RevokeTokens => self.struck.keys().revoke_tokens(),
+            Event::LockOut => self.struck.keys().lock(true),
             Event::SkewWall(seconds) => self.time.skew_wall(seconds),
         }
     }
 }
 
+/// One login for everything.
+#[derive(Debug)]
+struct Known(Option<Login>);
+
+impl Keychain for Known {
+    fn login<'a>(&'a self, _: &'a str, _: &'a str) -> LoginFuture<'a> {
+        Box::pin(std::future::ready(Ok(self.0.clone())))
+    }
+}
+
 /// One way to a registry.
-fn tier(registry: &Registry, proxy: Proxy, time: &VirtualClock) -> Tier {
+fn tier(registry: &Registry, proxy: Proxy, form: Form, time: &VirtualClock) -> Tier {
     let client = ClientOptions {
         proxy,
         resolve: registry.resolve(),
@@ -181,7 +196,16 @@ fn tier(registry: &Registry, proxy: Proxy, time: &VirtualClock) -> Tier {
         ..ClientOptions::default()
     };
     let base = Url::parse(&registry.url(Door::Registry)).unwrap();
-    let options = EndpointOptions { client, ..EndpointOptions::default() };
+    let keys = registry.keys();
+    let password = Secret::new(&*keys.password);
+    let login = match form {
+        Form::Refresh => Some(Login::Identity(Secret::new(&*keys.refresh))),
+        Form::Public => None,
+        _ => Some(Login::Basic { user: USER.to_owned(), password }),
+    };
+    let options = TokenOptions { client: client.clone(), plain: base.scheme() == "http", ..TokenOptions::default() };
+    let tokens = Tokens::new(registry.host(Door::Registry), Arc::new(Known(login)), options, time.clock());
+    let options = EndpointOptions { client, authorize: Some(Arc::new(tokens)), ..EndpointOptions::default() };
     let endpoint = Arc::new(Endpoint::new(&base, options, time.clock()).unwrap());
     secrets::said(&format!("{endpoint:?}"));
     Tier::new(HttpUpstream::repository(endpoint, base.join(&format!("v2/{REPOSITORY}")).unwrap(), REPOSITORY))
@@ -196,6 +220,7 @@ fn kind(outcome: &Result<(), FillError>) -> Outcome {
             SourceError::OutOfRange { .. } => Outcome::OutOfRange,
             SourceError::NoRanges { .. } => Outcome::NoRanges,
             SourceError::Untrusted { .. } => Outcome::Untrusted,
+            SourceError::Unauthorized { .. } => Outcome::Unauthorized,
             SourceError::Unavailable { .. } => Outcome::Unavailable,
             SourceError::Deadline { .. } => Outcome::Deadline,
             other => panic!("not expected of any cell: {other:?}"),
@@ -261,8 +286,15 @@ async fn strike(bench: &Bench, row: &Row, unit: usize, readers: usize, wrong: &m
         wrong.push(format!("it took {took:?}"));
     }
     if row.outcome != Outcome::Served {
+        if unit > 0 && bench.read(0, readers).await.iter().any(Result::is_err) {
+            wrong.push("what was present is not served".to_owned());
+        }
         bench.struck.mend();
         bench.struck.settle().await;
+        if row.form.access() != Access::Open {
+            // A token server that failed is left alone for so long, and a login that was refused.
+            bench.time.advance(Duration::from_secs(10));
+        }
     }
 }
 
