@@ -195,7 +195,8 @@ async fn a_token_server_that_is_down_costs_nothing_until_the_token_ends_and_is_a
     bench.clock.advance(9 * SECOND);
     let error = bench.get().await.unwrap_err();
     assert_eq!(error.fault(), Fault::Transient);
-    let told = format!("http://{}/token gives no token for 127.0.0.1:5000: it answers with status 503", bench.server.address);
+    let told =
+        format!("http://{}/token gives no token for 127.0.0.1:5000: it answers with status 503", bench.server.address);
     assert_eq!(error.to_string(), told);
     let count = bench.server.count();
     for _ in 0..10 {
