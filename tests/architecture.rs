@@ -26,7 +26,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("tools", &["base", "sys", "format", "codec", "image", "blob", "source", "reader", "build"]),
     // `format` only to write the image of a few hundred bytes with which a host is tried out.
     ("export", &["base", "sys", "format", "telemetry", "image", "cache"]),
-    ("daemon", &["base", "sys", "net", "telemetry", "image", "blob", "source", "reader", "cache", "export"]),
+    ("credentials", &["base", "sys", "net"]),
+    (
+        "daemon",
+        &["base", "sys", "net", "telemetry", "credentials", "image", "blob", "source", "reader", "cache", "export"],
+    ),
     (
         "cli",
         &[
@@ -36,6 +40,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "codec",
             "net",
             "telemetry",
+            "credentials",
             "image",
             "blob",
             "source",
