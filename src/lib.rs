@@ -14,6 +14,7 @@ pub mod export;
 pub mod format;
 pub mod image;
 pub mod net;
+pub mod oci;
 pub mod reader;
 pub mod source;
 pub mod sys;

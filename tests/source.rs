@@ -199,6 +199,7 @@ async fn outcome(fault: Fault) -> (&'static str, u64) {
         Err(SourceError::OutOfRange { .. }) => "out of range",
         Err(SourceError::NoRanges { .. }) => "no ranges",
         Err(SourceError::Untrusted { .. }) => "untrusted",
+        Err(SourceError::Unauthorized { .. }) => "unauthorized",
         Err(SourceError::Unavailable { .. }) => "unavailable",
         Err(SourceError::Deadline { .. }) => "deadline",
         Err(SourceError::Io { .. }) => "io",
@@ -521,7 +522,7 @@ async fn nobody_is_led_from_https_to_http() {
     let error = read_middle(&source).await.unwrap_err();
 
     assert!(matches!(error, SourceError::Untrusted { .. }), "{error}");
-    assert!(error.to_string().ends_with("redirected from https to http"), "{error}");
+    assert!(error.to_string().ends_with("it redirects from https to http"), "{error}");
     assert_eq!((origin.requests(), plain.requests()), (1, 0));
 }
 

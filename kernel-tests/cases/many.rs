@@ -81,7 +81,7 @@ fn many_mounts(ctx: &Ctx) -> Outcome {
         fs::create_dir_all(dir)?;
         let image = &images[number % IMAGES];
         let blobs = image.join("blobs").to_str().context("UTF-8")?.to_owned();
-        let image = ImageSpec { bootstrap: image.join("bootstrap"), blobs, ca: None, prefetch: PrefetchOrder::None };
+        let image = spec(image.join("bootstrap"), &blobs);
         let request = MountRequest { image, dir: dir.clone(), backend: choice(ctx.backend), trace: None };
         runtime.block_on(client.mount(&request)).with_context(|| format!("mount {number}"))?;
     }
@@ -172,7 +172,7 @@ fn again(ctx: &Ctx) -> Outcome {
     let (client, runtime) = (Client::new(&fixture.run())?, runtime()?);
     let bootstrap = image.join("bootstrap");
     let blobs = image.join("blobs").to_str().context("UTF-8")?.to_owned();
-    let spec = ImageSpec { bootstrap: bootstrap.clone(), blobs, ca: None, prefetch: PrefetchOrder::None };
+    let spec = spec(bootstrap.clone(), &blobs);
     let mount = |name: &str| {
         let dir = ctx.dir.join(name);
         fs::create_dir_all(&dir)?;
@@ -249,4 +249,10 @@ fn many_blobs(ctx: &Ctx) -> Outcome {
     }
     fixture.umount(&mount)?;
     fixture.finish()
+}
+
+/// Nothing is fetched ahead.
+fn spec(bootstrap: PathBuf, blobs: &str) -> ImageSpec {
+    let (bootstrap, blobs) = (Some(bootstrap), blobs.into());
+    ImageSpec { bootstrap, blobs, prefetch: PrefetchOrder::None, ..ImageSpec::default() }
 }

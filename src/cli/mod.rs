@@ -27,8 +27,10 @@ mod opened;
 mod optimize;
 mod prefetch;
 pub mod progress;
+mod pull;
 mod register;
 mod reload;
+mod resolve;
 mod serve;
 mod serve_blobs;
 mod settings;
@@ -80,7 +82,8 @@ pub struct Cli {
 const EXAMPLES: &str = "\
 Examples:
   rafsd build rootfs/ -o image/
-  rafsd mount image/bootstrap /mnt --blobs image/blobs";
+  rafsd mount image/bootstrap /mnt --blobs image/blobs
+  rafsd mount docker://registry.example/team/app:1.2-nydus /mnt";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -100,6 +103,8 @@ enum Command {
     Umount(mount::UmountArgs),
     #[command(visible_alias = "ls")]
     List(mount::ListArgs),
+    Pull(pull::PullArgs),
+    Resolve(resolve::ResolveArgs),
     Prefetch(prefetch::PrefetchArgs),
     Trace(trace::TraceArgs),
     Cache(cache::CacheArgs),
@@ -144,6 +149,8 @@ pub fn run() -> ExitCode {
         Command::Mount(args) => mount::mount(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),
+        Command::Pull(args) => pull::run(args),
+        Command::Resolve(args) => resolve::run(args),
         Command::Prefetch(args) => prefetch::run(args),
         Command::Trace(args) => trace::run(args),
         Command::Cache(args) => cache::run(args),

@@ -2,28 +2,45 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 use super::connect::{DaemonArgs, Place, block_on};
 use super::prefetch::order;
 use super::{print_json, trace};
 use crate::base::ByteSize;
-use crate::daemon::api::{BackendChoice, ImageReport, ImageSpec, MountRequest, UnmountRequest};
+use crate::daemon::api::{BackendChoice, Blobs, ImageReport, ImageSpec, MountRequest, UnmountRequest};
 use crate::daemon::keeper;
+use crate::oci::{Platform, Reference};
 
 /// Where an image and its blobs are.
 #[derive(Debug, clap::Args)]
 pub(super) struct ImageArgs {
-    /// Bootstrap of the image
-    #[arg(value_name = "BOOTSTRAP")]
-    bootstrap: PathBuf,
+    /// Bootstrap of the image, or docker://HOST/REPOSITORY:TAG for an image in a registry
+    ///
+    /// An image in a registry may be named by tag, by digest (docker://HOST/REPOSITORY@sha256:...), or by both, of
+    /// which the digest decides.
+    #[arg(value_name = "BOOTSTRAP|REFERENCE")]
+    image: PathBuf,
 
-    /// Where the blobs are: a directory, or the http(s) URL below which each has its id as name
+    /// Where the blobs are: a directory, the http(s) URL below which each has its id as name, or
+    /// docker://HOST/REPOSITORY; may be given several times, and the first place is asked first
+    ///
+    /// An image in a registry has its blobs there, so for one of those this is needed only if they are kept elsewhere.
+    /// It then says all places, the registry included.
     ///
     /// Secrets in a URL, such as a password or a signature, can be seen in the process list by
     /// every user of this host while this command runs.
     #[arg(long, value_name = "DIR|URL")]
-    blobs: String,
+    blobs: Vec<String>,
+
+    /// For which machine, as OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT, where an image in a registry comes for
+    /// several [default: this one]
+    #[arg(long, value_name = "PLATFORM")]
+    platform: Option<Platform>,
+
+    /// Take the image in a registry that the name led to the last time, and do not ask the registry about it
+    #[arg(long)]
+    offline: bool,
 
     /// PEM file with a certificate authority to trust besides the system's
     #[arg(long, value_name = "FILE")]
@@ -48,12 +65,36 @@ pub(super) struct ImageArgs {
 impl ImageArgs {
     /// The same with paths that mean the same to the daemon.
     pub(super) fn spec(self) -> anyhow::Result<ImageSpec> {
-        let blobs =
-            if self.blobs.contains("://") { self.blobs } else { utf8(&absolute(Path::new(&self.blobs))?)?.to_owned() };
+        let blobs = places(self.blobs)?;
         let ca = self.ca.as_deref().map(absolute).transpose()?;
         let prefetch = order(&self.prefetch)?;
-        Ok(ImageSpec { bootstrap: absolute(&self.bootstrap)?, blobs, ca, prefetch })
+        let platform = self.platform.as_ref().map(ToString::to_string);
+        let spec = ImageSpec { platform, offline: self.offline, blobs, ca, prefetch, ..ImageSpec::default() };
+        named(&self.image, spec)
     }
+}
+
+/// Places of blobs, with paths that mean the same to the daemon.
+pub(super) fn places(blobs: Vec<String>) -> anyhow::Result<Blobs> {
+    let place = |place: String| {
+        if place.contains("://") { Ok(place) } else { Ok(utf8(&absolute(Path::new(&place))?)?.to_owned()) }
+    };
+    Ok(blobs.into_iter().map(place).collect::<anyhow::Result<Vec<_>>>()?.into())
+}
+
+/// `spec` with the image that `text` names: an image in a registry, or a bootstrap.
+pub(super) fn named(text: &Path, spec: ImageSpec) -> anyhow::Result<ImageSpec> {
+    if let Some(text) = text.to_str().filter(|text| Reference::is_meant(text)) {
+        let reference: Reference = text.parse()?;
+        return Ok(ImageSpec { reference: Some(reference.to_string()), ..spec });
+    }
+    if spec.blobs.is_empty() {
+        bail!("--blobs must say where the blobs of {} are", text.display());
+    }
+    if spec.offline || spec.platform.is_some() {
+        bail!("--offline and --platform are about images in registries; {} is a file", text.display());
+    }
+    Ok(ImageSpec { bootstrap: Some(absolute(text)?), ..spec })
 }
 
 /// Mount an image; its data arrives when it is read
@@ -88,6 +129,7 @@ pub(super) struct MountArgs {
 
 const EXAMPLE: &str = "\
 Examples:
+  rafsd mount docker://registry.example/team/app:1.2-nydus /mnt
   rafsd mount image/bootstrap /mnt --blobs https://blobs.example/image
   rafsd mount image/bootstrap /mnt --blobs https://blobs.example/image --prefetch=start.trace";
 

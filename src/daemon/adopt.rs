@@ -20,15 +20,19 @@ use super::api::PrefetchOrder;
 use super::connections::Connections;
 use super::keeper::{Inheritance, Keepers, Kind, Name};
 use super::known::KnownImages;
+use super::lookup::shown;
 use super::mounts::{Daemon, Options, State};
 use super::objects::Objects;
 use super::observe::Occupied;
 use super::origins::Origins;
-use super::prepare::{Prepared, resume};
+use super::prepare::{Named, Prepared, resume};
+use super::pulls::Pulls;
 use super::records::{DeviceFile, Record, RecordId, Records, ensure_private};
+use super::references::References;
 use super::served::{Attachment, Mounted, Served};
 use super::serving::{Backends, Legacy, device_file, spawn};
 use super::trace::Traces;
+use super::turns::Turns;
 use crate::base::{Chain, Digest};
 use crate::cache::{Store, StoreOptions};
 use crate::export::cachefiles::FsId;
@@ -108,6 +112,7 @@ impl Daemon {
         let backends = Backends::new(&options, legacy, &keepers, telemetry.clone())?;
         sweep(&options.cache);
         let objects = Objects::new(options.cache.join("cachefiles-maps"));
+        let references = References::new(options.cache.join("references"));
         let daemon = Arc::new(Self {
             options,
             started: began,
@@ -128,6 +133,9 @@ impl Daemon {
             takeover_ms: OnceLock::new(),
             prefetches: Arc::default(),
             traces: Traces::default(),
+            references,
+            turns: Turns::default(),
+            pulls: Pulls::default(),
         });
         if takes_over {
             daemon.take_over(left, events)?;
@@ -262,6 +270,12 @@ impl Daemon {
             None => resume(kept, source.clone())?,
         };
         left.prepared.insert(key, image.image.clone());
+        image.named = record
+            .manifest
+            .as_deref()
+            .and_then(Digest::from_hex)
+            .zip(record.spec.reference.clone())
+            .map(|(manifest, reference)| Named { reference: shown(&reference), manifest });
         let watch = record.superblock.map(WatchId::from);
         // Nobody else holds them until they are marked.
         let mut devices = Vec::new();
@@ -339,8 +353,9 @@ fn sweep(cache: &Path) {
             prefixes.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
         })
     };
-    for entry in
-        scratch(cache.join("bootstraps"), &[".new-"]).chain(scratch(cache.to_owned(), &[".selftest-", ".bind-"]))
+    for entry in scratch(cache.join("bootstraps"), &[".new-"])
+        .chain(scratch(cache.join("references"), &[".new-"]))
+        .chain(scratch(cache.to_owned(), &[".selftest-", ".bind-"]))
     {
         let path = entry.path();
         let removed: io::Result<()> =

@@ -10,8 +10,9 @@ use serde::de::DeserializeOwned;
 
 use super::api::observe::{Activity, LogRules};
 use super::api::{
-    Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, RegisterRequest,
-    TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest,
+    Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, PullReport, PullRequest,
+    RegisterRequest, ResolveReport, ResolveRequest, TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted,
+    UnregisterRequest, UpgradeRequest,
 };
 use super::control::SOCKET;
 
@@ -99,6 +100,26 @@ impl Client {
     /// Stops all prefetches of an image; gives those that were under way.
     pub async fn cancel_prefetch(&self, target: &PrefetchTarget) -> Result<Vec<PrefetchReport>, ClientError> {
         self.call(Method::DELETE, "prefetch", target).await
+    }
+
+    /// Where a reference leads, and how it would be mounted.
+    pub async fn resolve(&self, request: &ResolveRequest) -> Result<ResolveReport, ClientError> {
+        self.call(Method::POST, "resolve", request).await
+    }
+
+    /// Begins to bring an image here whole.
+    pub async fn pull(&self, request: &PullRequest) -> Result<PullReport, ClientError> {
+        self.call(Method::POST, "pulls", request).await
+    }
+
+    /// How that is getting on.
+    pub async fn get_pull(&self, id: u64) -> Result<PullReport, ClientError> {
+        self.call(Method::GET, &format!("pulls/{id}"), &()).await
+    }
+
+    /// Stops that; what has come stays.
+    pub async fn cancel_pull(&self, id: u64) -> Result<PullReport, ClientError> {
+        self.call(Method::DELETE, &format!("pulls/{id}"), &()).await
     }
 
     /// Begins a trace.

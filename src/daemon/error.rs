@@ -1,11 +1,13 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::api::SpecError;
 use crate::base::BlobId;
 use crate::blob::TablesError;
 use crate::cache::{StockError, StoreError};
 use crate::export::AttachError;
 use crate::image::{ImageError, OpenError as ImageOpenError};
+use crate::oci::OciError;
 use crate::reader::{LoadError, MapError, ReachError};
 use crate::source::OpenError;
 
@@ -35,6 +37,16 @@ pub enum DaemonError {
     #[error(transparent)]
     Reach(#[from] ReachError),
     #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Oci(#[from] OciError),
+    #[error("cannot learn where {reference} leads now; --offline mounts what it led to the last time")]
+    Unresolved {
+        reference: String,
+        #[source]
+        cause: OciError,
+    },
+    #[error(transparent)]
     SourceSpec(OpenError),
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -48,6 +60,10 @@ pub enum DaemonError {
     NotADirectory(PathBuf),
     #[error("{} is not an absolute path", .0.display())]
     Relative(PathBuf),
+    #[error("there is no pull {0}, or it ended a while ago")]
+    NoPull(u64),
+    #[error("there are too many pulls under way; wait for one")]
+    TooManyPulls,
     #[error("an image is mounted at {} already", .0.display())]
     Mounted(PathBuf),
     #[error("no image of this daemon is mounted at {}", .0.display())]

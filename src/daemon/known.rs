@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::base::Digest;
 use crate::blob::UnitMap;
 use crate::cache::{BootstrapStamp, Bootstraps, KeptBootstrap};
 
@@ -22,9 +23,17 @@ const MOST_UNITS: usize = 1 << 19;
 /// A file that changed later than this before it was read may change again and look the same.
 const UNCERTAIN: Duration = Duration::from_secs(2);
 
+/// Where a bootstrap comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    File(OriginFile),
+    /// A layer with this digest, which is never another one.
+    Layer(Digest),
+}
+
 /// A bootstrap file at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Origin {
+pub(super) struct OriginFile {
     path: PathBuf,
     device: u64,
     inode: u64,
@@ -38,20 +47,29 @@ impl Origin {
     /// The file at `path` as it is now.
     pub(super) fn of(path: &Path) -> io::Result<Self> {
         let meta = std::fs::metadata(path)?;
-        Ok(Self {
+        Ok(Self::File(OriginFile {
             path: path.to_owned(),
             device: meta.dev(),
             inode: meta.ino(),
             len: meta.len(),
             modified: (meta.mtime(), meta.mtime_nsec()),
             changed: (meta.ctime(), meta.ctime_nsec()),
-        })
+        }))
+    }
+
+    /// Whether `other` is about the same file, or the same layer.
+    fn is_same_place(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::File(this), Self::File(other)) => this.path == other.path,
+            (this, other) => this == other,
+        }
     }
 
     /// Whether every later change would show. `now` is when the file was looked at.
     fn is_certain(&self, now: SystemTime) -> bool {
+        let Self::File(file) = self else { return true };
         let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let changed = Duration::from_secs(u64::try_from(self.changed.0).unwrap_or(u64::MAX));
+        let changed = Duration::from_secs(u64::try_from(file.changed.0).unwrap_or(u64::MAX));
         changed.checked_add(UNCERTAIN).is_some_and(|until| until < since)
     }
 }
@@ -87,7 +105,7 @@ impl KnownImages {
             return;
         }
         let mut images = self.0.lock().unwrap();
-        images.retain(|(other, _)| other.path != origin.path);
+        images.retain(|(other, _)| !other.is_same_place(&origin));
         images.push((origin, known));
         while images.len() > MOST_IMAGES || images.iter().map(|(_, known)| units(known)).sum::<usize>() > MOST_UNITS {
             images.remove(0);

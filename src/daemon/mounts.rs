@@ -10,8 +10,7 @@ use tokio::runtime::Handle;
 use super::DaemonError;
 use super::api::observe::millis;
 use super::api::{
-    BackendChoice, ImageReport, ImageSpec, Info, MountRequest, PrefetchOrder, PrefetchTarget, RegisterRequest,
-    Unmounted,
+    BackendChoice, ImageReport, Info, MountRequest, PrefetchOrder, PrefetchTarget, RegisterRequest, Unmounted,
 };
 use super::keeper::{self, Keepers};
 use super::known::KnownImages;
@@ -20,17 +19,21 @@ use super::observe::Occupied;
 use super::order::plan;
 use super::origins::Origins;
 use super::prefetch::{Prefetches, devices};
-use super::prepare::{Prepared, bootstrap_as_blob, prepare};
+use super::prepare::{Prepared, Wanted, bootstrap_as_blob, prepare};
+use super::pulls::Pulls;
 use super::records::{Record, RecordId, Records};
+use super::references::References;
 use super::served::{Attachment, Live, Mounted, Served, blob_object};
 use super::serving::Backends;
 use super::stop::Ending;
 use super::trace::Traces;
+use super::turns::{Queue, Turns};
 use crate::base::BlobId;
 use crate::blob::UnitMap;
 use crate::cache::{Engine, Store, StoreOptions};
 use crate::export::cachefiles::{self, FsId, Registration};
 use crate::export::{AttachError, BackendKind, MountWatch, WatchId, fuse};
+use crate::source::BlobSource;
 use crate::sys::mount::{detach, unmount};
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Telemetry;
@@ -73,6 +76,9 @@ pub struct Daemon {
     pub(super) takeover_ms: OnceLock<u64>,
     pub(super) prefetches: Arc<Prefetches>,
     pub(super) traces: Traces,
+    pub(super) references: References,
+    pub(super) turns: Turns,
+    pub(super) pulls: Pulls,
 }
 
 #[derive(Debug, Default)]
@@ -119,7 +125,7 @@ impl Daemon {
         let dir = std::fs::canonicalize(&request.dir).ok().filter(|dir| request.dir.is_absolute() && dir.is_dir());
         let dir = dir.ok_or_else(|| DaemonError::NotADirectory(request.dir.clone()))?;
         let request = &MountRequest { dir: dir.clone(), ..request.clone() };
-        ensure_absolute(&request.image)?;
+        request.image.whereabouts()?;
         let reserved = self.reserve(&dir)?;
         let mounted = self.mount_reserved(request).inspect_err(|error| self.forget_trace(request, error))?;
         let report = mounted.served.report(Some(&dir), &self.telemetry);
@@ -154,7 +160,11 @@ impl Daemon {
 
     fn mount_reserved(&self, request: &MountRequest) -> Result<Mounted, DaemonError> {
         let (kind, why) = self.backends.choose(request.backend)?;
-        let mut prepared = self.prepare(&request.image)?;
+        // Held until the maps of the image are kept: who comes for the same one meanwhile finds all of it.
+        let found = self.look_up(&request.image)?;
+        let queue = found.queue(self);
+        let _turn = queue.as_ref().map(Queue::wait);
+        let mut prepared = self.prepare(&request.image, &found)?;
         if self.state.lock().unwrap().stopping {
             return Err(DaemonError::Stopping);
         }
@@ -172,11 +182,14 @@ impl Daemon {
         mounted.inspect_err(|_| self.forget(record))
     }
 
-    fn prepare(&self, spec: &ImageSpec) -> Result<Prepared, DaemonError> {
+    pub(super) fn prepare_from(
+        &self,
+        wanted: &Wanted<'_>,
+        source: &Arc<dyn BlobSource>,
+    ) -> Result<Prepared, DaemonError> {
         let saved = |blob: &BlobId| self.store.saved_map(blob).or_else(|| self.objects.saved(DOMAIN, blob));
-        let source = self.origins.open(spec).map_err(DaemonError::SourceSpec)?;
         let bootstraps = self.store.shelves().bootstraps();
-        let once = || prepare(spec, source.clone(), bootstraps, &self.images, &saved, &self.runtime);
+        let once = || prepare(wanted, source.clone(), bootstraps, &self.images, &saved, &self.runtime);
         match once() {
             Err(DaemonError::Store(error)) if error.is_full() && self.store.make_room(1) => once(),
             outcome => outcome,
@@ -291,9 +304,13 @@ impl Daemon {
     /// Makes an image mountable by anybody under names of the caller's choice.
     pub fn register(&self, request: &RegisterRequest) -> Result<ImageReport, DaemonError> {
         let name = FsId::new(&request.id, request.domain.as_deref())?;
-        ensure_absolute(&request.image)?;
+        request.image.whereabouts()?;
         let (_, why) = self.backends.choose(BackendChoice::Cachefiles)?;
-        let prepared = Arc::new(self.prepare(&request.image)?);
+        let found = self.look_up(&request.image)?;
+        let queue = found.queue(self);
+        let turn = queue.as_ref().map(Queue::wait);
+        let prepared = Arc::new(self.prepare(&request.image, &found)?);
+        drop(turn);
         let (served, _) = self.serve_cachefiles(&request.image.prefetch, prepared, &name, why)?;
         let report = served.report(None, &self.telemetry);
         let mut state = self.state.lock().unwrap();
@@ -369,6 +386,7 @@ impl Daemon {
     pub fn is_idle(&self) -> bool {
         let state = self.state.lock().unwrap();
         !self.backends.has_open_objects()
+            && !self.pulls.are_under_way()
             && state.mounts.is_empty()
             && state.lingering.is_empty()
             && state.unserved.is_empty()
@@ -483,10 +501,4 @@ impl Drop for Reservation<'_> {
             state.mounts.remove(self.dir);
         }
     }
-}
-
-/// A relative path would mean something else to the daemon than to who sent it.
-fn ensure_absolute(spec: &ImageSpec) -> Result<(), DaemonError> {
-    let relative = [Some(&spec.bootstrap), spec.ca.as_ref()].into_iter().flatten().find(|path| !path.is_absolute());
-    relative.map_or(Ok(()), |path| Err(DaemonError::Relative(path.clone())))
 }

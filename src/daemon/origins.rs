@@ -2,22 +2,24 @@
 //! and a thousand images of one server need one.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Instant;
 
 use super::api::ImageSpec;
-use crate::net::{ClientOptions, RetryPolicy};
-use crate::source::{self, AbsentSource, BlobSource, OpenError};
+use crate::net::auth::Login;
+use crate::oci::{Endpoints, Repository};
+use crate::source::{AbsentSource, BlobSource, Network, NetworkOptions, OpenError};
 use crate::telemetry::Telemetry;
 
 /// What a source is opened from.
-type Spec = (String, Option<PathBuf>);
+type Spec = (Vec<String>, Option<PathBuf>);
 
 /// Open sources. One stays open as long as an image uses it.
 #[derive(Default)]
 pub(super) struct Origins {
     open: Mutex<HashMap<Spec, Weak<dyn BlobSource>>>,
-    telemetry: Telemetry,
+    network: Network,
 }
 
 impl std::fmt::Debug for Origins {
@@ -29,22 +31,45 @@ impl std::fmt::Debug for Origins {
 impl Origins {
     /// No source yet; `telemetry` counts what all of them are asked.
     pub(super) fn new(telemetry: Telemetry) -> Self {
-        Self { telemetry, ..Self::default() }
+        Self { network: Network::new(NetworkOptions::default(), telemetry), ..Self::default() }
     }
 
-    /// The source that `spec` names. Connects to nobody yet.
+    /// The source that `spec` names: one place, or several of which the first is asked first. Connects to nobody
+    /// yet.
     pub(super) fn open(&self, spec: &ImageSpec) -> Result<Arc<dyn BlobSource>, OpenError> {
-        let key = (spec.blobs.clone(), spec.ca.clone());
+        let key = (spec.places(), spec.ca.clone());
         if let Some(open) = self.open.lock().unwrap().get(&key).and_then(Weak::upgrade) {
             return Ok(open);
         }
-        let mut options = ClientOptions::default();
-        options.extra_ca_pem.extend(spec.ca.clone());
-        let source = source::open_counted(&spec.blobs, &options, RetryPolicy::default(), &self.telemetry)?;
+        let source = self.network.open(&key.0, spec.ca.as_deref())?;
         let mut open = self.open.lock().unwrap();
         open.retain(|_, source| source.strong_count() > 0);
         open.insert(key, Arc::downgrade(&source));
         Ok(source)
+    }
+
+    /// The registry `host` and its mirrors, for questions that nobody waits for after `until`.
+    pub(super) fn registry(&self, host: &str, ca: Option<&Path>, until: Instant) -> Result<Endpoints, OpenError> {
+        let registry = self.network.registry(host, ca)?;
+        let servers = registry.servers().iter().filter(|server| server.config.resolve);
+        let servers =
+            servers.map(|server| (Arc::clone(&server.endpoint), server.config.namespace(host).map(ToOwned::to_owned)));
+        Ok(Endpoints::new(host, servers.collect(), self.network.policy(), until))
+    }
+
+    /// Where the blobs of `spec` would be fetched from, in order, without secrets.
+    pub(super) fn addresses(&self, spec: &ImageSpec) -> Result<Vec<String>, OpenError> {
+        self.network.addresses(&spec.places(), spec.ca.as_deref())
+    }
+
+    /// Who we are to the registry of `repository`, without secrets.
+    pub(super) async fn login(&self, repository: &Repository) -> String {
+        match self.network.keychain().login(repository.host(), repository.path()).await {
+            Ok(None) => "nobody".to_owned(),
+            Ok(Some(Login::Basic { user, .. })) => user,
+            Ok(Some(Login::Identity(_) | Login::Bearer(_))) => "whoever a token says".to_owned(),
+            Err(error) => error.to_string(),
+        }
     }
 
     /// The same for an image that is mounted already: it goes on with what is present, and fails
@@ -65,10 +90,10 @@ mod tests {
     #[test]
     fn images_of_one_server_share_a_source_for_as_long_as_one_uses_it() {
         let spec = |blobs: &str| ImageSpec {
-            bootstrap: "/b".into(),
+            bootstrap: Some("/b".into()),
             blobs: blobs.into(),
-            ca: None,
             prefetch: PrefetchOrder::None,
+            ..ImageSpec::default()
         };
         let origins = Origins::default();
         crate::net::install_tls();
@@ -82,8 +107,7 @@ mod tests {
 
     #[test]
     fn a_source_that_is_gone_fails_reads_and_nothing_else() {
-        let spec =
-            ImageSpec { bootstrap: "/b".into(), blobs: "/nowhere".into(), ca: None, prefetch: PrefetchOrder::None };
+        let spec = ImageSpec { bootstrap: Some("/b".into()), blobs: "/nowhere".into(), ..ImageSpec::default() };
         let source = Origins::default().open_or_absent(&spec);
         assert!(source.describe().contains("/nowhere"));
     }

@@ -1,4 +1,4 @@
-//! From a bootstrap file and a source to maps and a mountable copy.
+//! From a bootstrap and a source to maps and a mountable copy.
 
 use std::fs::File;
 use std::io::Read;
@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::DaemonError;
-use super::api::ImageSpec;
 use super::known::{Known, KnownImages, Origin};
 use crate::base::{BLOCK, BlobId, Digest};
 use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
 use crate::cache::{Bootstraps, KeptBootstrap};
 use crate::export::{Backing, LiveImage};
 use crate::image::{Device, Image};
+use crate::reader::bootstrap::{Found, layer_key};
 use crate::reader::{self, ensure_block_size, ensure_checkable, maps};
 use crate::source::{BlobSource, LocalSource};
 
@@ -28,8 +28,79 @@ pub(super) struct Prepared {
     pub(super) source: Arc<dyn BlobSource>,
     /// The file it was read from; `None` if it was known already, or changed while it was read.
     pub(super) origin: Option<Origin>,
+    /// What it is called in a registry, if it comes from one.
+    pub(super) named: Option<Named>,
     /// The copy stays while the image is served.
     kept: KeptBootstrap,
+}
+
+/// What an image is called in a registry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Named {
+    /// As it was asked for.
+    pub(super) reference: String,
+    /// What that led to.
+    pub(super) manifest: Digest,
+}
+
+/// A bootstrap that is wanted.
+pub(super) enum Wanted<'a> {
+    /// In this file.
+    File(&'a Path),
+    /// In a layer of an image in a registry.
+    Layer(&'a Layer<'a>),
+}
+
+/// A layer with a bootstrap in it.
+pub(super) struct Layer<'a> {
+    /// Of the layer.
+    pub(super) digest: Digest,
+    /// What to call the bootstrap in messages.
+    pub(super) shown: &'a Path,
+    /// Gives the bootstrap; not asked if what it would give is kept already.
+    pub(super) fetch: &'a dyn Fn() -> Result<Vec<u8>, DaemonError>,
+    /// Whether whoever named the layer may have the bytes that the image leads to.
+    pub(super) admit: &'a dyn Fn(&Image) -> Result<(), DaemonError>,
+}
+
+impl Wanted<'_> {
+    fn origin(&self) -> Option<Origin> {
+        match self {
+            Self::File(path) => Origin::of(path).ok(),
+            Self::Layer(layer) => Some(Origin::Layer(layer.digest)),
+        }
+    }
+
+    fn shown(&self) -> &Path {
+        match self {
+            Self::File(path) => path,
+            Self::Layer(layer) => layer.shown,
+        }
+    }
+
+    fn admit(&self, image: &Image) -> Result<(), DaemonError> {
+        match self {
+            Self::File(_) => Ok(()),
+            Self::Layer(layer) => (layer.admit)(image),
+        }
+    }
+
+    fn keep(&self, bootstraps: &Arc<Bootstraps>) -> Result<KeptBootstrap, DaemonError> {
+        let load = |found: Found| found.load().map(|loaded| loaded.bytes).map_err(DaemonError::Load);
+        match self {
+            Self::File(path) => {
+                let found = reader::bootstrap::find(path, None).map_err(DaemonError::Load)?;
+                match found.to_be_lifted() {
+                    // Lifting takes time that a further mount need not spend.
+                    Some(digest) => bootstraps.keep_made(digest, || load(found)),
+                    None => Ok(bootstraps.keep(&load(found)?)?),
+                }
+            }
+            Self::Layer(layer) => bootstraps.keep_made(layer_key(layer.digest), || {
+                load(reader::bootstrap::of_bytes((layer.fetch)()?, layer.shown).map_err(DaemonError::Load)?)
+            }),
+        }
+    }
 }
 
 impl std::fmt::Debug for Prepared {
@@ -42,7 +113,7 @@ impl Prepared {
     /// The same image once more.
     pub(super) fn again(kept: KeptBootstrap, image: Arc<Image>, source: Arc<dyn BlobSource>) -> Self {
         let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
-        Self { image, key, bootstrap, maps: Vec::new(), source, origin: None, kept }
+        Self { image, key, bootstrap, maps: Vec::new(), source, origin: None, named: None, kept }
     }
 
     /// What is worth knowing when the same image is mounted again. `maps` are its own, shared with whoever
@@ -67,30 +138,25 @@ const BOOTSTRAP_UNIT: usize = 1 << 20;
 /// Reads everything a mount needs, with a copy of the bootstrap in `bootstraps`. `saved` knows maps
 /// from before, which spare fetching a blob's tables; an image among `images` is not even read. Blocks; runs its fetches on `runtime`.
 pub(super) fn prepare(
-    spec: &ImageSpec,
+    wanted: &Wanted<'_>,
     source: Arc<dyn BlobSource>,
     bootstraps: &Arc<Bootstraps>,
     images: &KnownImages,
     saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Prepared, DaemonError> {
-    let before = Origin::of(&spec.bootstrap).ok();
+    let before = wanted.origin();
     if let Some((kept, known)) = before.as_ref().and_then(|origin| images.find(origin, bootstraps))
         && let Ok(image) = Image::open(kept.path())
     {
+        wanted.admit(&image)?;
         return Ok(Prepared { maps: known.maps, ..Prepared::again(kept, Arc::new(image), source) });
     }
-    let found = reader::bootstrap::find(&spec.bootstrap, None).map_err(DaemonError::Load)?;
-    let source_digest = found.to_be_lifted();
-    let load = || found.load().map(|loaded| loaded.bytes).map_err(DaemonError::Load);
-    let kept = match source_digest {
-        // Lifting takes time that a further mount need not spend.
-        Some(digest) => bootstraps.keep_made(digest, load)?,
-        None => bootstraps.keep(&load()?)?,
-    };
-    let origin = before.filter(|before| Origin::of(&spec.bootstrap).is_ok_and(|after| after == *before));
+    let kept = wanted.keep(bootstraps)?;
+    let origin = before.filter(|before| wanted.origin().is_some_and(|after| after == *before));
     let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
-    let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, &spec.bootstrap)))?;
+    let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, wanted.shown())))?;
+    wanted.admit(&image)?;
     ensure_block_size(&image)?;
     let maps = image
         .devices()
@@ -99,7 +165,7 @@ pub(super) fn prepare(
         .collect::<Result<Vec<_>, _>>()?;
     ensure_checkable(&image, &maps)?;
     let maps = maps.into_iter().map(Arc::new).collect();
-    Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source, origin, kept })
+    Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source, origin, named: None, kept })
 }
 
 /// An image that a dead daemon had prepared, from our copy of its bootstrap. It was checked then, and
@@ -159,7 +225,6 @@ pub(super) fn bootstrap_as_blob(prepared: &Prepared) -> Result<(UnitMap, Arc<dyn
 mod tests {
     use super::*;
     use crate::cache::{Store, StoreOptions};
-    use crate::daemon::api::PrefetchOrder;
     use crate::reader::LoadError;
 
     #[test]
@@ -170,14 +235,13 @@ mod tests {
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
 
         for path in [fifo.as_path(), Path::new("/dev/zero"), dir.path()] {
-            let blobs = dir.path().to_str().unwrap().to_owned();
-            let spec = ImageSpec { bootstrap: path.to_owned(), blobs, ca: None, prefetch: PrefetchOrder::None };
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let source = Arc::new(LocalSource::new(dir.path()).unwrap());
             let store = Store::open(dir.path(), StoreOptions::default(), runtime.handle().clone()).unwrap();
             let bootstraps = store.shelves().bootstraps();
             let error =
-                prepare(&spec, source, bootstraps, &KnownImages::default(), &|_| None, runtime.handle()).unwrap_err();
+                prepare(&Wanted::File(path), source, bootstraps, &KnownImages::default(), &|_| None, runtime.handle())
+                    .unwrap_err();
             assert!(matches!(&error, DaemonError::Load(LoadError::Io { path: at, .. }) if at == path), "{error:?}");
         }
         assert!(!bootstraps.exists() || std::fs::read_dir(&bootstraps).unwrap().next().is_none());

@@ -17,9 +17,9 @@ use crate::export::fuse::Lasting;
 use crate::export::{BackendKind, WatchId};
 use crate::sys::files::InodeId;
 
-/// The version that is written. A change that an older release would misread raises it; every
-/// version that was ever released is read.
-const VERSION: u32 = 1;
+/// The newest version. A change that an older release would misread raises it; every version that
+/// was ever released is read, and each record is written as the oldest that can say what is in it.
+const VERSION: u32 = 2;
 
 /// One served image.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,6 +49,16 @@ pub(super) struct Record {
     /// devices over FUSE.
     #[serde(default)]
     pub(super) straight: Vec<bool>,
+    /// SHA-256 of the manifest that the reference led to; for images of registries.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) manifest: Option<String>,
+}
+
+impl Record {
+    /// The oldest version that has words for it: 2 is what knows references and several places of blobs.
+    fn version(&self) -> u32 {
+        if self.spec.is_new() { 2 } else { 1 }
+    }
 }
 
 /// A superblock in a record.
@@ -147,7 +157,7 @@ impl Records {
     pub(super) fn write(&self, id: RecordId, record: &Record) -> io::Result<()> {
         let (path, new) = (self.path(id), self.dir.join(format!(".{}.new", id.0)));
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(&Envelope { version: VERSION, record })?)?;
+        file.write_all(&serde_json::to_vec(&Envelope { version: record.version(), record })?)?;
         fs::rename(&new, &path)
     }
 
@@ -226,6 +236,7 @@ mod tests {
             name: None,
             fuse: None,
             straight: Vec::new(),
+            manifest: None,
         }
     }
 
@@ -254,7 +265,7 @@ mod tests {
         let records = Records::open(dir.path()).unwrap();
         let id = records.reserve();
         records.write(id, &record()).unwrap();
-        fs::write(dir.path().join("served/8.json"), br#"{"version": 2, "record": {"anything": 1}}"#).unwrap();
+        fs::write(dir.path().join("served/8.json"), br#"{"version": 3, "record": {"anything": 1}}"#).unwrap();
         fs::write(dir.path().join("served/9.json"), b"{").unwrap();
 
         let loaded = records.load().unwrap();
@@ -277,5 +288,37 @@ mod tests {
         let mut expected = record();
         expected.spec.prefetch = PrefetchOrder::None;
         assert_eq!(records.load().unwrap()[0].1.as_ref().unwrap(), &expected);
+    }
+
+    /// The same for the second, which knows registries. What the first can say is still written as the first.
+    #[test]
+    fn the_second_version_is_read_and_written_only_where_it_is_needed() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        let text = br#"{"version":2,"record":{"dir":"/mnt","superblock":{"watch":3,"major":0,"minor":40},
+            "lingering":false,"backend":"fanotify","why":"asked for","spec":{"reference":"docker://r.example/a:1",
+            "platform":"linux/arm64","offline":true,"blobs":["/one","/two"],"ca":null,"prefetch":"none"},
+            "key":"0000000000000000000000000000000000000000000000000000000000000000",
+            "devices":[{"directory":"ab","device":1,"inode":2}],"name":null,"manifest":"11"}}"#;
+        fs::write(dir.path().join("served/1.json"), text).unwrap();
+        let mut expected = record();
+        expected.manifest = Some("11".to_owned());
+        expected.spec = serde_json::from_str(
+            r#"{"reference": "docker://r.example/a:1", "platform": "linux/arm64", "offline": true,
+                "blobs": ["/one", "/two"], "prefetch": "none"}"#,
+        )
+        .unwrap();
+        assert_eq!(records.load().unwrap()[0].1.as_ref().unwrap(), &expected);
+
+        let version = |id: RecordId| {
+            let text = fs::read_to_string(records.path(id)).unwrap();
+            serde_json::from_str::<serde_json::Value>(&text).unwrap()["version"].as_u64()
+        };
+        let ids = [record(), expected].map(|record| {
+            let id = records.reserve();
+            records.write(id, &record).unwrap();
+            id
+        });
+        assert_eq!(ids.map(version), [Some(1), Some(2)]);
     }
 }

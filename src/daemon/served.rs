@@ -115,6 +115,7 @@ impl Served {
             name: name.map(|name| CacheName { id: name.id.clone(), domain: name.domain.clone() }),
             fuse: None,
             straight: self.straight.clone(),
+            manifest: self.prepared.named.as_ref().map(|named| named.manifest.to_string()),
         }
     }
 
@@ -145,6 +146,8 @@ impl Served {
             why: self.why.clone(),
             state: self.state(),
             image: prepared.key.to_string(),
+            reference: prepared.named.as_ref().map(|named| named.reference.clone()),
+            manifest: prepared.named.as_ref().map(|named| named.manifest.to_string()),
             bootstrap_bytes: prepared.image.summary().bootstrap_len,
             source: prepared.source.describe(),
             sources: source_reports(sources, telemetry),

@@ -134,6 +134,26 @@ pub fn find(path: &Path, id: Option<&BlobId>) -> Result<Found, LoadError> {
     Ok(found(bytes, name.filter(|name| Digest::from_hex(name.as_str()).is_some()), false))
 }
 
+/// A bootstrap that somebody took out of a layer, with its blobs named. `shown` is what people call it.
+pub fn of_bytes(bytes: Vec<u8>, shown: &Path) -> Result<Found, LoadError> {
+    let path = shown.to_owned();
+    let magic = bytes.get(SUPERBLOCK_OFFSET as usize..).and_then(|rest| rest.first_chunk::<4>());
+    if !v5::is_bootstrap(&bytes) && magic.is_none_or(|magic| u32::from_le_bytes(*magic) != erofs::MAGIC) {
+        let cause = ImageError::NotRafs("no EROFS magic at byte 1024, and no RAFS v5 magic at its start");
+        return Err(LoadError::Image { path, cause });
+    }
+    Ok(Found { path, bytes, name: None, taken_out: false })
+}
+
+/// What the bootstrap in a layer with this digest depends on, lifted or not: see [`Found::to_be_lifted`].
+pub fn layer_key(layer: Digest) -> Digest {
+    let mut hasher = Sha256::new();
+    hasher.update(b"the bootstrap in the layer ");
+    hasher.update(&layer.0);
+    hasher.update(&LIFT_VERSION.to_le_bytes());
+    hasher.finish()
+}
+
 impl Found {
     /// The bootstrap with every blob named, and lifted if it is of RAFS v5.
     pub fn load(mut self) -> Result<Loaded, LoadError> {

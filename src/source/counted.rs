@@ -170,7 +170,8 @@ mod tests {
         let place = Telemetry::default().place("p");
         let source = Counted { inner: Scripted, place: place.clone() };
         let blob: BlobId = "b".parse().unwrap();
-        let ctx = |class, time| ReadCtx { class, deadline: Instant::now() + time, request: RequestId::new(7) };
+        let ctx =
+            |class, time| ReadCtx { class, deadline: Instant::now() + time, request: RequestId::new(7), again: 0 };
         let range = |start| ByteRange::new(start, start + 4).unwrap();
         let (class, long) = (Class::Prefetch, Duration::from_secs(60));
 

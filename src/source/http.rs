@@ -8,7 +8,7 @@ use reqwest::{Method, Url};
 
 use super::answer::{self, Answer, ContentRange};
 use super::{BoxFuture, Failure, OpenError, ReadCtx, SourceError, Upstream};
-use crate::base::{BlobId, ByteRange};
+use crate::base::{BlobId, ByteRange, Fault};
 use crate::net::{Ask, Clock, Endpoint, EndpointOptions, Reply, SendError, without_secrets};
 
 /// One HTTP server that has blobs.
@@ -86,8 +86,8 @@ impl HttpUpstream {
             Locator::Below(_) => None,
             Locator::Repository { repository, .. } => Some(repository.as_str()),
         };
-        let ask = Ask { method, url: self.url(blob), headers, repository, until: ctx.deadline };
-        self.endpoint.send(ask).await.map_err(|error| self.transport(blob, error))
+        let ask = Ask { method, url: self.url(blob), headers, class: ctx.class, repository, until: ctx.deadline };
+        self.endpoint.send(ask).await.map_err(|error| self.transport(blob, range.unwrap_or(FIRST_BYTE), error))
     }
 
     /// One attempt to hand on `stored`, which is not empty.
@@ -100,7 +100,7 @@ impl HttpUpstream {
     ) -> Result<(), Failure> {
         let mut reply = self.ranged(blob, stored, ctx).await?;
         let (asked, mut left) = (stored.len(), stored.len());
-        while let Some(piece) = reply.chunk(ctx.deadline).await.map_err(|error| self.transport(blob, error))? {
+        while let Some(piece) = reply.chunk(ctx.deadline).await.map_err(|error| self.transport(blob, stored, error))? {
             left = left
                 .checked_sub(piece.len() as u64)
                 .ok_or_else(|| self.improper(format!("it sent more than the {asked} bytes asked for")))?;
@@ -180,11 +180,12 @@ impl HttpUpstream {
         SourceError::Unavailable { blob: blob.clone(), place: self.place.clone(), detail }.into()
     }
 
-    fn transport(&self, blob: &BlobId, error: SendError) -> Failure {
+    fn transport(&self, blob: &BlobId, range: ByteRange, error: SendError) -> Failure {
         let (detail, place) = (error.to_string(), self.place.clone());
         match error {
             SendError::Untrusted(_) => SourceError::Untrusted { place, detail }.into(),
-            SendError::Unauthorized { .. } if error.fault() == crate::base::Fault::Permanent => {
+            SendError::Late => SourceError::Deadline { blob: blob.clone(), place, range }.into(),
+            SendError::Unauthorized { .. } if error.fault() == Fault::Permanent => {
                 SourceError::Unauthorized { place, detail }.into()
             }
             _ => self.unavailable(blob, detail),

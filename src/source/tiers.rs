@@ -26,7 +26,7 @@ use crate::telemetry::{Outcome, Place};
 const FIRST_BUFFER: u64 = 4 << 20;
 
 /// A second request is not worth it before this time.
-const SOONEST_HEDGE: Duration = Duration::from_millis(5);
+const SOONEST_HEDGE: Duration = Duration::from_millis(20);
 
 /// How long a probe may take.
 const PROBE: Duration = Duration::from_secs(10);
@@ -223,8 +223,8 @@ impl Tiers {
         }
     }
 
-    /// One attempt at `tier`, and another one beside it, at `second` or else there too, if it takes longer
-    /// than is usual. The first that succeeds counts.
+    /// One attempt at `tier`, and another one beside it at `second`, if there is one and the first takes longer
+    /// to begin than is usual. The first that succeeds counts.
     async fn hedged(
         &self,
         tier: &Tier,
@@ -237,7 +237,7 @@ impl Tiers {
         let began = AtomicBool::new(false);
         let mut first = std::pin::pin!(self.whole(tier, blob, stored, ctx, Some(&began)));
         let usual = tier.health.usual().filter(|_| ctx.class == Class::OnDemand);
-        let Some(usual) = usual else { return first.await };
+        let (Some(usual), Some(second)) = (usual, second) else { return first.await };
         select! {
             biased;
             done = &mut first => return done,
@@ -247,7 +247,7 @@ impl Tiers {
             return first.await;
         }
         self.counts.hedges.inc();
-        let mut other = std::pin::pin!(self.whole(second.unwrap_or(tier), blob, stored, ctx, None));
+        let mut other = std::pin::pin!(self.whole(second, blob, stored, ctx, None));
         select! {
             done = &mut first => match done {
                 Err(failure) => other.await.map_err(|_| failure),

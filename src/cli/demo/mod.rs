@@ -122,8 +122,12 @@ fn perform(stage: &Stage, args: &DemoArgs, runtime: &Handle) -> anyhow::Result<S
 
     let url = stage.start_server(image.join("blobs"), Duration::from_millis(args.delay))?;
     let (mount, clock) = (stage.dir("mnt")?, Instant::now());
-    let spec =
-        ImageSpec { bootstrap: image.join("bootstrap"), blobs: url.clone(), ca: None, prefetch: PrefetchOrder::None };
+    let spec = ImageSpec {
+        bootstrap: Some(image.join("bootstrap")),
+        blobs: url.clone().into(),
+        prefetch: PrefetchOrder::None,
+        ..ImageSpec::default()
+    };
     daemon.mount(&MountRequest { image: spec, dir: mount.clone(), backend: args.backend, trace: None })?;
     let mount_seconds = clock.elapsed().as_secs_f64();
     stage.stop.check()?;

@@ -1,14 +1,18 @@
 //! What goes over the control socket, as JSON.
 
+mod image;
 pub mod observe;
 mod prefetch;
+mod registry;
 #[cfg(test)]
 pub(crate) mod samples;
 #[cfg(test)]
 mod schema;
 mod trace;
 
+pub use image::{Blobs, ImageSpec, SpecError, Whereabouts};
 pub use prefetch::{FileRanges, PrefetchOrder, PrefetchReport, PrefetchRequest, PrefetchTarget};
+pub use registry::{DocumentReport, LayerReport, PullReport, PullRequest, ResolveReport, ResolveRequest};
 pub use trace::{TraceReport, TraceRequest, TraceResult};
 
 mod cache;
@@ -38,23 +42,6 @@ pub enum BackendChoice {
     FuseDevice,
     /// A FUSE file system that shows the image (Linux 5.4 and later, and users who are not root)
     FuseTree,
-}
-
-/// Where an image is and how its blobs are reached.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct ImageSpec {
-    /// Bootstrap file, absolute.
-    pub bootstrap: PathBuf,
-    /// Directory or base URL of the blobs.
-    pub blobs: String,
-    /// PEM file with further certificate authorities for `https` sources.
-    #[serde(default)]
-    pub ca: Option<PathBuf>,
-    /// What to fetch before anybody asks, behind all readers.
-    #[serde(default)]
-    pub prefetch: PrefetchOrder,
 }
 
 /// `POST /v1/mounts`
@@ -154,6 +141,12 @@ pub struct ImageReport {
     pub state: ImageState,
     /// SHA-256 of the bootstrap.
     pub image: String,
+    /// What it was called when it was asked for, if it comes from a registry.
+    #[serde(default)]
+    pub reference: Option<String>,
+    /// SHA-256 of the manifest that this led to.
+    #[serde(default)]
+    pub manifest: Option<String>,
     /// Bytes of the bootstrap.
     pub bootstrap_bytes: u64,
     /// Where stored bytes come from.

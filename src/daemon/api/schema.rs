@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 use super::observe::{Activity, LogRules};
 use super::{
     BlobRequest, CacheReport, Failure, GcReport, GcRequest, ImageReport, ImageUsage, Info, MountRequest, PinRequest,
-    PrefetchReport, PrefetchRequest, PrefetchTarget, RegisterRequest, TraceReport, TraceRequest, TraceResult,
-    UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest, samples,
+    PrefetchReport, PrefetchRequest, PrefetchTarget, PullReport, PullRequest, RegisterRequest, ResolveReport,
+    ResolveRequest, TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted, UnregisterRequest,
+    UpgradeRequest, samples,
 };
 
 /// The schema of all types, each below `$defs`.
@@ -20,6 +21,8 @@ fn schema() -> Value {
     request::<UnregisterRequest>(&mut generator);
     request::<PrefetchRequest>(&mut generator);
     request::<PrefetchTarget>(&mut generator);
+    request::<ResolveRequest>(&mut generator);
+    request::<PullRequest>(&mut generator);
     request::<TraceRequest>(&mut generator);
     request::<UpgradeRequest>(&mut generator);
     request::<GcRequest>(&mut generator);
@@ -33,6 +36,8 @@ fn schema() -> Value {
     request::<Activity>(&mut answers);
     request::<Unmounted>(&mut answers);
     request::<PrefetchReport>(&mut answers);
+    request::<ResolveReport>(&mut answers);
+    request::<PullReport>(&mut answers);
     request::<TraceReport>(&mut answers);
     request::<TraceResult>(&mut answers);
     request::<CacheReport>(&mut answers);
@@ -93,6 +98,15 @@ fn answers_validate_and_others_do_not() {
 #[test]
 fn requests_need_no_more_than_is_documented() {
     assert!(is_valid("MountRequest", &json!({"image": {"bootstrap": "/b", "blobs": "/c"}, "dir": "/mnt"})));
+    for image in [
+        json!({"reference": "docker://r.example/app:1"}),
+        json!({"reference": "r.example/app", "platform": "linux/arm64", "offline": true}),
+        json!({"bootstrap": "/b", "blobs": ["/one", "https://two.example/x"]}),
+    ] {
+        assert!(is_valid("MountRequest", &json!({"image": image, "dir": "/mnt"})), "{image}");
+        assert!(is_valid("PullRequest", &json!({"image": image})), "{image}");
+        assert!(is_valid("ResolveRequest", &json!({"image": image})), "{image}");
+    }
     assert!(is_valid("UnmountRequest", &json!({"dir": "/mnt"})));
     assert!(is_valid("RegisterRequest", &json!({"image": {"bootstrap": "/b", "blobs": "/c"}, "id": "x"})));
     assert!(is_valid("LogRules", &json!({"level": "debug"})));

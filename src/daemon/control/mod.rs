@@ -3,6 +3,7 @@
 mod observe;
 mod peer;
 mod prefetch;
+mod registry;
 mod trace;
 
 mod cache;
@@ -142,6 +143,7 @@ impl Control {
             .merge(observe::routes())
             .merge(prefetch::routes())
             .merge(trace::routes())
+            .merge(registry::routes())
             .merge(cache::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
@@ -196,7 +198,7 @@ async fn idle_for(daemon: Arc<Daemon>, idle: Duration) {
 async fn blocking<T, F>(shared: Shared, work: F) -> Response
 where
     T: Serialize + Send + 'static,
-    F: FnOnce(&Daemon) -> Result<T, DaemonError> + Send + 'static,
+    F: FnOnce(&Arc<Daemon>) -> Result<T, DaemonError> + Send + 'static,
 {
     match tokio::task::spawn_blocking(move || work(&shared.daemon)).await {
         Ok(Ok(value)) => Json(value).into_response(),
@@ -212,10 +214,12 @@ fn failure(status: StatusCode, error: String) -> Response {
 
 fn status(error: &DaemonError) -> StatusCode {
     match error {
+        DaemonError::Oci(error) | DaemonError::Unresolved { cause: error, .. } => registry::status(error),
         DaemonError::NotMounted(_)
         | DaemonError::NotRegistered(_)
         | DaemonError::NoImage(_)
         | DaemonError::NoPrefetch(_)
+        | DaemonError::NoPull(_)
         | DaemonError::NotTraced(_) => StatusCode::NOT_FOUND,
         DaemonError::Mounted(_)
         | DaemonError::Unmount { .. }
@@ -225,8 +229,10 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::NotOpen(_)
         | DaemonError::TooManyPrefetches(_)
         | DaemonError::Traced(_)
-        | DaemonError::TooManyTraces => StatusCode::CONFLICT,
+        | DaemonError::TooManyTraces
+        | DaemonError::TooManyPulls => StatusCode::CONFLICT,
         DaemonError::NotADirectory(_)
+        | DaemonError::Spec(_)
         | DaemonError::Relative(_)
         | DaemonError::NoTarget
         | DaemonError::Image(_)

@@ -1,0 +1,140 @@
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::connect::{DaemonArgs, block_on};
+use super::mount::{absolute, named};
+use super::print_json;
+use crate::base::ByteSize;
+use crate::cache::PrefetchState;
+use crate::daemon::api::{ImageSpec, PrefetchOrder, PullReport, PullRequest};
+use crate::daemon::client::Client;
+use crate::oci::Platform;
+
+/// Bring images here whole, without mounting them
+///
+/// Everything is checked as it comes, and what is in the cache already is not fetched again. A mount of such an image
+/// then needs no server, with --offline if it is named by a tag. The images stay as long as the cache has room for
+/// them; `rafsd cache pin` makes a blob stay. The cachefiles backend keeps its data elsewhere, so that its mounts
+/// do not profit; `rafsd prefetch` is for those.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct PullArgs {
+    /// Images in registries, as docker://HOST/REPOSITORY:TAG, or bootstraps
+    #[arg(value_name = "REFERENCE|BOOTSTRAP", required = true)]
+    images: Vec<PathBuf>,
+
+    /// Where the blobs are, as for `rafsd mount`
+    #[arg(long, value_name = "DIR|URL")]
+    blobs: Vec<String>,
+
+    /// For which machine, where an image comes for several [default: this one]
+    #[arg(long, value_name = "PLATFORM")]
+    platform: Option<Platform>,
+
+    /// PEM file with a certificate authority to trust besides the system's
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+
+    #[command(flatten)]
+    daemon: DaemonArgs,
+
+    /// Print what was brought as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Exit status:
+  0  everything of all images is in the cache, durably
+  1  something could not be fetched, which is named
+  2  wrong command line
+
+Examples:
+  rafsd pull docker://registry.example/team/app:1.2-nydus
+  rafsd pull image/bootstrap --blobs https://blobs.example/image";
+
+/// How often the daemon is asked how it stands.
+const STEP: Duration = Duration::from_millis(100);
+
+/// Exit status: 1 if something could not be fetched.
+pub(super) fn run(args: PullArgs) -> anyhow::Result<ExitCode> {
+    let requests = args.images.iter().map(|image| request(&args, image)).collect::<anyhow::Result<Vec<_>>>()?;
+    let visible = io::stderr().is_terminal();
+    let bars = MultiProgress::with_draw_target(if visible {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    });
+    let reports = block_on(async {
+        let client = args.daemon.connect().await?;
+        let mut reports = Vec::new();
+        // One after the other: the first is then usable while the last is still on its way.
+        for request in &requests {
+            let report = client.pull(request).await?;
+            reports.push(wait(&client, report, &bars).await?);
+        }
+        Ok(reports)
+    })?;
+    if args.json {
+        print_json(&reports)?;
+    }
+    let mut failed = false;
+    for report in &reports {
+        if !args.json {
+            writeln!(io::stdout(), "{}", summary(report))?;
+        }
+        if report.stats.state != PrefetchState::Done {
+            failed = true;
+            for failure in report.stats.failures.iter().chain(&report.stats.trouble) {
+                // A closed stderr leaves nobody to tell.
+                let _ = writeln!(io::stderr(), "rafsd: {}: {failure}", report.name);
+            }
+        }
+    }
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn request(args: &PullArgs, image: &Path) -> anyhow::Result<PullRequest> {
+    let blobs = super::mount::places(args.blobs.clone())?;
+    let ca = args.ca.as_deref().map(absolute).transpose()?;
+    let platform = args.platform.as_ref().map(ToString::to_string);
+    let spec = ImageSpec { platform, blobs, ca, prefetch: PrefetchOrder::None, ..ImageSpec::default() };
+    Ok(PullRequest { image: named(image, spec)? })
+}
+
+/// Waits for the end, with a bar on a terminal.
+async fn wait(client: &Client, mut report: PullReport, bars: &MultiProgress) -> anyhow::Result<PullReport> {
+    let bar = bars.add(ProgressBar::new(report.stats.bytes).with_prefix(report.name.clone()));
+    let template = "{prefix} {wide_bar} {bytes}/{total_bytes} ({bytes_per_sec})";
+    bar.set_style(ProgressStyle::with_template(template).expect("the template is sound"));
+    let mut told = None;
+    while !report.stats.state.is_end() {
+        bar.set_position(report.stats.bytes_present);
+        if report.stats.trouble != told {
+            told.clone_from(&report.stats.trouble);
+            if let Some(trouble) = &told {
+                bar.suspend(|| drop(writeln!(io::stderr(), "rafsd: {trouble}; asking again")));
+            }
+        }
+        tokio::time::sleep(STEP).await;
+        report = client.get_pull(report.id).await?;
+    }
+    bar.finish_and_clear();
+    Ok(report)
+}
+
+fn summary(report: &PullReport) -> String {
+    let stats = &report.stats;
+    let state = match stats.state {
+        PrefetchState::Done => "complete",
+        PrefetchState::Cancelled => "stopped",
+        PrefetchState::Running | PrefetchState::Retrying | PrefetchState::Failed => "not all could be fetched",
+    };
+    let digest = report.manifest.as_ref().map(|digest| format!(" (sha256:{digest})")).unwrap_or_default();
+    let (present, all) = (ByteSize(stats.bytes_present), ByteSize(stats.bytes));
+    format!("{}{digest}: {state}, {present} of {all} present", report.name)
+}

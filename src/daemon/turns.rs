@@ -1,0 +1,71 @@
+//! Whoever comes for the same thing waits until the first has it.
+//!
+//! Many containers of one cold image start at once. The first learns what the image is and fetches its bootstrap and
+//! tables; the others find them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::base::Digest;
+
+/// What somebody has a turn at, by digest.
+#[derive(Debug, Default)]
+pub(super) struct Turns(Mutex<HashMap<Digest, Weak<Mutex<()>>>>);
+
+/// A place in the queue for one thing.
+#[derive(Debug)]
+pub(super) struct Queue(Arc<Mutex<()>>);
+
+impl Turns {
+    /// The queue for what has this digest.
+    pub(super) fn queue(&self, digest: Digest) -> Queue {
+        let mut queues = self.0.lock().unwrap();
+        if let Some(queue) = queues.get(&digest).and_then(Weak::upgrade) {
+            return Queue(queue);
+        }
+        queues.retain(|_, queue| queue.strong_count() > 0);
+        let queue = Arc::default();
+        queues.insert(digest, Arc::downgrade(&queue));
+        Queue(queue)
+    }
+}
+
+impl Queue {
+    /// Waits for all who came before.
+    pub(super) fn wait(&self) -> MutexGuard<'_, ()> {
+        // It guards nothing that somebody who panicked could have left half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn one_has_a_turn_at_a_thing_and_others_are_not_in_the_way() {
+        let (turns, thing, inside) = (Turns::default(), Digest([1; 32]), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    let queue = turns.queue(thing);
+                    let _turn = queue.wait();
+                    assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+                    std::thread::yield_now();
+                    inside.fetch_sub(1, Ordering::SeqCst);
+                });
+            }
+        });
+
+        let queue = turns.queue(thing);
+        let turn = queue.wait();
+        drop(turns.queue(Digest([2; 32])).wait());
+        assert_eq!(turns.0.lock().unwrap().len(), 2);
+        drop(turn);
+        drop(queue);
+        drop(turns.queue(Digest([3; 32])));
+        assert_eq!(turns.0.lock().unwrap().len(), 1, "queues of nobody are let go");
+    }
+}
