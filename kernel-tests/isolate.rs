@@ -19,7 +19,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::report::Verdict;
-use crate::{Backend, Case, Interrupt, host, mounts};
+use crate::{Backend, Case, Interrupt, mounts};
 
 /// The limit of a case: it takes seconds on a host; the guest's processor is emulated, and the limit must
 /// be shorter than the silence after which the whole guest is given up.
@@ -45,16 +45,17 @@ pub(crate) fn die_with_parent() -> nix::Result<()> {
     prctl::set_pdeathsig(Signal::SIGKILL)
 }
 
-/// Runs `case` in a child process and cleans up after it.
+/// Runs `case` in a child process, with a directory of its own below `store`, and cleans up after it.
 pub(crate) fn run(
     case: &Case,
     backend: Backend,
     in_guest: bool,
+    store: &Path,
     limit: Duration,
     interrupt: &Interrupt,
 ) -> (Verdict, Option<Duration>) {
     let start = Instant::now();
-    let verdict = run_inner(case, backend, in_guest, limit, interrupt)
+    let verdict = run_inner(case, backend, in_guest, store, limit, interrupt)
         .unwrap_or_else(|error| Verdict::Failed { reason: format!("{error:#}"), output: String::new() });
     (verdict, Some(start.elapsed()))
 }
@@ -63,11 +64,12 @@ fn run_inner(
     case: &Case,
     backend: Backend,
     in_guest: bool,
+    store: &Path,
     limit: Duration,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Verdict> {
     prctl::set_child_subreaper(true).context("become the reaper of orphans")?;
-    let scratch = Scratch::new(&host::store(in_guest)).context("make a scratch directory")?;
+    let scratch = Scratch::new(store).context("make a scratch directory")?;
     let log = scratch.0.join("log");
     let mut child = start(case, backend, in_guest, &scratch.0.join("dir"), &log).context("start the case")?;
     let mut problem = match wait(&mut child, limit, interrupt)? {

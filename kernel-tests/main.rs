@@ -251,7 +251,10 @@ fn all(args: &Args) -> anyhow::Result<ExitCode> {
         let unmet = case.needs.iter().find_map(|need| need.unmet(here, args.in_guest));
         let (verdict, elapsed) = match unmet {
             Some(reason) => (Verdict::Skipped(reason), None),
-            None => isolate::run(case, here, args.in_guest, isolate::time_limit(args.in_guest), &interrupt),
+            None => {
+                let limit = isolate::time_limit(args.in_guest);
+                isolate::run(case, here, args.in_guest, &host::store(args.in_guest), limit, &interrupt)
+            }
         };
         tally.report(case.name, here, &verdict, elapsed);
     }

@@ -1,15 +1,15 @@
 //! The harness on itself: each way in which a case can go wrong is named, and nothing stays behind.
 
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use std::{fs, io};
 
 use anyhow::{Context as _, ensure};
 use nix::mount::{MsFlags, mount};
 
 use crate::host::Need;
 use crate::report::Verdict;
-use crate::{Backend, Case, Ctx, Interrupt, Outcome, Place, host, isolate, mounts};
+use crate::{Backend, Case, Ctx, Interrupt, Outcome, Place, isolate, mounts};
 
 pub(crate) const CASES: &[Case] = &[Case {
     name: "harness_names_what_went_wrong_and_cleans_up",
@@ -57,12 +57,14 @@ fn harness_names_what_went_wrong_and_cleans_up(ctx: &Ctx) -> Outcome {
     ];
     for (case, (reason, printed)) in BAD.iter().zip(expected) {
         let limit = Duration::from_secs(if case.name == "bad_hangs" { 2 } else { 60 });
-        let verdict = isolate::run(case, Backend::Fanotify, ctx.in_guest, limit, &Interrupt::default()).0;
+        // Below this case's own directory: what others run or have left at the same time is theirs.
+        let verdict = isolate::run(case, Backend::Fanotify, ctx.in_guest, &ctx.dir, limit, &Interrupt::default()).0;
         let Verdict::Failed { reason: got, output } = &verdict else { anyhow::bail!("{}: {verdict:?}", case.name) };
         ensure!(got.starts_with(reason) && output.contains(printed), "{}: {verdict:?}", case.name);
     }
-    let left = mounts::below(&host::store(ctx.in_guest))?;
-    let own = |path: &Path| path.to_string_lossy().contains("rafsd-case.");
-    ensure!(!left.iter().any(|row| own(&row.mountpoint)), "mounts are left: {left:?}");
+    let left = mounts::below(&ctx.dir)?;
+    ensure!(left.is_empty(), "mounts are left: {left:?}");
+    let left = fs::read_dir(&ctx.dir)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
+    ensure!(left.is_empty(), "files are left: {left:?}");
     Ok(())
 }

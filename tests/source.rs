@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rafsd::base::{BlobId, ByteRange, Class};
 use rafsd::net::server::{BlobServer, Fault, ServerOptions};
 use rafsd::net::{ClientOptions, RetryPolicy};
-use rafsd::source::{BlobSource, HttpSource, OpenError, ReadCtx, SourceError};
+use rafsd::source::{BlobSource, OpenError, ReadCtx, SourceError, Tiers, http};
 use tls::{Authority, TlsFront};
 
 /// Several pieces of a body, and no multiple of anything.
@@ -53,7 +53,7 @@ impl Origin {
         origin
     }
 
-    fn source(&self) -> HttpSource {
+    fn source(&self) -> Tiers {
         source(&self.server.url())
     }
 
@@ -82,8 +82,8 @@ impl Random {
     }
 }
 
-fn source(url: &str) -> HttpSource {
-    HttpSource::new(url, &ClientOptions::default(), QUICK).unwrap()
+fn source(url: &str) -> Tiers {
+    http(url, &ClientOptions::default(), QUICK).unwrap()
 }
 
 fn within(time: Duration) -> ReadCtx {
@@ -102,12 +102,12 @@ fn range(start: u64, end: u64) -> ByteRange {
     ByteRange::new(start, end).unwrap()
 }
 
-async fn read_middle(source: &HttpSource) -> Result<Vec<u8>, SourceError> {
+async fn read_middle(source: &Tiers) -> Result<Vec<u8>, SourceError> {
     source.read(&a(), MIDDLE, patient()).await.map(Vec::from)
 }
 
 /// Streams the middle of blob `a`; what came, whatever the end.
-async fn stream_middle(source: &HttpSource) -> (Vec<u8>, Result<(), SourceError>) {
+async fn stream_middle(source: &Tiers) -> (Vec<u8>, Result<(), SourceError>) {
     let mut came = Vec::new();
     let outcome = source.stream(&a(), MIDDLE, patient(), &mut |piece| came.extend_from_slice(&piece)).await;
     (came, outcome)
@@ -199,6 +199,7 @@ async fn outcome(fault: Fault) -> (&'static str, u64) {
         Err(SourceError::OutOfRange { .. }) => "out of range",
         Err(SourceError::NoRanges { .. }) => "no ranges",
         Err(SourceError::Untrusted { .. }) => "untrusted",
+        Err(SourceError::Unauthorized { .. }) => "unauthorized",
         Err(SourceError::Unavailable { .. }) => "unavailable",
         Err(SourceError::Deadline { .. }) => "deadline",
         Err(SourceError::Io { .. }) => "io",
@@ -293,7 +294,7 @@ async fn a_silent_connection_is_left_for_another_one() {
         _ => Fault::None,
     });
     let options = ClientOptions { idle_timeout: Duration::from_millis(300), ..ClientOptions::default() };
-    let source = HttpSource::new(&origin.server.url(), &options, QUICK).unwrap();
+    let source = http(&origin.server.url(), &options, QUICK).unwrap();
 
     let bytes = read_middle(&source).await.unwrap();
 
@@ -476,7 +477,7 @@ async fn secrets_of_the_url_reach_the_server_and_no_message() {
 async fn a_server_known_to_the_given_authority_is_read_over_tls() {
     let (origin, authority) = (Origin::start(), Authority::new("known"));
     let front = TlsFront::start(&authority, "localhost", origin.server.address()).await;
-    let source = HttpSource::new(&front.url(), &authority.trusted(), QUICK).unwrap();
+    let source = http(&front.url(), &authority.trusted(), QUICK).unwrap();
 
     assert!(read_middle(&source).await.unwrap() == origin.expected(MIDDLE));
     assert_eq!(source.len(&a(), patient()).await.unwrap(), BLOB_LEN as u64);
@@ -486,7 +487,7 @@ async fn a_server_known_to_the_given_authority_is_read_over_tls() {
 async fn a_server_nobody_vouches_for_gets_no_request() {
     let (origin, authority) = (Origin::start(), Authority::new("known"));
     let front = TlsFront::start(&authority, "localhost", origin.server.address()).await;
-    let stranger = HttpSource::new(&front.url(), &Authority::new("another").trusted(), QUICK).unwrap();
+    let stranger = http(&front.url(), &Authority::new("another").trusted(), QUICK).unwrap();
 
     let error = read_middle(&stranger).await.unwrap_err();
 
@@ -502,7 +503,7 @@ async fn a_server_nobody_vouches_for_gets_no_request() {
 async fn a_certificate_for_somebody_else_is_refused() {
     let (origin, authority) = (Origin::start(), Authority::new("known"));
     let front = TlsFront::start(&authority, "elsewhere.example", origin.server.address()).await;
-    let source = HttpSource::new(&front.url(), &authority.trusted(), QUICK).unwrap();
+    let source = http(&front.url(), &authority.trusted(), QUICK).unwrap();
 
     let error = read_middle(&source).await.unwrap_err();
 
@@ -516,12 +517,12 @@ async fn nobody_is_led_from_https_to_http() {
     let (origin, plain, authority) = (Origin::start(), Origin::start(), Authority::new("known"));
     origin.server.set_fault(Fault::Redirect { location: format!("{}/a", plain.server.url()) });
     let front = TlsFront::start(&authority, "localhost", origin.server.address()).await;
-    let source = HttpSource::new(&front.url(), &authority.trusted(), QUICK).unwrap();
+    let source = http(&front.url(), &authority.trusted(), QUICK).unwrap();
 
     let error = read_middle(&source).await.unwrap_err();
 
     assert!(matches!(error, SourceError::Untrusted { .. }), "{error}");
-    assert!(error.to_string().ends_with("redirected from https to http"), "{error}");
+    assert!(error.to_string().ends_with("it redirects from https to http"), "{error}");
     assert_eq!((origin.requests(), plain.requests()), (1, 0));
 }
 
@@ -530,7 +531,7 @@ async fn http_may_lead_to_https() {
     let (plain, origin, authority) = (Origin::start(), Origin::start(), Authority::new("known"));
     let front = TlsFront::start(&authority, "localhost", origin.server.address()).await;
     plain.server.set_fault(Fault::Redirect { location: format!("{}/a", front.url()) });
-    let source = HttpSource::new(&plain.server.url(), &authority.trusted(), QUICK).unwrap();
+    let source = http(&plain.server.url(), &authority.trusted(), QUICK).unwrap();
 
     assert!(read_middle(&source).await.unwrap() == origin.expected(MIDDLE));
 }
@@ -549,11 +550,11 @@ fn a_host_without_certificates_is_told_what_to_install_and_only_for_https() {
         return;
     }
 
-    let open = |url: &str| HttpSource::new(url, &ClientOptions::default(), QUICK);
+    let open = |url: &str| http(url, &ClientOptions::default(), QUICK);
     let error = open("https://h/").unwrap_err();
 
     assert!(matches!(error, OpenError::Client(_)), "{error:?}");
     assert_eq!(error.to_string(), "no trusted certificates on this system; install ca-certificates or give a CA file");
     assert!(open("http://h/").is_ok());
-    assert!(HttpSource::new("https://h/", &Authority::new("known").trusted(), QUICK).is_ok());
+    assert!(http("https://h/", &Authority::new("known").trusted(), QUICK).is_ok());
 }

@@ -100,6 +100,7 @@ fn readers_stuck_on_a_dead_source_die_when_killed_and_the_mount_goes(ctx: &Ctx) 
     for reader in &mut readers {
         ensure!(reader.try_wait()?.is_none(), "a reader went on without data");
     }
+    let threads = threads(fixture.pid())?;
     let clock = Instant::now();
     readers.iter_mut().try_for_each(Child::kill)?;
     for reader in &mut readers {
@@ -113,7 +114,9 @@ fn readers_stuck_on_a_dead_source_die_when_killed_and_the_mount_goes(ctx: &Ctx) 
     ensure!(unmounted < Duration::from_secs(5), "unmounted after {unmounted:?}");
     println!("{READERS} readers died within {died:?}; unmounted after {unmounted:?}");
     if watched {
-        let ours: Vec<_> = log.new_lines()?.into_iter().filter(|line| is_hung_report(line)).collect();
+        let mut tasks: Vec<_> = readers.iter().map(Child::id).collect();
+        tasks.extend(threads);
+        let ours: Vec<_> = log.new_lines()?.into_iter().filter(|line| is_hung_report(line, &tasks)).collect();
         ensure!(ours.is_empty(), "{ours:?}");
     } else {
         println!("this kernel does not look for hung tasks");
@@ -125,10 +128,15 @@ fn cat(path: &Path) -> anyhow::Result<Child> {
     Ok(Command::new("cat").arg(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?)
 }
 
-/// A report about one of the programs of a case. Others on this host are not its business.
-fn is_hung_report(line: &str) -> bool {
-    line.contains("blocked for more than")
-        && [" cat:", " rafsd:", " fan-0:", " decode-"].iter().any(|name| line.contains(name))
+/// The threads of a process.
+fn threads(pid: u32) -> anyhow::Result<Vec<u32>> {
+    fs::read_dir(format!("/proc/{pid}/task"))?.map(|task| Ok(task?.file_name().to_string_lossy().parse()?)).collect()
+}
+
+/// A report about one of these tasks. Others on this host are not the business of a case.
+fn is_hung_report(line: &str, tasks: &[u32]) -> bool {
+    let task = line.split(" blocked for more than").next().and_then(|start| start.rsplit(':').next());
+    line.contains(" blocked for more than") && task.is_some_and(|id| tasks.iter().any(|task| task.to_string() == id))
 }
 
 /// What the kernel logs from now on.

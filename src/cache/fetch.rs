@@ -325,7 +325,8 @@ async fn ask(
     };
     let mut until = share(*deadline);
     core.counters.request();
-    let ctx = ReadCtx { class: slot.class, deadline: until, request: window.request };
+    let again = u32::from(window.units.iter().any(|led| led.again));
+    let ctx = ReadCtx { class: slot.class, deadline: until, request: window.request, again };
     let mut read = source.read(core.blob(), stored, ctx);
     loop {
         tokio::select! {

@@ -1,4 +1,6 @@
 //! Where a user who is not root has what a daemon needs, by the rules of the XDG base directories.
+//!
+//! Root of a user namespace over the host's own files is such a user: the directories of the host are not his.
 
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
@@ -8,19 +10,25 @@ use anyhow::{Context, bail};
 
 use crate::daemon::settings::UserDirs;
 
-/// The directories of the user of this process; `None` for root.
+/// The directories of the user of this process; `None` for root, if the host is his.
 pub(super) fn user_dirs() -> Option<UserDirs> {
-    let uid = nix::unistd::geteuid();
-    (!uid.is_root()).then(|| dirs(uid.as_raw(), |name| std::env::var_os(name)))
+    let uid = nix::unistd::geteuid().as_raw();
+    (!owns_the_host(uid)).then(|| dirs(uid, |name| std::env::var_os(name)))
+}
+
+/// Whether `uid` is root, and to whom the root directory belongs: it shows as another one's in a user namespace
+/// whose root is somebody else outside. In a container with files of its own it shows as root's.
+fn owns_the_host(uid: u32) -> bool {
+    uid == 0 && std::fs::metadata("/").map_or(true, |root| root.uid() == uid)
 }
 
 /// Fails for a user who is not root if `dir`, which is there, is another one's, or what another one's link leads
 /// to: in a place that anybody writes to, somebody may have been faster.
 pub(super) fn ensure_own(dir: &Path) -> anyhow::Result<()> {
-    let us = nix::unistd::geteuid();
+    let us = nix::unistd::geteuid().as_raw();
     let owners = || std::io::Result::Ok([std::fs::symlink_metadata(dir)?.uid(), std::fs::metadata(dir)?.uid()]);
     let owners = owners().with_context(|| format!("cannot use {}", dir.display()))?;
-    match owners.into_iter().find(|owner| !us.is_root() && *owner != us.as_raw()) {
+    match owners.into_iter().find(|owner| !owns_the_host(us) && *owner != us) {
         Some(owner) => bail!("{} belongs to user {owner}; give --cache or --run", dir.display()),
         None => Ok(()),
     }

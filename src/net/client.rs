@@ -1,17 +1,21 @@
 //! The HTTP client, built one way.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fs, io};
 
+use reqwest::dns::Resolve;
 use reqwest::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue};
-use reqwest::{Certificate, Client, ClientBuilder, Url, redirect};
+use reqwest::{Certificate, Client, ClientBuilder, Identity, Url, redirect};
+
+use crate::base::Secret;
 
 /// How this program introduces itself.
 const USER_AGENT: &str = concat!("rafsd/", env!("CARGO_PKG_VERSION"));
 
-/// How patient a client is and whom it trusts.
+/// How patient a client is, whom it trusts, and who it is.
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
     /// Longest time to connect, TLS included.
@@ -22,16 +26,49 @@ pub struct ClientOptions {
     pub max_redirects: usize,
     /// PEM files with authorities to trust besides the system's.
     pub extra_ca_pem: Vec<PathBuf>,
+    /// Certificate to show to servers that ask for one.
+    pub identity: Option<IdentityFiles>,
+    /// Believe whoever answers for this server. Never for servers that it redirects to.
+    pub skip_verify: bool,
+    /// How the network is reached.
+    pub proxy: Proxy,
+    /// Names whose addresses are known without asking; port 0 stands for that of the URL.
+    pub resolve: Vec<(String, SocketAddr)>,
+}
+
+/// A client certificate and its key, in PEM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdentityFiles {
+    /// The certificate, with those that lead to its authority.
+    pub cert: PathBuf,
+    /// Its key, unless that is in the same file.
+    pub key: Option<PathBuf>,
+}
+
+/// How the network is reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Proxy {
+    /// As the environment says (`HTTPS_PROXY` and others); directly for a server on this very host.
+    #[default]
+    Environment,
+    /// By no proxy at all.
+    Direct,
+    /// Through this one, always. The address may hold a login.
+    Through(Secret),
 }
 
 impl Default for ClientOptions {
-    /// 5 s to connect, 10 s of silence, 5 redirects, the system's authorities.
+    /// 5 s to connect, 10 s of silence, 5 redirects, the system's authorities and proxies.
     fn default() -> Self {
         Self {
             connect_timeout: Duration::from_secs(5),
             idle_timeout: Duration::from_secs(10),
             max_redirects: 5,
             extra_ca_pem: Vec::new(),
+            identity: None,
+            skip_verify: false,
+            proxy: Proxy::Environment,
+            resolve: Vec::new(),
         }
     }
 }
@@ -49,6 +86,19 @@ pub enum ClientError {
     /// A file of extra authorities holds no certificate.
     #[error("no PEM certificate in CA file {}", path.display())]
     NoCertificate { path: PathBuf },
+    /// A file of the client certificate cannot be read.
+    #[error("cannot read the client certificate or key in {}", path.display())]
+    IdentityFile {
+        path: PathBuf,
+        #[source]
+        cause: Arc<io::Error>,
+    },
+    /// A client certificate and its key are not of use.
+    #[error("{} is no PEM client certificate with its key", path.display())]
+    BadIdentity { path: PathBuf },
+    /// The address of a proxy is malformed. It is not repeated here: it may hold a secret.
+    #[error("the address of the proxy is not a valid URL")]
+    BadProxy,
     /// An https address was given and there is nobody to trust.
     #[error("no trusted certificates on this system; install ca-certificates or give a CA file")]
     NoRoots,
@@ -65,39 +115,80 @@ pub fn install_tls() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// Builds a client for requests to `base` and wherever it redirects to.
-///
-/// Answers are never decompressed, and a redirect never leads from https to http. Proxies named in
-/// the environment are used, except for a `base` on this very host.
+/// Builds a client for requests to `base`. It follows no redirects and decompresses nothing.
 ///
 /// # Errors
-/// An extra CA cannot be used, or `base` is https and no authority is trusted at all.
+/// A file of the options cannot be used, or `base` is https and no authority is trusted at all.
 pub fn client(options: &ClientOptions, base: &Url) -> Result<Client, ClientError> {
+    build(options, base, |builder| Ok(builder))
+}
+
+/// The same for an endpoint: the server itself, with everything that `options` say.
+pub(super) fn home(options: &ClientOptions, base: &Url, resolver: Arc<dyn Resolve>) -> Result<Client, ClientError> {
+    let identity = options.identity.as_ref().map(identity).transpose()?;
+    build(options, base, move |mut builder| {
+        if let Some(identity) = identity.clone() {
+            builder = builder.identity(identity);
+        }
+        if options.skip_verify {
+            builder = builder.tls_danger_accept_invalid_certs(true);
+        }
+        Ok(builder.dns_resolver(resolver.clone()))
+    })
+}
+
+/// The same for where an endpoint redirects to: nothing that tells who we are, nobody believed blindly.
+pub(super) fn foreign(options: &ClientOptions, base: &Url, resolver: Arc<dyn Resolve>) -> Result<Client, ClientError> {
+    build(options, base, move |builder| Ok(builder.dns_resolver(resolver.clone())))
+}
+
+fn build(
+    options: &ClientOptions,
+    base: &Url,
+    more: impl Fn(ClientBuilder) -> Result<ClientBuilder, ClientError>,
+) -> Result<Client, ClientError> {
     install_tls();
     let authorities = authorities(&options.extra_ca_pem)?;
+    let setup = |error| ClientError::Setup(Arc::new(error));
     let build = |tls: &dyn Fn(ClientBuilder) -> ClientBuilder| {
-        let mut builder = Client::builder()
+        let builder = Client::builder()
             .user_agent(USER_AGENT)
             .default_headers(HeaderMap::from_iter([(ACCEPT_ENCODING, HeaderValue::from_static("identity"))]))
             .connect_timeout(options.connect_timeout)
-            .read_timeout(options.idle_timeout)
             // The referrer of a signed URL would hand its signature to the next host.
             .referer(false)
-            .redirect(redirects(options.max_redirects));
-        if is_loopback(base) {
-            builder = builder.no_proxy();
-        }
-        tls(builder).build()
+            .redirect(redirect::Policy::none());
+        let builder = match &options.proxy {
+            Proxy::Environment if is_loopback(base) => builder.no_proxy(),
+            Proxy::Environment => builder,
+            Proxy::Direct => builder.no_proxy(),
+            Proxy::Through(address) => {
+                builder.proxy(reqwest::Proxy::all(address.expose()).map_err(|_| ClientError::BadProxy)?)
+            }
+        };
+        more(tls(builder))?.build().map_err(setup)
     };
     match build(&|builder| builder.tls_certs_merge(authorities.clone())) {
         Ok(client) => Ok(client),
         // Without a single root the TLS library refuses to start. Plain HTTP does not need it.
-        Err(_) if authorities.is_empty() => {
-            let rootless = build(&|builder| builder.tls_certs_only([])).map_err(|e| ClientError::Setup(Arc::new(e)))?;
-            if base.scheme() == "https" { Err(ClientError::NoRoots) } else { Ok(rootless) }
+        Err(ClientError::Setup(_)) if authorities.is_empty() => {
+            let rootless = build(&|builder| builder.tls_certs_only([]))?;
+            if base.scheme() == "https" && !options.skip_verify { Err(ClientError::NoRoots) } else { Ok(rootless) }
         }
-        Err(error) => Err(ClientError::Setup(Arc::new(error))),
+        Err(error) => Err(error),
     }
+}
+
+fn identity(files: &IdentityFiles) -> Result<Identity, ClientError> {
+    let read = |path: &PathBuf| {
+        fs::read(path).map_err(|cause| ClientError::IdentityFile { path: path.clone(), cause: Arc::new(cause) })
+    };
+    let mut pem = read(&files.cert)?;
+    if let Some(key) = &files.key {
+        pem.push(b'\n');
+        pem.extend(read(key)?);
+    }
+    Identity::from_pem(&pem).map_err(|_| ClientError::BadIdentity { path: files.cert.clone() })
 }
 
 fn authorities(files: &[PathBuf]) -> Result<Vec<Certificate>, ClientError> {
@@ -113,33 +204,6 @@ fn authorities(files: &[PathBuf]) -> Result<Vec<Certificate>, ClientError> {
     Ok(all)
 }
 
-/// Why a redirect is not followed.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-enum BadRedirect {
-    #[error("redirected more than {0} times")]
-    TooMany(usize),
-    #[error("redirected from https to {0}")]
-    Downgrade(String),
-}
-
-fn redirects(max: usize) -> redirect::Policy {
-    redirect::Policy::custom(move |attempt| match judge(attempt.previous(), attempt.url(), max) {
-        Ok(()) => attempt.follow(),
-        Err(bad) => attempt.error(bad),
-    })
-}
-
-/// Whether a chain of requests, oldest first, may go on to `next`.
-fn judge(previous: &[Url], next: &Url, max: usize) -> Result<(), BadRedirect> {
-    if previous.len() > max {
-        return Err(BadRedirect::TooMany(max));
-    }
-    if previous.last().is_some_and(|from| from.scheme() == "https") && next.scheme() != "https" {
-        return Err(BadRedirect::Downgrade(next.scheme().to_owned()));
-    }
-    Ok(())
-}
-
 fn is_loopback(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
@@ -151,23 +215,6 @@ mod tests {
 
     fn url(text: &str) -> Url {
         Url::parse(text).unwrap()
-    }
-
-    #[test]
-    fn redirects_may_upgrade_but_never_downgrade() {
-        let (plain, secure) = (url("http://a/x"), url("https://a/x"));
-
-        assert_eq!(judge(std::slice::from_ref(&plain), &secure, 5), Ok(()));
-        assert_eq!(judge(std::slice::from_ref(&plain), &plain, 5), Ok(()));
-        assert_eq!(judge(&[plain.clone(), secure], &plain, 5), Err(BadRedirect::Downgrade("http".into())));
-    }
-
-    #[test]
-    fn redirects_are_counted() {
-        let chain = vec![url("http://a/"); 3];
-
-        assert_eq!(judge(&chain[..2], &chain[0], 2), Ok(()));
-        assert_eq!(judge(&chain, &chain[0], 2), Err(BadRedirect::TooMany(2)));
     }
 
     #[test]

@@ -7,17 +7,20 @@
 //!
 //! Nothing here knows what a blob is for.
 
+mod address;
 pub mod auth;
 mod client;
 mod clock;
+mod endpoint;
 pub mod hosts;
 mod limit;
-
 pub mod proxy;
+mod redirects;
 mod retry;
 pub mod server;
 
-pub use client::{ClientError, ClientOptions, client, install_tls};
+pub use client::{ClientError, ClientOptions, IdentityFiles, Proxy, client, install_tls};
 pub use clock::{Clock, Elapsed, Timekeeper};
+pub use endpoint::{Ask, Authorize, AuthorizeFuture, Endpoint, EndpointOptions, Reply, SendError, without_secrets};
 pub use limit::{Rate, Slot, Slots};
 pub use retry::{Attempt, RetryPolicy};

@@ -54,6 +54,10 @@ impl<S: BlobSource> BlobSource for Counted<S> {
         })
     }
 
+    fn places(&self) -> u32 {
+        self.inner.places()
+    }
+
     fn describe(&self) -> String {
         self.inner.describe()
     }
@@ -111,9 +115,11 @@ impl Drop for Asked<'_> {
     }
 }
 
-fn outcome_of(error: &SourceError) -> Outcome {
+pub(super) fn outcome_of(error: &SourceError) -> Outcome {
     match error {
-        SourceError::NotFound { .. } | SourceError::Refused { .. } => Outcome::Refused,
+        SourceError::NotFound { .. } | SourceError::Refused { .. } | SourceError::Unauthorized { .. } => {
+            Outcome::Refused
+        }
         SourceError::OutOfRange { .. } | SourceError::NoRanges { .. } | SourceError::Untrusted { .. } => {
             Outcome::Improper
         }
@@ -164,7 +170,8 @@ mod tests {
         let place = Telemetry::default().place("p");
         let source = Counted { inner: Scripted, place: place.clone() };
         let blob: BlobId = "b".parse().unwrap();
-        let ctx = |class, time| ReadCtx { class, deadline: Instant::now() + time, request: RequestId::new(7) };
+        let ctx =
+            |class, time| ReadCtx { class, deadline: Instant::now() + time, request: RequestId::new(7), again: 0 };
         let range = |start| ByteRange::new(start, start + 4).unwrap();
         let (class, long) = (Class::Prefetch, Duration::from_secs(60));
 

@@ -6,19 +6,23 @@
 mod absent;
 mod answer;
 mod counted;
+mod health;
 mod http;
 mod limited;
 mod local;
 mod localdisk;
 mod object;
+mod tiers;
 mod upstream;
 
 pub use absent::AbsentSource;
-pub use http::HttpSource;
+pub use health::Health;
+pub use http::HttpUpstream;
 pub use limited::Limited;
 pub use local::LocalSource;
 pub use localdisk::{BadDisk, BadTable, LocalDisk};
 pub use object::{BadPlace, ObjectUpstream};
+pub use tiers::{Tier, Tiers};
 pub use upstream::{Failure, Upstream};
 
 use std::future::Future;
@@ -31,7 +35,7 @@ use bytes::Bytes;
 
 use self::counted::Counted;
 use crate::base::{BlobId, ByteRange, Class, Fault, RequestId};
-use crate::net::{ClientError, ClientOptions, RetryPolicy};
+use crate::net::{ClientError, ClientOptions, Clock, EndpointOptions, RetryPolicy};
 use crate::telemetry::{Place, Telemetry};
 
 /// An owned future, so that the trait below can be made into an object.
@@ -46,12 +50,15 @@ pub struct ReadCtx {
     pub deadline: Instant,
     /// For log lines: the request of the kernel that this read is for.
     pub request: RequestId,
+    /// How often these bytes came and were wrong: a source that has them from several places asks so many
+    /// further on.
+    pub again: u32,
 }
 
 impl ReadCtx {
     /// A read that no request of the kernel asked for.
     pub fn new(class: Class, deadline: Instant) -> Self {
-        Self { class, deadline, request: RequestId::NONE }
+        Self { class, deadline, request: RequestId::NONE, again: 0 }
     }
 }
 
@@ -83,6 +90,11 @@ pub trait BlobSource: Send + Sync + 'static {
         Box::pin(async move { self.read(blob, stored, ctx).await.map(take) })
     }
 
+    /// From how many places it has the same bytes; see [`ReadCtx::again`].
+    fn places(&self) -> u32 {
+        1
+    }
+
     /// What to call this source in messages: a directory or an URL, without secrets.
     fn describe(&self) -> String;
 }
@@ -105,6 +117,9 @@ pub enum SourceError {
     /// The other side cannot prove who it is, or sends us where nobody should follow.
     #[error("{place} cannot be trusted: {detail}")]
     Untrusted { place: String, detail: String },
+    /// The server wants to know who we are, and there is no saying that.
+    #[error("{place} is not to be read without a login: {detail}")]
+    Unauthorized { place: String, detail: String },
     /// The other side failed or went away; worth another try.
     #[error("{place} failed to serve blob {blob}: {detail}")]
     Unavailable { blob: BlobId, place: String, detail: String },
@@ -131,14 +146,15 @@ impl SourceError {
             | Self::OutOfRange { .. }
             | Self::NoRanges { .. }
             | Self::Untrusted { .. }
+            | Self::Unauthorized { .. }
             | Self::Io { .. } => Fault::Permanent,
         }
     }
 }
 
 /// Opens the source that `spec` names: a directory, as a path or `file://` URL, a disk of blobs as
-/// `localdisk:///PATH`, or the base of an `http://` or `https://` server, where blob `ID` is at `BASE/ID`. Connects to
-/// nobody yet.
+/// `localdisk:///PATH`, a bucket as [`ObjectUpstream::new`] has them, or the base of an `http://` or `https://`
+/// server, where blob `ID` is at `BASE/ID`. Connects to nobody yet.
 ///
 /// `options` and `policy` apply to remote sources only.
 pub fn open(spec: &str, options: &ClientOptions, policy: RetryPolicy) -> Result<Arc<dyn BlobSource>, OpenError> {
@@ -161,14 +177,30 @@ pub fn open_counted(
         let disk = LocalDisk::new(spec)?;
         return Ok(counted(place(disk.describe()), disk));
     }
+    if ObjectUpstream::SCHEMES.iter().any(|known| scheme.eq_ignore_ascii_case(known)) {
+        let bucket = Tier::new(ObjectUpstream::new(spec, options)?);
+        let source = Tiers::new(vec![bucket], policy, Clock::default());
+        let place = place(source.describe());
+        return Ok(counted(place.clone(), source.counting(place)));
+    }
     if !scheme.eq_ignore_ascii_case("file") {
-        let source = HttpSource::new(spec, options, policy)?;
+        let source = http(spec, options, policy)?;
         let place = place(source.describe());
         return Ok(counted(place.clone(), source.counting(place)));
     }
     let url = reqwest::Url::parse(spec).map_err(|error| OpenError::Url { detail: error.to_string() })?;
     let dir = url.to_file_path().map_err(|()| OpenError::Url { detail: "not a path on this host".into() })?;
     Ok(local(LocalSource::new(dir)?))
+}
+
+/// The blobs of one HTTP server, each at `BASE/ID`, asked again as `policy` says. Connects to nobody yet.
+///
+/// # Errors
+/// `base` is not an http or https URL, or no client can be built for it.
+pub fn http(base: &str, options: &ClientOptions, policy: RetryPolicy) -> Result<Tiers, OpenError> {
+    let options = EndpointOptions { client: options.clone(), ..EndpointOptions::default() };
+    let upstream = HttpUpstream::new(base, options, Clock::default())?;
+    Ok(Tiers::new(vec![Tier::new(upstream)], policy, Clock::default()))
 }
 
 fn counted(place: Arc<Place>, inner: impl BlobSource) -> Arc<dyn BlobSource> {

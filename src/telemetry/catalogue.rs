@@ -158,6 +158,13 @@ pub(super) const SOURCE: Metric =
     counter("rafsd_source", Bytes, &["source", "class"], Stable, "Stored bytes that a source delivered");
 pub(super) const SOURCE_RETRIES: Metric =
     counter("rafsd_source_retries", None, &["source"], Stable, "Attempts after the first, over all reads of a source");
+pub(super) const SOURCE_HEDGES: Metric = counter(
+    "rafsd_source_hedges",
+    None,
+    &["source"],
+    Stable,
+    "Second requests beside a first that was slower than is usual",
+);
 pub(super) const CACHE: Metric = gauge("rafsd_cache", Bytes, &[], "Bytes that the cache occupies on its disk");
 pub(super) const CACHE_LIMIT: Metric =
     gauge("rafsd_cache_limit", Bytes, &[], "Bytes that the cache may occupy; 0 if nothing limits it");
@@ -200,6 +207,7 @@ pub const CATALOGUE: &[Metric] = &[
     REFETCHED,
     SOURCE_READS,
     SOURCE,
+    SOURCE_HEDGES,
     SOURCE_RETRIES,
     CACHE,
     CACHE_LIMIT,

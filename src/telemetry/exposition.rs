@@ -136,6 +136,7 @@ fn each(of: &Telemetry, show: &mut dyn FnMut(&Metric, &dyn Series) -> fmt::Resul
     show(&catalogue::REFETCHED, &fills.refetched)?;
     show(&catalogue::SOURCE_READS, &EachPlace(&places, |place| &place.reads))?;
     show(&catalogue::SOURCE, &EachPlace(&places, |place| &place.bytes))?;
+    show(&catalogue::SOURCE_HEDGES, &EachPlace(&places, |place| &place.hedges))?;
     show(&catalogue::SOURCE_RETRIES, &EachPlace(&places, |place| &place.retries))?;
     show(&catalogue::CACHE, &space.bytes)?;
     show(&catalogue::CACHE_LIMIT, &space.limit)?;

@@ -24,6 +24,8 @@ pub struct Place {
     pub bytes: Family<Class, Counter>,
     /// Attempts after the first.
     pub retries: Counter,
+    /// Second requests beside a first that was slow.
+    pub hedges: Counter,
     failing: AtomicBool,
     last_failure: Mutex<Option<Failure>>,
 }

@@ -11,7 +11,7 @@ use rafsd::base::{BlobId, ByteRange};
 use rafsd::blob::{Check, Recipe, Unit, UnitMap};
 use rafsd::net::server::{BlobServer, Fault, ServerOptions};
 use rafsd::net::{ClientOptions, RetryPolicy};
-use rafsd::source::{BlobSource, BoxFuture, HttpSource, LocalSource, ReadCtx, SourceError};
+use rafsd::source::{BlobSource, BoxFuture, LocalSource, ReadCtx, SourceError};
 
 use super::mutation::{Mutation, for_each_case};
 use super::sample::{KITS, Sample, index};
@@ -89,7 +89,7 @@ const QUICK: RetryPolicy =
     RetryPolicy { attempts: 2, first_delay: Duration::from_millis(1), max_delay: Duration::from_millis(1) };
 
 fn http(server: &BlobServer) -> Arc<dyn BlobSource> {
-    Arc::new(HttpSource::new(&server.url(), &ClientOptions::default(), QUICK).unwrap())
+    Arc::new(rafsd::source::http(&server.url(), &ClientOptions::default(), QUICK).unwrap())
 }
 
 #[test]

@@ -1,4 +1,15 @@
 //! Who we are to a server.
+//!
+//! A [`Keychain`] knows how to log in. [`Tokens`] turns that into what is sent: after a server has asked
+//! for it ([`challenge`]), a password or a short-lived token, which it fetches once for all who need it.
+
+pub mod challenge;
+mod error;
+mod exchange;
+mod tokens;
+
+pub use error::AuthError;
+pub use tokens::{TokenOptions, Tokens};
 
 use std::fmt;
 use std::future::Future;
@@ -41,6 +52,11 @@ pub trait Keychain: Send + Sync + fmt::Debug {
 
     /// The registry has refused what `login` gave last, so that nothing remembered is given again.
     fn refused(&self, _registry: &str, _repository: &str, _login: &Login) {}
+
+    /// Which file, program or other place `login` gave its last answer from, for messages.
+    fn origin(&self, _registry: &str, _repository: &str) -> Option<String> {
+        None
+    }
 }
 
 /// No credentials for anybody.

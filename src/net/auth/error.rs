@@ -1,0 +1,80 @@
+//! Why nobody can say who we are.
+
+use super::KeychainError;
+use crate::base::Fault;
+use crate::net::ClientError;
+
+/// Why there is nothing to send to a registry. `Clone` because one request for a token answers all who
+/// wait for it.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum AuthError {
+    /// A place of credentials could not be asked.
+    #[error(transparent)]
+    Keychain(#[from] KeychainError),
+    /// The token server knows us and refuses, or does not know us.
+    #[error("{server} gives no token for {repository} of {registry} (status {status}); {}", remedy(registry, origin.as_deref()))]
+    Denied {
+        server: String,
+        registry: String,
+        repository: String,
+        status: u16,
+        /// Where the credentials came from; `None` if there were none.
+        origin: Option<String>,
+    },
+    /// The token server cannot be reached, or is not well.
+    #[error("{server} gives no token for {registry}: {detail}")]
+    Unavailable { server: String, registry: String, detail: String },
+    /// The registry names a token server that must not be asked.
+    #[error("{registry} asks for a token of {server}, which is not asked: {why}")]
+    Untrusted { registry: String, server: String, why: &'static str },
+    /// No client can be built.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// Whoever needs it does not wait longer.
+    #[error("no token for {registry} in time")]
+    Late { registry: String },
+}
+
+impl AuthError {
+    /// What a caller may do about it.
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Keychain(_) | Self::Unavailable { .. } | Self::Late { .. } => Fault::Transient,
+            Self::Denied { .. } | Self::Untrusted { .. } | Self::Client(_) => Fault::Permanent,
+        }
+    }
+}
+
+/// What a person can do.
+fn remedy(registry: &str, origin: Option<&str>) -> String {
+    let set = format!("`rafsd credentials set {registry} --user NAME --password-stdin`");
+    match origin {
+        Some(origin) => format!("check the credentials, which came from {origin}, or give others with {set}"),
+        None => format!("no credentials are known for it; give some with {set}, or see docs/CREDENTIALS.md"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_denial_says_where_the_credentials_came_from_and_what_to_do() {
+        let denied = |origin: Option<&str>| AuthError::Denied {
+            server: "https://a.example/token".into(),
+            registry: "r.example".into(),
+            repository: "a/b".into(),
+            status: 401,
+            origin: origin.map(Into::into),
+        };
+
+        assert_eq!(
+            denied(Some("/root/.docker/config.json")).to_string(),
+            "https://a.example/token gives no token for a/b of r.example (status 401); check the credentials, which \
+             came from /root/.docker/config.json, or give others with `rafsd credentials set r.example --user NAME \
+             --password-stdin`"
+        );
+        assert!(denied(None).to_string().contains("no credentials are known for it"), "{}", denied(None));
+        assert_eq!(denied(None).fault(), Fault::Permanent);
+    }
+}

@@ -1,0 +1,525 @@
+//! What is sent to one registry to say who we are.
+//!
+//! For each repository there is one *pass*: a token, or a password where the registry wants that. Whoever
+//! needs one that is not there waits for the one request that fetches it; a pass that will end soon is
+//! replaced in the background while it is still used. A request for a token goes on when those who wait
+//! for it have left, because others will come.
+//!
+//! Times are counted from the moment a token was asked for, by [`Clock`]. No time of day is looked at.
+//!
+//! Locking: the one lock is held for looking and noting only, never while anybody is asked.
+
+use std::collections::HashMap;
+use std::collections::hash_map::RandomState;
+use std::fmt;
+use std::hash::BuildHasher;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use reqwest::header::{HeaderMap, HeaderValue};
+use reqwest::{Client, Url};
+use tokio::sync::watch;
+
+use super::challenge::{Challenge, challenges};
+use super::exchange::{self, Demand, Grant, Refusal, basic, bearer, may_go};
+use super::{AuthError, Keychain, Login};
+use crate::net::{ClientOptions, Clock, client};
+
+/// How token servers are reached.
+#[derive(Clone, Debug)]
+pub struct TokenOptions {
+    /// Patience and trust.
+    pub client: ClientOptions,
+    /// Whether the registry itself is reached without TLS. Then its token server may be too.
+    pub plain: bool,
+    /// The longest that a token server may take, redirects included.
+    pub patience: Duration,
+}
+
+impl Default for TokenOptions {
+    /// 10 s for a token server, which is reached by TLS.
+    fn default() -> Self {
+        Self { client: ClientOptions::default(), plain: false, patience: Duration::from_secs(10) }
+    }
+}
+
+/// How long a password, or a token that somebody else got, is used until the keychain is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(60);
+
+/// The first pause after a failure; doubled after each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+
+/// The longest pause: credentials may have been mended.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// The longest that a busy token server may keep us from asking again.
+const LONGEST_REQUESTED: Duration = Duration::from_secs(60);
+
+/// A pass that is refused so soon after it was got is no better than the one before.
+const YOUNG: Duration = Duration::from_secs(5);
+
+/// Repositories that are remembered; those without a pass in force go first.
+const MOST_REPOSITORIES: usize = 4096;
+
+/// Who we are to one registry. Cheap to clone; clones are one.
+#[derive(Clone)]
+pub struct Tokens(Arc<Shared>);
+
+struct Shared {
+    registry: String,
+    /// Where the registry is, as far as [`may_go`] wants to know.
+    base: Option<Url>,
+    keychain: Arc<dyn Keychain>,
+    options: TokenOptions,
+    clock: Clock,
+    state: Mutex<State>,
+    jitter: RandomState,
+}
+
+#[derive(Default)]
+struct State {
+    /// What the registry asked for last, whatever it was about.
+    manner: Option<Manner>,
+    repositories: HashMap<String, Repository>,
+    /// By scheme, host and port of the token server.
+    clients: HashMap<String, Client>,
+}
+
+/// How a registry wants to be told who asks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Manner {
+    Basic,
+    /// By a token of this server.
+    Bearer {
+        realm: Url,
+        service: Option<String>,
+    },
+}
+
+#[derive(Default)]
+struct Repository {
+    /// Whether the registry has refused somebody who said nothing, or too little.
+    is_asked: bool,
+    /// The name that the registry has for it, where it asks for another one.
+    scope: Option<String>,
+    pass: Option<Pass>,
+    /// The request that is under way.
+    fetch: Option<watch::Receiver<Option<Outcome>>>,
+    failure: Option<Failure>,
+    /// Passes in a row that were refused right after they were got.
+    refusals: u32,
+    /// What was refused last, so that it is not taken for news.
+    refused: Option<HeaderValue>,
+}
+
+/// What to send.
+#[derive(Clone)]
+struct Pass {
+    value: HeaderValue,
+    /// What it was got with, where that itself is what is sent.
+    login: Option<Login>,
+    since: Instant,
+    renew: Instant,
+    ends: Instant,
+}
+
+struct Failure {
+    outcome: Outcome,
+    count: u32,
+    /// Before this nobody asks again.
+    until: Instant,
+}
+
+/// `None`: there is nothing to say that was not said.
+type Outcome = Result<Option<Pass>, AuthError>;
+
+/// What somebody who needs a pass has to do.
+enum Step {
+    Send(HeaderValue),
+    Wait(watch::Receiver<Option<Outcome>>),
+    Told(Result<Option<HeaderValue>, AuthError>),
+}
+
+impl Tokens {
+    /// Nothing is known yet of `registry`, which is `HOST[:PORT]`. Connects to nobody.
+    pub fn new(registry: String, keychain: Arc<dyn Keychain>, options: TokenOptions, clock: Clock) -> Self {
+        let scheme = if options.plain { "http" } else { "https" };
+        let base = Url::parse(&format!("{scheme}://{registry}/")).ok();
+        let (state, jitter) = (Mutex::default(), RandomState::new());
+        Self(Arc::new(Shared { registry, base, keychain, options, clock, state, jitter }))
+    }
+
+    /// What to send with a request about `repository`: what is in force, or is fetched now because the
+    /// registry is known to want it. `None` if nothing is known to be wanted. Must be called on a runtime.
+    ///
+    /// # Errors
+    /// There is no saying who we are, or not by `until`.
+    pub async fn authorization(&self, repository: &str, until: Instant) -> Result<Option<HeaderValue>, AuthError> {
+        let (step, is_asked) = self.0.step(repository, |entry, now| {
+            let pass = entry.pass.as_ref().filter(|pass| now < pass.ends)?;
+            Some((pass.value.clone(), now >= pass.renew))
+        });
+        match self.0.settle(step, until).await {
+            // The registry has said nothing of this repository yet: it may be one for everybody.
+            Err(AuthError::Denied { .. }) if !is_asked => Ok(None),
+            outcome => outcome,
+        }
+    }
+
+    /// What to repeat a request with that was answered with status 401 and `headers`; `None` if there is
+    /// nothing better to say than `sent`. Must be called on a runtime.
+    ///
+    /// # Errors
+    /// There is no saying who we are, or not by `until`.
+    pub async fn challenged(
+        &self,
+        repository: &str,
+        headers: &HeaderMap,
+        sent: Option<&HeaderValue>,
+        until: Instant,
+    ) -> Result<Option<HeaderValue>, AuthError> {
+        if !self.0.learn(repository, &challenges(headers))? {
+            return Ok(None);
+        }
+        if let Some(login) = self.0.drop_refused(repository, sent) {
+            self.0.keychain.refused(&self.0.registry, repository, &login);
+        }
+        let (step, _) = self.0.step(repository, |entry, now| {
+            // Somebody else may have got a new one since.
+            let pass = entry.pass.as_ref().filter(|pass| now < pass.ends && Some(&pass.value) != sent)?;
+            Some((pass.value.clone(), false))
+        });
+        self.0.settle(step, until).await
+    }
+
+    /// Forgets all that was got with credentials, because they have changed. What registries want stays
+    /// known.
+    pub fn forget(&self) {
+        let mut state = self.0.state.lock().unwrap();
+        for entry in state.repositories.values_mut() {
+            (entry.pass, entry.failure, entry.fetch, entry.refused, entry.refusals) = (None, None, None, None, 0);
+        }
+    }
+}
+
+impl fmt::Debug for Tokens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokens").field("registry", &self.0.registry).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// Notes what the registry wants. `false`: nothing that we can say.
+    fn learn(&self, repository: &str, challenges: &[Challenge]) -> Result<bool, AuthError> {
+        let wanted = challenges.iter().find(|it| it.scheme == "bearer" && it.get("realm").is_some());
+        let Some(challenge) = wanted.or_else(|| challenges.iter().find(|it| it.scheme == "basic")) else {
+            return Ok(false);
+        };
+        let manner = if challenge.scheme == "basic" { Manner::Basic } else { self.bearer(challenge)? };
+        let scope = challenge.get("scope").and_then(|scope| pull_only(scope, repository));
+        let mut state = self.state.lock().unwrap();
+        state.manner = Some(manner);
+        let entry = state.repositories.entry(repository.to_owned()).or_default();
+        entry.is_asked = true;
+        if entry.scope != scope {
+            // A token for something else may be refused however new it is.
+            (entry.pass, entry.failure, entry.fetch) = (None, None, None);
+            entry.scope = scope;
+        }
+        Ok(true)
+    }
+
+    fn bearer(&self, challenge: &Challenge) -> Result<Manner, AuthError> {
+        let realm = challenge.get("realm").and_then(|realm| Url::parse(realm).ok());
+        let untrusted = |server: String, why| AuthError::Untrusted { registry: self.registry.clone(), server, why };
+        let realm = realm.ok_or_else(|| untrusted("somebody".into(), "there is no address"))?;
+        self.judge(&realm).map_err(|why| untrusted(shown(&realm), why))?;
+        Ok(Manner::Bearer { realm, service: challenge.get("service").map(ToOwned::to_owned) })
+    }
+
+    /// Whether the registry may send us to `to`.
+    fn judge(&self, to: &Url) -> Result<(), &'static str> {
+        let Some(base) = &self.base else { return Err("the name of the registry is no address") };
+        may_go(base, to)
+    }
+
+    /// Drops the pass that was refused, unless somebody has already. Gives the login to give up.
+    fn drop_refused(&self, repository: &str, sent: Option<&HeaderValue>) -> Option<Login> {
+        let now = self.clock.now();
+        let mut state = self.state.lock().unwrap();
+        let entry = state.repositories.get_mut(repository)?;
+        let pass = entry.pass.take_if(|pass| Some(&pass.value) == sent)?;
+        let is_young = now.saturating_duration_since(pass.since) < YOUNG;
+        entry.refusals = if is_young { entry.refusals + 1 } else { 0 };
+        if entry.refusals > 1 {
+            // The last one was new as well: a third will not be better, but later one may be.
+            entry.fail(Ok(None), None, now);
+        }
+        entry.refused = Some(pass.value);
+        pass.login
+    }
+
+    /// What to do for a pass, given what `usable` makes of the present one: its value, and whether a new
+    /// one should be fetched in the background. Also whether the registry has spoken of this repository.
+    fn step(
+        self: &Arc<Self>,
+        repository: &str,
+        usable: impl FnOnce(&Repository, Instant) -> Option<(HeaderValue, bool)>,
+    ) -> (Step, bool) {
+        let now = self.clock.now();
+        let mut state = self.state.lock().unwrap();
+        let Some(manner) = state.manner.clone() else { return (Step::Told(Ok(None)), false) };
+        state.make_room(repository, now);
+        let entry = state.repositories.entry(repository.to_owned()).or_default();
+        let (usable, is_asked) = (usable(entry, now), entry.is_asked);
+        if let Some((value, false)) = usable {
+            return (Step::Send(value), is_asked);
+        }
+        let pause = entry.failure.as_ref().filter(|failure| now < failure.until);
+        let step = match (usable, &entry.fetch, pause) {
+            (Some((value, _)), Some(_), _) | (Some((value, _)), None, Some(_)) => Step::Send(value),
+            (Some((value, _)), None, None) => {
+                self.fetch(entry, repository, manner);
+                Step::Send(value)
+            }
+            (None, Some(fetch), _) => Step::Wait(fetch.clone()),
+            (None, None, Some(failure)) => Step::Told(failure.outcome.clone().map(|_| None)),
+            (None, None, None) => Step::Wait(self.fetch(entry, repository, manner)),
+        };
+        (step, is_asked)
+    }
+
+    async fn settle(&self, step: Step, until: Instant) -> Result<Option<HeaderValue>, AuthError> {
+        let mut fetch = match step {
+            Step::Send(value) => return Ok(Some(value)),
+            Step::Told(told) => return told,
+            Step::Wait(fetch) => fetch,
+        };
+        let ended = self.clock.timeout_at(until, fetch.wait_for(Option::is_some)).await;
+        let outcome = ended.map_err(|_| AuthError::Late { registry: self.registry.clone() })?;
+        // Only a runtime that ends drops the sender before it has told.
+        let outcome = outcome.map_or(Ok(None), |outcome| outcome.clone().unwrap_or(Ok(None)));
+        outcome.map(|pass| pass.map(|pass| pass.value))
+    }
+
+    /// Begins the one request for a pass of `repository`.
+    fn fetch(
+        self: &Arc<Self>,
+        entry: &mut Repository,
+        repository: &str,
+        manner: Manner,
+    ) -> watch::Receiver<Option<Outcome>> {
+        let (tell, told) = watch::channel(None);
+        entry.fetch = Some(told.clone());
+        let scope = entry.scope.clone().unwrap_or_else(|| format!("repository:{repository}:pull"));
+        let (shared, repository, mine) = (self.clone(), repository.to_owned(), told.clone());
+        tokio::spawn(async move {
+            let obtained = shared.obtain(&repository, manner, scope).await;
+            let outcome = shared.note(&repository, &mine, obtained);
+            tell.send_replace(Some(outcome));
+        });
+        told
+    }
+
+    /// Writes down how a request ended, unless it was forgotten meanwhile.
+    fn note(
+        &self,
+        repository: &str,
+        mine: &watch::Receiver<Option<Outcome>>,
+        (outcome, retry_after): (Outcome, Option<Duration>),
+    ) -> Outcome {
+        let now = self.clock.now();
+        let mut state = self.state.lock().unwrap();
+        let entry = state.repositories.entry(repository.to_owned()).or_default();
+        if !entry.fetch.as_ref().is_some_and(|fetch| fetch.same_channel(mine)) {
+            return outcome;
+        }
+        entry.fetch = None;
+        let outcome = match outcome {
+            // Saying the same again is no answer to a refusal.
+            Ok(Some(pass)) if entry.refused.as_ref() == Some(&pass.value) => Ok(None),
+            other => other,
+        };
+        match &outcome {
+            Ok(Some(pass)) => (entry.pass, entry.failure) = (Some(pass.clone()), None),
+            other => entry.fail(other.clone(), retry_after, now),
+        }
+        outcome
+    }
+
+    /// Asks the keychain and, where a token is wanted, its server.
+    async fn obtain(&self, repository: &str, manner: Manner, scope: String) -> (Outcome, Option<Duration>) {
+        let login = match self.keychain.login(&self.registry, repository).await {
+            Ok(login) => login,
+            Err(error) => return (Err(error.into()), None),
+        };
+        let since = self.clock.now();
+        match (manner, &login) {
+            (Manner::Basic, Some(Login::Basic { user, password })) => {
+                (Ok(basic(user, password).map(|value| self.pass(value, login, since, ASK_AGAIN))), None)
+            }
+            (Manner::Bearer { .. }, Some(Login::Bearer(token))) => {
+                (Ok(bearer(token).map(|value| self.pass(value, login, since, ASK_AGAIN))), None)
+            }
+            // A password or nothing: there is no other way to say who we are.
+            (Manner::Basic, Some(Login::Identity(_) | Login::Bearer(_)) | None) => (Ok(None), None),
+            (Manner::Bearer { realm, service }, _) => {
+                let demand = Demand { realm, service, scope };
+                self.token(repository, &demand, login).await
+            }
+        }
+    }
+
+    /// A token for `login`, or for another one that the keychain has when that is refused.
+    async fn token(&self, repository: &str, demand: &Demand, mut login: Option<Login>) -> (Outcome, Option<Duration>) {
+        let mut is_second = false;
+        loop {
+            let since = self.clock.now();
+            let refusal = match self.ask(demand, login.as_ref(), since).await {
+                Ok(Ok(grant)) => {
+                    let value = bearer(&grant.token);
+                    let pass = value.map(|value| self.pass(value, None, since, grant.lifetime));
+                    return (pass.map(Some).ok_or_else(|| self.unavailable(demand, "its token cannot be sent")), None);
+                }
+                Ok(Err(refusal)) => refusal,
+                Err(error) => return (Err(error), None),
+            };
+            let (server, registry) = (shown(&demand.realm), self.registry.clone());
+            match refusal {
+                Refusal::Unavailable { detail, retry_after } => {
+                    return (Err(self.unavailable(demand, &detail)), retry_after);
+                }
+                Refusal::Untrusted(why) => return (Err(AuthError::Untrusted { registry, server, why }), None),
+                Refusal::Denied(status) => {
+                    let origin = login.as_ref().and_then(|_| self.keychain.origin(&self.registry, repository));
+                    if let Some(refused) = login.as_ref().filter(|_| !is_second) {
+                        is_second = true;
+                        self.keychain.refused(&self.registry, repository, refused);
+                        match self.keychain.login(&self.registry, repository).await {
+                            Ok(other) if other.is_some() && other != login => {
+                                login = other;
+                                continue;
+                            }
+                            _ => {}
+                        }
+                    }
+                    let repository = repository.to_owned();
+                    return (Err(AuthError::Denied { server, registry, repository, status, origin }), None);
+                }
+            }
+        }
+    }
+
+    async fn ask(
+        &self,
+        demand: &Demand,
+        login: Option<&Login>,
+        now: Instant,
+    ) -> Result<Result<Grant, Refusal>, AuthError> {
+        let client = self.client(&demand.realm)?;
+        let until = now.checked_add(self.options.patience).unwrap_or(now);
+        Ok(exchange::ask(&self.clock, &client, demand, login, until, &|to| self.judge(to)).await)
+    }
+
+    /// The client for a token server, which keeps its connections.
+    fn client(&self, realm: &Url) -> Result<Client, AuthError> {
+        let key = realm.origin().ascii_serialization();
+        if let Some(client) = self.state.lock().unwrap().clients.get(&key) {
+            return Ok(client.clone());
+        }
+        let options = ClientOptions { max_redirects: 0, ..self.options.client.clone() };
+        let client = client(&options, realm)?;
+        let clients = &mut self.state.lock().unwrap().clients;
+        if clients.len() >= 16 {
+            // A registry that names another server each time.
+            clients.clear();
+        }
+        clients.insert(key, client.clone());
+        Ok(client)
+    }
+
+    fn unavailable(&self, demand: &Demand, detail: &str) -> AuthError {
+        AuthError::Unavailable {
+            server: shown(&demand.realm),
+            registry: self.registry.clone(),
+            detail: detail.to_owned(),
+        }
+    }
+
+    /// Something to send that is in force for `lifetime` from `since` on. It is not used to the very end:
+    /// a request takes time too.
+    fn pass(&self, value: HeaderValue, login: Option<Login>, since: Instant, lifetime: Duration) -> Pass {
+        // 70 to 85 %: those that were got together are not renewed together, on no host of many.
+        let share = u32::try_from(self.jitter.hash_one((since, value.as_bytes())) % 1000).unwrap_or(0);
+        let renew = lifetime.saturating_mul(700 + share * 150 / 1000) / 1000;
+        let ends = lifetime.saturating_mul(95) / 100;
+        Pass { value, login, since, renew: since + renew, ends: since + ends }
+    }
+}
+
+impl State {
+    /// Lets go of what is of no use, when there are many.
+    fn make_room(&mut self, wanted: &str, now: Instant) {
+        if self.repositories.len() < MOST_REPOSITORIES || self.repositories.contains_key(wanted) {
+            return;
+        }
+        let is_used = |entry: &Repository| entry.fetch.is_some() || entry.pass.as_ref().is_some_and(|it| now < it.ends);
+        self.repositories.retain(|_, entry| is_used(entry));
+        if self.repositories.len() >= MOST_REPOSITORIES {
+            self.repositories.retain(|_, entry| entry.fetch.is_some());
+        }
+    }
+}
+
+impl Repository {
+    /// Notes that there is nothing to send, and for how long nobody asks again.
+    fn fail(&mut self, outcome: Outcome, retry_after: Option<Duration>, now: Instant) {
+        let count = self.failure.as_ref().map_or(0, |failure| failure.count).max(self.refusals.saturating_sub(2));
+        let pause = FIRST_PAUSE.saturating_mul(1 << count.min(8)).min(LONGEST_PAUSE);
+        let pause = pause.max(retry_after.unwrap_or_default().min(LONGEST_REQUESTED));
+        self.failure = Some(Failure { outcome, count: count.saturating_add(1), until: now + pause });
+    }
+}
+
+/// The address of a token server without what may be secret in it.
+fn shown(realm: &Url) -> String {
+    format!("{}{}", realm.origin().ascii_serialization(), realm.path())
+}
+
+/// The scope to ask for where a registry names one: that repository, to be read and nothing else. `None` if
+/// it is the usual one, or not of that kind.
+fn pull_only(scope: &str, repository: &str) -> Option<String> {
+    let first = scope.split(' ').find_map(|it| it.strip_prefix("repository:"))?;
+    let (name, actions) = first.rsplit_once(':')?;
+    let is_name = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-/:".contains(&b));
+    let is_wanted = is_name && name.len() <= 512 && name != repository && actions.split(',').any(|it| it == "pull");
+    is_wanted.then(|| format!("repository:{name}:pull"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_registry_may_name_a_repository_its_own_way_but_gets_no_more_than_a_reader() {
+        for (scope, expected) in [
+            ("repository:a/b:pull", None),
+            ("repository:a/b:pull,push", None),
+            ("repository:proxy/a/b:pull,push", Some("repository:proxy/a/b:pull")),
+            ("registry:catalog:* repository:x/a/b:pull", Some("repository:x/a/b:pull")),
+            ("repository:x:push", None),
+            ("repository::pull", None),
+            ("repository:a b:pull", None),
+            ("repository:\u{e9}:pull", None),
+            ("registry:catalog:*", None),
+        ] {
+            assert_eq!(pull_only(scope, "a/b").as_deref(), expected, "{scope}");
+        }
+    }
+
+    #[test]
+    fn nothing_secret_is_shown() {
+        let realm = Url::parse("https://u:p@a.example:1/token?key=secret").unwrap();
+        assert_eq!(shown(&realm), "https://a.example:1/token");
+    }
+}

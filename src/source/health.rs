@@ -1,0 +1,201 @@
+//! How one upstream has been doing: whether it is worth asking first, and how long it usually takes.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+/// Failures one after the other after which an upstream is asked last.
+const TRIPS: u32 = 2;
+
+/// The first pause before an upstream that failed is tried again, doubled with each failed try.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The longest such pause: a mirror that is back is noticed within this time.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Latencies that are remembered.
+const SAMPLES: usize = 64;
+
+/// Latencies below which nothing is said about what is usual.
+const FEWEST: usize = 16;
+
+/// A circuit breaker and the latest latencies. All images that are read from one server share one.
+#[derive(Debug, Default)]
+pub struct Health(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// Failures since the last success.
+    failed: u32,
+    /// While the breaker is open: when the next probe is due.
+    probe_at: Option<Instant>,
+    /// Somebody is finding out.
+    probing: bool,
+    /// A ring of the latest times to the first byte.
+    latencies: Vec<Duration>,
+    next: usize,
+}
+
+/// Whether to ask an upstream in its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// It works, as far as is known.
+    Good,
+    /// It failed repeatedly: ask others first.
+    Bad,
+    /// The same, and it is time that the caller finds out whether it is back, beside its read. It has to
+    /// say [`Health::probed`] afterwards.
+    Probe,
+}
+
+impl Health {
+    /// How the upstream stands at `now`. Gives `Probe` to one caller only.
+    pub(super) fn standing(&self, now: Instant) -> Standing {
+        let mut state = self.0.lock().unwrap();
+        match state.probe_at {
+            None => Standing::Good,
+            Some(at) if at <= now && !state.probing => {
+                state.probing = true;
+                Standing::Probe
+            }
+            Some(_) => Standing::Bad,
+        }
+    }
+
+    /// Whether the breaker is open.
+    pub fn is_open(&self) -> bool {
+        self.0.lock().unwrap().probe_at.is_some()
+    }
+
+    /// A request was answered properly.
+    pub(super) fn worked(&self) {
+        let mut state = self.0.lock().unwrap();
+        state.failed = 0;
+        state.probe_at = None;
+    }
+
+    /// A request failed by a fault of the upstream.
+    pub(super) fn failed(&self, now: Instant) {
+        let mut state = self.0.lock().unwrap();
+        state.failed = state.failed.saturating_add(1);
+        if state.failed >= TRIPS && state.probe_at.is_none_or(|at| at <= now) {
+            let doublings = (state.failed - TRIPS).min(16);
+            let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE);
+            state.probe_at = now.checked_add(pause);
+        }
+    }
+
+    /// The probe has ended, or was given up.
+    pub(super) fn probed(&self) {
+        self.0.lock().unwrap().probing = false;
+    }
+
+    /// The first byte of an answer came after `latency`.
+    pub(super) fn took(&self, latency: Duration) {
+        let mut state = self.0.lock().unwrap();
+        let at = state.next;
+        if state.latencies.len() < SAMPLES {
+            state.latencies.push(latency);
+        } else {
+            state.latencies[at] = latency;
+        }
+        state.next = (at + 1) % SAMPLES;
+    }
+
+    /// The time within which 95 of the latest 100 answers began; `None` while too few are known.
+    pub(super) fn usual(&self) -> Option<Duration> {
+        let mut latencies = self.0.lock().unwrap().latencies.clone();
+        if latencies.len() < FEWEST {
+            return None;
+        }
+        latencies.sort_unstable();
+        latencies.get(latencies.len() * 95 / 100).copied()
+    }
+}
+
+/// How many second requests may be sent: one for twenty first ones, and a few in a row.
+#[derive(Debug)]
+pub(super) struct HedgeBudget(Mutex<u32>);
+
+impl HedgeBudget {
+    /// Twentieths that one hedge costs.
+    const COST: u32 = 20;
+    const MOST: u32 = 10 * Self::COST;
+
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(Self::COST))
+    }
+
+    /// A first request was sent.
+    pub(super) fn earn(&self) {
+        let mut left = self.0.lock().unwrap();
+        *left = (*left + 1).min(Self::MOST);
+    }
+
+    /// Whether a second one may be.
+    pub(super) fn spend(&self) -> bool {
+        let mut left = self.0.lock().unwrap();
+        let rest = left.checked_sub(Self::COST);
+        rest.is_some_and(|rest| {
+            *left = rest;
+            true
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn one_that_failed_twice_is_asked_last_until_a_probe_finds_it_back() {
+        let (health, now) = (Health::default(), Instant::now());
+        health.failed(now);
+        assert_eq!(health.standing(now), Standing::Good);
+        health.failed(now);
+        assert_eq!(health.standing(now), Standing::Bad);
+        assert_eq!(health.standing(now + SECOND), Standing::Probe);
+        assert_eq!(health.standing(now + SECOND), Standing::Bad, "one probes, the others go on");
+        health.probed();
+        health.failed(now + SECOND);
+        assert_eq!(health.standing(now + 2 * SECOND), Standing::Bad, "the pause has doubled");
+        assert_eq!(health.standing(now + 3 * SECOND), Standing::Probe);
+        health.worked();
+        assert_eq!(health.standing(now), Standing::Good);
+    }
+
+    #[test]
+    fn it_is_tried_again_for_ever() {
+        let (health, mut now) = (Health::default(), Instant::now());
+        health.failed(now);
+        health.failed(now);
+        for _ in 0..100 {
+            now += LONGEST_PAUSE;
+            assert_eq!(health.standing(now), Standing::Probe);
+            health.probed();
+            health.failed(now);
+        }
+    }
+
+    #[test]
+    fn what_is_usual_is_known_after_some_answers_and_changes_with_them() {
+        let health = Health::default();
+        (0..FEWEST - 1).for_each(|_| health.took(SECOND));
+        assert_eq!(health.usual(), None);
+        health.took(SECOND);
+        assert_eq!(health.usual(), Some(SECOND));
+        (0..SAMPLES).for_each(|_| health.took(2 * SECOND));
+        assert_eq!(health.usual(), Some(2 * SECOND));
+    }
+
+    #[test]
+    fn second_requests_are_one_in_twenty_at_most() {
+        let budget = HedgeBudget::new();
+        let sent = (0..2000).filter(|_| {
+            budget.earn();
+            budget.spend()
+        });
+        assert_eq!(sent.count(), 101);
+    }
+}

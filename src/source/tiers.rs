@@ -1,0 +1,445 @@
+//! One source out of several places, asked in order.
+//!
+//! A read asks the first place that is in good standing, and the next at once if that one fails, whatever
+//! the fault: a wrong answer of a mirror is no reason not to ask the registry. When all have failed and some
+//! may do better later, the read pauses as the policy says and asks those again, until its deadline. A place
+//! that failed repeatedly goes behind the others until a probe, for which no reader waits, finds it back.
+
+use std::future::Future;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::select;
+
+use super::counted::outcome_of;
+use super::health::{Health, HedgeBudget, Standing};
+use super::http::FIRST_BYTE;
+use super::{BlobSource, BoxFuture, Failure, ReadCtx, SourceError, Upstream};
+use crate::base::{BlobId, ByteRange, Chain, Class, Fault};
+use crate::net::{Attempt, Clock, RetryPolicy};
+use crate::telemetry::{Outcome, Place};
+
+/// Memory taken for a body before its first byte has come. Larger bodies grow into theirs.
+const FIRST_BUFFER: u64 = 4 << 20;
+
+/// A second request is not worth it before this time.
+const SOONEST_HEDGE: Duration = Duration::from_millis(20);
+
+/// How long a probe may take.
+const PROBE: Duration = Duration::from_secs(10);
+
+/// One place in the order.
+#[derive(Clone)]
+pub struct Tier {
+    /// Whom to ask.
+    pub upstream: Arc<dyn Upstream>,
+    /// How it has been doing; shared with everybody who asks the same server.
+    pub health: Arc<Health>,
+    /// Where attempts are counted, if they are to be told apart from the reads of the whole source.
+    pub counts: Option<Arc<Place>>,
+}
+
+impl std::fmt::Debug for Tier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tier").field("place", &self.upstream.describe()).finish_non_exhaustive()
+    }
+}
+
+impl Tier {
+    /// A place nobody else asks.
+    pub fn new(upstream: impl Upstream) -> Self {
+        Self { upstream: Arc::new(upstream), health: Arc::default(), counts: None }
+    }
+}
+
+/// Blobs that are in all of several places, the best first. Needs a tokio runtime.
+pub struct Tiers {
+    tiers: Vec<Tier>,
+    policy: RetryPolicy,
+    clock: Clock,
+    counts: Arc<Place>,
+    hedges: HedgeBudget,
+}
+
+impl Tiers {
+    /// A source out of `tiers`, of which there is at least one, asked again as `policy` says.
+    pub fn new(tiers: Vec<Tier>, policy: RetryPolicy, clock: Clock) -> Self {
+        assert!(!tiers.is_empty(), "a source is at least one place");
+        Self { tiers, policy, clock, counts: Arc::default(), hedges: HedgeBudget::new() }
+    }
+
+    /// The same source, with its retries counted there.
+    #[must_use]
+    pub fn counting(self, counts: Arc<Place>) -> Self {
+        Self { counts, ..self }
+    }
+
+    /// The order in which to ask now: those in good standing first, and after wrong bytes as many places
+    /// further on. Starts a probe where one is due.
+    fn order(&self, blob: &BlobId, ctx: ReadCtx) -> Vec<usize> {
+        let now = self.clock.now();
+        let mut order = Vec::with_capacity(self.tiers.len());
+        let mut bad = Vec::new();
+        for (at, tier) in self.tiers.iter().enumerate() {
+            match tier.health.standing(now) {
+                Standing::Good => order.push(at),
+                Standing::Bad => bad.push(at),
+                // Where nobody else can be asked, every read is a probe.
+                Standing::Probe if self.tiers.len() == 1 => {
+                    tier.health.probed();
+                    bad.push(at);
+                }
+                Standing::Probe => {
+                    self.probe(tier, blob, ctx);
+                    bad.push(at);
+                }
+            }
+        }
+        order.append(&mut bad);
+        let turn = ctx.again as usize % order.len();
+        order.rotate_left(turn);
+        order
+    }
+
+    /// The same, without those that will not do better during this read.
+    fn hopeful(&self, patience: &Patience<'_>, blob: &BlobId, ctx: ReadCtx) -> Vec<(usize, &Tier)> {
+        let hopeful = self.order(blob, ctx).into_iter().filter(|at| !patience.useless.contains(at));
+        hopeful.filter_map(|at| Some((at, self.tiers.get(at)?))).collect()
+    }
+
+    /// Finds out, beside the read, whether a place is back.
+    fn probe(&self, tier: &Tier, blob: &BlobId, ctx: ReadCtx) {
+        let (tier, blob, clock) = (tier.clone(), blob.clone(), self.clock.clone());
+        tokio::spawn(async move {
+            let deadline = clock.now() + PROBE;
+            let asked = tier.upstream.len(&blob, ReadCtx { deadline, class: Class::Prefetch, ..ctx });
+            match clock.timeout_at(deadline, asked).await {
+                Ok(Ok(_)) => tier.health.worked(),
+                // It works and has not this one.
+                Ok(Err(failure)) if !blames_the_place(&failure.error) => tier.health.worked(),
+                _ => tier.health.failed(clock.now()),
+            }
+            tier.health.probed();
+        });
+    }
+
+    /// One attempt at one place, noted for its standing.
+    async fn attempt(
+        &self,
+        tier: &Tier,
+        blob: &BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<(), Failure> {
+        let mut since = Some(self.clock.now());
+        let mut first = |piece: Bytes| {
+            if let Some(since) = since.take() {
+                tier.health.took(self.clock.now().saturating_duration_since(since));
+            }
+            if let Some(counts) = &tier.counts {
+                counts.bytes.at(ctx.class).add(piece.len() as u64);
+            }
+            take(piece);
+        };
+        let asked = tier.upstream.pour(blob, stored, ctx, &mut first).await;
+        self.note(tier, ctx, asked.as_ref().map(|_| ()).map_err(|failure| &failure.error));
+        asked
+    }
+
+    /// Notes how an attempt went.
+    fn note(&self, tier: &Tier, ctx: ReadCtx, asked: Result<(), &SourceError>) {
+        match asked {
+            Ok(()) => tier.health.worked(),
+            Err(error) if blames_the_place(error) => tier.health.failed(self.clock.now()),
+            Err(_) => {}
+        }
+        let Some(counts) = &tier.counts else { return };
+        match asked {
+            Ok(()) => {
+                counts.worked();
+                counts.reads.at(ctx.class).at(Outcome::Ok).inc();
+            }
+            Err(error) => {
+                counts.failed(Chain(error).to_string());
+                counts.reads.at(ctx.class).at(outcome_of(error)).inc();
+            }
+        }
+    }
+
+    /// Hands on all of `stored`: each attempt goes on where the one before broke off, and one that brought
+    /// something starts the count of failures anew.
+    async fn pour(
+        &self,
+        blob: &BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<(), SourceError> {
+        let mut rest = stored;
+        let mut patience = self.patience(blob, rest, ctx);
+        while !rest.is_empty() {
+            let from = rest.start();
+            let mut round = Round::default();
+            for (at, tier) in self.hopeful(&patience, blob, ctx) {
+                let mut behind = rest.start();
+                let mut counting = |piece: Bytes| {
+                    behind += piece.len() as u64;
+                    take(piece);
+                };
+                let asked = self.attempt(tier, blob, rest, ctx, &mut counting).await;
+                rest = ByteRange::new(behind.min(rest.end()), rest.end()).unwrap_or(rest);
+                match asked {
+                    Ok(()) => return Ok(()),
+                    Err(failure) => round.failed(&mut patience, at, failure),
+                }
+            }
+            if rest.start() > from {
+                patience = self.patience(blob, rest, ctx);
+                continue;
+            }
+            patience.pause(round).await?;
+        }
+        Ok(())
+    }
+
+    /// The same for a range that is wanted whole, with a second request if the first is slow.
+    async fn fetch(&self, blob: &BlobId, stored: ByteRange, ctx: ReadCtx) -> Result<Bytes, SourceError> {
+        let mut patience = self.patience(blob, stored, ctx);
+        loop {
+            let mut round = Round::default();
+            let mut tiers = self.hopeful(&patience, blob, ctx).into_iter();
+            while let Some((at, tier)) = tiers.next() {
+                let second = tiers.as_slice().first().map(|(_, tier)| *tier);
+                match self.hedged(tier, second, blob, stored, ctx).await {
+                    Ok(bytes) => return Ok(bytes),
+                    Err(failure) => round.failed(&mut patience, at, failure),
+                }
+            }
+            patience.pause(round).await?;
+        }
+    }
+
+    /// One attempt at `tier`, and another one beside it at `second`, if there is one and the first takes longer
+    /// to begin than is usual. The first that succeeds counts.
+    async fn hedged(
+        &self,
+        tier: &Tier,
+        second: Option<&Tier>,
+        blob: &BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+    ) -> Result<Bytes, Failure> {
+        self.hedges.earn();
+        let began = AtomicBool::new(false);
+        let mut first = std::pin::pin!(self.whole(tier, blob, stored, ctx, Some(&began)));
+        let usual = tier.health.usual().filter(|_| ctx.class == Class::OnDemand);
+        let (Some(usual), Some(second)) = (usual, second) else { return first.await };
+        select! {
+            biased;
+            done = &mut first => return done,
+            () = self.clock.sleep(usual.max(SOONEST_HEDGE)) => {}
+        }
+        if began.load(Ordering::Relaxed) || !self.hedges.spend() {
+            return first.await;
+        }
+        self.counts.hedges.inc();
+        let mut other = std::pin::pin!(self.whole(second, blob, stored, ctx, None));
+        select! {
+            done = &mut first => match done {
+                Err(failure) => other.await.map_err(|_| failure),
+                done => done,
+            },
+            done = &mut other => match done {
+                Err(_) => first.await,
+                done => done,
+            },
+        }
+    }
+
+    /// One attempt to have all of `stored` in memory. `began` is set when its first byte has come.
+    async fn whole(
+        &self,
+        tier: &Tier,
+        blob: &BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+        began: Option<&AtomicBool>,
+    ) -> Result<Bytes, Failure> {
+        let want = usize::try_from(stored.len()).unwrap_or(usize::MAX);
+        let mut body = BytesMut::with_capacity(usize::try_from(stored.len().min(FIRST_BUFFER)).unwrap_or(want));
+        let mut gather = |piece: Bytes| {
+            if let Some(began) = began {
+                began.store(true, Ordering::Relaxed);
+            }
+            body.extend_from_slice(&piece);
+        };
+        self.attempt(tier, blob, stored, ctx, &mut gather).await?;
+        if body.len() == want {
+            return Ok(body.freeze());
+        }
+        let (blob, place) = (blob.clone(), tier.upstream.describe());
+        Err(SourceError::Unavailable { blob, place, detail: format!("it sent {} of {want} bytes", body.len()) }.into())
+    }
+
+    async fn measure(&self, blob: &BlobId, ctx: ReadCtx) -> Result<u64, SourceError> {
+        let mut patience = self.patience(blob, FIRST_BYTE, ctx);
+        loop {
+            let mut round = Round::default();
+            for (at, tier) in self.hopeful(&patience, blob, ctx) {
+                let asked = tier.upstream.len(blob, ctx).await;
+                if let Err(failure) = &asked
+                    && blames_the_place(&failure.error)
+                {
+                    tier.health.failed(self.clock.now());
+                }
+                match asked {
+                    Ok(len) => return Ok(len),
+                    Err(failure) => round.failed(&mut patience, at, failure),
+                }
+            }
+            patience.pause(round).await?;
+        }
+    }
+
+    async fn in_time<T>(
+        &self,
+        blob: &BlobId,
+        range: ByteRange,
+        ctx: ReadCtx,
+        attempts: impl Future<Output = Result<T, SourceError>>,
+    ) -> Result<T, SourceError> {
+        let ended = self.clock.timeout_at(ctx.deadline, attempts).await;
+        ended.unwrap_or_else(|_| Err(SourceError::Deadline { blob: blob.clone(), place: self.describe(), range }))
+    }
+
+    fn patience(&self, blob: &BlobId, range: ByteRange, ctx: ReadCtx) -> Patience<'_> {
+        Patience { source: self, seed: seed(blob, range), failed: 0, useless: Vec::new(), ctx }
+    }
+}
+
+impl BlobSource for Tiers {
+    fn len<'a>(&'a self, blob: &'a BlobId, ctx: ReadCtx) -> BoxFuture<'a, Result<u64, SourceError>> {
+        Box::pin(self.in_time(blob, FIRST_BYTE, ctx, self.measure(blob, ctx)))
+    }
+
+    fn read<'a>(
+        &'a self,
+        blob: &'a BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+    ) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        Box::pin(async move {
+            if stored.is_empty() {
+                // No range header can say this, and there is nothing to fetch.
+                return Ok(Bytes::new());
+            }
+            self.in_time(blob, stored, ctx, self.fetch(blob, stored, ctx)).await
+        })
+    }
+
+    fn stream<'a>(
+        &'a self,
+        blob: &'a BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+        take: &'a mut (dyn FnMut(Bytes) + Send),
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
+        Box::pin(self.in_time(blob, stored, ctx, self.pour(blob, stored, ctx, take)))
+    }
+
+    fn places(&self) -> u32 {
+        u32::try_from(self.tiers.len()).unwrap_or(u32::MAX)
+    }
+
+    fn describe(&self) -> String {
+        let mut names: Vec<_> = self.tiers.iter().map(|tier| tier.upstream.describe()).collect();
+        names.dedup();
+        names.join(", ")
+    }
+}
+
+impl std::fmt::Debug for Tiers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tiers").field("places", &self.describe()).field("policy", &self.policy).finish_non_exhaustive()
+    }
+}
+
+/// Whether a failure speaks against the place rather than against what was asked of it.
+fn blames_the_place(error: &SourceError) -> bool {
+    match error {
+        SourceError::Unavailable { .. }
+        | SourceError::Deadline { .. }
+        | SourceError::NoRanges { .. }
+        | SourceError::Untrusted { .. }
+        | SourceError::Unauthorized { .. }
+        | SourceError::Io { .. } => true,
+        SourceError::NotFound { .. } | SourceError::Refused { .. } | SourceError::OutOfRange { .. } => false,
+    }
+}
+
+/// What all places said, each asked once.
+#[derive(Default)]
+struct Round {
+    /// The last failure that may go away, else the last of all: the places that come last are those that
+    /// know best.
+    failure: Option<Failure>,
+}
+
+impl Round {
+    /// The place at `at` failed.
+    fn failed(&mut self, patience: &mut Patience<'_>, at: usize, failure: Failure) {
+        let is_transient = failure.error.fault() == Fault::Transient;
+        if !is_transient {
+            patience.useless.push(at);
+        }
+        let known = self.failure.as_ref().is_some_and(|known| known.error.fault() == Fault::Transient);
+        if is_transient || !known {
+            self.failure = Some(failure);
+        }
+    }
+}
+
+/// How often has been asked, and how often still may be.
+struct Patience<'a> {
+    source: &'a Tiers,
+    seed: u64,
+    failed: u32,
+    /// Places that will not do better during this read.
+    useless: Vec<usize>,
+    ctx: ReadCtx,
+}
+
+impl Patience<'_> {
+    /// Waits until it makes sense to ask again.
+    ///
+    /// # Errors
+    /// The failure, if it does not.
+    async fn pause(&mut self, round: Round) -> Result<(), SourceError> {
+        // Whoever is asked gives an answer or a failure, and of the first round somebody is asked.
+        let Some(failure) = round.failure else { return Ok(()) };
+        self.failed += 1;
+        let attempt = Attempt { failed: self.failed, seed: self.seed, retry_after: failure.retry_after };
+        let (clock, deadline) = (&self.source.clock, self.ctx.deadline);
+        match self.source.policy.next(attempt, failure.error.fault(), clock.now(), deadline) {
+            Some(pause) => {
+                let (request, failed) = (self.ctx.request.number(), self.failed);
+                tracing::debug!(request, error = %failure.error, failed, ?pause, "asking again");
+                self.source.counts.retries.inc();
+                clock.sleep(pause).await;
+                Ok(())
+            }
+            None => Err(failure.error),
+        }
+    }
+}
+
+/// Keeps requests that fail together from being repeated together.
+fn seed(blob: &BlobId, range: ByteRange) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (blob, range).hash(&mut hasher);
+    hasher.finish()
+}
