@@ -205,8 +205,7 @@ pub(crate) fn proxied() -> Vec<Row> {
 /// Logins and tokens. A token is renewed by the read that suffers, unless the row says otherwise.
 pub(crate) fn guarded() -> Vec<Row> {
     let token = |row: Row| row.form(Form::Token, Door::Tokens).then(Event::RevokeTokens);
-    // The registry asks, the token server fails, and is left alone for a while.
-    let passes = |name, fault| token(Row::once(name, fault)).asks(2..=2, 1..=5);
+    let passes = |name, fault| token(Row::once(name, fault));
     let works = |name, fault| token(Row::once(name, fault)).asks(1..=1, 0..=0);
     let event = |name, form, event| Row::after(name, event).form(form, Door::Tokens);
     let realm = |name, base: &str| {
