@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 #[path = "registry_faults/cell.rs"]
 mod cell;
+#[path = "registry_faults/crowd.rs"]
+mod crowd;
 #[path = "registry_faults/image.rs"]
 mod image;
 #[path = "registry_faults/row.rs"]

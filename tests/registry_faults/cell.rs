@@ -27,7 +27,7 @@ use crate::support::secrets;
 /// waits for the time to pass meanwhile.
 const QUIET: Duration = Duration::from_millis(3);
 
-const REPOSITORY: &str = "library/image";
+pub(crate) const REPOSITORY: &str = "library/image";
 
 /// Several boxes, as one place where somebody may work.
 struct All(Vec<Arc<dyn Bustle>>);
@@ -43,7 +43,7 @@ impl Bustle for All {
 }
 
 /// The cache lives in real time and the source in a test's: deadlines are moved by what lies between.
-struct Shifted {
+pub(crate) struct Shifted {
     source: Tiers,
     time: VirtualClock,
 }
@@ -57,6 +57,16 @@ impl Shifted {
 impl BlobSource for Shifted {
     fn len<'a>(&'a self, blob: &'a BlobId, ctx: ReadCtx) -> BoxFuture<'a, Result<u64, SourceError>> {
         self.source.len(blob, self.ctx(ctx))
+    }
+
+    fn stream<'a>(
+        &'a self,
+        blob: &'a BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+        take: &'a mut (dyn FnMut(Bytes) + Send),
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
+        self.source.stream(blob, stored, self.ctx(ctx), take)
     }
 
     fn read<'a>(
@@ -78,22 +88,23 @@ impl BlobSource for Shifted {
 }
 
 /// Everything that one cell needs.
-struct Bench {
-    time: VirtualClock,
-    blob: &'static Blob,
+pub(crate) struct Bench {
+    pub(crate) time: VirtualClock,
+    pub(crate) blob: &'static Blob,
     /// Has the fault.
-    struck: Registry,
+    pub(crate) struck: Registry,
     /// Has none; asked only where there is a mirror.
     origin: Option<Registry>,
-    place: Arc<Place>,
-    device: Arc<Device>,
+    pub(crate) place: Arc<Place>,
+    pub(crate) source: Arc<Shifted>,
+    pub(crate) device: Arc<Device>,
     store: Arc<Store>,
     _driver: Driver,
     _root: tempfile::TempDir,
 }
 
 impl Bench {
-    async fn new(row: &Row) -> Self {
+    pub(crate) async fn new(row: &Row) -> Self {
         let (time, blob) = (VirtualClock::new(), &*BLOB);
         let content = || {
             let mut content = Content::default();
@@ -128,7 +139,7 @@ impl Bench {
         tiers.extend(origin.as_ref().map(|origin| tier(origin, Proxy::Direct, row.form, &time)));
         let place = Arc::new(Place::default());
         let source = Tiers::new(tiers, RetryPolicy::default(), time.clock()).counting(Arc::clone(&place));
-        let source = Shifted { source, time: time.clone() };
+        let source = Arc::new(Shifted { source, time: time.clone() });
         let root = tempfile::tempdir().unwrap();
         let options = StoreOptions {
             decode_threads: 1,
@@ -139,8 +150,8 @@ impl Bench {
             ..StoreOptions::default()
         };
         let store = Store::open(root.path(), options, Handle::current()).unwrap();
-        let device = store.device(blob.map(), Arc::new(source)).unwrap();
-        Self { time, blob, struck, origin, place, device, store, _driver: driver, _root: root }
+        let device = store.device(blob.map(), Arc::clone(&source) as Arc<dyn BlobSource>).unwrap();
+        Self { time, blob, struck, origin, place, source, device, store, _driver: driver, _root: root }
     }
 
     /// What becomes of each of so many readers of one unit.
@@ -179,7 +190,7 @@ impl Bench {
 
 /// One login for everything.
 #[derive(Debug)]
-struct Known(Option<Login>);
+pub(crate) struct Known(pub(crate) Option<Login>);
 
 impl Keychain for Known {
     fn login<'a>(&'a self, _: &'a str, _: &'a str) -> LoginFuture<'a> {
