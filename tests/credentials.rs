@@ -7,10 +7,12 @@ mod clock;
 #[allow(unreachable_pub, reason = "a module of this test")]
 mod tokenserver;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rafsd::base::{Fault, Secret};
+use rafsd::net::Authorize;
 use rafsd::net::auth::{AuthError, Keychain, Login, LoginFuture, TokenOptions, Tokens};
 use reqwest::header::{HeaderMap, HeaderValue, WWW_AUTHENTICATE};
 
@@ -24,11 +26,12 @@ const SECOND: Duration = Duration::from_secs(1);
 struct Scripted {
     logins: Mutex<Vec<Login>>,
     refused: Mutex<Vec<Login>>,
+    generation: AtomicU64,
 }
 
 impl Scripted {
     fn new(logins: Vec<Login>) -> Arc<Self> {
-        Arc::new(Self { logins: Mutex::new(logins), refused: Mutex::default() })
+        Arc::new(Self { logins: Mutex::new(logins), ..Self::default() })
     }
 }
 
@@ -43,6 +46,10 @@ impl Keychain for Scripted {
         if logins.len() > 1 && logins.first() == Some(login) {
             logins.remove(0);
         }
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
     }
 
     fn origin(&self, _: &str, _: &str) -> Option<String> {
@@ -296,7 +303,7 @@ async fn a_refused_login_is_asked_for_again_and_named_if_there_is_no_other() {
     assert_eq!(*bench.keychain.refused.lock().unwrap(), [password("old")]);
 
     bench.server.set(Answer::Status(403));
-    bench.tokens.forget();
+    bench.keychain.generation.fetch_add(1, Ordering::Relaxed);
     let error = bench.get().await.unwrap_err();
     assert_eq!(error.fault(), Fault::Permanent);
     let told = error.to_string();
@@ -362,7 +369,7 @@ async fn a_login_does_not_follow_a_redirect_to_another_server() {
 }
 
 #[tokio::test]
-async fn a_registry_with_tls_does_not_send_us_to_a_server_without() {
+async fn a_registry_does_not_send_us_to_where_nobody_should_go() {
     let clock = VirtualClock::new();
     let keychain = Scripted::new(vec![password("p")]);
     let tokens = Tokens::new("registry.example".to_owned(), keychain, TokenOptions::default(), clock.clock());
@@ -372,10 +379,45 @@ async fn a_registry_with_tls_does_not_send_us_to_a_server_without() {
         ("ftp://auth.example/token", "it is not reached by HTTP"),
         ("https://me:p@auth.example/token", "its address holds a login"),
         ("nowhere", "there is no address"),
+        ("https://127.0.0.1/token", "it is in a network of this host that the registry is not in itself"),
+        ("https://169.254.169.254/token", "it is in a network of this host that the registry is not in itself"),
     ] {
         let challenge = headers(&format!("Bearer realm=\"{realm}\""));
         let error = tokens.challenged("a", &challenge, None, until).await.unwrap_err();
         assert_eq!(error.fault(), Fault::Permanent);
         assert!(error.to_string().ends_with(why), "{error}");
     }
+}
+
+#[tokio::test]
+async fn a_name_for_this_very_host_does_not_help_a_registry_that_is_elsewhere() {
+    let (clock, server) = (VirtualClock::new(), TokenServer::start(Answer::Token(300)).await);
+    let mut options = TokenOptions { plain: true, ..TokenOptions::default() };
+    options.client.resolve.push(("registry.example".to_owned(), "203.0.113.1:80".parse().unwrap()));
+    let challenge = headers(&server.challenge().replace("127.0.0.1", "localhost"));
+    let until = clock.clock().now() + SECOND;
+    let ask = async |options| {
+        let tokens = Tokens::new("registry.example".to_owned(), Scripted::new(vec![]), options, clock.clock());
+        tokens.challenged("a", &challenge, None, until).await.map(text)
+    };
+
+    assert!(matches!(ask(options.clone()).await, Err(AuthError::Untrusted { .. })));
+    assert_eq!(server.count(), 0);
+    options.hosts.push("localhost".to_owned());
+    assert_eq!(ask(options).await.unwrap(), some("Bearer t1"), "the operator says that it may");
+}
+
+#[tokio::test]
+async fn an_endpoint_is_authorized_by_tokens() {
+    let bench = bench(Answer::Token(300), vec![]).await;
+    let authorize: &dyn Authorize = &bench.tokens;
+    let until = bench.clock.clock().now() + SECOND;
+
+    let challenge = headers(&bench.server.challenge());
+    assert_eq!(text(authorize.challenged("a", &challenge, None, until).await.unwrap()), some("Bearer t1"));
+    assert_eq!(text(authorize.authorization("a", until).await.unwrap()), some("Bearer t1"));
+    bench.server.set(Answer::Status(403));
+    let refused = authorize.challenged("b", &challenge, None, until).await.unwrap_err();
+    assert_eq!(refused.fault(), Fault::Permanent);
+    assert!(refused.to_string().contains("no credentials are known for it"), "{refused}");
 }

@@ -5,9 +5,9 @@
 //! imports from here exactly if a test named `schedules` is about it.
 
 #[cfg(feature = "shuttle")]
-pub(crate) use shuttle::sync::{Mutex, RwLock};
+pub(crate) use shuttle::sync::{Mutex, MutexGuard, RwLock};
 #[cfg(not(feature = "shuttle"))]
-pub(crate) use std::sync::{Mutex, RwLock};
+pub(crate) use std::sync::{Mutex, MutexGuard, RwLock};
 
 /// Atomic integers and flags.
 pub(crate) mod atomic {

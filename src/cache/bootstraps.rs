@@ -9,13 +9,14 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use super::disk::FileFacts;
+use super::disk::{Disk, FileFacts, HostDisk};
 use super::store::{StoreError, at};
 use super::victims::{Lot, LotKind};
 use crate::base::Digest;
+use crate::base::sync::Mutex;
+use crate::base::sync::atomic::{AtomicU64, Ordering};
 use crate::codec::{Sha256, sha256};
 
 /// The directory of bootstraps of one store.
@@ -171,7 +172,8 @@ impl Bootstraps {
     }
 
     fn is_held(&self, kept: &HashMap<Digest, usize>, digest: Digest) -> bool {
-        kept.contains_key(&digest) || super::shelves::is_open(&self.asking, &self.dir.join(digest.to_string()))
+        kept.contains_key(&digest)
+            || super::shelves::is_open(&self.asking, || HostDisk.is_open(&self.dir.join(digest.to_string())))
     }
 
     /// All of them, as what takes room.

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::sync::{Arc, Weak};
 
 use super::background::Background;
 use super::engine::Engine;
@@ -17,6 +17,7 @@ use super::stats::Counters;
 use super::store::is_full;
 use super::trace::Trace;
 use super::twins::Twins;
+use crate::base::sync::{Mutex, RwLock};
 use crate::base::{BlobId, ByteRange};
 use crate::blob::{UnitIndex, UnitMap};
 

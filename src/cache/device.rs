@@ -2,8 +2,8 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
 use std::time::Instant;
 
 use super::background::Background;
@@ -21,6 +21,7 @@ use super::stats::{Counters, DeviceStats};
 use super::store::StoreError;
 use super::trace::Trace;
 use super::{Completion, Fill, Request, is_needed};
+use crate::base::sync::{Mutex, RwLock};
 use crate::base::{BlobId, ByteRange, Class};
 use crate::blob::UnitMap;
 use crate::source::BlobSource;

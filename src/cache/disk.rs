@@ -18,7 +18,7 @@ use rustix::fs::OFlags;
 
 use super::sink::Sink;
 use crate::base::ByteRange;
-use crate::sys::files::data_ranges;
+use crate::sys::files::{data_ranges, is_open_elsewhere};
 
 /// The directory tree of a store.
 ///
@@ -58,6 +58,14 @@ pub trait Disk: Send + Sync + 'static {
 
     /// Returns when the names in `dir` are on stable storage.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+
+    /// Whether anybody at all has the file at `path` open, a kernel that has it mounted included.
+    ///
+    /// # Errors
+    /// `Unsupported` where the file system does not say.
+    fn is_open(&self, path: &Path) -> io::Result<bool> {
+        is_open_elsewhere(File::open(path)?.as_fd())
+    }
 }
 
 /// A file of a store, open for writing.

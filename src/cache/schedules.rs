@@ -5,12 +5,15 @@
 //! at the worst places (PCT). Atomics behave as sequentially consistent ones: orderings that are too
 //! weak are not found. `RAFSD_SCHEDULES` is the number of schedules of each kind, default 1000.
 //!
-//! Eviction against mount belongs here as soon as a store evicts.
+//! Eviction against mount is in `eviction`.
+
+mod eviction;
 
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
+use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::thread;
 
 use super::inflight::{Inflight, Lead, Role, Wait};
@@ -26,8 +29,14 @@ use crate::blob::{Unit, UnitIndex};
 /// Runs `program` under many schedules. A failure prints the schedule, which shuttle can replay.
 pub(crate) fn explore(program: fn()) {
     let count = std::env::var("RAFSD_SCHEDULES").map_or(1000, |text| text.parse().expect("a number"));
-    shuttle::check_random(program, count);
-    shuttle::check_pct(program, count, 3);
+    let config = || {
+        let mut config = shuttle::Config::new();
+        // Opening a store goes deeper than the 32 KiB that a thread has otherwise.
+        config.stack_size = 256 << 10;
+        config
+    };
+    shuttle::Runner::new(RandomScheduler::new(count), config()).run(program);
+    shuttle::Runner::new(PctScheduler::new(3, count), config()).run(program);
 }
 
 // ---- ledger: landing, flush, withdrawal -------------------------------------------------------------

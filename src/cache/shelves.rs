@@ -15,11 +15,9 @@
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
 use super::bootstraps::Bootstraps;
@@ -30,7 +28,8 @@ use super::place::Place;
 use super::store::{StoreError, at, lock, take_over};
 use super::twins::Twins;
 use super::victims::{Lot, LotKind, Wanted, victims};
-use crate::sys::files::is_open_elsewhere;
+use crate::base::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::base::sync::{Mutex, MutexGuard};
 
 /// Why something in the cache stays as it is.
 #[derive(Debug, thiserror::Error)]
@@ -211,7 +210,7 @@ impl Shelves {
     pub(super) fn is_used(&self, alive: &HashMap<String, Shelf>, name: &str) -> bool {
         !self.are_uses_known()
             || alive.get(name).is_some_and(Shelf::is_alive)
-            || is_open(&self.asking, &self.dir(name).join("data"))
+            || is_open(&self.asking, || self.disk.is_open(&self.dir(name).join("data")))
     }
 
     pub(super) fn is_pinned(&self, name: &str) -> bool {
@@ -368,12 +367,12 @@ pub(super) fn stamp(path: &Path) {
     let _ = open.and_then(|file| file.set_modified(SystemTime::now()));
 }
 
-/// Whether anybody has the file at `path` open, or that cannot be told. Where the file system does
+/// Whether anybody has the file open that `ask` asks about, or that cannot be told. Where the file system does
 /// not say, what this process knows must do. Two who ask at once would be told of each other, so
 /// they take turns by `asking`.
-pub(super) fn is_open(asking: &Mutex<()>, path: &Path) -> bool {
+pub(super) fn is_open(asking: &Mutex<()>, ask: impl FnOnce() -> io::Result<bool>) -> bool {
     let _alone = asking.lock().unwrap();
-    match File::open(path).and_then(|file| is_open_elsewhere(file.as_fd())) {
+    match ask() {
         Ok(open) => open,
         Err(e) => !matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::Unsupported),
     }

@@ -103,7 +103,7 @@ pub struct Store {
     engine: Arc<Engine>,
     wants_twins: Arc<AtomicBool>,
     settled: Settled,
-    _evictor: Evictor,
+    _evictor: Option<Evictor>,
     _scrub: Option<Scrub>,
 }
 
@@ -160,9 +160,22 @@ impl Store {
             engine,
             wants_twins,
             settled: Settled::default(),
-            _evictor: evictor,
+            _evictor: Some(evictor),
             _scrub: scrub,
         }))
+    }
+
+    /// A store on `engine` in which only those remove who are told to: without threads of its own.
+    #[cfg(all(test, feature = "shuttle"))]
+    pub(super) fn unattended(disk: Arc<dyn Disk>, root: &Path, engine: &Arc<Engine>) -> Arc<Self> {
+        Arc::new(Self {
+            shelves: Shelves::prepare(root, Arc::clone(&engine.twins), disk, None).unwrap(),
+            engine: Arc::clone(engine),
+            wants_twins: Arc::default(),
+            settled: Settled::default(),
+            _evictor: None,
+            _scrub: None,
+        })
     }
 
     /// From now on a blob that nobody is known to use may go, and bytes may be copied from one blob

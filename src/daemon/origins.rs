@@ -6,12 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
-use reqwest::Url;
-
 use super::api::ImageSpec;
-use crate::net::{ClientOptions, Clock, Endpoint, EndpointOptions, RetryPolicy};
-use crate::oci::{Endpoints, InvalidReference, Reference, Repository};
-use crate::source::{self, AbsentSource, BlobSource, HttpUpstream, OpenError, Tier, Tiers, WholeSource};
+use crate::net::auth::Login;
+use crate::oci::{Endpoints, Place, Repository};
+use crate::source::{AbsentSource, BlobSource, Network, NetworkOptions, OpenError, Server};
 use crate::telemetry::Telemetry;
 
 /// What a source is opened from.
@@ -21,7 +19,7 @@ type Spec = (Vec<String>, Option<PathBuf>);
 #[derive(Default)]
 pub(super) struct Origins {
     open: Mutex<HashMap<Spec, Weak<dyn BlobSource>>>,
-    telemetry: Telemetry,
+    network: Network,
 }
 
 impl std::fmt::Debug for Origins {
@@ -33,7 +31,7 @@ impl std::fmt::Debug for Origins {
 impl Origins {
     /// No source yet; `telemetry` counts what all of them are asked.
     pub(super) fn new(telemetry: Telemetry) -> Self {
-        Self { telemetry, ..Self::default() }
+        Self { network: Network::new(NetworkOptions::default(), telemetry), ..Self::default() }
     }
 
     /// The source that `spec` names: one place, or several of which the first is asked first. Connects to nobody
@@ -43,76 +41,42 @@ impl Origins {
         if let Some(open) = self.open.lock().unwrap().get(&key).and_then(Weak::upgrade) {
             return Ok(open);
         }
-        let source = self.open_all(&key.0, spec.ca.as_deref())?;
+        let source = self.network.open(&key.0, spec.ca.as_deref())?;
         let mut open = self.open.lock().unwrap();
         open.retain(|_, source| source.strong_count() > 0);
         open.insert(key, Arc::downgrade(&source));
         Ok(source)
     }
 
-    fn open_all(&self, places: &[String], ca: Option<&Path>) -> Result<Arc<dyn BlobSource>, OpenError> {
-        if let [place] = places
-            && !Reference::is_meant(place)
-        {
-            return source::open_counted(place, &options(ca), RetryPolicy::default(), &self.telemetry);
-        }
-        let mut tiers = Vec::new();
-        for place in places {
-            if Reference::is_meant(place) {
-                tiers.extend(self.repository(place, ca)?);
-            } else {
-                let source = source::open_counted(place, &options(ca), RetryPolicy::default(), &self.telemetry)?;
-                tiers.push(Tier::new(WholeSource::new(source)));
-            }
-        }
-        let tiers = Tiers::new(tiers, RetryPolicy::default(), Clock::default());
-        let place = self.telemetry.place(&tiers.describe());
-        Ok(source::counted(place.clone(), tiers.counting(place)))
-    }
-
-    /// The blobs of a repository, from the registry's mirrors first.
-    fn repository(&self, place: &str, ca: Option<&Path>) -> Result<Vec<Tier>, OpenError> {
-        let repository: Repository =
-            place.parse().map_err(|error: InvalidReference| OpenError::Url { detail: error.to_string() })?;
-        let path = repository.path();
-        let tier = |endpoint: Arc<Endpoint>| {
-            let base = endpoint.base().join(&format!("/v2/{path}"));
-            let base = base.map_err(|error| OpenError::Url { detail: error.to_string() })?;
-            Ok(Tier::new(HttpUpstream::repository(endpoint, base, path)))
-        };
-        self.endpoints(repository.host(), ca)?.into_iter().map(tier).collect()
-    }
-
-    /// The registry `host` and its mirrors, in the order in which they are asked.
-    fn endpoints(&self, host: &str, ca: Option<&Path>) -> Result<Vec<Arc<Endpoint>>, OpenError> {
-        let options = EndpointOptions { client: options(ca), ..EndpointOptions::default() };
-        let base = Url::parse(&format!("http://{host}/")).map_err(|e| OpenError::Url { detail: e.to_string() })?;
-        Ok(vec![Arc::new(Endpoint::new(&base, options, Clock::default())?)])
-    }
-
-    /// The registry `host` for questions that nobody waits for after `until`.
+    /// The registry `host` and its mirrors, for questions that nobody waits for after `until`.
     pub(super) fn registry(&self, host: &str, ca: Option<&Path>, until: Instant) -> Result<Endpoints, OpenError> {
-        Ok(Endpoints::new(host, self.endpoints(host, ca)?, RetryPolicy::default(), until))
+        let registry = self.network.registry(host, ca)?;
+        let place = |server: &Server| Place {
+            endpoint: Arc::clone(&server.endpoint),
+            base: server.config.base.clone(),
+            namespace: server.config.namespace(host).map(ToOwned::to_owned),
+            resolves: server.config.resolve,
+            pulls: server.config.pull,
+        };
+        let places = registry.servers().iter().map(place).collect();
+        Ok(Endpoints::new(host, places, self.network.policy(), until))
     }
 
     /// Where the blobs of `spec` would be fetched from, in order, without secrets.
     pub(super) fn addresses(&self, spec: &ImageSpec) -> Result<Vec<String>, OpenError> {
-        let mut addresses = Vec::new();
-        for place in spec.places() {
-            if Reference::is_meant(&place) {
-                let tiers = self.repository(&place, spec.ca.as_deref())?;
-                addresses.extend(tiers.iter().map(|tier| tier.upstream.describe()));
-            } else {
-                addresses.push(self.open_all(&[place], spec.ca.as_deref())?.describe());
-            }
-        }
-        Ok(addresses)
+        self.network.addresses(&spec.places(), spec.ca.as_deref())
     }
 
     /// Who we are to the registry of `repository`, without secrets.
     pub(super) async fn login(&self, repository: &Repository) -> String {
-        let _ = repository;
-        "nobody".to_owned()
+        let (keychain, host, path) = (self.network.keychain(), repository.host(), repository.path());
+        let who = match keychain.login(host, path).await {
+            Ok(None) => return "nobody".to_owned(),
+            Ok(Some(Login::Basic { user, .. })) => user,
+            Ok(Some(Login::Identity(_) | Login::Bearer(_))) => "whoever a token says".to_owned(),
+            Err(error) => return error.to_string(),
+        };
+        keychain.origin(host, path).map_or_else(|| who.clone(), |origin| format!("{who}, from {origin}"))
     }
 
     /// The same for an image that is mounted already: it goes on with what is present, and fails
@@ -123,13 +87,6 @@ impl Origins {
             Arc::new(AbsentSource::new(error))
         })
     }
-}
-
-/// How servers are reached that nothing else is said about.
-fn options(ca: Option<&Path>) -> ClientOptions {
-    let mut options = ClientOptions::default();
-    options.extra_ca_pem.extend(ca.map(Path::to_owned));
-    options
 }
 
 #[cfg(test)]

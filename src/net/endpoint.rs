@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATION};
 use reqwest::{Client, Method, Response, StatusCode, Url};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::address::{Bounds, OutOfBounds, same_origin};
+use super::proxy::{Proxied, ProxyOptions};
 use super::redirects::Redirects;
-use super::{ClientError, ClientOptions, Clock, client};
-use crate::base::{Fault, Secret};
+use super::{ClientError, ClientOptions, Clock, Proxy, Rate, Slot, Slots, client};
+use crate::base::{Class, Fault, Secret};
 
 /// Says who we are to one registry.
 pub trait Authorize: Send + Sync + fmt::Debug {
@@ -54,8 +54,12 @@ pub struct EndpointOptions {
     pub authorize: Option<Arc<dyn Authorize>>,
     /// Hosts that it may redirect to wherever they are, besides those that any may.
     pub redirect_hosts: Vec<String>,
-    /// Requests at once, of which prefetch may have half; `None` for any number.
+    /// What is done when the proxy of `client` is ill; `None` for sending everything through it regardless.
+    pub proxy: Option<ProxyOptions>,
+    /// Requests at once, readers before prefetch; `None` for any number.
     pub concurrency: Option<usize>,
+    /// Bytes of bodies per second; `None` for as many as come.
+    pub bytes_per_second: Option<u64>,
 }
 
 /// One request. The method is `GET` or `HEAD`: nothing here changes a server.
@@ -67,6 +71,8 @@ pub struct Ask<'a> {
     pub url: Url,
     /// Ranges and accepted types; they go where redirects lead.
     pub headers: HeaderMap,
+    /// Whom it is for.
+    pub class: Class,
     /// The repository that this is about, for the token.
     pub repository: Option<&'a str>,
     /// When nobody wants the answer any more.
@@ -107,13 +113,32 @@ impl SendError {
 /// One server.
 pub struct Endpoint {
     base: Url,
-    home: Client,
-    foreign: Client,
+    home: Way,
+    foreign: Way,
     bounds: Bounds,
     options: EndpointOptions,
     redirects: Redirects,
-    slots: Option<Arc<Semaphore>>,
+    slots: Option<Slots>,
+    rate: Option<Arc<Rate>>,
     clock: Clock,
+}
+
+/// How requests leave this host.
+enum Way {
+    Plain(Client),
+    Proxied(Proxied),
+}
+
+impl Way {
+    async fn send(&self, method: &Method, url: &Url, headers: HeaderMap) -> Result<Response, reqwest::Error> {
+        match self {
+            Self::Plain(client) => client.request(method.clone(), url.clone()).headers(headers).send().await,
+            Self::Proxied(proxied) => {
+                let request = proxied.request(method.clone(), url.clone()).headers(headers).build()?;
+                proxied.execute(request).await.1
+            }
+        }
+    }
 }
 
 /// How an attempt to follow redirects ended.
@@ -131,10 +156,18 @@ impl Endpoint {
     /// No client can be built with these options.
     pub fn new(base: &Url, options: EndpointOptions, clock: Clock) -> Result<Self, ClientError> {
         let bounds = Bounds::of(base, &options.client.resolve, &options.redirect_hosts);
-        let home = client::home(&options.client, base, bounds.home_resolver())?;
-        let foreign = client::foreign(&options.client, base, bounds.foreign_resolver())?;
-        let slots = options.concurrency.map(|slots| Arc::new(Semaphore::new(slots.max(1))));
-        Ok(Self { base: base.clone(), home, foreign, bounds, options, redirects: Redirects::default(), slots, clock })
+        let way = |build: &dyn Fn(&ClientOptions) -> Result<Client, ClientError>| {
+            let through = build(&options.client)?;
+            let Some(proxy) = options.proxy.clone() else { return Ok(Way::Plain(through)) };
+            let around = build(&ClientOptions { proxy: Proxy::Direct, ..options.client.clone() })?;
+            Ok(Way::Proxied(Proxied::new(through, around, proxy, clock.clone())))
+        };
+        let home = way(&|options| client::home(options, base, bounds.home_resolver()))?;
+        let foreign = way(&|options| client::foreign(options, base, bounds.foreign_resolver()))?;
+        let slots = options.concurrency.map(Slots::new);
+        let rate = options.bytes_per_second.map(|bytes| Arc::new(Rate::new(bytes, clock.clone())));
+        let redirects = Redirects::default();
+        Ok(Self { base: base.clone(), home, foreign, bounds, options, redirects, slots, rate, clock })
     }
 
     /// The base address, as it was given.
@@ -153,16 +186,21 @@ impl Endpoint {
     /// # Errors
     /// There is no answer.
     pub async fn send(&self, ask: Ask<'_>) -> Result<Reply, SendError> {
-        let permit = self.slot(ask.until).await?;
+        let slot = match &self.slots {
+            Some(slots) => {
+                Some(self.clock.timeout_at(ask.until, slots.take(ask.class)).await.map_err(|_| SendError::Late)?)
+            }
+            None => None,
+        };
         let response = self.answer(&ask).await?;
-        Ok(Reply { response, clock: self.clock.clone(), idle: self.options.client.idle_timeout, _permit: permit })
-    }
-
-    async fn slot(&self, until: Instant) -> Result<Option<OwnedSemaphorePermit>, SendError> {
-        let Some(slots) = &self.slots else { return Ok(None) };
-        let slot = self.clock.timeout_at(until, slots.clone().acquire_owned()).await;
-        // Nobody closes it.
-        slot.map(Result::ok).map_err(|_| SendError::Late)
+        Ok(Reply {
+            response,
+            clock: self.clock.clone(),
+            idle: self.options.client.idle_timeout,
+            rate: self.rate.clone(),
+            class: ask.class,
+            _slot: slot,
+        })
     }
 
     async fn answer(&self, ask: &Ask<'_>) -> Result<Response, SendError> {
@@ -198,8 +236,8 @@ impl Endpoint {
         let (mut hops, mut is_challenged) = (0, false);
         loop {
             let is_home = same_origin(&at, &self.base);
-            let client = if is_home { &self.home } else { &self.foreign };
-            let response = self.once(client, ask, &at, authorization.as_ref().filter(|_| is_home)).await?;
+            let way = if is_home { &self.home } else { &self.foreign };
+            let response = self.once(way, ask, &at, authorization.as_ref().filter(|_| is_home)).await?;
             if is_home && response.status() == StatusCode::UNAUTHORIZED && !is_challenged {
                 is_challenged = true;
                 if let Some(better) = self.challenged(ask, response.headers(), authorization.as_ref()).await? {
@@ -266,7 +304,7 @@ impl Endpoint {
     /// One request to `url`, until the head of its answer.
     async fn once(
         &self,
-        client: &Client,
+        way: &Way,
         ask: &Ask<'_>,
         url: &Url,
         authorization: Option<&HeaderValue>,
@@ -283,12 +321,8 @@ impl Endpoint {
                 headers.insert(AUTHORIZATION, authorization.clone());
             }
         }
-        let request = client.request(ask.method.clone(), url.clone()).headers(headers);
         let idle = self.options.client.idle_timeout;
-        match patient(&self.clock, idle, ask.until, request.send()).await? {
-            Ok(response) => Ok(response),
-            Err(error) => Err(transport(error)),
-        }
+        patient(&self.clock, idle, ask.until, way.send(&ask.method, url, headers)).await?.map_err(transport)
     }
 }
 
@@ -308,8 +342,10 @@ pub struct Reply {
     response: Response,
     clock: Clock,
     idle: Duration,
+    rate: Option<Arc<Rate>>,
+    class: Class,
     /// Held until the body has been read.
-    _permit: Option<OwnedSemaphorePermit>,
+    _slot: Option<Slot>,
 }
 
 impl Reply {
@@ -328,7 +364,12 @@ impl Reply {
     /// # Errors
     /// The connection broke, or was silent for too long, or `until` came.
     pub async fn chunk(&mut self, until: Instant) -> Result<Option<Bytes>, SendError> {
-        patient(&self.clock, self.idle, until, self.response.chunk()).await?.map_err(transport)
+        let piece = patient(&self.clock, self.idle, until, self.response.chunk()).await?.map_err(transport)?;
+        if let (Some(rate), Some(piece)) = (&self.rate, &piece) {
+            let paid = rate.pay(piece.len() as u64, self.class);
+            self.clock.timeout_at(until, paid).await.map_err(|_| SendError::Late)?;
+        }
+        Ok(piece)
     }
 
     /// The whole body, which may have `most` bytes; `None` if it has more.
@@ -366,7 +407,7 @@ async fn patient<T>(
 }
 
 /// Sorts what went wrong before or after an answer's head.
-fn transport(error: reqwest::Error) -> SendError {
+pub(super) fn transport(error: reqwest::Error) -> SendError {
     let error = error.without_url();
     match distrust(&error) {
         Some(detail) => SendError::Untrusted(detail),

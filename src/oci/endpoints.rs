@@ -7,7 +7,7 @@ use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue, LINK, RETRY_
 use reqwest::{Method, Url};
 
 use super::fetch::{Answer, Ask, Fetch, FetchError, FetchFuture, Taken};
-use crate::base::Fault;
+use crate::base::{Class, Fault};
 use crate::net::{self, Attempt, Endpoint, RetryPolicy, SendError};
 
 /// One server that answers for a registry.
@@ -119,7 +119,8 @@ impl Endpoints {
             headers.insert(ACCEPT, accept);
         }
         let method = if ask.head { Method::HEAD } else { Method::GET };
-        let sent = net::Ask { method, url, headers, repository: Some(ask.repository), until: self.until };
+        let (class, repository) = (Class::OnDemand, Some(ask.repository));
+        let sent = net::Ask { method, url, headers, class, repository, until: self.until };
         let mut reply = match place.endpoint.send(sent).await {
             Ok(reply) => reply,
             Err(error) => return failed(self.sent(&error)),

@@ -86,7 +86,7 @@ impl HttpUpstream {
             Locator::Below(_) => None,
             Locator::Repository { repository, .. } => Some(repository.as_str()),
         };
-        let ask = Ask { method, url: self.url(blob), headers, repository, until: ctx.deadline };
+        let ask = Ask { method, url: self.url(blob), headers, class: ctx.class, repository, until: ctx.deadline };
         self.endpoint.send(ask).await.map_err(|error| self.transport(blob, range.unwrap_or(FIRST_BYTE), error))
     }
 

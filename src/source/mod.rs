@@ -8,7 +8,11 @@ mod answer;
 mod counted;
 mod health;
 mod http;
+mod limited;
 mod local;
+mod localdisk;
+mod network;
+mod object;
 mod tiers;
 mod upstream;
 mod whole;
@@ -16,7 +20,11 @@ mod whole;
 pub use absent::AbsentSource;
 pub use health::Health;
 pub use http::HttpUpstream;
+pub use limited::Limited;
 pub use local::LocalSource;
+pub use localdisk::{BadDisk, BadTable, LocalDisk};
+pub use network::{Network, NetworkOptions, Registry, Server};
+pub use object::{BadPlace, ObjectUpstream};
 pub use tiers::{Tier, Tiers};
 pub use upstream::{Failure, Upstream};
 pub use whole::WholeSource;
@@ -29,10 +37,10 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use self::counted::Counted;
 use crate::base::{BlobId, ByteRange, Class, Fault, RequestId};
+use crate::net::hosts::HostsError;
 use crate::net::{ClientError, ClientOptions, Clock, EndpointOptions, RetryPolicy};
-use crate::telemetry::{Place, Telemetry};
+use crate::telemetry::Telemetry;
 
 /// An owned future, so that the trait below can be made into an object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -148,34 +156,12 @@ impl SourceError {
     }
 }
 
-/// Opens the source that `spec` names: a directory, as a path or `file://` URL, or the base of an
-/// `http://` or `https://` server, where blob `ID` is at `BASE/ID`. Connects to nobody yet.
+/// Opens the source that `spec` names, for a tool that asks nothing else; see [`Network::open`].
 ///
 /// `options` and `policy` apply to remote sources only.
 pub fn open(spec: &str, options: &ClientOptions, policy: RetryPolicy) -> Result<Arc<dyn BlobSource>, OpenError> {
-    open_counted(spec, options, policy, &Telemetry::default())
-}
-
-/// The same, with everything that is asked of the source counted.
-pub fn open_counted(
-    spec: &str,
-    options: &ClientOptions,
-    policy: RetryPolicy,
-    telemetry: &Telemetry,
-) -> Result<Arc<dyn BlobSource>, OpenError> {
-    let place = |name: String| telemetry.place(&name);
-    let local = |source: LocalSource| counted(place(source.describe()), source);
-    let Some((scheme, _)) = spec.split_once("://") else {
-        return Ok(local(LocalSource::new(spec)?));
-    };
-    if !scheme.eq_ignore_ascii_case("file") {
-        let source = http(spec, options, policy)?;
-        let place = place(source.describe());
-        return Ok(counted(place.clone(), source.counting(place)));
-    }
-    let url = reqwest::Url::parse(spec).map_err(|error| OpenError::Url { detail: error.to_string() })?;
-    let dir = url.to_file_path().map_err(|()| OpenError::Url { detail: "not a path on this host".into() })?;
-    Ok(local(LocalSource::new(dir)?))
+    let options = NetworkOptions { client: options.clone(), policy, ..NetworkOptions::default() };
+    Network::new(options, Telemetry::default()).open(&[spec.to_owned()], None)
 }
 
 /// The blobs of one HTTP server, each at `BASE/ID`, asked again as `policy` says. Connects to nobody yet.
@@ -186,11 +172,6 @@ pub fn http(base: &str, options: &ClientOptions, policy: RetryPolicy) -> Result<
     let options = EndpointOptions { client: options.clone(), ..EndpointOptions::default() };
     let upstream = HttpUpstream::new(base, options, Clock::default())?;
     Ok(Tiers::new(vec![Tier::new(upstream)], policy, Clock::default()))
-}
-
-/// `inner` with its reads counted at `place`.
-pub fn counted(place: Arc<Place>, inner: impl BlobSource) -> Arc<dyn BlobSource> {
-    Arc::new(Counted { inner, place })
 }
 
 /// Why there is no source to ask.
@@ -209,6 +190,18 @@ pub enum OpenError {
     /// Nobody here speaks this protocol.
     #[error("blobs cannot be fetched over {scheme:?}; give a directory or an http or https URL")]
     Scheme { scheme: String },
+    /// The spec of a bucket is malformed, or its credentials cannot be used.
+    #[error(transparent)]
+    Bucket(#[from] BadPlace),
+    /// A disk of blobs cannot be used.
+    #[error(transparent)]
+    Disk(#[from] BadDisk),
+    /// The settings of a registry's hosts are wrong.
+    #[error(transparent)]
+    Hosts(#[from] HostsError),
+    /// No place was named.
+    #[error("there is no place to fetch blobs from; name a directory or an address")]
+    Nowhere,
     /// No client could be built for the remote source.
     #[error(transparent)]
     Client(#[from] ClientError),

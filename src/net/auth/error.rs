@@ -1,8 +1,8 @@
 //! Why nobody can say who we are.
 
 use super::KeychainError;
-use crate::base::Fault;
-use crate::net::ClientError;
+use crate::base::{Chain, Fault};
+use crate::net::{ClientError, SendError};
 
 /// Why there is nothing to send to a registry. `Clone` because one request for a token answers all who
 /// wait for it.
@@ -25,8 +25,8 @@ pub enum AuthError {
     #[error("{server} gives no token for {registry}: {detail}")]
     Unavailable { server: String, registry: String, detail: String },
     /// The registry names a token server that must not be asked.
-    #[error("{registry} asks for a token of {server}, which is not asked: {why}")]
-    Untrusted { registry: String, server: String, why: &'static str },
+    #[error("{registry} wants a token of {server}, which cannot be trusted: {why}")]
+    Untrusted { registry: String, server: String, why: String },
     /// No client can be built.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -41,6 +41,16 @@ impl AuthError {
         match self {
             Self::Keychain(_) | Self::Unavailable { .. } | Self::Late { .. } => Fault::Transient,
             Self::Denied { .. } | Self::Untrusted { .. } | Self::Client(_) => Fault::Permanent,
+        }
+    }
+}
+
+impl From<AuthError> for SendError {
+    fn from(error: AuthError) -> Self {
+        match error {
+            AuthError::Late { .. } => Self::Late,
+            AuthError::Untrusted { .. } => Self::Untrusted(error.to_string()),
+            other => Self::Unauthorized { fault: other.fault(), detail: Chain(&other).to_string() },
         }
     }
 }

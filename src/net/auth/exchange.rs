@@ -14,7 +14,9 @@ use serde::Deserialize;
 
 use super::Login;
 use crate::base::Secret;
-use crate::net::Clock;
+use crate::net::address::same_origin;
+use crate::net::endpoint::transport;
+use crate::net::{Clock, SendError};
 
 /// Most bytes of an answer. Tokens of a few KiB have been seen.
 const MOST_BODY: usize = 256 << 10;
@@ -51,8 +53,17 @@ pub(super) enum Refusal {
     Denied(u16),
     /// It cannot be reached, or makes no sense; not to be asked again for so long, if it said so.
     Unavailable { detail: String, retry_after: Option<Duration> },
-    /// It sends us where nobody should go.
-    Untrusted(&'static str),
+    /// It cannot prove who it is, or sends us where nobody should go.
+    Untrusted(String),
+}
+
+impl From<reqwest::Error> for Refusal {
+    fn from(error: reqwest::Error) -> Self {
+        match transport(error) {
+            SendError::Untrusted(why) => Self::Untrusted(why),
+            other => Self::Unavailable { detail: other.to_string(), retry_after: None },
+        }
+    }
 }
 
 /// What a token server answers. Other fields, such as the time of day of issue, are not looked at: its
@@ -81,7 +92,7 @@ fn sensitive(text: &str) -> Option<HeaderValue> {
     Some(value)
 }
 
-/// Whether a registry, or what it named, at `from` may send us to `to` at all.
+/// Whether a registry, or what it named, at `from` may send us to an address of the kind of `to`.
 ///
 /// # Errors
 /// Why not.
@@ -104,34 +115,29 @@ pub(super) async fn ask(
     demand: &Demand,
     login: Option<&Login>,
     until: Instant,
-    judge: &(dyn Fn(&Url) -> Result<(), &'static str> + Send + Sync),
+    judge: &(dyn Fn(&Url) -> Result<(), String> + Send + Sync),
 ) -> Result<Grant, Refusal> {
     let mut at = demand.realm.clone();
     for _ in 0..=MOST_REDIRECTS {
-        let is_home = origin(&at) == origin(&demand.realm);
+        let is_home = same_origin(&at, &demand.realm);
         let request = request(client, &at, demand, login.filter(|_| is_home));
         let sent = clock.timeout_at(until, request.send()).await;
-        let response = sent.map_err(|_| unavailable("no answer in time"))?.map_err(|error| transport(&error))?;
+        let response = sent.map_err(|_| unavailable("no answer in time"))??;
         if !response.status().is_redirection() {
             return granted(clock, response, until).await;
         }
         let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-        let next = location
-            .and_then(|location| at.join(location).ok())
-            .ok_or(Refusal::Untrusted("it redirects to no address"))?;
-        may_go(&at, &next).map_err(|_| Refusal::Untrusted("it redirects to where TLS ends"))?;
-        judge(&next).map_err(Refusal::Untrusted)?;
-        if matches!(login, Some(Login::Identity(_))) && origin(&next) != origin(&demand.realm) {
-            return Err(Refusal::Untrusted("it redirects a login to another server"));
+        let next = location.and_then(|location| at.join(location).ok());
+        let next = next.ok_or_else(|| Refusal::Untrusted("it redirects to no address".to_owned()))?;
+        let away = |why| Refusal::Untrusted(format!("it redirects to another address, but {why}"));
+        may_go(&at, &next).map_err(|why| away(why.to_owned()))?;
+        judge(&next).map_err(away)?;
+        if matches!(login, Some(Login::Identity(_))) && !same_origin(&next, &demand.realm) {
+            return Err(away("a login is for one server".to_owned()));
         }
         at = next;
     }
-    Err(Refusal::Untrusted("it redirects too often"))
-}
-
-/// Where an address leads, as far as logins are concerned.
-fn origin(url: &Url) -> (&str, Option<&str>, Option<u16>) {
-    (url.scheme(), url.host_str(), url.port_or_known_default())
+    Err(Refusal::Untrusted("it redirects too often".to_owned()))
 }
 
 fn request(client: &Client, at: &Url, demand: &Demand, login: Option<&Login>) -> reqwest::RequestBuilder {
@@ -179,7 +185,7 @@ async fn granted(clock: &Clock, mut response: Response, until: Instant) -> Resul
     let mut body = Vec::new();
     loop {
         let piece = clock.timeout_at(until, response.chunk()).await;
-        let piece = piece.map_err(|_| unavailable("its answer does not end"))?.map_err(|error| transport(&error))?;
+        let piece = piece.map_err(|_| unavailable("its answer does not end"))??;
         let Some(piece) = piece else { break };
         if piece.len() > MOST_BODY - body.len() {
             return Err(unavailable("its answer is too long"));
@@ -205,18 +211,4 @@ fn busy(response: &Response) -> Refusal {
 
 fn unavailable(detail: &str) -> Refusal {
     Refusal::Unavailable { detail: detail.to_owned(), retry_after: None }
-}
-
-/// With its causes, without the address: the query of one may tell more than it should.
-fn transport(error: &reqwest::Error) -> Refusal {
-    if error.is_redirect() {
-        return Refusal::Untrusted("it redirects");
-    }
-    let mut text = if error.is_timeout() { "it was silent for too long" } else { "it cannot be reached" }.to_owned();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    unavailable(&text)
 }

@@ -53,6 +53,11 @@ pub trait Keychain: Send + Sync + fmt::Debug {
     /// The registry has refused what `login` gave last, so that nothing remembered is given again.
     fn refused(&self, _registry: &str, _repository: &str, _login: &Login) {}
 
+    /// Grows whenever what was given earlier is void: logins were replaced or taken back.
+    fn generation(&self) -> u64 {
+        0
+    }
+
     /// Which file, program or other place `login` gave its last answer from, for messages.
     fn origin(&self, _registry: &str, _repository: &str) -> Option<String> {
         None

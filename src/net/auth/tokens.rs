@@ -23,7 +23,9 @@ use tokio::sync::watch;
 use super::challenge::{Challenge, challenges};
 use super::exchange::{self, Demand, Grant, Refusal, basic, bearer, may_go};
 use super::{AuthError, Keychain, Login};
-use crate::net::{ClientOptions, Clock, client};
+use crate::net::address::Bounds;
+use crate::net::client::{foreign, home};
+use crate::net::{Authorize, AuthorizeFuture, ClientOptions, Clock};
 
 /// How token servers are reached.
 #[derive(Clone, Debug)]
@@ -32,6 +34,8 @@ pub struct TokenOptions {
     pub client: ClientOptions,
     /// Whether the registry itself is reached without TLS. Then its token server may be too.
     pub plain: bool,
+    /// Hosts that may be token servers wherever they are, besides those that any may.
+    pub hosts: Vec<String>,
     /// The longest that a token server may take, redirects included.
     pub patience: Duration,
 }
@@ -39,7 +43,8 @@ pub struct TokenOptions {
 impl Default for TokenOptions {
     /// 10 s for a token server, which is reached by TLS.
     fn default() -> Self {
-        Self { client: ClientOptions::default(), plain: false, patience: Duration::from_secs(10) }
+        let patience = Duration::from_secs(10);
+        Self { client: ClientOptions::default(), plain: false, hosts: Vec::new(), patience }
     }
 }
 
@@ -67,8 +72,8 @@ pub struct Tokens(Arc<Shared>);
 
 struct Shared {
     registry: String,
-    /// Where the registry is, as far as [`may_go`] wants to know.
-    base: Option<Url>,
+    /// The registry itself, and where it may send us; `None` if its name is none.
+    base: Option<(Url, Bounds)>,
     keychain: Arc<dyn Keychain>,
     options: TokenOptions,
     clock: Clock,
@@ -81,6 +86,8 @@ struct State {
     /// What the registry asked for last, whatever it was about.
     manner: Option<Manner>,
     repositories: HashMap<String, Repository>,
+    /// That of the keychain when all this was got from it.
+    generation: u64,
     /// By scheme, host and port of the token server.
     clients: HashMap<String, Client>,
 }
@@ -145,6 +152,10 @@ impl Tokens {
     pub fn new(registry: String, keychain: Arc<dyn Keychain>, options: TokenOptions, clock: Clock) -> Self {
         let scheme = if options.plain { "http" } else { "https" };
         let base = Url::parse(&format!("{scheme}://{registry}/")).ok();
+        let base = base.map(|base| {
+            let bounds = Bounds::of(&base, &options.client.resolve, &options.hosts);
+            (base, bounds)
+        });
         let (state, jitter) = (Mutex::default(), RandomState::new());
         Self(Arc::new(Shared { registry, base, keychain, options, clock, state, jitter }))
     }
@@ -191,14 +202,21 @@ impl Tokens {
         });
         self.0.settle(step, until).await
     }
+}
 
-    /// Forgets all that was got with credentials, because they have changed. What registries want stays
-    /// known.
-    pub fn forget(&self) {
-        let mut state = self.0.state.lock().unwrap();
-        for entry in state.repositories.values_mut() {
-            (entry.pass, entry.failure, entry.fetch, entry.refused, entry.refusals) = (None, None, None, None, 0);
-        }
+impl Authorize for Tokens {
+    fn authorization<'a>(&'a self, repository: &'a str, until: Instant) -> AuthorizeFuture<'a> {
+        Box::pin(async move { Ok(Self::authorization(self, repository, until).await?) })
+    }
+
+    fn challenged<'a>(
+        &'a self,
+        repository: &'a str,
+        headers: &'a HeaderMap,
+        sent: Option<&'a HeaderValue>,
+        until: Instant,
+    ) -> AuthorizeFuture<'a> {
+        Box::pin(async move { Ok(Self::challenged(self, repository, headers, sent, until).await?) })
     }
 }
 
@@ -232,15 +250,19 @@ impl Shared {
     fn bearer(&self, challenge: &Challenge) -> Result<Manner, AuthError> {
         let realm = challenge.get("realm").and_then(|realm| Url::parse(realm).ok());
         let untrusted = |server: String, why| AuthError::Untrusted { registry: self.registry.clone(), server, why };
-        let realm = realm.ok_or_else(|| untrusted("somebody".into(), "there is no address"))?;
+        let realm = realm.ok_or_else(|| untrusted("somebody".to_owned(), "there is no address".to_owned()))?;
         self.judge(&realm).map_err(|why| untrusted(shown(&realm), why))?;
         Ok(Manner::Bearer { realm, service: challenge.get("service").map(ToOwned::to_owned) })
     }
 
-    /// Whether the registry may send us to `to`.
-    fn judge(&self, to: &Url) -> Result<(), &'static str> {
-        let Some(base) = &self.base else { return Err("the name of the registry is no address") };
-        may_go(base, to)
+    /// Whether the registry may send us to `to`. What names mean is judged when they are resolved.
+    fn judge(&self, to: &Url) -> Result<(), String> {
+        let Some((base, bounds)) = &self.base else { return Err("the name of the registry is no address".to_owned()) };
+        may_go(base, to)?;
+        if to.host_str() != base.host_str() && bounds.forbids(to) {
+            return Err("it is in a network of this host that the registry is not in itself".to_owned());
+        }
+        Ok(())
     }
 
     /// Drops the pass that was refused, unless somebody has already. Gives the login to give up.
@@ -267,7 +289,9 @@ impl Shared {
         usable: impl FnOnce(&Repository, Instant) -> Option<(HeaderValue, bool)>,
     ) -> (Step, bool) {
         let now = self.clock.now();
+        let generation = self.keychain.generation();
         let mut state = self.state.lock().unwrap();
+        state.follow(generation);
         let Some(manner) = state.manner.clone() else { return (Step::Told(Ok(None)), false) };
         state.make_room(repository, now);
         let entry = state.repositories.entry(repository.to_owned()).or_default();
@@ -416,19 +440,29 @@ impl Shared {
         login: Option<&Login>,
         now: Instant,
     ) -> Result<Result<Grant, Refusal>, AuthError> {
-        let client = self.client(&demand.realm)?;
+        let client = self.client(&demand.realm).await?;
         let until = now.checked_add(self.options.patience).unwrap_or(now);
         Ok(exchange::ask(&self.clock, &client, demand, login, until, &|to| self.judge(to)).await)
     }
 
     /// The client for a token server, which keeps its connections.
-    fn client(&self, realm: &Url) -> Result<Client, AuthError> {
+    async fn client(&self, realm: &Url) -> Result<Client, AuthError> {
         let key = realm.origin().ascii_serialization();
         if let Some(client) = self.state.lock().unwrap().clients.get(&key) {
             return Ok(client.clone());
         }
-        let options = ClientOptions { max_redirects: 0, ..self.options.client.clone() };
-        let client = client(&options, realm)?;
+        let options = &self.options.client;
+        let client = match &self.base {
+            // The registry itself, by this port or another.
+            Some((base, bounds)) if base.host_str() == realm.host_str() => {
+                home(options, realm, bounds.home_resolver())?
+            }
+            Some((base, bounds)) => {
+                self.learn_home(base, bounds).await;
+                foreign(options, realm, bounds.foreign_resolver())?
+            }
+            None => crate::net::client(options, realm)?,
+        };
         let clients = &mut self.state.lock().unwrap().clients;
         if clients.len() >= 16 {
             // A registry that names another server each time.
@@ -436,6 +470,14 @@ impl Shared {
         }
         clients.insert(key, client.clone());
         Ok(client)
+    }
+
+    /// Finds out in which network the registry is, and with it whom it may name. Without an answer, that
+    /// is the public.
+    async fn learn_home(&self, base: &Url, bounds: &Bounds) {
+        let Some(name) = base.host_str().and_then(|host| host.parse().ok()) else { return };
+        let found = bounds.home_resolver().resolve(name);
+        let _ = self.clock.timeout_at(self.clock.now() + self.options.client.connect_timeout, found).await;
     }
 
     fn unavailable(&self, demand: &Demand, detail: &str) -> AuthError {
@@ -458,6 +500,16 @@ impl Shared {
 }
 
 impl State {
+    /// Forgets all that was got with credentials, if these have changed since.
+    fn follow(&mut self, generation: u64) {
+        if std::mem::replace(&mut self.generation, generation) == generation {
+            return;
+        }
+        for entry in self.repositories.values_mut() {
+            (entry.pass, entry.failure, entry.fetch, entry.refused, entry.refusals) = (None, None, None, None, 0);
+        }
+    }
+
     /// Lets go of what is of no use, when there are many.
     fn make_room(&mut self, wanted: &str, now: Instant) {
         if self.repositories.len() < MOST_REPOSITORIES || self.repositories.contains_key(wanted) {

@@ -1,0 +1,176 @@
+use super::*;
+
+fn read(registry: &str, text: &str) -> RegistryHosts {
+    table::read_text(text, registry, Path::new("/etc/d")).unwrap().hosts.unwrap()
+}
+
+fn bases(hosts: &RegistryHosts) -> Vec<&str> {
+    hosts.hosts.iter().map(|host| host.base.as_str()).collect()
+}
+
+#[test]
+fn hosts_come_in_the_order_of_the_file_and_the_origin_last() {
+    let hosts = read(
+        "docker.io",
+        "[host.\"https://z.example\"]\n[host.\"http://a.example:5000/mirror\"]\n[host.\"m.example/x/v2/\"]\n\
+         [host.\"https://o.example/own\"]\noverride_path = true\n",
+    );
+
+    assert_eq!(
+        bases(&hosts),
+        [
+            "https://z.example/v2",
+            "http://a.example:5000/mirror/v2",
+            "https://m.example/x/v2",
+            "https://o.example/own",
+            "https://registry-1.docker.io/v2",
+        ]
+    );
+    assert_eq!(hosts.hosts[0].namespace("docker.io"), Some("docker.io"));
+    assert_eq!(hosts.hosts[4].namespace("docker.io"), None);
+}
+
+#[test]
+fn everything_that_containerd_documents_is_understood() {
+    let hosts = read(
+        "r.example",
+        "server = \"https://upstream.example\"\nca = \"root.pem\"\n\
+         [host.\"https://m.example\"]\ncapabilities = [\"pull\"]\nca = [\"a.pem\", \"/abs/b.pem\"]\n\
+         client = [[\"c.pem\", \"c.key\"], \"both.pem\", [\"d.pem\", \"\"]]\nskip_verify = true\ndial_timeout = \"2s\"\n\
+         [host.\"https://m.example\".header]\nx-one = \"1\"\nx-two = [\"2\", \"3\"]\n",
+    );
+
+    assert_eq!(bases(&hosts), ["https://m.example/v2", "https://upstream.example/v2"]);
+    let mirror = &hosts.hosts[0];
+    assert_eq!((mirror.pull, mirror.resolve, mirror.skip_verify), (true, false, true));
+    assert_eq!(mirror.ca, [Path::new("/etc/d/a.pem"), Path::new("/abs/b.pem")]);
+    let pair = |cert: &str, key: Option<&str>| ClientPair { cert: cert.into(), key: key.map(Into::into) };
+    assert_eq!(
+        mirror.clients,
+        [pair("/etc/d/c.pem", Some("/etc/d/c.key")), pair("/etc/d/both.pem", None), pair("/etc/d/d.pem", None),]
+    );
+    assert_eq!(mirror.dial_timeout, Some(Duration::from_secs(2)));
+    let headers: Vec<_> = mirror.headers.iter().map(|(name, value)| format!("{name}: {}", value.expose())).collect();
+    assert_eq!(headers, ["x-one: 1", "x-two: 2", "x-two: 3"]);
+    assert_eq!(hosts.hosts[1].ca, [Path::new("/etc/d/root.pem")]);
+    assert_eq!(hosts.hosts[1].kind, HostKind::Origin);
+}
+
+#[test]
+fn what_containerd_does_not_know_is_in_a_table_of_its_own() {
+    let hosts = read(
+        "r.example",
+        "[rafsd]\nconcurrency = 8\n[host.\"http://127.0.0.1:65001\".rafsd]\nkind = \"peer\"\nalign = \"4MiB\"\n\
+         proxy = \"http://p:3128\"\nproxy_fallback = false\nproxy_ping = \"http://p/ping\"\nbandwidth = \"10MiB\"\n",
+    );
+
+    let peer = &hosts.hosts[0];
+    assert_eq!((peer.kind, peer.align, peer.bandwidth), (HostKind::Peer, Some(4 << 20), Some(10 << 20)));
+    assert_eq!(peer.proxy, ProxyUse::Through(Url::parse("http://p:3128").unwrap()));
+    assert!(!peer.proxy_fallback && peer.proxy_ping.is_some());
+    assert_eq!(hosts.hosts[1].concurrency, Some(8));
+}
+
+#[test]
+fn all_mistakes_are_told_with_their_lines_and_unknown_keys_apart() {
+    let text = "server = 1\nfuture = true\n[host.\"ftp://x\"]\n[host.\"https://u:hunter2@m\"]\n[host.\"https://m\"]\n\
+                capabilities = [\"fly\"]\nclient = [[\"a\"]]\ndial_timeout = \"soon\"\nsoon = 1\n[host.\"https://m\".rafsd]\n\
+                align = \"5KiB\"\nconcurrency = 0\nx = 1\n[host.\"https://m\".header]\n\"a b\" = \"x\"\nok = \"a\\nhunter2\"\n";
+    let read = table::read_text(text, "r.example", Path::new("/")).unwrap();
+
+    let mut notes = read.hosts.unwrap_err();
+    notes.sort_by_key(|note| note.line);
+    let told: Vec<_> = notes.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        told,
+        [
+            "line 1: server must be a string",
+            "line 3: \"ftp://x\" is not a host or an http or https URL",
+            "line 4: \"m\" is not a host or an http or https URL",
+            "line 6: unknown capability \"fly\"",
+            "line 7: client must be a path, or a list of paths and of pairs of a certificate and a key",
+            "line 8: dial_timeout must be a length of time such as 3s",
+            "line 11: align must be a power of two from 4KiB to 64MiB",
+            "line 12: concurrency must be a number from 1 to 1024",
+            "line 13: unknown key \"x\"; rafsd has kind, align, proxy, proxy_fallback, proxy_ping, concurrency and bandwidth",
+            "line 15: \"a b\" is not the name of a header",
+            "line 16: the value of ok cannot be sent",
+        ]
+    );
+    let unknown: Vec<_> = read.unknown.iter().map(ToString::to_string).collect();
+    assert_eq!(unknown, ["line 2: unknown key \"future\"", "line 9: unknown key \"soon\""]);
+}
+
+#[test]
+fn a_registry_of_this_very_host_is_asked_without_tls() {
+    for (registry, base) in [
+        ("docker.io", "https://registry-1.docker.io/v2"),
+        ("quay.io", "https://quay.io/v2"),
+        ("quay.io:5000", "https://quay.io:5000/v2"),
+        ("localhost:5000", "http://localhost:5000/v2"),
+        ("127.0.0.1:5000", "http://127.0.0.1:5000/v2"),
+        ("[::1]:5000", "http://[::1]:5000/v2"),
+        ("localhost", "https://localhost/v2"),
+        ("localhost:443", "https://localhost/v2"),
+    ] {
+        assert_eq!(bases(&RegistryHosts::plain(registry).unwrap()), [base], "{registry}");
+    }
+    for registry in ["", "a/b", "u@h", "a?b", "a#b", "a b"] {
+        assert!(RegistryHosts::plain(registry).is_err(), "{registry:?}");
+    }
+}
+
+#[test]
+fn directories_are_looked_for_as_containerd_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, server: &str| {
+        std::fs::create_dir_all(dir.path().join(name)).unwrap();
+        std::fs::write(dir.path().join(name).join("hosts.toml"), format!("server = \"{server}\"\n")).unwrap();
+    };
+    let asked = |registry: &str| load(dir.path(), registry).unwrap().hosts[0].base.to_string();
+    assert_eq!(asked("r.example:5000"), "https://r.example:5000/v2");
+
+    for (name, found) in [("_default", "d"), ("r.example:5000", "colon"), ("r.example_5000_", "underscores")] {
+        write(name, found);
+        assert_eq!(asked("r.example:5000"), format!("https://{found}/v2"));
+    }
+    assert_eq!(asked("other.example"), "https://d/v2");
+    assert_eq!(load(&dir.path().join("nowhere"), "r.example").unwrap(), RegistryHosts::plain("r.example").unwrap());
+}
+
+#[test]
+fn dockers_certificates_are_found_by_their_endings() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("r.example");
+    std::fs::create_dir(&folder).unwrap();
+    for name in ["ca.crt", "me.cert", "me.key", "notes.txt"] {
+        std::fs::write(folder.join(name), "").unwrap();
+    }
+
+    let hosts = load(dir.path(), "r.example").unwrap();
+
+    assert_eq!(hosts.hosts[0].ca, [folder.join("ca.crt")]);
+    assert_eq!(hosts.hosts[0].clients, [ClientPair { cert: folder.join("me.cert"), key: Some(folder.join("me.key")) }]);
+}
+
+#[test]
+fn a_file_with_mistakes_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("r.example")).unwrap();
+    let file = dir.path().join("r.example/hosts.toml");
+    std::fs::write(&file, "server = \n").unwrap();
+
+    let error = load(dir.path(), "r.example").unwrap_err().to_string();
+
+    assert!(error.starts_with(&format!("cannot use {}: line 1: ", file.display())), "{error}");
+}
+
+#[test]
+fn hostile_text_is_refused_and_survived() {
+    for text in
+        ["[host]\nx = 1", "host = 1", "[[host]]", "= =", &("a = ".to_owned() + &"[".repeat(100_000)), "rafsd = 1"]
+    {
+        let read = table::read_text(text, "r.example", Path::new("/")).unwrap();
+        assert!(read.hosts.is_err(), "{}", &text[..text.len().min(20)]);
+    }
+}

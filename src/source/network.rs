@@ -1,0 +1,320 @@
+//! Everything remote that one process asks: one endpoint, one set of tokens and one judgement of health for each
+//! server, whoever asks it and however many images come from there.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use reqwest::Url;
+
+use super::counted::Counted;
+use super::{
+    BlobSource, Health, HttpUpstream, LocalDisk, LocalSource, ObjectUpstream, OpenError, Tier, Tiers, WholeSource,
+};
+use crate::base::Secret;
+use crate::net::auth::{Keychain, Nobody, TokenOptions, Tokens};
+use crate::net::hosts::{self, HostConfig, ProxyUse, RegistryHosts};
+use crate::net::proxy::ProxyOptions;
+use crate::net::{ClientOptions, Clock, Endpoint, EndpointOptions, IdentityFiles, Proxy, RetryPolicy};
+use crate::telemetry::Telemetry;
+
+/// How the network is used.
+#[derive(Clone, Debug)]
+pub struct NetworkOptions {
+    /// Patience and trust, where a host has no settings of its own.
+    pub client: ClientOptions,
+    /// When to ask again.
+    pub policy: RetryPolicy,
+    /// Directory of `hosts.toml` files, in containerd's form; it need not exist.
+    pub hosts_dir: PathBuf,
+    /// Who we are to registries.
+    pub keychain: Arc<dyn Keychain>,
+    /// The time.
+    pub clock: Clock,
+}
+
+impl Default for NetworkOptions {
+    /// Containerd's directory of hosts, no credentials.
+    fn default() -> Self {
+        Self {
+            client: ClientOptions::default(),
+            policy: RetryPolicy::default(),
+            hosts_dir: hosts::DEFAULT_DIR.into(),
+            keychain: Arc::new(Nobody),
+            clock: Clock::default(),
+        }
+    }
+}
+
+/// The servers of one registry, in the order in which they are asked.
+#[derive(Debug)]
+pub struct Registry {
+    hosts: RegistryHosts,
+    servers: Vec<Server>,
+}
+
+/// One server of a registry.
+#[derive(Debug)]
+pub struct Server {
+    /// Its settings.
+    pub config: HostConfig,
+    /// How it is asked.
+    pub endpoint: Arc<Endpoint>,
+    /// How it has been doing.
+    pub health: Arc<Health>,
+}
+
+impl Registry {
+    /// All of them, mirrors first and the registry's own last. Not empty.
+    pub fn servers(&self) -> &[Server] {
+        &self.servers
+    }
+}
+
+/// Opens sources, and keeps what they share.
+#[derive(Debug, Default)]
+pub struct Network {
+    options: NetworkOptions,
+    telemetry: Telemetry,
+    /// By name and by what the caller trusts besides.
+    registries: Mutex<HashMap<(String, Option<PathBuf>), Arc<Registry>>>,
+}
+
+impl Network {
+    /// Connects to nobody yet. What sources are asked is counted in `telemetry`.
+    pub fn new(options: NetworkOptions, telemetry: Telemetry) -> Self {
+        Self { options, telemetry, registries: Mutex::default() }
+    }
+
+    /// When to ask again.
+    pub fn policy(&self) -> RetryPolicy {
+        self.options.policy
+    }
+
+    /// Who we are to registries.
+    pub fn keychain(&self) -> &Arc<dyn Keychain> {
+        &self.options.keychain
+    }
+
+    /// The servers of `registry`, which is `HOST[:PORT]`, as its settings are at this moment; `ca` is trusted
+    /// besides. As long as those do not change, everybody gets the same ones.
+    ///
+    /// # Errors
+    /// The settings of a host are wrong, or a file that they name cannot be used.
+    pub fn registry(&self, registry: &str, ca: Option<&Path>) -> Result<Arc<Registry>, OpenError> {
+        let hosts = hosts::load(&self.options.hosts_dir, registry)?;
+        let key = (registry.to_owned(), ca.map(Path::to_owned));
+        if let Some(known) = self.registries.lock().unwrap().get(&key).filter(|known| known.hosts == hosts) {
+            return Ok(Arc::clone(known));
+        }
+        let servers = hosts.hosts.iter().map(|config| self.server(registry, config, ca));
+        let made = Arc::new(Registry { servers: servers.collect::<Result<_, _>>()?, hosts });
+        let mut known = self.registries.lock().unwrap();
+        match known.get(&key).filter(|known| known.hosts == made.hosts) {
+            // Somebody was faster, and images go by that one already.
+            Some(other) => Ok(Arc::clone(other)),
+            None => {
+                known.insert(key, Arc::clone(&made));
+                Ok(made)
+            }
+        }
+    }
+
+    fn server(&self, registry: &str, config: &HostConfig, ca: Option<&Path>) -> Result<Server, OpenError> {
+        let clock = &self.options.clock;
+        let client = self.client(config, ca);
+        let plain = config.base.scheme() == "http";
+        // Logins are for the registry by its name, and for a mirror by its own: one must not see the other's.
+        let of = match config.namespace(registry) {
+            None => registry.to_owned(),
+            Some(_) => authority(&config.base),
+        };
+        let token_client = ClientOptions { identity: None, skip_verify: false, ..client.clone() };
+        let options = TokenOptions { client: token_client, plain, ..TokenOptions::default() };
+        let tokens = Tokens::new(of, Arc::clone(&self.options.keychain), options, clock.clone());
+        let through = matches!(config.proxy, ProxyUse::Through(_));
+        let proxy = through.then(|| ProxyOptions {
+            ping: config.proxy_ping.clone(),
+            fallback: config.proxy_fallback,
+            ..ProxyOptions::default()
+        });
+        let options = EndpointOptions {
+            client,
+            headers: config.headers.clone(),
+            authorize: Some(Arc::new(tokens)),
+            proxy,
+            concurrency: config.concurrency,
+            bytes_per_second: config.bandwidth,
+            ..EndpointOptions::default()
+        };
+        let endpoint = Arc::new(Endpoint::new(&config.base, options, clock.clone())?);
+        Ok(Server { config: config.clone(), endpoint, health: Arc::default() })
+    }
+
+    fn client(&self, config: &HostConfig, ca: Option<&Path>) -> ClientOptions {
+        let mut client = self.options.client.clone();
+        client.extra_ca_pem.extend(ca.map(Path::to_owned));
+        client.extra_ca_pem.extend(config.ca.iter().cloned());
+        // Containerd tries all pairs; a client shows one.
+        let pair = config.clients.first();
+        client.identity = pair.map(|pair| IdentityFiles { cert: pair.cert.clone(), key: pair.key.clone() });
+        client.skip_verify = config.skip_verify;
+        client.connect_timeout = config.dial_timeout.unwrap_or(client.connect_timeout).max(Duration::from_millis(1));
+        client.proxy = match &config.proxy {
+            ProxyUse::Environment => Proxy::Environment,
+            ProxyUse::Direct => Proxy::Direct,
+            ProxyUse::Through(url) => Proxy::Through(Secret::new(url.as_str())),
+        };
+        client
+    }
+
+    /// The source that the places `specs` make, the first of which is asked first: directories, `http://`,
+    /// `https://`, `s3://`, `oss://`, `gs://`, `az://`, `localdisk://`, or `docker://HOST/REPOSITORY` for the
+    /// blobs of a repository. Connects to nobody yet. `ca` is a file of authorities that are trusted besides.
+    ///
+    /// # Errors
+    /// One of them cannot be used, or there is none.
+    pub fn open(&self, specs: &[String], ca: Option<&Path>) -> Result<Arc<dyn BlobSource>, OpenError> {
+        let mut tiers = Vec::new();
+        for spec in specs {
+            tiers.extend(self.tiers(spec, ca)?);
+        }
+        let clock = self.options.clock.clone();
+        match <[Tier; 1]>::try_from(tiers) {
+            Ok([only]) => {
+                let counts = self.telemetry.place(&only.upstream.describe());
+                let inner = Tiers::new(vec![only], self.options.policy, clock).counting(Arc::clone(&counts));
+                Ok(Arc::new(Counted { inner, place: counts }))
+            }
+            Err(tiers) if tiers.is_empty() => Err(OpenError::Nowhere),
+            Err(mut tiers) => {
+                for tier in &mut tiers {
+                    tier.counts = Some(self.telemetry.place(&tier.upstream.describe()));
+                }
+                let counts = tiers.first().and_then(|tier| tier.counts.clone()).unwrap_or_default();
+                Ok(Arc::new(Tiers::new(tiers, self.options.policy, clock).counting(counts)))
+            }
+        }
+    }
+
+    /// Where [`Network::open`] would fetch from, in order, without secrets.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn addresses(&self, specs: &[String], ca: Option<&Path>) -> Result<Vec<String>, OpenError> {
+        let mut addresses = Vec::new();
+        for spec in specs {
+            addresses.extend(self.tiers(spec, ca)?.iter().map(|tier| tier.upstream.describe()));
+        }
+        Ok(addresses)
+    }
+
+    fn tiers(&self, spec: &str, ca: Option<&Path>) -> Result<Vec<Tier>, OpenError> {
+        let local = |source: Arc<dyn BlobSource>| Ok(vec![Tier::new(WholeSource::new(source))]);
+        let Some((scheme, rest)) = spec.split_once("://") else { return local(Arc::new(LocalSource::new(spec)?)) };
+        let mut client = self.options.client.clone();
+        client.extra_ca_pem.extend(ca.map(Path::to_owned));
+        match scheme.to_ascii_lowercase().as_str() {
+            "file" => {
+                let url = Url::parse(spec).map_err(|error| OpenError::Url { detail: error.to_string() })?;
+                let dir = url.to_file_path();
+                let dir = dir.map_err(|()| OpenError::Url { detail: "not a path on this host".into() })?;
+                local(Arc::new(LocalSource::new(dir)?))
+            }
+            "localdisk" => local(Arc::new(LocalDisk::new(spec)?)),
+            "docker" => self.repository(rest, ca),
+            "s3" | "oss" | "gs" | "az" => Ok(vec![Tier::new(ObjectUpstream::new(spec, &client)?)]),
+            _ => {
+                let options = EndpointOptions { client, ..EndpointOptions::default() };
+                Ok(vec![Tier::new(HttpUpstream::new(spec, options, self.options.clock.clone())?)])
+            }
+        }
+    }
+
+    /// The blobs of `HOST[:PORT]/REPOSITORY` at all servers that may be asked for them.
+    fn repository(&self, name: &str, ca: Option<&Path>) -> Result<Vec<Tier>, OpenError> {
+        let (host, repository) = name
+            .split_once('/')
+            .filter(|(host, repository)| {
+                let known = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-/".contains(c);
+                !host.is_empty()
+                    && !repository.is_empty()
+                    && repository.chars().all(known)
+                    && !repository.contains("..")
+            })
+            .ok_or(OpenError::Url { detail: "not of the form docker://HOST/REPOSITORY".into() })?;
+        let registry = self.registry(host, ca)?;
+        let servers = registry.servers().iter().filter(|server| server.config.pull);
+        Ok(servers
+            .map(|server| {
+                let mut base = server.config.base.clone();
+                if let Ok(mut path) = base.path_segments_mut() {
+                    path.pop_if_empty().extend(repository.split('/'));
+                }
+                if let Some(namespace) = server.config.namespace(host) {
+                    base.query_pairs_mut().append_pair("ns", namespace);
+                }
+                let upstream = HttpUpstream::repository(Arc::clone(&server.endpoint), base, repository);
+                Tier { upstream: Arc::new(upstream), health: Arc::clone(&server.health), counts: None }
+            })
+            .collect())
+    }
+}
+
+/// `HOST[:PORT]` of an URL.
+fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::hosts::HostKind;
+
+    fn describe(network: &Network, specs: &[&str]) -> Result<String, OpenError> {
+        let specs: Vec<_> = specs.iter().map(|&spec| spec.to_owned()).collect();
+        network.open(&specs, None).map(|source| source.describe())
+    }
+
+    #[test]
+    fn places_are_opened_by_their_form_and_asked_in_their_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = NetworkOptions { hosts_dir: dir.path().join("none"), ..NetworkOptions::default() };
+        let network = Network::new(options, Telemetry::default());
+        let path = dir.path().to_str().unwrap();
+
+        assert_eq!(describe(&network, &[path]).unwrap(), path);
+        assert_eq!(describe(&network, &[path, "http://h/x?sig=1"]).unwrap(), format!("{path}, http://h/x"));
+        assert_eq!(describe(&network, &["docker://reg.example:5000/a/b"]).unwrap(), "https://reg.example:5000/v2/a/b");
+        assert_eq!(
+            describe(&network, &["docker://docker.io/library/x"]).unwrap(),
+            "https://registry-1.docker.io/v2/library/x"
+        );
+        for bad in ["docker://host", "docker:///x", "docker://h/../x", "docker://h/X", "docker://h/a?b", "ftp://h/"] {
+            assert!(describe(&network, &[bad]).is_err(), "{bad}");
+        }
+        assert!(matches!(describe(&network, &[]), Err(OpenError::Nowhere)));
+    }
+
+    #[test]
+    fn mirrors_come_first_and_a_change_of_settings_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = NetworkOptions { hosts_dir: dir.path().to_owned(), ..NetworkOptions::default() };
+        let network = Network::new(options, Telemetry::default());
+        let before = network.registry("reg.example", None).unwrap();
+        assert!(Arc::ptr_eq(&before, &network.registry("reg.example", None).unwrap()));
+
+        std::fs::create_dir(dir.path().join("reg.example")).unwrap();
+        let text = "server = \"https://reg.example\"\n[host.\"http://mirror.example\"]\n";
+        std::fs::write(dir.path().join("reg.example/hosts.toml"), text).unwrap();
+        let source = describe(&network, &["docker://reg.example/a"]).unwrap();
+        assert_eq!(
+            source,
+            "http://mirror.example/v2/a?ns=reg.example, https://reg.example/v2/a".replace("?ns=reg.example", "")
+        );
+        assert!(!Arc::ptr_eq(&before, &network.registry("reg.example", None).unwrap()));
+        assert_eq!(network.registry("reg.example", None).unwrap().servers()[0].config.kind, HostKind::Mirror);
+    }
+}

@@ -1,0 +1,244 @@
+//! Buckets of S3 and its kin, of Google and of Azure.
+//!
+//! Signing is the business of the crate `object_store`; connections, patience and trust are those of
+//! every other client here, because the crate asks through [`Transport`]. That is also where the head of
+//! each answer is noted, so that a bucket is judged as strictly as any server: by [`Answer`]. The crate
+//! repeats nothing.
+//!
+//! A blob is the object `PREFIX` + blob id. The prefix is plain text in front of the name, as Nydus has it, and
+//! not a directory.
+
+mod place;
+mod transport;
+
+use std::error::Error;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use object_store::path::Path;
+use object_store::{GetOptions, GetRange, ObjectStore};
+
+pub use self::place::BadPlace;
+use self::place::Place;
+use self::transport::{Head, Seen};
+use super::answer::{self, Answer};
+use super::{BoxFuture, Failure, OpenError, ReadCtx, SourceError, Upstream};
+use crate::base::{BlobId, ByteRange};
+use crate::net::ClientOptions;
+
+/// One bucket, or the part of it whose names begin with a prefix. Needs a tokio runtime.
+pub struct ObjectUpstream {
+    place: Place,
+    options: ClientOptions,
+    shown: String,
+    opened: Mutex<Opened>,
+}
+
+/// A client that signs with what the file of credentials said at that time.
+#[derive(Clone)]
+struct Opened {
+    store: Arc<dyn ObjectStore>,
+    file: Option<FileState>,
+}
+
+/// By which a file that was replaced is known.
+type FileState = (u64, i64, i64, u64);
+
+impl ObjectUpstream {
+    /// The schemes of buckets.
+    pub const SCHEMES: [&str; 4] = ["s3", "oss", "gs", "az"];
+
+    /// The bucket that `spec` names, such as `s3://BUCKET/PREFIX?region=eu-central-1`; docs/SOURCES.md has all of
+    /// them. Connects to nobody yet.
+    ///
+    /// # Errors
+    /// The spec is malformed, its credentials cannot be read, or no client can be built.
+    pub fn new(spec: &str, options: &ClientOptions) -> Result<Self, OpenError> {
+        let place = Place::parse(spec)?;
+        // Signatures are for one address, so that a redirect is of no use, and it could lead anywhere.
+        let options = ClientOptions { max_redirects: 0, ..options.clone() };
+        let opened = Mutex::new(open(&place, &options)?);
+        Ok(Self { shown: place.to_string(), place, options, opened })
+    }
+
+    fn key(&self, blob: &BlobId) -> Result<Path, Failure> {
+        let refused = |error: object_store::path::Error| {
+            self.improper(format!("{:?} cannot be the name of an object: {error}", self.place.prefix))
+        };
+        Path::parse(format!("{}{blob}", self.place.prefix)).map_err(refused)
+    }
+
+    /// Asks once; and once more if the credentials were refused and others are in their file by now.
+    async fn ask(
+        &self,
+        blob: &BlobId,
+        range: ByteRange,
+        options: &GetOptions,
+    ) -> Result<(Head, object_store::GetResult), Failure> {
+        let key = self.key(blob)?;
+        for again in [true, false] {
+            let opened = self.opened.lock().unwrap().clone();
+            let (seen, mut options) = (Seen::default(), options.clone());
+            options.extensions.insert(seen.clone());
+            let asked = opened.store.get_opts(&key, options).await;
+            let head = seen.take();
+            if again && head.as_ref().is_some_and(|head| matches!(head.status, 401 | 403)) && self.reopen(&opened) {
+                continue;
+            }
+            return match (asked, head) {
+                (Ok(result), Some(head)) => Ok((head, result)),
+                (Err(error), head) => Err(self.failure(blob, range, &error, head)),
+                (Ok(_), None) => Err(self.improper("it answered without being asked".into())),
+            };
+        }
+        Err(self.unavailable(blob, "its credentials change all the time".into()))
+    }
+
+    /// Takes the credentials anew if their file is another one than that of `tried`.
+    fn reopen(&self, tried: &Opened) -> bool {
+        let mut opened = self.opened.lock().unwrap();
+        if opened.file != tried.file {
+            return true;
+        }
+        if self.place.credentials.as_deref().and_then(state_of) == tried.file {
+            return false;
+        }
+        match open(&self.place, &self.options) {
+            Ok(new) => {
+                *opened = new;
+                true
+            }
+            // Half written, perhaps: the next refusal looks again.
+            Err(error) => {
+                tracing::warn!(place = self.shown, %error, "the new credentials cannot be used");
+                false
+            }
+        }
+    }
+
+    async fn pour_once(
+        &self,
+        blob: &BlobId,
+        stored: ByteRange,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<(), Failure> {
+        let options =
+            GetOptions { range: Some(GetRange::Bounded(stored.start()..stored.end())), ..GetOptions::default() };
+        let (head, result) = self.ask(blob, stored, &options).await?;
+        match Answer::to_range(head.status, &head.headers, stored) {
+            Answer::Range => {}
+            other => return Err(self.judged(blob, stored, other)),
+        }
+        let mut body = result.into_stream();
+        let mut left = stored.len();
+        while let Some(piece) = std::future::poll_fn(|cx| body.as_mut().poll_next(cx)).await {
+            let piece = piece.map_err(|error| self.failure(blob, stored, &error, None))?;
+            let Some(rest) = left.checked_sub(piece.len() as u64) else {
+                return Err(self.improper(format!("it sent more than the {} bytes of {stored}", stored.len())));
+            };
+            left = rest;
+            if !piece.is_empty() {
+                take(piece);
+            }
+        }
+        if left > 0 {
+            return Err(self.unavailable(blob, format!("the answer ended {left} bytes early")));
+        }
+        Ok(())
+    }
+
+    async fn measure(&self, blob: &BlobId) -> Result<u64, Failure> {
+        let options = GetOptions { head: true, ..GetOptions::default() };
+        let (head, _) = self.ask(blob, ByteRange::default(), &options).await?;
+        match answer::content_length(&head.headers) {
+            Some(len) if !answer::is_encoded(&head.headers) => Ok(len),
+            _ => Err(self.improper("it does not tell the length of the blob".into())),
+        }
+    }
+
+    /// Sorts what went wrong. Nothing of what the crate says is repeated: a server's own words may hold what a
+    /// signature is made of.
+    fn failure(&self, blob: &BlobId, range: ByteRange, error: &object_store::Error, head: Option<Head>) -> Failure {
+        if let Some(head) = head {
+            return match head.status {
+                200..=299 => self.judged(blob, range, Answer::to_range(head.status, &head.headers, range)),
+                416 => self.judged(blob, range, Answer::Ends(answer::unsatisfied_length(&head.headers))),
+                status => self.judged(blob, range, Answer::failed(status, &head.headers)),
+            };
+        }
+        let mut causes = std::iter::successors(Some(error as &(dyn Error + 'static)), |&error| error.source());
+        match causes.find_map(transport::network_error) {
+            Some(told) if told.untrusted => {
+                SourceError::Untrusted { place: self.shown.clone(), detail: told.detail }.into()
+            }
+            Some(told) => self.unavailable(blob, told.detail),
+            None => self.unavailable(blob, "the request could not be signed or sent; look at its credentials".into()),
+        }
+    }
+
+    fn judged(&self, blob: &BlobId, range: ByteRange, answer: Answer) -> Failure {
+        let (blob, place) = (blob.clone(), self.shown.clone());
+        match answer {
+            Answer::NotFound => SourceError::NotFound { blob, place }.into(),
+            Answer::Refused(status) => SourceError::Refused { blob, place, status }.into(),
+            Answer::Ends(Some(len)) => SourceError::OutOfRange { blob, place, range, len }.into(),
+            Answer::Ends(None) => self.improper("it did not tell the length of the blob".into()),
+            Answer::Improper(detail) => self.improper(detail),
+            Answer::Range => self.improper("it sent the whole object instead of a part".into()),
+            Answer::Busy { status, retry_after } => {
+                let detail = format!("it answered with status {status}");
+                Failure { error: SourceError::Unavailable { blob, place, detail }, retry_after }
+            }
+        }
+    }
+
+    fn improper(&self, detail: String) -> Failure {
+        SourceError::NoRanges { place: self.shown.clone(), detail }.into()
+    }
+
+    fn unavailable(&self, blob: &BlobId, detail: String) -> Failure {
+        SourceError::Unavailable { blob: blob.clone(), place: self.shown.clone(), detail }.into()
+    }
+}
+
+fn open(place: &Place, options: &ClientOptions) -> Result<Opened, OpenError> {
+    // First, so that a file which changes meanwhile is taken again.
+    let file = place.credentials.as_deref().and_then(state_of);
+    Ok(Opened { store: place.open(options)?, file })
+}
+
+fn state_of(path: &std::path::Path) -> Option<FileState> {
+    let facts = fs::metadata(path).ok()?;
+    Some((facts.ino(), facts.mtime(), facts.mtime_nsec(), facts.len()))
+}
+
+impl Upstream for ObjectUpstream {
+    fn len<'a>(&'a self, blob: &'a BlobId, _ctx: ReadCtx) -> BoxFuture<'a, Result<u64, Failure>> {
+        Box::pin(self.measure(blob))
+    }
+
+    fn pour<'a>(
+        &'a self,
+        blob: &'a BlobId,
+        stored: ByteRange,
+        _ctx: ReadCtx,
+        take: &'a mut (dyn FnMut(Bytes) + Send),
+    ) -> BoxFuture<'a, Result<(), Failure>> {
+        Box::pin(self.pour_once(blob, stored, take))
+    }
+
+    fn describe(&self) -> String {
+        self.shown.clone()
+    }
+}
+
+impl std::fmt::Debug for ObjectUpstream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ObjectUpstream").field("place", &self.shown).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;
