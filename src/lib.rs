@@ -8,6 +8,7 @@ pub mod build;
 pub mod cache;
 pub mod cli;
 pub mod codec;
+pub mod credentials;
 pub mod daemon;
 pub mod export;
 pub mod format;

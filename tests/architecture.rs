@@ -27,9 +27,24 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("tools", &["base", "sys", "format", "codec", "image", "blob", "source", "reader", "build"]),
     // `format` only to write the image of a few hundred bytes with which a host is tried out.
     ("export", &["base", "sys", "format", "telemetry", "image", "cache"]),
+    ("credentials", &["base", "sys", "net"]),
     (
         "daemon",
-        &["base", "sys", "codec", "net", "oci", "telemetry", "image", "blob", "source", "reader", "cache", "export"],
+        &[
+            "base",
+            "sys",
+            "codec",
+            "net",
+            "oci",
+            "telemetry",
+            "credentials",
+            "image",
+            "blob",
+            "source",
+            "reader",
+            "cache",
+            "export",
+        ],
     ),
     (
         "cli",
@@ -41,6 +56,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "net",
             "oci",
             "telemetry",
+            "credentials",
             "image",
             "blob",
             "source",

@@ -35,7 +35,9 @@ impl Environment {
             Said::Records(AuthRecords::parse(text.as_bytes()).map_err(trouble)?)
         } else {
             let login = user_and_password(&text);
-            Said::Anywhere(login.ok_or_else(|| trouble("neither base64 of USER:PASSWORD nor a config.json".to_owned()))?)
+            Said::Anywhere(
+                login.ok_or_else(|| trouble("neither base64 of USER:PASSWORD nor a config.json".to_owned()))?,
+            )
         };
         Ok(Some(Self { variable, said }))
     }

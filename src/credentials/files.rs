@@ -154,8 +154,12 @@ fn secrets(path: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(path).into_iter().flatten().flatten();
     // Names with two dots are how a volume changes all its files at once.
     let is_own = |name: &std::ffi::OsString| !name.as_encoded_bytes().starts_with(b"..");
-    let mut dirs: Vec<_> =
-        entries.map(|entry| entry.file_name()).filter(is_own).map(|name| path.join(name)).filter(|it| it.is_dir()).collect();
+    let mut dirs: Vec<_> = entries
+        .map(|entry| entry.file_name())
+        .filter(is_own)
+        .map(|name| path.join(name))
+        .filter(|it| it.is_dir())
+        .collect();
     dirs.sort();
     dirs.truncate(MOST_SECRETS);
     let within = |dir: &Path| SECRET_NAMES.map(|name| dir.join(name));
@@ -176,7 +180,9 @@ impl Place for SecretFiles {
                 }
             };
             match nearest {
-                Some((fit, Ok(login))) if best.as_ref().is_none_or(|(least, _)| fit > *least) => best = Some((fit, login)),
+                Some((fit, Ok(login))) if best.as_ref().is_none_or(|(least, _)| fit > *least) => {
+                    best = Some((fit, login))
+                }
                 Some((_, Err(detail))) => trouble = trouble.or_else(|| Some(file.trouble(detail))),
                 _ => {}
             }
@@ -271,9 +277,12 @@ mod tests {
         let (secrets, now) = (SecretFiles::new(vec![one, many.clone()]), Instant::now());
         let find = |registry: &str, repository: &str| secrets.find(registry, repository, now);
 
-        for (registry, repository, expected) in
-            [("one.example", "x", "one"), ("a.example", "x", "a"), ("b.example", "x", "b"), ("a.example", "team/x", "team")]
-        {
+        for (registry, repository, expected) in [
+            ("one.example", "x", "one"),
+            ("a.example", "x", "a"),
+            ("b.example", "x", "b"),
+            ("a.example", "team/x", "team"),
+        ] {
             assert_eq!(user(find(registry, repository)).as_deref(), Some(expected), "{registry}/{repository}");
         }
         let trouble = find("hidden.example", "x").unwrap_err();

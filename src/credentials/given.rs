@@ -108,7 +108,10 @@ mod tests {
         given.set(server("r.example/team"), login("team"));
         let before = given.generation();
 
-        assert_eq!((find("team/a"), find("other"), find("teams")), (Some(login("team")), Some(login("all")), Some(login("all"))));
+        assert_eq!(
+            (find("team/a"), find("other"), find("teams")),
+            (Some(login("team")), Some(login("all")), Some(login("all")))
+        );
         assert_eq!(given.find("x.example", "a", now).unwrap(), None);
 
         given.set(server("https://R.example/"), login("new"));

@@ -50,7 +50,10 @@ impl Helpers {
     /// What the helper `name` knows of `registry`. Blocks.
     pub(super) fn ask(&self, name: &str, registry: &str, now: Instant) -> Result<Option<Login>, Trouble> {
         if !is_name(name) {
-            return Err(Trouble::new("a credential helper", "its name has other signs than letters, digits, . _ and -"));
+            return Err(Trouble::new(
+                "a credential helper",
+                "its name has other signs than letters, digits, . _ and -",
+            ));
         }
         let server = for_programs(registry);
         let believed = now.checked_add(BELIEVED);
@@ -151,9 +154,15 @@ mod tests {
 
         assert_eq!(ask("echo 'credentials not found in native keychain'; exit 1"), Ok(None));
         for (script, told) in [
-            ("echo hunter2; exit 2", "it ended with status 2 for r.example; `echo r.example | docker-credential-test get` shows why"),
+            (
+                "echo hunter2; exit 2",
+                "it ended with status 2 for r.example; `echo r.example | docker-credential-test get` shows why",
+            ),
             ("echo hunter2", "its answer for r.example is not the JSON of a credential helper"),
-            ("kill -9 $$", "it ended with a signal for r.example; `echo r.example | docker-credential-test get` shows why"),
+            (
+                "kill -9 $$",
+                "it ended with a signal for r.example; `echo r.example | docker-credential-test get` shows why",
+            ),
         ] {
             assert_eq!(ask(script).unwrap_err().to_string(), format!("docker-credential-test: {told}"));
         }

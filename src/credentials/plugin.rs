@@ -451,13 +451,17 @@ mod tests {
     fn answers_that_cannot_be_used_are_told_without_being_shown() {
         let failed = bench(1);
         failed.say("Registry", AUTH);
-        let ask = |bench: &Bench| bench.open(PROVIDER).unwrap().find("r.example", "a", Instant::now()).unwrap_err().to_string();
+        let ask = |bench: &Bench| {
+            bench.open(PROVIDER).unwrap().find("r.example", "a", Instant::now()).unwrap_err().to_string()
+        };
         assert_eq!(ask(&failed), "the credential provider cat: it ended with status 1 for r.example/a");
         let bench = bench(0);
         for (answer, told) in [
             ("hunter2", "its answer for r.example/a is no CredentialProviderResponse"),
-            (r#"{"kind": "X", "apiVersion": "x", "cacheKeyType": "Image"}"#,
-                "its answer for r.example/a is not of credentialprovider.kubelet.k8s.io/v1"),
+            (
+                r#"{"kind": "X", "apiVersion": "x", "cacheKeyType": "Image"}"#,
+                "its answer for r.example/a is not of credentialprovider.kubelet.k8s.io/v1",
+            ),
         ] {
             *bench.programs.answer.lock().unwrap() = answer.to_owned();
             assert_eq!(ask(&bench), format!("the credential provider cat: {told}"));
@@ -475,7 +479,11 @@ mod tests {
             ("\"1m\"", "\"soon\"", "the defaultCacheDuration of cat is no time such as 12h"),
             ("k8s.io/v1\"", "k8s.io/v9\"", "cat speaks another protocol than credentialprovider.kubelet.k8s.io/v1"),
             ("\"r.example\"", "\"a b\"", "cat matches no image with \"a b\""),
-            ("\"args\"", "\"tokenAttributes\": {}, \"args\"", "cat wants tokens of service accounts, which only the kubelet has"),
+            (
+                "\"args\"",
+                "\"tokenAttributes\": {}, \"args\"",
+                "cat wants tokens of service accounts, which only the kubelet has",
+            ),
         ] {
             assert_eq!(bench.open(&PROVIDER.replace(from, to)).unwrap_err().detail, told);
         }
@@ -488,7 +496,9 @@ mod tests {
 
     #[test]
     fn times_are_read_as_go_writes_them() {
-        for (text, seconds) in [("12h", 43_200.0), ("1h30m0s", 5400.0), ("0s", 0.0), ("0", 0.0), ("1.5m", 90.0), ("250ms", 0.25)] {
+        for (text, seconds) in
+            [("12h", 43_200.0), ("1h30m0s", 5400.0), ("0s", 0.0), ("0", 0.0), ("1.5m", 90.0), ("250ms", 0.25)]
+        {
             assert_eq!(go_duration(text), Some(Duration::from_secs_f64(seconds)), "{text}");
         }
         for text in ["", "5", "h", "-1s", "1d", "1..2s", "9999999999999999999999h", "1 s", "\u{b5}s"] {

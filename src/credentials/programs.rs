@@ -189,7 +189,15 @@ mod tests {
 
     #[test]
     fn programs_are_found_by_names_that_are_names() {
-        for (name, good) in [("ecr-login", true), ("a.b_c", true), ("", false), ("../x", false), ("-x", false), ("a b", false), ("a/b", false)] {
+        for (name, good) in [
+            ("ecr-login", true),
+            ("a.b_c", true),
+            ("", false),
+            ("../x", false),
+            ("-x", false),
+            ("a b", false),
+            ("a/b", false),
+        ] {
             assert_eq!(is_name(name), good, "{name}");
         }
         let dir = tempfile::tempdir().unwrap();

@@ -15,8 +15,10 @@ use crate::base::Secret;
 use crate::net::auth::Login;
 
 /// Padding is often left out.
-const BASE64: GeneralPurpose =
-    GeneralPurpose::new(&STANDARD, GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent));
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
 
 /// What takes the place of a name where the password is a refresh token.
 pub(super) const TOKEN_USER: &str = "<token>";

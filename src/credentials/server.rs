@@ -128,7 +128,14 @@ mod tests {
 
     #[test]
     fn a_registry_is_the_same_by_all_its_names() {
-        for name in ["r.example", "R.Example", "https://r.example", "https://r.example/v1/", "http://r.example/v2", "r.example/"] {
+        for name in [
+            "r.example",
+            "R.Example",
+            "https://r.example",
+            "https://r.example/v1/",
+            "http://r.example/v2",
+            "r.example/",
+        ] {
             assert_eq!(fit(name, "r.example", "a/b"), Some((true, 0)), "{name}");
         }
         for name in ["docker.io", "https://index.docker.io/v1/", "index.docker.io", "registry-1.docker.io"] {

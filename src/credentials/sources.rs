@@ -112,7 +112,8 @@ impl Sources {
     /// Directories that a confined process must be able to read. Whole directories, because files are
     /// replaced by others of the same name.
     pub fn readable(&self, variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
-        let place = |path: &Path| if path.is_dir() { path.to_owned() } else { path.parent().unwrap_or(path).to_owned() };
+        let place =
+            |path: &Path| if path.is_dir() { path.to_owned() } else { path.parent().unwrap_or(path).to_owned() };
         let files = self.files(variable);
         let named = self.secrets.iter().chain(&self.providers).chain(&files).map(|path| place(path));
         named.chain(self.provider_dir.clone()).collect()

@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use super::api::ImageSpec;
 use crate::net::auth::Login;
-use crate::oci::{Endpoints, Place, Repository};
-use crate::source::{AbsentSource, BlobSource, Network, NetworkOptions, OpenError, Server};
+use crate::oci::{self, Endpoints, Repository};
+use crate::source::{AbsentSource, BlobSource, Network, NetworkOptions, OpenError};
 use crate::telemetry::Telemetry;
 
 /// What a source is opened from.
@@ -51,15 +51,14 @@ impl Origins {
     /// The registry `host` and its mirrors, for questions that nobody waits for after `until`.
     pub(super) fn registry(&self, host: &str, ca: Option<&Path>, until: Instant) -> Result<Endpoints, OpenError> {
         let registry = self.network.registry(host, ca)?;
-        let place = |server: &Server| Place {
+        let places = registry.servers().iter().map(|server| oci::Place {
             endpoint: Arc::clone(&server.endpoint),
             base: server.config.base.clone(),
             namespace: server.config.namespace(host).map(ToOwned::to_owned),
             resolves: server.config.resolve,
             pulls: server.config.pull,
-        };
-        let places = registry.servers().iter().map(place).collect();
-        Ok(Endpoints::new(host, places, self.network.policy(), until))
+        });
+        Ok(Endpoints::new(host, places.collect(), self.network.policy(), until))
     }
 
     /// Where the blobs of `spec` would be fetched from, in order, without secrets.

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use reqwest::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HeaderMap, HeaderName, RETRY_AFTER};
+use reqwest::header::{
+    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, DATE, HeaderMap, HeaderName, RETRY_AFTER,
+};
 
 use crate::base::ByteRange;
 
@@ -28,6 +30,8 @@ impl Answer {
     pub(super) fn to_range(status: u16, headers: &HeaderMap, stored: ByteRange) -> Self {
         match status {
             200 | 206 if is_encoded(headers) => Self::Improper("it compressed the body".into()),
+            // Its length would say that the blob is cut short; it is the way into a network, or out of it.
+            200 if is_page(headers) => Self::Improper("it sent a page in HTML".into()),
             200 => match content_length(headers) {
                 Some(len) if len < stored.end() => Self::Ends(Some(len)),
                 Some(len) if ByteRange::at(0, len) == Some(stored) => Self::Range,
@@ -113,9 +117,21 @@ pub(super) fn is_encoded(headers: &HeaderMap) -> bool {
     headers.get_all(CONTENT_ENCODING).iter().any(|value| !value.as_bytes().eq_ignore_ascii_case(b"identity"))
 }
 
-/// The pause a server asks for. Only the form in seconds; a date falls back to the own policy.
+fn is_page(headers: &HeaderMap) -> bool {
+    let kind = text(headers, &CONTENT_TYPE).and_then(|value| value.split(';').next());
+    kind.is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/html"))
+}
+
+/// The pause a server asks for, in seconds or until a date. Its own clock is the one that the date is by,
+/// which may be wrong as long as it says what time it has.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    number(text(headers, &RETRY_AFTER)?).map(Duration::from_secs)
+    let value = text(headers, &RETRY_AFTER)?;
+    if let Some(seconds) = number(value) {
+        return Some(Duration::from_secs(seconds));
+    }
+    let until = httpdate::parse_http_date(value).ok()?;
+    let now = httpdate::parse_http_date(text(headers, &DATE)?).ok()?;
+    until.duration_since(now).ok()
 }
 
 fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
@@ -209,6 +225,15 @@ mod tests {
     }
 
     #[test]
+    fn a_page_for_people_says_nothing_about_the_object() {
+        for kind in ["text/html", "Text/HTML; charset=utf-8"] {
+            let answer = judge(200, &[(CONTENT_LENGTH, "15"), (CONTENT_TYPE, kind)]);
+            assert!(matches!(answer, Answer::Improper(_)), "{kind}: {answer:?}");
+        }
+        assert_eq!(judge(200, &[(CONTENT_LENGTH, "15"), (CONTENT_TYPE, "text/plain")]), Answer::Ends(Some(15)));
+    }
+
+    #[test]
     fn failures_are_sorted_by_what_can_be_done_about_them() {
         let busy = |status, retry_after| Answer::Busy { status, retry_after };
         for (status, expected) in [
@@ -228,6 +253,16 @@ mod tests {
             assert_eq!(judge(status, &[]), expected, "{status}");
         }
         assert_eq!(judge(503, &[(RETRY_AFTER, "7")]), busy(503, Some(Duration::from_secs(7))));
-        assert_eq!(judge(503, &[(RETRY_AFTER, "Fri, 31 Dec 1999 23:59:59 GMT")]), busy(503, None));
+        let until = (RETRY_AFTER, "Fri, 31 Dec 1999 23:59:59 GMT");
+        for (date, pause) in [
+            ("Fri, 31 Dec 1999 23:59:00 GMT", Some(Duration::from_secs(59))),
+            ("Fri, 31 Dec 1999 23:59:59 GMT", Some(Duration::ZERO)),
+            ("Sat, 01 Jan 2000 00:00:00 GMT", None),
+            ("yesterday", None),
+        ] {
+            assert_eq!(judge(503, &[until.clone(), (DATE, date)]), busy(503, pause), "{date}");
+        }
+        assert_eq!(judge(503, &[until]), busy(503, None));
+        assert_eq!(judge(503, &[(RETRY_AFTER, "soon"), (DATE, "Fri, 31 Dec 1999 23:59:00 GMT")]), busy(503, None));
     }
 }

@@ -1,0 +1,69 @@
+//! Every kind of fault that a registry, its storage, a mirror or a proxy can have, met by the first, a middle and the
+//! last read of an image, by one reader and by 64 at once.
+//!
+//! Each cell says what becomes of the bytes or which error comes of it, how often was asked and how often again,
+//! that the time it took is that of the policy, that 64 readers cost the server no byte more than one, that no secret
+//! got to where it must not be, and that what failed works as soon as the fault is gone. No cell sleeps.
+
+mod support;
+
+#[path = "registry_faults/cell.rs"]
+mod cell;
+#[path = "registry_faults/image.rs"]
+mod image;
+#[path = "registry_faults/row.rs"]
+mod row;
+#[path = "registry_faults/table.rs"]
+mod table;
+
+use image::UNITS;
+use row::Row;
+use support::secrets;
+
+/// The read of the image that suffers.
+const POSITIONS: [(&str, usize); 3] = [("first", 0), ("middle", UNITS / 2), ("last", UNITS - 1)];
+
+const READERS: [usize; 2] = [1, 64];
+
+/// Runs all cells of some rows, each on a runtime of its own, and tells of all that fail.
+fn run(rows: &[Row]) {
+    let _watch = secrets::watch();
+    let only = std::env::var("CELL").ok();
+    let mut wrong = Vec::new();
+    for row in rows.iter().filter(|row| only.as_ref().is_none_or(|only| row.name.contains(only.as_str()))) {
+        for (position, unit) in POSITIONS {
+            for readers in READERS {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                if let Err(error) = runtime.block_on(Box::pin(cell::run(row, unit, readers))) {
+                    wrong.push(format!("{}, {position} read, {readers} readers: {error}", row.name));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} cells:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[test]
+fn what_passes_by_itself_costs_a_pause() {
+    run(&table::passing());
+}
+
+#[test]
+fn what_does_not_pass_is_told_at_once_and_is_over_when_it_is_mended() {
+    run(&table::lasting());
+}
+
+#[test]
+fn redirects_are_followed_remembered_and_asked_for_again() {
+    run(&table::redirected());
+}
+
+#[test]
+fn a_bad_mirror_is_nobodys_problem() {
+    run(&table::mirrored());
+}
+
+#[test]
+fn a_proxy_is_the_only_way_or_one_of_two() {
+    run(&table::proxied());
+}
