@@ -68,12 +68,14 @@ impl Origins {
 
     /// Who we are to the registry of `repository`, without secrets.
     pub(super) async fn login(&self, repository: &Repository) -> String {
-        match self.network.keychain().login(repository.host(), repository.path()).await {
-            Ok(None) => "nobody".to_owned(),
+        let (keychain, host, path) = (self.network.keychain(), repository.host(), repository.path());
+        let who = match keychain.login(host, path).await {
+            Ok(None) => return "nobody".to_owned(),
             Ok(Some(Login::Basic { user, .. })) => user,
             Ok(Some(Login::Identity(_) | Login::Bearer(_))) => "whoever a token says".to_owned(),
-            Err(error) => error.to_string(),
-        }
+            Err(error) => return error.to_string(),
+        };
+        keychain.origin(host, path).map_or_else(|| who.clone(), |origin| format!("{who}, from {origin}"))
     }
 
     /// The same for an image that is mounted already: it goes on with what is present, and fails
