@@ -30,10 +30,11 @@ use crate::net::{Authorize, AuthorizeFuture, ClientOptions, Clock};
 /// How token servers are reached.
 #[derive(Clone, Debug)]
 pub struct TokenOptions {
-    /// Patience and trust.
+    /// Patience and trust. A certificate of ours, and blind belief, are for the registry's own host only.
     pub client: ClientOptions,
-    /// Whether the registry itself is reached without TLS. Then its token server may be too.
-    pub plain: bool,
+    /// Where the registry is reached; `None` for https by its name. Without TLS there, its token server may be
+    /// without it too.
+    pub server: Option<Url>,
     /// Hosts that may be token servers wherever they are, besides those that any may.
     pub hosts: Vec<String>,
     /// The longest that a token server may take, redirects included.
@@ -41,10 +42,10 @@ pub struct TokenOptions {
 }
 
 impl Default for TokenOptions {
-    /// 10 s for a token server, which is reached by TLS.
+    /// 10 s for a token server, which is reached by TLS as the registry is.
     fn default() -> Self {
         let patience = Duration::from_secs(10);
-        Self { client: ClientOptions::default(), plain: false, hosts: Vec::new(), patience }
+        Self { client: ClientOptions::default(), server: None, hosts: Vec::new(), patience }
     }
 }
 
@@ -158,8 +159,7 @@ enum Step {
 impl Tokens {
     /// Nothing is known yet of `registry`, which is `HOST[:PORT]`. Connects to nobody.
     pub fn new(registry: String, keychain: Arc<dyn Keychain>, options: TokenOptions, clock: Clock) -> Self {
-        let scheme = if options.plain { "http" } else { "https" };
-        let base = Url::parse(&format!("{scheme}://{registry}/")).ok();
+        let base = options.server.clone().or_else(|| Url::parse(&format!("https://{registry}/")).ok());
         let base = base.map(|base| {
             let bounds = Bounds::of(&base, &options.client.resolve, &options.hosts);
             (base, bounds)
