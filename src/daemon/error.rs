@@ -39,12 +39,12 @@ pub enum DaemonError {
     #[error(transparent)]
     Spec(#[from] SpecError),
     #[error(transparent)]
-    Oci(#[from] OciError),
+    Oci(Box<OciError>),
     #[error("cannot learn where {reference} leads now; --offline mounts what it led to the last time")]
     Unresolved {
         reference: String,
         #[source]
-        cause: OciError,
+        cause: Box<OciError>,
     },
     #[error(transparent)]
     SourceSpec(OpenError),
@@ -110,6 +110,12 @@ pub enum DaemonError {
     NoSuccessor,
     #[error("the daemon is stopping")]
     Stopping,
+}
+
+impl From<OciError> for DaemonError {
+    fn from(error: OciError) -> Self {
+        Self::Oci(Box::new(error))
+    }
 }
 
 fn busy(cause: &io::Error) -> &'static str {

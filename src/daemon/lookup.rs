@@ -102,7 +102,7 @@ impl Daemon {
                 }
                 oci::resolve(&registry, reference, platform).await
             };
-            self.runtime.block_on(asking).map_err(DaemonError::Oci)
+            self.runtime.block_on(asking).map_err(DaemonError::from)
         };
         match (&kept, reference.version()) {
             (Some(kept), Version::Digest(_)) => Ok(kept.clone()),
@@ -191,7 +191,7 @@ impl Daemon {
 /// Tells of `--offline` where it would help.
 fn hint(error: DaemonError, reference: &Reference, is_known: bool) -> DaemonError {
     match error {
-        DaemonError::Oci(cause @ (OciError::Fetch(_) | OciError::Failed { .. })) if is_known => {
+        DaemonError::Oci(cause) if is_known && matches!(*cause, OciError::Fetch(_) | OciError::Failed { .. }) => {
             DaemonError::Unresolved { reference: reference.to_string(), cause }
         }
         error => error,

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::api::ImageSpec;
 use crate::net::auth::{Keychain, Login};
-use crate::oci::{Endpoints, Repository};
+use crate::oci::{self, Endpoints, Repository};
 use crate::source::{AbsentSource, BlobSource, Network, NetworkOptions, OpenError};
 use crate::telemetry::Telemetry;
 
@@ -52,10 +52,14 @@ impl Origins {
     /// The registry `host` and its mirrors, for questions that nobody waits for after `until`.
     pub(super) fn registry(&self, host: &str, ca: Option<&Path>, until: Instant) -> Result<Endpoints, OpenError> {
         let registry = self.network.registry(host, ca)?;
-        let servers = registry.servers().iter().filter(|server| server.config.resolve);
-        let servers =
-            servers.map(|server| (Arc::clone(&server.endpoint), server.config.namespace(host).map(ToOwned::to_owned)));
-        Ok(Endpoints::new(host, servers.collect(), self.network.policy(), until))
+        let places = registry.servers().iter().map(|server| oci::Place {
+            endpoint: Arc::clone(&server.endpoint),
+            base: server.config.base.clone(),
+            namespace: server.config.namespace(host).map(ToOwned::to_owned),
+            resolves: server.config.resolve,
+            pulls: server.config.pull,
+        });
+        Ok(Endpoints::new(host, places.collect(), self.network.policy(), until))
     }
 
     /// Where the blobs of `spec` would be fetched from, in order, without secrets.
@@ -65,12 +69,14 @@ impl Origins {
 
     /// Who we are to the registry of `repository`, without secrets.
     pub(super) async fn login(&self, repository: &Repository) -> String {
-        match self.network.keychain().login(repository.host(), repository.path()).await {
-            Ok(None) => "nobody".to_owned(),
+        let (keychain, host, path) = (self.network.keychain(), repository.host(), repository.path());
+        let who = match keychain.login(host, path).await {
+            Ok(None) => return "nobody".to_owned(),
             Ok(Some(Login::Basic { user, .. })) => user,
             Ok(Some(Login::Identity(_) | Login::Bearer(_))) => "whoever a token says".to_owned(),
-            Err(error) => error.to_string(),
-        }
+            Err(error) => return error.to_string(),
+        };
+        keychain.origin(host, path).map_or_else(|| who.clone(), |origin| format!("{who}, from {origin}"))
     }
 
     /// The same for an image that is mounted already: it goes on with what is present, and fails

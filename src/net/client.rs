@@ -120,7 +120,7 @@ pub fn install_tls() {
 /// # Errors
 /// A file of the options cannot be used, or `base` is https and no authority is trusted at all.
 pub fn client(options: &ClientOptions, base: &Url) -> Result<Client, ClientError> {
-    build(options, base, |builder| Ok(builder))
+    build(options, base, Ok)
 }
 
 /// The same for an endpoint: the server itself, with everything that `options` say.

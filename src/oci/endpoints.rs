@@ -10,12 +10,50 @@ use super::fetch::{Answer, Ask, Fetch, FetchError, FetchFuture, Taken};
 use crate::base::{Class, Fault};
 use crate::net::{self, Attempt, Endpoint, RetryPolicy, SendError};
 
-/// Asks the endpoints of a registry, one after the other, until a moment comes.
+/// One server that answers for a registry.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// How it is asked.
+    pub endpoint: Arc<Endpoint>,
+    /// Where its interface is: what comes before `/REPOSITORY/manifests/...`, `/v2` as a rule.
+    pub base: Url,
+    /// The registry that it stands in for, if it has to be told.
+    pub namespace: Option<String>,
+    /// Whether it may be asked what a tag means.
+    pub resolves: bool,
+    /// Whether it may be asked for what has a digest.
+    pub pulls: bool,
+}
+
+impl Place {
+    /// Whether it may be asked that.
+    fn answers(&self, path: &str) -> bool {
+        if is_by_digest(path) { self.pulls } else { self.resolves }
+    }
+
+    /// Where to ask it for `path`, which begins with `/v2/`.
+    fn url(&self, path: &str) -> Option<Url> {
+        let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
+        let mut url = self.base.clone();
+        url.path_segments_mut().ok()?.pop_if_empty().extend(path.strip_prefix("/v2/")?.split('/'));
+        url.set_query(query);
+        if let Some(namespace) = &self.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        Some(url)
+    }
+}
+
+/// Whether a question is about something with a digest: what is wrong with the answer shows.
+fn is_by_digest(path: &str) -> bool {
+    path.rsplit('/').next().is_some_and(|last| last.starts_with("sha256:")) && !path.contains("/referrers/")
+}
+
+/// Asks the servers of a registry, one after the other, until a moment comes.
 #[derive(Clone, Debug)]
 pub struct Endpoints {
     registry: String,
-    /// Each with the name that it wants to be told of the registry that it stands in for.
-    endpoints: Vec<(Arc<Endpoint>, Option<String>)>,
+    places: Vec<Place>,
     policy: RetryPolicy,
     until: Instant,
 }
@@ -34,24 +72,18 @@ enum Outcome {
 }
 
 impl Endpoints {
-    /// `endpoints` stand in for `registry`, which is `HOST[:PORT]`; there is at least one. Their bases are those
-    /// of the API, up to `/v2` as a rule; those with a name are told it as `ns`. Nobody waits for an answer after
+    /// `places` answer for `registry`, which is `HOST[:PORT]`, the best first. Nobody waits for an answer after
     /// `until`.
-    pub fn new(
-        registry: &str,
-        endpoints: Vec<(Arc<Endpoint>, Option<String>)>,
-        policy: RetryPolicy,
-        until: Instant,
-    ) -> Self {
-        Self { registry: registry.to_owned(), endpoints, policy, until }
+    pub fn new(registry: &str, places: Vec<Place>, policy: RetryPolicy, until: Instant) -> Self {
+        Self { registry: registry.to_owned(), places, policy, until }
     }
 
     async fn ask_all(&self, ask: Ask<'_>, take: &mut Taken<'_>) -> Result<Answer, FetchError> {
         let mut failed = 0;
         loop {
             let (mut last, mut pause) = (None, None);
-            for (endpoint, namespace) in &self.endpoints {
-                match self.ask_one(endpoint, namespace.as_deref(), ask, take).await {
+            for place in self.places.iter().filter(|place| place.answers(ask.path)) {
+                match self.ask_one(place, ask, take).await {
                     Outcome::Answered(answer) => return Ok(answer),
                     Outcome::Broken(error) => return Err(error),
                     // The registry itself, which is the last, has the last word.
@@ -61,30 +93,25 @@ impl Endpoints {
                     }
                 }
             }
-            let Some((answer, error)) = last else { return Err(self.unavailable("it has no address")) };
+            let (Some((answer, error)), Some(first)) = (last, self.places.first()) else {
+                let (registry, detail) = (self.registry.clone(), "no server of it may be asked that".to_owned());
+                return Err(FetchError::Unusable { registry, detail });
+            };
             failed += 1;
             let transient = answer.as_ref().map_or(error.fault(), |answer| fault(answer.status));
-            let clock = self.endpoints[0].0.clock();
+            let clock = first.endpoint.clock();
             let seed = ask.path.bytes().fold(0u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)));
             let attempt = Attempt { failed, seed, retry_after: pause };
             match self.policy.next(attempt, transient, clock.now(), self.until) {
                 Some(pause) => clock.sleep(pause).await,
-                None => return answer.map_or(Err(error), Ok),
+                None => return answer.ok_or(error),
             }
         }
     }
 
-    async fn ask_one(
-        &self,
-        endpoint: &Endpoint,
-        namespace: Option<&str>,
-        ask: Ask<'_>,
-        take: &mut Taken<'_>,
-    ) -> Outcome {
+    async fn ask_one(&self, place: &Place, ask: Ask<'_>, take: &mut Taken<'_>) -> Outcome {
         let failed = |error| Outcome::Failed { answer: None, error, retry_after: None };
-        let Some(url) = address(endpoint.base(), namespace, ask.path) else {
-            return failed(self.unavailable("no address for that"));
-        };
+        let Some(url) = place.url(ask.path) else { return failed(self.unavailable("no address for that")) };
         let mut headers = HeaderMap::new();
         if let Ok(accept) = HeaderValue::from_str(ask.accept)
             && !ask.accept.is_empty()
@@ -94,7 +121,7 @@ impl Endpoints {
         let method = if ask.head { Method::HEAD } else { Method::GET };
         let (class, repository) = (Class::OnDemand, Some(ask.repository));
         let sent = net::Ask { method, url, headers, class, repository, until: self.until };
-        let mut reply = match endpoint.send(sent).await {
+        let mut reply = match place.endpoint.send(sent).await {
             Ok(reply) => reply,
             Err(error) => return failed(self.sent(&error)),
         };
@@ -134,18 +161,6 @@ impl Endpoints {
     fn unavailable(&self, detail: &str) -> FetchError {
         FetchError::Unavailable { registry: self.registry.clone(), detail: detail.to_owned() }
     }
-}
-
-/// Where `path`, which begins with `/v2/`, is below the API at `base`.
-fn address(base: &Url, namespace: Option<&str>, path: &str) -> Option<Url> {
-    let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
-    let mut url = base.clone();
-    url.set_path(&format!("{}{}", base.path().trim_end_matches('/'), path.strip_prefix("/v2")?));
-    url.set_query(query);
-    if let Some(namespace) = namespace {
-        url.query_pairs_mut().append_pair("ns", namespace);
-    }
-    Some(url)
 }
 
 /// Whether an answer may be another one a moment later.
@@ -192,17 +207,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mirrors_are_asked_below_their_own_path_and_told_for_whom() {
-        let url = |base: &str, namespace, path| address(&base.parse().unwrap(), namespace, path).map(String::from);
-
-        let plain = url("https://r/v2", None, "/v2/a/manifests/1");
-        assert_eq!(plain.as_deref(), Some("https://r/v2/a/manifests/1"));
-        let mirror = url("https://m/cache/r/", Some("r"), "/v2/a/referrers/x?n=1");
-        assert_eq!(mirror.as_deref(), Some("https://m/cache/r/a/referrers/x?n=1&ns=r"));
-        assert_eq!(url("https://r/v2", None, "/v3/a"), None);
-    }
-
-    #[test]
     fn the_next_page_is_on_the_same_server() {
         for (link, expected) in [
             ("</v2/a/referrers/x?n=1>; rel=\"next\"", Some("/v2/a/referrers/x?n=1")),
@@ -214,5 +218,27 @@ mod tests {
         ] {
             assert_eq!(next(link).as_deref(), expected, "{link}");
         }
+    }
+
+    fn place(base: &str, namespace: Option<&str>, resolves: bool) -> Place {
+        let base = Url::parse(base).unwrap();
+        let endpoint = Endpoint::new(&base, net::EndpointOptions::default(), net::Clock::default()).unwrap();
+        let namespace = namespace.map(ToOwned::to_owned);
+        Place { endpoint: Arc::new(endpoint), base, namespace, resolves, pulls: true }
+    }
+
+    #[test]
+    fn each_server_is_asked_below_its_own_address() {
+        let own = place("https://r.example/v2", None, true);
+        let mirror = place("http://m.example/proxy/v2/", Some("r.example"), false);
+        let url = |place: &Place, path: &str| place.url(path).unwrap().to_string();
+        assert_eq!(url(&own, "/v2/a/b/manifests/1"), "https://r.example/v2/a/b/manifests/1");
+        assert_eq!(
+            url(&mirror, "/v2/a/referrers/sha256:00?page=2"),
+            "http://m.example/proxy/v2/a/referrers/sha256:00?page=2&ns=r.example"
+        );
+        let digest = "/v2/a/manifests/sha256:00";
+        assert!(own.answers("/v2/a/manifests/1") && mirror.answers(digest) && mirror.answers("/v2/a/blobs/sha256:00"));
+        assert!(!mirror.answers("/v2/a/manifests/1") && !mirror.answers("/v2/a/referrers/sha256:00"));
     }
 }

@@ -21,7 +21,7 @@ mod resolve;
 mod scripted;
 mod shape;
 
-pub use endpoints::Endpoints;
+pub use endpoints::{Endpoints, Place};
 pub use error::{DocumentError, OciError};
 pub use fetch::{Answer, Ask, Fetch, FetchError, FetchFuture, Taken};
 pub use platform::{InvalidPlatform, Platform};

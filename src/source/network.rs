@@ -72,13 +72,15 @@ impl Registry {
     }
 }
 
+/// The name of a registry, and what who asks for it trusts besides.
+type Asked = (String, Option<PathBuf>);
+
 /// Opens sources, and keeps what they share.
 #[derive(Debug, Default)]
 pub struct Network {
     options: NetworkOptions,
     telemetry: Telemetry,
-    /// By name and by what the caller trusts besides.
-    registries: Mutex<HashMap<(String, Option<PathBuf>), Arc<Registry>>>,
+    registries: Mutex<HashMap<Asked, Arc<Registry>>>,
 }
 
 impl Network {

@@ -5,6 +5,7 @@ use std::error::Error;
 use std::io;
 use std::sync::{Mutex, OnceLock};
 
+use aho_corasick::AhoCorasick;
 use rafsd::base::Chain;
 
 /// Texts that must not be said.
@@ -68,19 +69,19 @@ impl Watch {
         SAID.lock().unwrap().len()
     }
 
-    /// What was said and is a secret, with what stood around it.
+    /// What was said and is a secret, with what stood around it; a few of many.
     pub fn told(&self) -> Vec<String> {
         let (kept, said) = (KEPT.lock().unwrap().clone(), SAID.lock().unwrap());
-        let text = String::from_utf8_lossy(&said);
-        kept.iter().filter_map(|secret| text.find(secret.as_str()).map(|at| around(&text, at))).collect()
+        let search = AhoCorasick::new(&kept).expect("secrets that fit into memory");
+        search.find_iter(&*said).take(20).map(|found| around(&said, found.start())).collect()
     }
 }
 
 /// The line with the place, but not more than can be read.
-fn around(text: &str, at: usize) -> String {
-    let begin = text[..at].rfind('\n').map_or(0, |end| end + 1);
-    let end = text[at..].find('\n').map_or(text.len(), |len| at + len);
-    text[begin..end].chars().take(400).collect()
+fn around(said: &[u8], at: usize) -> String {
+    let begin = said[..at].iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+    let end = said[at..].iter().position(|&byte| byte == b'\n').map_or(said.len(), |len| at + len);
+    String::from_utf8_lossy(&said[begin..end.min(begin + 600)]).into_owned()
 }
 
 impl Drop for Watch {

@@ -13,6 +13,7 @@ mod transport;
 
 use std::error::Error;
 use std::fs;
+use std::future::Future;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex};
 
@@ -25,8 +26,8 @@ use self::place::Place;
 use self::transport::{Head, Seen};
 use super::answer::{self, Answer};
 use super::{BoxFuture, Failure, OpenError, ReadCtx, SourceError, Upstream};
-use crate::base::{BlobId, ByteRange};
-use crate::net::ClientOptions;
+use crate::base::{BlobId, ByteRange, TimeSpan};
+use crate::net::{ClientOptions, Clock};
 
 /// One bucket, or the part of it whose names begin with a prefix. Needs a tokio runtime.
 pub struct ObjectUpstream {
@@ -34,6 +35,7 @@ pub struct ObjectUpstream {
     options: ClientOptions,
     shown: String,
     opened: Mutex<Opened>,
+    clock: Clock,
 }
 
 /// A client that signs with what the file of credentials said at that time.
@@ -57,10 +59,24 @@ impl ObjectUpstream {
     /// The spec is malformed, its credentials cannot be read, or no client can be built.
     pub fn new(spec: &str, options: &ClientOptions) -> Result<Self, OpenError> {
         let place = Place::parse(spec)?;
-        // Signatures are for one address, so that a redirect is of no use, and it could lead anywhere.
-        let options = ClientOptions { max_redirects: 0, ..options.clone() };
-        let opened = Mutex::new(open(&place, &options)?);
-        Ok(Self { shown: place.to_string(), place, options, opened })
+        let opened = Mutex::new(open(&place, options)?);
+        let (shown, options, clock) = (place.to_string(), options.clone(), Clock::default());
+        Ok(Self { place, options, shown, opened, clock })
+    }
+
+    /// The same bucket, by whose silence another clock measures.
+    #[must_use]
+    pub fn timed_by(self, clock: Clock) -> Self {
+        Self { clock, ..self }
+    }
+
+    /// What `work` gives, unless the bucket is silent for too long.
+    async fn patiently<T>(&self, blob: &BlobId, work: impl Future<Output = T>) -> Result<T, Failure> {
+        let idle = self.options.idle_timeout;
+        // A patience that is too long to be a moment is for ever.
+        let Some(until) = self.clock.now().checked_add(idle) else { return Ok(work.await) };
+        let silent = |_| self.unavailable(blob, format!("it was silent for {}", TimeSpan(idle)));
+        self.clock.timeout_at(until, work).await.map_err(silent)
     }
 
     fn key(&self, blob: &BlobId) -> Result<Path, Failure> {
@@ -82,7 +98,7 @@ impl ObjectUpstream {
             let opened = self.opened.lock().unwrap().clone();
             let (seen, mut options) = (Seen::default(), options.clone());
             options.extensions.insert(seen.clone());
-            let asked = opened.store.get_opts(&key, options).await;
+            let asked = self.patiently(blob, opened.store.get_opts(&key, options)).await?;
             let head = seen.take();
             if again && head.as_ref().is_some_and(|head| matches!(head.status, 401 | 403)) && self.reopen(&opened) {
                 continue;
@@ -133,7 +149,7 @@ impl ObjectUpstream {
         }
         let mut body = result.into_stream();
         let mut left = stored.len();
-        while let Some(piece) = std::future::poll_fn(|cx| body.as_mut().poll_next(cx)).await {
+        while let Some(piece) = self.patiently(blob, std::future::poll_fn(|cx| body.as_mut().poll_next(cx))).await? {
             let piece = piece.map_err(|error| self.failure(blob, stored, &error, None))?;
             let Some(rest) = left.checked_sub(piece.len() as u64) else {
                 return Err(self.improper(format!("it sent more than the {} bytes of {stored}", stored.len())));
@@ -164,6 +180,11 @@ impl ObjectUpstream {
         if let Some(head) = head {
             return match head.status {
                 200..=299 => self.judged(blob, range, Answer::to_range(head.status, &head.headers, range)),
+                // A signature is for one address, so that this is of no use, and it could lead anywhere.
+                status @ 300..=399 => {
+                    let detail = format!("it sends us somewhere else (status {status})");
+                    SourceError::Untrusted { place: self.shown.clone(), detail }.into()
+                }
                 416 => self.judged(blob, range, Answer::Ends(answer::unsatisfied_length(&head.headers))),
                 status => self.judged(blob, range, Answer::failed(status, &head.headers)),
             };

@@ -73,7 +73,10 @@ async fn answers_are_judged_like_those_of_any_server() {
         (reply("416 Range Not Satisfiable", "Content-Range: bytes */4\r\n", ""), "has 4 bytes, too few for"),
         (reply("503 Slow Down", "Retry-After: 7\r\n", ""), "it answered with status 503, after 7s"),
         (reply("429 Too Many Requests", "", ""), "it answered with status 429"),
-        (reply("307 Temporary Redirect", "Location: http://127.0.0.1:1/\r\n", ""), "cannot be trusted"),
+        (
+            reply("307 Temporary Redirect", "Location: http://127.0.0.1:1/\r\n", ""),
+            "cannot be trusted: it sends us somewhere else (status 307)",
+        ),
     ] {
         let (endpoint, heads) = server(move |_| answer.clone());
         let told = match pour(&upstream(&endpoint, "&anonymous=true")).await {
@@ -134,6 +137,27 @@ async fn a_clouds_own_services_are_not_asked_unless_somebody_says_so() {
     assert_eq!(pour(&upstream(&endpoint, "")).await.unwrap(), "2345");
     let head = heads.recv().unwrap().to_ascii_lowercase();
     assert!(!head.contains("authorization"), "{head}");
+}
+
+#[tokio::test]
+async fn silence_ends_a_request_before_and_in_the_middle_of_an_answer() {
+    let stalled = "HTTP/1.1 206 x\r\nContent-Range: bytes 2-5/10\r\nContent-Length: 4\r\nETag: a\r\n\r\n23";
+    for said in ["", stalled] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let held = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(said.as_bytes()).unwrap();
+            stream
+        });
+        let options = ClientOptions { idle_timeout: Duration::from_millis(50), ..ClientOptions::default() };
+        let spec = format!("s3://b/?anonymous=true&endpoint={endpoint}");
+
+        let error = pour(&ObjectUpstream::new(&spec, &options).unwrap()).await.unwrap_err().error;
+
+        assert!(error.to_string().ends_with("it was silent for 50ms"), "{error}");
+        drop(held.join());
+    }
 }
 
 #[test]

@@ -102,7 +102,7 @@ pub(super) fn network_error(cause: &(dyn Error + 'static)) -> Option<Told> {
     let causes = || std::iter::successors(Some(error as &(dyn Error + 'static)), |&error| error.source());
     let certificate = causes().find_map(tls_error).is_some_and(|e| matches!(e, rustls::Error::InvalidCertificate(_)));
     let detail = causes().map(ToString::to_string).collect::<Vec<_>>().join(": ");
-    Some(Told { detail, untrusted: certificate || error.is_redirect() })
+    Some(Told { detail, untrusted: certificate })
 }
 
 /// The error of the TLS library that `cause` is, or hides: one I/O error wraps another there, and neither lists it.
