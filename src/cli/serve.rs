@@ -135,8 +135,8 @@ fn serve(
     };
     let (store, keepers) = (settings.store_options(), plan(&settings, supervisor)?);
     let credentials = credentials(&settings, &sandbox)?;
-    let Settings { cache, run, backend: backends, .. } = settings;
-    let options = Options { cache, run: run.clone(), store, keepers, backends, credentials, sandbox };
+    let Settings { cache, run, backend: backends, hosts_dir, .. } = settings;
+    let options = Options { cache, run: run.clone(), store, keepers, backends, hosts_dir, credentials, sandbox };
     let daemon = start(&options, runtime.handle(), inherited)?;
     let choice = daemon.info().host.choice;
     tracing::info!(run = %run.display(), ?choice, "serving");
@@ -201,7 +201,7 @@ fn enter_sandbox(settings: &Settings) -> anyhow::Result<Sandbox> {
     let write = vec![settings.cache.clone(), settings.run.clone()];
     let read = (!settings.sandbox_read.is_empty()).then(|| {
         let asked = settings.sandbox_read.iter().cloned();
-        let asked = asked.chain(credential_sources(settings).readable(&variable));
+        let asked = asked.chain(credential_sources(settings).readable(&variable)).chain([settings.hosts_dir.clone()]);
         asked.chain(READ_ANYWAY.iter().map(|path| own(path))).chain(certificates()).collect()
     });
     let policy = Policy { write, devices: vec![own(crate::sys::cachefiles::DEVICE), own("/dev/null")], read };

@@ -51,6 +51,8 @@ pub struct Options {
     pub keepers: keeper::Plan,
     /// Backends in the order of preference where a mount asks for none.
     pub backends: Vec<BackendKind>,
+    /// Directory with a `hosts.toml` for each registry.
+    pub hosts_dir: PathBuf,
     /// Who it is to registries.
     pub credentials: Credentials,
     /// The way out of the sandbox that the daemon is started in.

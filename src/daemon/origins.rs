@@ -30,8 +30,8 @@ impl std::fmt::Debug for Origins {
 
 impl Origins {
     /// No source yet; `telemetry` counts what all of them are asked, `keychain` knows who we are to them.
-    pub(super) fn new(telemetry: Telemetry, keychain: Arc<dyn Keychain>) -> Self {
-        let options = NetworkOptions { keychain, ..NetworkOptions::default() };
+    pub(super) fn new(telemetry: Telemetry, hosts_dir: PathBuf, keychain: Arc<dyn Keychain>) -> Self {
+        let options = NetworkOptions { hosts_dir, keychain, ..NetworkOptions::default() };
         Self { network: Network::new(options, telemetry), ..Self::default() }
     }
 

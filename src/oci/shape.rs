@@ -141,13 +141,13 @@ pub fn classify(manifest: &Manifest, marked: bool) -> Shape {
     let layers = others.iter().filter_map(|layer| layer.sha256().ok());
     let foreign = refs().filter_map(|digest| super::reference::parse_digest(digest).ok());
     let version = last.annotations.get(annotation::FS_VERSION);
-    Shape::Rafs(Image {
+    Shape::Rafs(Box::new(Image {
         layout,
         bootstrap: last.clone(),
         version: version.or_else(|| manifest.annotations.get(annotation::FS_VERSION)).cloned(),
         blobs: others.to_vec(),
         named: layers.chain(foreign).collect(),
-    })
+    }))
 }
 
 fn foreign(manifest: &Manifest) -> Foreign {
@@ -201,7 +201,7 @@ mod tests {
 
     fn image(shape: Shape) -> Image {
         match shape {
-            Shape::Rafs(image) => image,
+            Shape::Rafs(image) => *image,
             Shape::Foreign(foreign) => panic!("{foreign:?}"),
         }
     }

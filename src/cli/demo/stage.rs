@@ -91,6 +91,7 @@ impl Stage {
             store: StoreOptions::default(),
             keepers,
             backends: Settings::default().backend,
+            hosts_dir: PathBuf::new(),
             credentials: Credentials::only_given(Clock::default()),
             sandbox: Sandbox::off(),
         };

@@ -86,6 +86,8 @@ pub struct Settings {
     pub backend: Vec<BackendKind>,
     /// Limits of the cache. `decode_threads` may be 0 here; see [`Settings::store_options`].
     pub store: StoreOptions,
+    /// Directory with a `hosts.toml` for each registry.
+    pub hosts_dir: PathBuf,
     /// Logins of docker and its like; `None` for the usual places.
     pub docker_config: Option<PathBuf>,
     /// The kubelet's config file of credential provider plugins.
@@ -118,6 +120,7 @@ impl Default for Settings {
             run: PathBuf::new(),
             backend: Vec::new(),
             store: StoreOptions::default(),
+            hosts_dir: PathBuf::new(),
             docker_config: None,
             credential_providers: None,
             credential_provider_bin_dir: None,

@@ -133,6 +133,12 @@ pub const TABLE: &[Setting] = &[
         "Bytes a second that complete blobs are read again and checked with; 0 for never",
     ),
     setting(
+        "hosts_dir",
+        Field::Path(|s| &mut s.hosts_dir),
+        "/etc/containerd/certs.d",
+        "Directory with a hosts.toml for each registry, as containerd has it: mirrors, certificates, proxies, limits",
+    ),
+    setting(
         "docker_config",
         Field::PathOrNone(|s| &mut s.docker_config),
         "none",
