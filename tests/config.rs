@@ -34,6 +34,7 @@ fn documented() -> String {
     for setting in TABLE {
         let value = match setting.field {
             Field::Path(_) => "a path".to_owned(),
+            Field::PathOrNone(_) => "`none`, or a path".to_owned(),
             Field::Paths(_) => "a list of paths".to_owned(),
             Field::Switch(_) => "`true`, `false`; as a flag `on`, `off`".to_owned(),
             Field::Backends(_) => "a list of `cachefiles`, `fanotify`, `fuse-device`, `fuse-tree`".to_owned(),

@@ -76,7 +76,8 @@ struct Bench {
 
 async fn bench(answer: Answer, logins: Vec<Login>) -> Bench {
     let (server, clock, keychain) = (TokenServer::start(answer).await, VirtualClock::new(), Scripted::new(logins));
-    let options = TokenOptions { plain: true, ..TokenOptions::default() };
+    let server_url = Some("http://127.0.0.1:5000".parse().unwrap());
+    let options = TokenOptions { server: server_url, ..TokenOptions::default() };
     let tokens = Tokens::new("127.0.0.1:5000".to_owned(), keychain.clone(), options, clock.clock());
     Bench { server, clock, keychain, tokens }
 }
@@ -392,7 +393,8 @@ async fn a_registry_does_not_send_us_to_where_nobody_should_go() {
 #[tokio::test]
 async fn a_name_for_this_very_host_does_not_help_a_registry_that_is_elsewhere() {
     let (clock, server) = (VirtualClock::new(), TokenServer::start(Answer::Token(300)).await);
-    let mut options = TokenOptions { plain: true, ..TokenOptions::default() };
+    let server_url = Some("http://registry.example".parse().unwrap());
+    let mut options = TokenOptions { server: server_url, ..TokenOptions::default() };
     options.client.resolve.push(("registry.example".to_owned(), "203.0.113.1:80".parse().unwrap()));
     let challenge = headers(&server.challenge().replace("127.0.0.1", "localhost"));
     let until = clock.clock().now() + SECOND;

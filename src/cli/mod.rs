@@ -13,6 +13,7 @@ mod compact;
 mod config;
 mod connect;
 mod convert;
+mod credentials;
 mod demo;
 mod doctor;
 pub mod export;
@@ -108,6 +109,7 @@ enum Command {
     Prefetch(prefetch::PrefetchArgs),
     Trace(trace::TraceArgs),
     Cache(cache::CacheArgs),
+    Credentials(credentials::CredentialsArgs),
     Serve(serve::ServeArgs),
     Stop(serve::StopArgs),
     Upgrade(upgrade::UpgradeArgs),
@@ -154,6 +156,7 @@ pub fn run() -> ExitCode {
         Command::Prefetch(args) => prefetch::run(args),
         Command::Trace(args) => trace::run(args),
         Command::Cache(args) => cache::run(args),
+        Command::Credentials(args) => credentials::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Stop(args) => serve::stop(args),
         Command::Upgrade(args) => upgrade::run(args),

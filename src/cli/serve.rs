@@ -1,3 +1,4 @@
+use std::ffi::OsString;
 use std::fs::DirBuilder;
 use std::io;
 use std::net::TcpListener;
@@ -17,9 +18,11 @@ use super::reload::Reload;
 use super::settings::SettingsArgs;
 use super::userdirs::ensure_own;
 use crate::cache::StoreError;
+use crate::credentials::{Credentials, Programs, Runner, Sources};
 use crate::daemon::control::Control;
 use crate::daemon::settings::{Origin, Resolved, Restart, Settings, TABLE};
 use crate::daemon::{Daemon, DaemonError, Ending, Options, keeper};
+use crate::net::Clock;
 use crate::sys::sandbox::{Policy, Sandbox};
 use crate::sys::service::Supervisor;
 use crate::sys::{memory, process};
@@ -131,8 +134,9 @@ fn serve(
         control
     };
     let (store, keepers) = (settings.store_options(), plan(&settings, supervisor)?);
-    let Settings { cache, run, backend: backends, .. } = settings;
-    let options = Options { cache, run: run.clone(), store, keepers, backends, sandbox };
+    let credentials = credentials(&settings, &sandbox)?;
+    let Settings { cache, run, backend: backends, hosts_dir, .. } = settings;
+    let options = Options { cache, run: run.clone(), store, keepers, backends, hosts_dir, credentials, sandbox };
     let daemon = start(&options, runtime.handle(), inherited)?;
     let choice = daemon.info().host.choice;
     tracing::info!(run = %run.display(), ?choice, "serving");
@@ -197,6 +201,7 @@ fn enter_sandbox(settings: &Settings) -> anyhow::Result<Sandbox> {
     let write = vec![settings.cache.clone(), settings.run.clone()];
     let read = (!settings.sandbox_read.is_empty()).then(|| {
         let asked = settings.sandbox_read.iter().cloned();
+        let asked = asked.chain(credential_sources(settings).readable(&variable)).chain([settings.hosts_dir.clone()]);
         asked.chain(READ_ANYWAY.iter().map(|path| own(path))).chain(certificates()).collect()
     });
     let policy = Policy { write, devices: vec![own(crate::sys::cachefiles::DEVICE), own("/dev/null")], read };
@@ -209,6 +214,28 @@ fn enter_sandbox(settings: &Settings) -> anyhow::Result<Sandbox> {
         }
     }
     Ok(sandbox)
+}
+
+/// Where credentials come from. Programs that know some are run outside of the sandbox.
+fn credentials(settings: &Settings, sandbox: &Sandbox) -> anyhow::Result<Credentials> {
+    let programs: Arc<dyn Programs> = Arc::new(Runner::new(sandbox.clone()));
+    let credentials = Credentials::open(&credential_sources(settings), &variable, &programs, Clock::default());
+    credentials.context("cannot use the credentials for registries")
+}
+
+fn credential_sources(settings: &Settings) -> Sources {
+    Sources {
+        docker_config: settings.docker_config.clone(),
+        providers: settings.credential_providers.clone(),
+        provider_dir: settings.credential_provider_bin_dir.clone(),
+        secrets: settings.registry_secrets.clone(),
+    }
+}
+
+/// A variable of the environment. Services have no `HOME` there, but one all the same.
+fn variable(name: &str) -> Option<OsString> {
+    let set = std::env::var_os(name);
+    if name == "HOME" { set.or_else(|| Some(std::env::home_dir()?.into_os_string())) } else { set }
 }
 
 /// What name resolution and TLS read, and what the daemon reads about itself and the kernel. Names

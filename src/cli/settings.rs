@@ -103,8 +103,8 @@ fn text_of(matches: &ArgMatches, key: &str) -> Option<(String, Origin)> {
 }
 
 impl SettingsArgs {
-    /// All settings with their origins, and the file that was read. What the sandbox may read is
-    /// absolute.
+    /// All settings with their origins, and the file that was read. Places that
+    /// are read later are absolute.
     ///
     /// # Errors
     /// The file cannot be read, or something is wrong in it: all of it is told.
@@ -120,7 +120,14 @@ impl SettingsArgs {
             let from = path.map_or_else(|| "the settings".to_owned(), |path| path.display().to_string());
             bail!("cannot use {from}: {}", told.join("; "));
         }
-        for path in &mut resolved.settings.sandbox_read {
+        let settings = &mut resolved.settings;
+        let files = [
+            &mut settings.docker_config,
+            &mut settings.credential_providers,
+            &mut settings.credential_provider_bin_dir,
+        ];
+        let paths = files.into_iter().flatten();
+        for path in paths.chain(&mut settings.registry_secrets).chain(&mut settings.sandbox_read) {
             *path = std::path::absolute(&*path).context("cannot tell the working directory")?;
         }
         Ok((resolved, path))

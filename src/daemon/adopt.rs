@@ -112,11 +112,12 @@ impl Daemon {
         let backends = Backends::new(&options, legacy, &keepers, telemetry.clone())?;
         sweep(&options.cache);
         let objects = Objects::new(options.cache.join("cachefiles-maps"));
+        let origins = Origins::new(telemetry.clone(), options.hosts_dir.clone(), options.credentials.keychain());
         let references = References::new(options.cache.join("references"));
         let daemon = Arc::new(Self {
             options,
             started: began,
-            origins: Origins::new(telemetry.clone()),
+            origins,
             images: KnownImages::default(),
             telemetry,
             occupied: Occupied::default(),

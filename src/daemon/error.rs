@@ -60,6 +60,12 @@ pub enum DaemonError {
     NotADirectory(PathBuf),
     #[error("{} is not an absolute path", .0.display())]
     Relative(PathBuf),
+    #[error("no credentials were given for {0}; `rafsd credentials list` lists those that were")]
+    NoCredentials(String),
+    #[error("a registry is named HOST[:PORT], and repositories by the beginning of their names")]
+    NotARegistry,
+    #[error("this cannot be a login: {0}")]
+    BadLogin(&'static str),
     #[error("there is no pull {0}, or it ended a while ago")]
     NoPull(u64),
     #[error("there are too many pulls under way; wait for one")]

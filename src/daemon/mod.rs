@@ -16,6 +16,8 @@ mod attribution;
 pub mod client;
 mod connections;
 pub mod control;
+mod credentials;
+mod credentialsclient;
 mod error;
 pub mod keeper;
 mod known;

@@ -31,6 +31,7 @@ use super::turns::{Queue, Turns};
 use crate::base::BlobId;
 use crate::blob::UnitMap;
 use crate::cache::{Engine, Store, StoreOptions};
+use crate::credentials::Credentials;
 use crate::export::cachefiles::{self, FsId, Registration};
 use crate::export::{AttachError, BackendKind, MountWatch, WatchId, fuse};
 use crate::source::BlobSource;
@@ -50,6 +51,10 @@ pub struct Options {
     pub keepers: keeper::Plan,
     /// Backends in the order of preference where a mount asks for none.
     pub backends: Vec<BackendKind>,
+    /// Directory with a `hosts.toml` for each registry.
+    pub hosts_dir: PathBuf,
+    /// Who it is to registries.
+    pub credentials: Credentials,
     /// The way out of the sandbox that the daemon is started in.
     pub sandbox: Sandbox,
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use super::api::ImageSpec;
-use crate::net::auth::Login;
+use crate::net::auth::{Keychain, Login};
 use crate::oci::{self, Endpoints, Repository};
 use crate::source::{AbsentSource, BlobSource, Network, NetworkOptions, OpenError};
 use crate::telemetry::Telemetry;
@@ -29,9 +29,10 @@ impl std::fmt::Debug for Origins {
 }
 
 impl Origins {
-    /// No source yet; `telemetry` counts what all of them are asked.
-    pub(super) fn new(telemetry: Telemetry) -> Self {
-        Self { network: Network::new(NetworkOptions::default(), telemetry), ..Self::default() }
+    /// No source yet; `telemetry` counts what all of them are asked, `keychain` knows who we are to them.
+    pub(super) fn new(telemetry: Telemetry, hosts_dir: PathBuf, keychain: Arc<dyn Keychain>) -> Self {
+        let options = NetworkOptions { hosts_dir, keychain, ..NetworkOptions::default() };
+        Self { network: Network::new(options, telemetry), ..Self::default() }
     }
 
     /// The source that `spec` names: one place, or several of which the first is asked first. Connects to nobody

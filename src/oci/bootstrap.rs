@@ -162,8 +162,8 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn any_bytes_are_an_answer(mut layer in proptest::collection::vec(proptest::num::u8::ANY, 0..2048), kind in 0..3) {
-            let magic: &[u8] = [&[0x1f, 0x8b, 8, 0][..], &[0x28, 0xb5, 0x2f, 0xfd], &[]][kind as usize];
+        fn any_bytes_are_an_answer(mut layer in proptest::collection::vec(proptest::num::u8::ANY, 0..2048), kind in 0usize..3) {
+            let magic: &[u8] = [&[0x1f, 0x8b, 8, 0][..], &[0x28, 0xb5, 0x2f, 0xfd], &[]][kind];
             let len = magic.len().min(layer.len());
             layer[..len].copy_from_slice(&magic[..len]);
             let _ = unpack(&layer[..]);

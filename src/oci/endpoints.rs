@@ -104,7 +104,7 @@ impl Endpoints {
             let attempt = Attempt { failed, seed, retry_after: pause };
             match self.policy.next(attempt, transient, clock.now(), self.until) {
                 Some(pause) => clock.sleep(pause).await,
-                None => return answer.map_or(Err(error), Ok),
+                None => return answer.ok_or(error),
             }
         }
     }

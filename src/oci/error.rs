@@ -50,7 +50,7 @@ pub enum OciError {
     #[error(
         "{registry} gave something else as {what} of {repository}: it has the digest sha256:{got}, not sha256:{want}"
     )]
-    Forged { registry: String, repository: String, what: String, want: Digest, got: Digest },
+    Forged { registry: String, repository: String, what: String, want: Box<Digest>, got: Box<Digest> },
     /// The same, by length.
     #[error("{registry} gave something else as {what} of {repository}: it has not {size} bytes")]
     Length { registry: String, repository: String, what: String, size: u64 },

@@ -7,6 +7,7 @@
 use std::fmt;
 use std::net::Ipv6Addr;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use crate::base::Digest;
 
@@ -31,8 +32,8 @@ const DEFAULT_TAG: &str = "latest";
 /// A repository of a registry.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Repository {
-    host: String,
-    path: String,
+    host: Arc<str>,
+    path: Arc<str>,
 }
 
 /// Which version of an image is meant.
@@ -48,8 +49,8 @@ pub enum Version {
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Reference {
     repository: Repository,
-    tag: Option<String>,
-    digest: Option<Digest>,
+    tag: Option<Arc<str>>,
+    digest: Option<Arc<Digest>>,
 }
 
 /// Why a text names no image in a registry.
@@ -90,7 +91,7 @@ impl Reference {
 
     /// What to ask the registry for: the digest if there is one.
     pub fn version(&self) -> Version {
-        match self.digest {
+        match self.digest() {
             Some(digest) => Version::Digest(digest),
             None => Version::Tag(self.tag.as_deref().unwrap_or(DEFAULT_TAG).to_owned()),
         }
@@ -98,7 +99,11 @@ impl Reference {
 
     /// The same repository at this digest.
     pub fn pinned(&self, digest: Digest) -> Self {
-        Self { digest: Some(digest), ..self.clone() }
+        Self { digest: Some(Arc::new(digest)), ..self.clone() }
+    }
+
+    fn digest(&self) -> Option<Digest> {
+        self.digest.as_deref().copied()
     }
 }
 
@@ -150,7 +155,8 @@ impl FromStr for Reference {
         if host.len() + 1 + path.len() > MAX_NAME {
             return Err(bad("it is longer than 255 bytes"));
         }
-        Ok(Self { repository: Repository { host, path }, tag: tag.map(str::to_owned), digest })
+        let repository = Repository { host: host.into(), path: path.into() };
+        Ok(Self { repository, tag: tag.map(Arc::from), digest: digest.map(Arc::new) })
     }
 }
 
@@ -254,12 +260,12 @@ impl fmt::Display for Reference {
     /// Whole: with host and tag or digest, and without a scheme.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(&self.repository, f)?;
-        match (&self.tag, self.digest) {
+        match (&self.tag, self.digest()) {
             (Some(tag), _) => write!(f, ":{tag}")?,
             (None, None) => write!(f, ":{DEFAULT_TAG}")?,
             (None, Some(_)) => {}
         }
-        self.digest.map_or(Ok(()), |digest| write!(f, "@sha256:{digest}"))
+        self.digest().map_or(Ok(()), |digest| write!(f, "@sha256:{digest}"))
     }
 }
 

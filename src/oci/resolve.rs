@@ -71,7 +71,7 @@ impl Resolved {
         };
         let shape = classify(&manifest, matches!(last.how, How::Marked));
         let manifest_digest = Digest::from_hex(&last.digest)?;
-        Some(Self { reference: reference.clone(), links, manifest, manifest_digest, shape })
+        Some(Self { reference: reference.clone(), links, manifest: *manifest, manifest_digest, shape })
     }
 
     /// Digest of what the reference itself names.
@@ -162,7 +162,7 @@ impl Way<'_> {
         match parsed {
             Parsed::Manifest(manifest) => {
                 let shape = classify(&manifest, marked);
-                Ok(Some(Reached { links, manifest, digest, shape }))
+                Ok(Some(Reached { links, manifest: *manifest, digest, shape }))
             }
             // This one is the third.
             Parsed::Index(_) if links.len() > 2 => Err(OciError::TooDeep { reference: self.reference.clone() }),

@@ -44,7 +44,7 @@ impl Fetch for Scripted {
         self.asked.lock().unwrap().push(format!("{method} {}", ask.path));
         let found = self.answers.lock().unwrap().get(ask.path).cloned();
         let (answer, body) = found.unwrap_or((Answer { status: 404, ..Answer::default() }, Vec::new()));
-        let taken = if ask.head || answer.status != 200 { Ok(()) } else { body.chunks(4096.max(1)).try_for_each(take) };
+        let taken = if ask.head || answer.status != 200 { Ok(()) } else { body.chunks(4096).try_for_each(take) };
         let registry = self.describe();
         let outcome = taken.map_err(|cause| FetchError::Taking { registry, cause: Arc::new(cause) });
         Box::pin(std::future::ready(outcome.map(|()| answer)))

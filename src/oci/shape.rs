@@ -8,7 +8,7 @@ use crate::base::Digest;
 /// What a manifest is to us.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Shape {
-    Rafs(Image),
+    Rafs(Box<Image>),
     Foreign(Foreign),
 }
 
@@ -126,7 +126,7 @@ pub fn classify(manifest: &Manifest, marked: bool) -> Shape {
     let Some((last, others)) = manifest.layers.split_last() else { return Shape::Foreign(foreign(manifest)) };
     let marked = marked || is_said(media::NYDUS_MANIFEST) || is_said(media::NYDUS_CONFIG);
     let is_blob = |layer: &Descriptor| layer.is(annotation::BLOB) || layer.media_type == media::NYDUS_BLOB;
-    if !last.is(annotation::BOOTSTRAP) && !(marked && !is_blob(last)) {
+    if !last.is(annotation::BOOTSTRAP) && (!marked || is_blob(last)) {
         return Shape::Foreign(foreign(manifest));
     }
     let refs = || others.iter().filter_map(|layer| layer.annotations.get(annotation::REF));
@@ -141,13 +141,13 @@ pub fn classify(manifest: &Manifest, marked: bool) -> Shape {
     let layers = others.iter().filter_map(|layer| layer.sha256().ok());
     let foreign = refs().filter_map(|digest| super::reference::parse_digest(digest).ok());
     let version = last.annotations.get(annotation::FS_VERSION);
-    Shape::Rafs(Image {
+    Shape::Rafs(Box::new(Image {
         layout,
         bootstrap: last.clone(),
         version: version.or_else(|| manifest.annotations.get(annotation::FS_VERSION)).cloned(),
         blobs: others.to_vec(),
         named: layers.chain(foreign).collect(),
-    })
+    }))
 }
 
 fn foreign(manifest: &Manifest) -> Foreign {
@@ -201,7 +201,7 @@ mod tests {
 
     fn image(shape: Shape) -> Image {
         match shape {
-            Shape::Rafs(image) => image,
+            Shape::Rafs(image) => *image,
             Shape::Foreign(foreign) => panic!("{foreign:?}"),
         }
     }

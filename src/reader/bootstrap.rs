@@ -137,7 +137,8 @@ pub fn find(path: &Path, id: Option<&BlobId>) -> Result<Found, LoadError> {
 /// A bootstrap that somebody took out of a layer, with its blobs named. `shown` is what people call it.
 pub fn of_bytes(bytes: Vec<u8>, shown: &Path) -> Result<Found, LoadError> {
     let path = shown.to_owned();
-    let magic = bytes.get(SUPERBLOCK_OFFSET as usize..).and_then(|rest| rest.first_chunk::<4>());
+    let magic =
+        usize::try_from(SUPERBLOCK_OFFSET).ok().and_then(|at| bytes.get(at..)).and_then(|rest| rest.first_chunk::<4>());
     if !v5::is_bootstrap(&bytes) && magic.is_none_or(|magic| u32::from_le_bytes(*magic) != erofs::MAGIC) {
         let cause = ImageError::NotRafs("no EROFS magic at byte 1024, and no RAFS v5 magic at its start");
         return Err(LoadError::Image { path, cause });

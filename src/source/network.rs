@@ -72,13 +72,15 @@ impl Registry {
     }
 }
 
+/// The name of a registry, and what who asks for it trusts besides.
+type Asked = (String, Option<PathBuf>);
+
 /// Opens sources, and keeps what they share.
 #[derive(Debug, Default)]
 pub struct Network {
     options: NetworkOptions,
     telemetry: Telemetry,
-    /// By name and by what the caller trusts besides.
-    registries: Mutex<HashMap<(String, Option<PathBuf>), Arc<Registry>>>,
+    registries: Mutex<HashMap<Asked, Arc<Registry>>>,
 }
 
 impl Network {
@@ -124,14 +126,13 @@ impl Network {
     fn server(&self, registry: &str, config: &HostConfig, ca: Option<&Path>) -> Result<Server, OpenError> {
         let clock = &self.options.clock;
         let client = self.client(config, ca);
-        let plain = config.base.scheme() == "http";
         // Logins are for the registry by its name, and for a mirror by its own: one must not see the other's.
         let of = match config.namespace(registry) {
             None => registry.to_owned(),
             Some(_) => authority(&config.base),
         };
-        let token_client = ClientOptions { identity: None, skip_verify: false, ..client.clone() };
-        let options = TokenOptions { client: token_client, plain, ..TokenOptions::default() };
+        let server = Some(config.base.clone());
+        let options = TokenOptions { client: client.clone(), server, ..TokenOptions::default() };
         let tokens = Tokens::new(of, Arc::clone(&self.options.keychain), options, clock.clone());
         let through = matches!(config.proxy, ProxyUse::Through(_));
         let proxy = through.then(|| ProxyOptions {

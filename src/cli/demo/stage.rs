@@ -12,8 +12,10 @@ use tokio::runtime::Handle;
 use super::stop::Stop;
 use crate::base::Chain;
 use crate::cache::StoreOptions;
+use crate::credentials::Credentials;
 use crate::daemon::settings::Settings;
 use crate::daemon::{Daemon, Options, keeper};
+use crate::net::Clock;
 use crate::net::server::{BlobServer, ServerOptions, Stats};
 use crate::sys::sandbox::Sandbox;
 use crate::sys::service::Supervisor;
@@ -89,6 +91,8 @@ impl Stage {
             store: StoreOptions::default(),
             keepers,
             backends: Settings::default().backend,
+            hosts_dir: PathBuf::new(),
+            credentials: Credentials::only_given(Clock::default()),
             sandbox: Sandbox::off(),
         };
         let daemon = Daemon::start(options, runtime.clone(), None)?;

@@ -1,5 +1,6 @@
 //! What goes over the control socket, as JSON.
 
+mod credentials;
 mod image;
 pub mod observe;
 mod prefetch;
@@ -10,6 +11,7 @@ pub(crate) mod samples;
 mod schema;
 mod trace;
 
+pub use credentials::{CredentialKind, CredentialsReport, CredentialsRequest, CredentialsTarget, Hidden, LoginRequest};
 pub use image::{Blobs, ImageSpec, SpecError, Whereabouts};
 pub use prefetch::{FileRanges, PrefetchOrder, PrefetchReport, PrefetchRequest, PrefetchTarget};
 pub use registry::{DocumentReport, LayerReport, PullReport, PullRequest, ResolveReport, ResolveRequest};

@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 
 use super::observe::{Activity, LogRules};
 use super::{
-    BlobRequest, CacheReport, Failure, GcReport, GcRequest, ImageReport, ImageUsage, Info, MountRequest, PinRequest,
-    PrefetchReport, PrefetchRequest, PrefetchTarget, PullReport, PullRequest, RegisterRequest, ResolveReport,
-    ResolveRequest, TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted, UnregisterRequest,
-    UpgradeRequest, samples,
+    BlobRequest, CacheReport, CredentialsReport, CredentialsRequest, CredentialsTarget, Failure, GcReport, GcRequest,
+    ImageReport, ImageUsage, Info, MountRequest, PinRequest, PrefetchReport, PrefetchRequest, PrefetchTarget,
+    PullReport, PullRequest, RegisterRequest, ResolveReport, ResolveRequest, TraceReport, TraceRequest, TraceResult,
+    UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest, samples,
 };
 
 /// The schema of all types, each below `$defs`.
@@ -23,6 +23,8 @@ fn schema() -> Value {
     request::<PrefetchTarget>(&mut generator);
     request::<ResolveRequest>(&mut generator);
     request::<PullRequest>(&mut generator);
+    request::<CredentialsRequest>(&mut generator);
+    request::<CredentialsTarget>(&mut generator);
     request::<TraceRequest>(&mut generator);
     request::<UpgradeRequest>(&mut generator);
     request::<GcRequest>(&mut generator);
@@ -38,6 +40,7 @@ fn schema() -> Value {
     request::<PrefetchReport>(&mut answers);
     request::<ResolveReport>(&mut answers);
     request::<PullReport>(&mut answers);
+    request::<CredentialsReport>(&mut answers);
     request::<TraceReport>(&mut answers);
     request::<TraceResult>(&mut answers);
     request::<CacheReport>(&mut answers);

@@ -1,5 +1,6 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
+mod credentials;
 mod observe;
 mod peer;
 mod prefetch;
@@ -144,6 +145,7 @@ impl Control {
             .merge(prefetch::routes())
             .merge(trace::routes())
             .merge(registry::routes())
+            .merge(credentials::routes())
             .merge(cache::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
@@ -220,6 +222,7 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::NoImage(_)
         | DaemonError::NoPrefetch(_)
         | DaemonError::NoPull(_)
+        | DaemonError::NoCredentials(_)
         | DaemonError::NotTraced(_) => StatusCode::NOT_FOUND,
         DaemonError::Mounted(_)
         | DaemonError::Unmount { .. }
@@ -233,6 +236,8 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::TooManyPulls => StatusCode::CONFLICT,
         DaemonError::NotADirectory(_)
         | DaemonError::Spec(_)
+        | DaemonError::NotARegistry
+        | DaemonError::BadLogin(_)
         | DaemonError::Relative(_)
         | DaemonError::NoTarget
         | DaemonError::Image(_)

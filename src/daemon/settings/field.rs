@@ -14,6 +14,8 @@ use crate::telemetry::logging;
 #[derive(Clone, Copy, Debug)]
 pub enum Field {
     Path(fn(&mut Settings) -> &mut PathBuf),
+    /// A path, or the word `none`.
+    PathOrNone(fn(&mut Settings) -> &mut Option<PathBuf>),
     Paths(fn(&mut Settings) -> &mut Vec<PathBuf>),
     /// Bytes.
     Size(Range<u64>, fn(&mut Settings) -> &mut u64),
@@ -163,6 +165,7 @@ impl Field {
     pub fn wanted(&self) -> &'static str {
         match self {
             Self::Path(_) => "a path",
+            Self::PathOrNone(_) => "a path, or none",
             Self::Paths(_) => "a list of paths",
             Self::Size(..) => "a size such as 64MiB",
             Self::SizeOrNone(..) => "a size such as 64MiB, or none",
@@ -183,6 +186,7 @@ impl Field {
     pub fn value_name(&self) -> &'static str {
         match self {
             Self::Path(_) => "DIR",
+            Self::PathOrNone(_) => "PATH",
             Self::Paths(_) => "DIR,...",
             Self::Size(..) | Self::SizeOrNone(..) => "SIZE",
             Self::Percent(..) => "PERCENT",
@@ -216,6 +220,10 @@ impl Field {
         let form = |text: &str| ValueError::Form { text: text.to_owned(), wanted };
         match *self {
             Self::Path(at) => *at(settings) = path(raw.string(wanted)?)?,
+            Self::PathOrNone(at) => {
+                let text = raw.string(wanted)?;
+                *at(settings) = if text == "none" { None } else { Some(path(text)?) };
+            }
             Self::Paths(at) => {
                 *at(settings) = raw.list(wanted)?.iter().map(|item| path(item)).collect::<Result<_, _>>()?;
             }
@@ -286,6 +294,9 @@ impl Field {
         let settings = &mut settings.clone();
         match *self {
             Self::Path(at) => Raw::Text(at(settings).to_string_lossy().into_owned()),
+            Self::PathOrNone(at) => Raw::Text(
+                at(settings).as_ref().map_or_else(|| "none".into(), |path| path.to_string_lossy().into_owned()),
+            ),
             Self::Paths(at) => Raw::Items(at(settings).iter().map(|p| p.to_string_lossy().into_owned()).collect()),
             Self::Size(_, at) => Raw::Text(ByteSize(*at(settings)).exact()),
             Self::SizeOrNone(_, at) => {
@@ -326,6 +337,7 @@ impl Field {
         let settings = &mut settings.clone();
         let paths = match *self {
             Self::Path(at) => vec![at(settings).clone()],
+            Self::PathOrNone(at) => at(settings).iter().cloned().collect(),
             Self::Paths(at) => at(settings).clone(),
             _ => Vec::new(),
         };

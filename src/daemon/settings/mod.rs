@@ -86,6 +86,16 @@ pub struct Settings {
     pub backend: Vec<BackendKind>,
     /// Limits of the cache. `decode_threads` may be 0 here; see [`Settings::store_options`].
     pub store: StoreOptions,
+    /// Directory with a `hosts.toml` for each registry.
+    pub hosts_dir: PathBuf,
+    /// Logins of docker and its like; `None` for the usual places.
+    pub docker_config: Option<PathBuf>,
+    /// The kubelet's config file of credential provider plugins.
+    pub credential_providers: Option<PathBuf>,
+    /// Directory of their programs.
+    pub credential_provider_bin_dir: Option<PathBuf>,
+    /// Docker-config secrets of Kubernetes.
+    pub registry_secrets: Vec<PathBuf>,
     /// Exit after so long without anything to serve; `None` for never.
     pub exit_when_idle: Option<Duration>,
     pub restart: Restart,
@@ -110,6 +120,11 @@ impl Default for Settings {
             run: PathBuf::new(),
             backend: Vec::new(),
             store: StoreOptions::default(),
+            hosts_dir: PathBuf::new(),
+            docker_config: None,
+            credential_providers: None,
+            credential_provider_bin_dir: None,
+            registry_secrets: Vec::new(),
             exit_when_idle: None,
             restart: Restart::Auto,
             keep_mounts: false,

@@ -133,6 +133,36 @@ pub const TABLE: &[Setting] = &[
         "Bytes a second that complete blobs are read again and checked with; 0 for never",
     ),
     setting(
+        "hosts_dir",
+        Field::Path(|s| &mut s.hosts_dir),
+        "/etc/containerd/certs.d",
+        "Directory with a hosts.toml for each registry, as containerd has it: mirrors, certificates, proxies, limits",
+    ),
+    setting(
+        "docker_config",
+        Field::PathOrNone(|s| &mut s.docker_config),
+        "none",
+        "A config.json of docker or auth.json of podman with logins and credential helpers; none for the usual places",
+    ),
+    setting(
+        "credential_providers",
+        Field::PathOrNone(|s| &mut s.credential_providers),
+        "none",
+        "The kubelet's config file of credential provider plugins, as JSON",
+    ),
+    setting(
+        "credential_provider_bin_dir",
+        Field::PathOrNone(|s| &mut s.credential_provider_bin_dir),
+        "none",
+        "Directory of the programs of these plugins",
+    ),
+    setting(
+        "registry_secrets",
+        Field::Paths(|s| &mut s.registry_secrets),
+        "",
+        "Docker-config secrets of Kubernetes: files, or directories of them",
+    ),
+    setting(
         "exit_when_idle",
         Field::TimeOrNever(Range(SECOND, 365 * DAY), |s| &mut s.exit_when_idle),
         "never",

@@ -30,10 +30,11 @@ use crate::net::{Authorize, AuthorizeFuture, ClientOptions, Clock};
 /// How token servers are reached.
 #[derive(Clone, Debug)]
 pub struct TokenOptions {
-    /// Patience and trust.
+    /// Patience and trust. A certificate of ours, and blind belief, are for the registry's own host only.
     pub client: ClientOptions,
-    /// Whether the registry itself is reached without TLS. Then its token server may be too.
-    pub plain: bool,
+    /// Where the registry is reached; `None` for https by its name. Without TLS there, its token server may be
+    /// without it too.
+    pub server: Option<Url>,
     /// Hosts that may be token servers wherever they are, besides those that any may.
     pub hosts: Vec<String>,
     /// The longest that a token server may take, redirects included.
@@ -41,10 +42,10 @@ pub struct TokenOptions {
 }
 
 impl Default for TokenOptions {
-    /// 10 s for a token server, which is reached by TLS.
+    /// 10 s for a token server, which is reached by TLS as the registry is.
     fn default() -> Self {
         let patience = Duration::from_secs(10);
-        Self { client: ClientOptions::default(), plain: false, hosts: Vec::new(), patience }
+        Self { client: ClientOptions::default(), server: None, hosts: Vec::new(), patience }
     }
 }
 
@@ -137,6 +138,14 @@ struct Failure {
     until: Instant,
 }
 
+impl Failure {
+    /// What somebody is told who comes at `now`.
+    fn told(&self, now: Instant) -> Result<Option<HeaderValue>, AuthError> {
+        let pause = self.until.saturating_duration_since(now);
+        self.outcome.clone().map(|_| None).map_err(|error| error.for_now(pause))
+    }
+}
+
 /// `None`: there is nothing to say that was not said.
 type Outcome = Result<Option<Pass>, AuthError>;
 
@@ -150,8 +159,7 @@ enum Step {
 impl Tokens {
     /// Nothing is known yet of `registry`, which is `HOST[:PORT]`. Connects to nobody.
     pub fn new(registry: String, keychain: Arc<dyn Keychain>, options: TokenOptions, clock: Clock) -> Self {
-        let scheme = if options.plain { "http" } else { "https" };
-        let base = Url::parse(&format!("{scheme}://{registry}/")).ok();
+        let base = options.server.clone().or_else(|| Url::parse(&format!("https://{registry}/")).ok());
         let base = base.map(|base| {
             let bounds = Bounds::of(&base, &options.client.resolve, &options.hosts);
             (base, bounds)
@@ -307,7 +315,7 @@ impl Shared {
                 Step::Send(value)
             }
             (None, Some(fetch), _) => Step::Wait(fetch.clone()),
-            (None, None, Some(failure)) => Step::Told(failure.outcome.clone().map(|_| None)),
+            (None, None, Some(failure)) => Step::Told(failure.told(now)),
             (None, None, None) => Step::Wait(self.fetch(entry, repository, manner)),
         };
         (step, is_asked)
@@ -361,12 +369,19 @@ impl Shared {
         entry.fetch = None;
         let outcome = match outcome {
             // Saying the same again is no answer to a refusal.
-            Ok(Some(pass)) if entry.refused.as_ref() == Some(&pass.value) => Ok(None),
+            Ok(Some(pass)) if entry.refused.as_ref() == Some(&pass.value) => {
+                // It was perhaps the registry that was not well: after the pause it may be said again.
+                entry.refused = None;
+                Ok(None)
+            }
             other => other,
         };
         match &outcome {
             Ok(Some(pass)) => (entry.pass, entry.failure) = (Some(pass.clone()), None),
-            other => entry.fail(other.clone(), retry_after, now),
+            other => {
+                let pause = entry.fail(other.clone(), retry_after, now);
+                return outcome.map_err(|error| error.for_now(pause));
+            }
         }
         outcome
     }
@@ -485,6 +500,8 @@ impl Shared {
             server: shown(&demand.realm),
             registry: self.registry.clone(),
             detail: detail.to_owned(),
+            // Whoever notes it knows better.
+            retry_after: Duration::ZERO,
         }
     }
 
@@ -524,12 +541,13 @@ impl State {
 }
 
 impl Repository {
-    /// Notes that there is nothing to send, and for how long nobody asks again.
-    fn fail(&mut self, outcome: Outcome, retry_after: Option<Duration>, now: Instant) {
+    /// Notes that there is nothing to send. Nobody asks again for as long as this gives.
+    fn fail(&mut self, outcome: Outcome, retry_after: Option<Duration>, now: Instant) -> Duration {
         let count = self.failure.as_ref().map_or(0, |failure| failure.count).max(self.refusals.saturating_sub(2));
         let pause = FIRST_PAUSE.saturating_mul(1 << count.min(8)).min(LONGEST_PAUSE);
         let pause = pause.max(retry_after.unwrap_or_default().min(LONGEST_REQUESTED));
         self.failure = Some(Failure { outcome, count: count.saturating_add(1), until: now + pause });
+        pause
     }
 }
 
