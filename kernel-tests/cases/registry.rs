@@ -139,11 +139,13 @@ fn a_registry_that_is_gone_spares_what_is_here(ctx: &Ctx) -> Outcome {
     let mut registry = DockerRegistry::start(&ctx.dir.join("registry"), false)?;
     let mut fixture = Fixture::files(ctx, 3)?;
     registry.pusher()?.image(REPOSITORY, Some("1"), &ctx.dir.join("image"))?;
-    fixture.restart(&["--deadline", "4s"])?;
+    fixture.restart(&["--deadline", "4s", "--flush-every", "10ms"])?;
     let dir = mount(&fixture, &reference(&registry, ":1"), "mnt", &["--prefetch=none"])?;
     ensure!(fs::read(dir.join("0"))? == content(0, FILE));
     registry.stop();
 
+    // What came is here for a successor once it is on the disk, a hundred flushes later at the latest.
+    std::thread::sleep(Duration::from_secs(1));
     fixture.kill()?;
     fixture.start(&["--deadline", "4s"])?;
     drop_caches()?;
