@@ -50,6 +50,9 @@ pub struct Setup {
     pub tls: bool,
     pub token_life: Duration,
     pub signature_life: Duration,
+    /// Whether the doors go by the number of this host instead of names, for programs that cannot be told where
+    /// those are.
+    pub numeric: bool,
     /// How many seconds the box's time of day is ahead of the clock's.
     pub skew: i64,
 }
@@ -64,6 +67,7 @@ impl Default for Setup {
             tls: false,
             token_life: Duration::from_secs(300),
             signature_life: Duration::from_secs(1200),
+            numeric: false,
             skew: 0,
         }
     }
@@ -76,6 +80,7 @@ struct Inner {
     tls: bool,
     token_life: Duration,
     signature_life: Duration,
+    numeric: bool,
     skew: i64,
     clock: Clock,
     keys: Keys,
@@ -91,7 +96,8 @@ impl Inner {
     }
 
     fn host(&self, door: Door) -> String {
-        format!("{}:{}", name(door), self.address(door).port())
+        let name = if self.numeric { "127.0.0.1" } else { name(door) };
+        format!("{name}:{}", self.address(door).port())
     }
 
     fn url(&self, door: Door) -> String {
@@ -120,7 +126,10 @@ impl Registry {
         let (mut doorways, mut moods) = (Vec::new(), Vec::new());
         for door in Door::ALL {
             let (mood, told) = watch::channel(Mood::Open);
-            let tls = authority.as_ref().filter(|_| speaks_tls(door)).map(|it| it.acceptor(name(door)));
+            let tls = authority
+                .as_ref()
+                .filter(|_| speaks_tls(door))
+                .map(|it| it.acceptor(if setup.numeric { "127.0.0.1" } else { name(door) }));
             let mut doorway = Doorway::new(told, tls, Arc::clone(&record));
             doorway.obey().await;
             doorways.push(doorway);
@@ -135,6 +144,7 @@ impl Registry {
             tls: setup.tls,
             token_life: setup.token_life,
             signature_life: setup.signature_life,
+            numeric: setup.numeric,
             skew: setup.skew,
             clock,
             plan: Plan::default(),
