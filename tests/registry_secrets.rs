@@ -15,11 +15,16 @@ use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 use support::clock::VirtualClock;
 use support::registry::content::{MANIFEST, digest};
-use support::registry::{Access, Content, Door, Fault, Registry, Setup, USER, fresh};
+use support::registry::{Access, Content, Door, Fault, Registry, Setup, USER, When, fresh};
 use support::{building, secrets, tree};
 
-/// What the image that is asked for is called; its parts are in all of them.
-const REPOSITORIES: [&str; 3] = ["team/one", "team/two", "team/three"];
+/// How many images there are. Each has bytes of its own, so that nothing of it is there when it is asked for.
+const IMAGES: usize = 12;
+
+/// The repository of an image. All but the first are in one place, which has credentials of its own.
+fn repository(number: usize) -> String {
+    if number == 0 { format!("first/image{number}") } else { format!("team/image{number}") }
+}
 
 /// Puts the image in `dir`, as `rafsd build` leaves it, into a repository, in the form of nydusify.
 fn push(content: &mut Content, repository: &str, dir: &Path) {
@@ -156,13 +161,13 @@ async fn a_daemon_keeps_its_secrets_whatever_goes_wrong() {
     }
     let watch = secrets::watch();
     let scratch = tempfile::tempdir().unwrap();
-    let (source, out) = (scratch.path().join("source"), scratch.path().join("image"));
-    fs::create_dir_all(&source).unwrap();
-    tree::big_file(&source.join("file"), 1, 7).unwrap();
-    building::build(&source, &out).unwrap();
     let mut content = Content::default();
-    for repository in REPOSITORIES {
-        push(&mut content, repository, &out);
+    for number in 0..IMAGES {
+        let (source, out) = (scratch.path().join(format!("source{number}")), scratch.path().join(format!("{number}")));
+        fs::create_dir_all(&source).unwrap();
+        tree::big_file(&source.join("file"), 1, number as u64).unwrap();
+        building::build(&source, &out).unwrap();
+        push(&mut content, &repository(number), &out);
     }
     let setup = Setup { content, access: Access::Bearer, storage: true, numeric: true, ..Setup::default() };
     let registry = Registry::start(setup, &VirtualClock::new()).await;
@@ -176,7 +181,7 @@ async fn a_daemon_keeps_its_secrets_whatever_goes_wrong() {
     let record = registry.record().clone();
     tokio::task::spawn_blocking(move || go_through_everything(&daemon, &registry, &other)).await.unwrap();
 
-    assert!(record.scopes().len() >= REPOSITORIES.len(), "{:?}", record.scopes());
+    assert!(record.scopes().len() >= IMAGES, "{:?}", record.scopes());
     assert!(watch.heard() > 10_000, "it is listened to");
     assert_eq!(record.leaks(), Vec::<String>::new());
 }
@@ -185,25 +190,25 @@ async fn a_daemon_keeps_its_secrets_whatever_goes_wrong() {
 fn go_through_everything(daemon: &Daemon, registry: &Registry, other: &str) {
     let runtime = tokio::runtime::Handle::current();
     let host = registry.host(Door::Registry);
-    let image = |repository: &str| format!("docker://{host}/{repository}:1");
+    let image = |number| format!("docker://{host}/{}:1", repository(number));
     let keys = registry.keys();
 
     // With wrong credentials, with those of the environment, then with the right ones.
-    daemon.rafsd(&["resolve", &image(REPOSITORIES[0])], "");
+    daemon.rafsd(&["resolve", &image(0)], "");
     daemon.rafsd(&["credentials", "set", &host, "--user", USER, "--password-stdin"], other);
-    let (works, text) = daemon.rafsd(&["resolve", &image(REPOSITORIES[0])], "");
+    let (works, text) = daemon.rafsd(&["resolve", &image(0)], "");
     assert!(!works && text.contains("gives no token"), "{text}");
     let (works, text) =
         daemon.rafsd(&["credentials", "set", &host, "--user", USER, "--password-stdin"], &keys.password);
     assert!(works, "{text}");
-    let (works, text) = daemon.rafsd(&["resolve", "--json", &image(REPOSITORIES[0])], "");
+    let (works, text) = daemon.rafsd(&["resolve", "--json", &image(0)], "");
     assert!(works, "{text}\n{}", daemon.log());
-    let (works, text) = daemon.rafsd(&["pull", "--json", &image(REPOSITORIES[0])], "");
+    let (works, text) = daemon.rafsd(&["pull", "--json", &image(0)], "");
     assert!(works, "{text}\n{}", daemon.log());
     daemon.ask_everything();
 
     // By a refresh token, from another repository, with every kind of fault at each door.
-    let place = format!("{host}/{}", REPOSITORIES[1]);
+    let place = format!("{host}/team");
     let (works, text) = daemon.rafsd(&["credentials", "set", &place, "--identity-token-stdin"], &keys.refresh);
     assert!(works, "{text}");
     let faults = [
@@ -218,22 +223,25 @@ fn go_through_everything(daemon: &Daemon, registry: &Registry, other: &str) {
         (Door::Storage, Fault::Page),
         (Door::Storage, Fault::RedirectTo("http://169.254.169.254/".to_owned())),
     ];
+    assert_eq!(faults.len(), IMAGES - 2);
     for (number, (door, fault)) in faults.into_iter().enumerate() {
         keys.revoke_tokens();
-        runtime.block_on(registry.strike(door, 2, fault));
-        let request = json!({ "image": { "bootstrap": image(REPOSITORIES[1]) } });
-        daemon.ask("POST /v1/pulls", &request);
-        let (_, text) = daemon.rafsd(&["pull", &image(REPOSITORIES[1])], "");
-        assert!(!text.is_empty(), "{number}");
+        let next = registry.plan().counted(door);
+        // The storage gives the bootstrap first, which is fetched in another way than the blob.
+        let first = if door == Door::Storage { next + 1 } else { next };
+        runtime.block_on(registry.fault(door, When::Some(first, 2), 0, fault.clone()));
+        let (_, text) = daemon.rafsd(&["pull", &image(1 + number)], "");
+        assert!(registry.plan().counted(door) > first, "{door:?}: {fault:?} was not met: {text}");
+        daemon.ask("POST /v1/pulls", &json!({ "image": { "bootstrap": image(1 + number) } }));
         registry.mend();
     }
 
     // When nothing is good any more.
     keys.lock(true);
     keys.revoke_signatures();
-    let (works, text) = daemon.rafsd(&["pull", &image(REPOSITORIES[2])], "");
+    let (works, text) = daemon.rafsd(&["pull", &image(IMAGES - 1)], "");
     assert!(!works, "{text}");
-    daemon.ask("POST /v1/mounts", &json!({ "image": { "bootstrap": image(REPOSITORIES[2]) }, "dir": "/nonexistent" }));
+    daemon.ask("POST /v1/mounts", &json!({ "image": { "bootstrap": image(IMAGES - 1) }, "dir": "/nonexistent" }));
     daemon.rafsd(&["credentials", "list"], "");
     daemon.rafsd(&["credentials", "remove", &host], "");
     daemon.ask_everything();

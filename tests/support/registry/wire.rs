@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::extract::connect_info::Connected;
 use axum::serve::{IncomingStream, Listener};
@@ -65,6 +66,7 @@ pub(super) struct Doorway {
     /// Those that were taken and still are, to be ended with the listener.
     taken: Vec<Weak<OwnedFd>>,
     mood: watch::Receiver<Mood>,
+    is_open: bool,
     tls: Option<TlsAcceptor>,
     record: Arc<Record>,
 }
@@ -73,7 +75,17 @@ impl Doorway {
     pub(super) fn new(mood: watch::Receiver<Mood>, tls: Option<TlsAcceptor>, record: Arc<Record>) -> Self {
         let place = bound("127.0.0.1:0".parse().expect("an address"));
         let address = place.local_addr().expect("bound");
-        Self { address, _place: place, listener: None, crowd: Vec::new(), taken: Vec::new(), mood, tls, record }
+        Self {
+            address,
+            _place: place,
+            listener: None,
+            crowd: Vec::new(),
+            taken: Vec::new(),
+            mood,
+            is_open: false,
+            tls,
+            record,
+        }
     }
 
     pub(super) fn address(&self) -> SocketAddr {
@@ -83,6 +95,10 @@ impl Doorway {
     /// Makes the listener what the mood says. Whoever is connected is so no longer.
     pub(super) async fn obey(&mut self) {
         let mood = *self.mood.borrow_and_update();
+        if mood == Mood::Open && self.is_open {
+            return;
+        }
+        self.is_open = mood == Mood::Open;
         self.listener = None;
         self.crowd.clear();
         if mood != Mood::Open {
@@ -106,8 +122,15 @@ impl Doorway {
 fn bound(address: SocketAddr) -> TcpSocket {
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.set_reuseaddr(true).expect("an option every socket has");
-    socket.bind(address).expect("a free port");
-    socket
+    for _ in 0..500 {
+        match socket.bind(address) {
+            Ok(()) => return socket,
+            // A program that is being started has a closed listener until it runs.
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => std::thread::sleep(Duration::from_millis(2)),
+            Err(error) => panic!("cannot bind to {address}: {error}"),
+        }
+    }
+    panic!("{address} is somebody else's");
 }
 
 impl Listener for Doorway {
