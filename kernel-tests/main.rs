@@ -75,6 +75,7 @@ const TABLES: &[&[Case]] = &[
     cases::prefetch::CASES,
     cases::observing::CASES,
     cases::fuse::CASES,
+    cases::registry::CASES,
 ];
 
 /// What a case returns; the error's whole chain is printed.

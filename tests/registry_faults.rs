@@ -7,8 +7,13 @@
 
 mod support;
 
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 #[path = "registry_faults/cell.rs"]
 mod cell;
+#[path = "registry_faults/crowd.rs"]
+mod crowd;
 #[path = "registry_faults/image.rs"]
 mod image;
 #[path = "registry_faults/row.rs"]
@@ -25,22 +30,35 @@ const POSITIONS: [(&str, usize); 3] = [("first", 0), ("middle", UNITS / 2), ("la
 
 const READERS: [usize; 2] = [1, 64];
 
+/// Cells that run at once. They mostly wait for nothing to happen.
+const AT_ONCE: usize = 4;
+
 /// Runs all cells of some rows, each on a runtime of its own, and tells of all that fail.
 fn run(rows: &[Row]) {
     let _watch = secrets::watch();
     let only = std::env::var("CELL").ok();
-    let mut wrong = Vec::new();
+    let mut cells = Vec::new();
     for row in rows.iter().filter(|row| only.as_ref().is_none_or(|only| row.name.contains(only.as_str()))) {
         for (position, unit) in POSITIONS {
-            for readers in READERS {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                if let Err(error) = runtime.block_on(Box::pin(cell::run(row, unit, readers))) {
-                    wrong.push(format!("{}, {position} read, {readers} readers: {error}", row.name));
-                }
-            }
+            cells.extend(READERS.map(|readers| (row, position, unit, readers)));
         }
     }
-    assert!(wrong.is_empty(), "{} cells:\n{}", wrong.len(), wrong.join("\n"));
+    let (next, wrong) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some((row, position, unit, readers)) = cells.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                    if let Err(error) = runtime.block_on(Box::pin(cell::run(row, *unit, *readers))) {
+                        let cell = format!("{}, {position} read, {readers} readers: {error}", row.name);
+                        wrong.lock().unwrap().push(cell);
+                    }
+                }
+            });
+        }
+    });
+    let wrong = wrong.into_inner().unwrap();
+    assert!(wrong.is_empty(), "{} of {} cells:\n{}", wrong.len(), cells.len(), wrong.join("\n"));
 }
 
 #[test]
@@ -66,4 +84,9 @@ fn a_bad_mirror_is_nobodys_problem() {
 #[test]
 fn a_proxy_is_the_only_way_or_one_of_two() {
     run(&table::proxied());
+}
+
+#[test]
+fn logins_and_tokens_end_fail_and_are_renewed() {
+    run(&table::guarded());
 }

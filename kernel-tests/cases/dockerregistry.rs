@@ -24,6 +24,14 @@ pub(crate) struct DockerRegistry {
     child: Option<Child>,
 }
 
+/// One answer of a registry.
+#[derive(Debug)]
+pub(crate) struct Served {
+    pub(crate) path: String,
+    /// Of the body.
+    pub(crate) bytes: u64,
+}
+
 /// What a registry is asked by those who fill it.
 pub(crate) struct Pusher<'a> {
     registry: &'a DockerRegistry,
@@ -53,7 +61,7 @@ impl DockerRegistry {
     fn write_config(&self) -> anyhow::Result<()> {
         let (dir, port) = (self.dir.display(), self.port);
         let mut text = format!(
-            "version: 0.1\nlog:\n  level: warn\nstorage:\n  filesystem:\n    rootdirectory: {dir}/data\n\
+            "version: 0.1\nlog:\n  level: warn\n  accesslog:\n    disabled: false\nstorage:\n  filesystem:\n    rootdirectory: {dir}/data\n\
              http:\n  addr: 127.0.0.1:{port}\n"
         );
         if self.secure {
@@ -85,6 +93,18 @@ impl DockerRegistry {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+
+    /// What it has answered so far, in order.
+    pub(crate) fn answers(&self) -> anyhow::Result<Vec<Served>> {
+        // HOST - USER [TIME] "METHOD PATH VERSION" STATUS BYTES ...
+        let served = |line: &str| {
+            let mut parts = line.split('"');
+            let request = parts.nth(1)?;
+            let bytes = parts.next()?.split_whitespace().nth(1)?.parse().ok()?;
+            Some(Served { path: request.split(' ').nth(1)?.to_owned(), bytes })
+        };
+        Ok(fs::read_to_string(self.dir.join("log"))?.lines().filter_map(served).collect())
     }
 
     /// `HOST:PORT`.

@@ -1,6 +1,7 @@
 //! Cases that run the daemon, and the facts it rests on.
 
 pub(crate) mod baddays;
+mod dockerregistry;
 pub(crate) mod events;
 pub(crate) mod faults;
 mod fixture;
@@ -14,6 +15,7 @@ pub(crate) mod metadata;
 pub(crate) mod observing;
 pub(crate) mod prefetch;
 pub(crate) mod reading;
+pub(crate) mod registry;
 pub(crate) mod service;
 pub(crate) mod sharing;
 pub(crate) mod space;

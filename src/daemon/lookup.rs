@@ -108,7 +108,10 @@ impl Daemon {
             (Some(kept), Version::Digest(_)) => Ok(kept.clone()),
             _ => {
                 let resolved = ask().map_err(|error| hint(error, reference, kept.is_some()))?;
-                self.references.keep(&resolved, platform);
+                // Of another kind of image somebody may make one of ours at any time, without changing it.
+                if resolved.image().is_ok() {
+                    self.references.keep(&resolved, platform);
+                }
                 Ok(resolved)
             }
         }

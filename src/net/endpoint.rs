@@ -96,7 +96,12 @@ pub enum SendError {
     Untrusted(String),
     /// There is no saying who we are. Whether another try may help depends.
     #[error("{detail}")]
-    Unauthorized { fault: Fault, detail: String },
+    Unauthorized {
+        fault: Fault,
+        detail: String,
+        /// Another try sooner will not help.
+        retry_after: Option<Duration>,
+    },
 }
 
 impl SendError {
@@ -233,13 +238,15 @@ impl Endpoint {
     async fn follow(&self, ask: &Ask<'_>) -> Result<Led, SendError> {
         let mut at = ask.url.clone();
         let mut authorization = self.authorization(ask).await?;
-        let (mut hops, mut is_challenged) = (0, false);
+        let mut hops = 0;
+        // Whoever said nothing has to learn first what is wanted, and may then find that it has ended.
+        let mut challenges = if authorization.is_none() { 2 } else { 1 };
         loop {
             let is_home = same_origin(&at, &self.base);
             let way = if is_home { &self.home } else { &self.foreign };
             let response = self.once(way, ask, &at, authorization.as_ref().filter(|_| is_home)).await?;
-            if is_home && response.status() == StatusCode::UNAUTHORIZED && !is_challenged {
-                is_challenged = true;
+            if is_home && response.status() == StatusCode::UNAUTHORIZED && challenges > 0 {
+                challenges -= 1;
                 if let Some(better) = self.challenged(ask, response.headers(), authorization.as_ref()).await? {
                     authorization = Some(better);
                     continue;

@@ -188,7 +188,8 @@ impl HttpUpstream {
             SendError::Unauthorized { .. } if error.fault() == Fault::Permanent => {
                 SourceError::Unauthorized { place, detail }.into()
             }
-            _ => self.unavailable(blob, detail),
+            SendError::Unauthorized { retry_after, .. } => Failure { retry_after, ..self.unavailable(blob, detail) },
+            SendError::Transport(_) | SendError::Silent(_) => self.unavailable(blob, detail),
         }
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class, Secret};
 use rafsd::cache::{Device, Fill, FillError, Store, StoreOptions};
+use rafsd::net::auth::{Keychain, Login, LoginFuture, TokenOptions, Tokens};
 use rafsd::net::{ClientOptions, Endpoint, EndpointOptions, Proxy, RetryPolicy};
 use rafsd::source::{BlobSource, BoxFuture, HttpUpstream, ReadCtx, SourceError, Tier, Tiers};
 use rafsd::telemetry::Place;
@@ -19,14 +20,14 @@ use tokio::sync::oneshot;
 use crate::image::{BLOB, Blob, OTHER, UNITS};
 use crate::row::{Event, Form, Outcome, Row};
 use crate::support::clock::{Bustle, Driver, VirtualClock};
-use crate::support::registry::{Access, Content, Door, Registry, Setup};
+use crate::support::registry::{Access, Content, Door, Registry, Setup, USER};
 use crate::support::secrets;
 
 /// How long nothing must happen before the time moves. The cache decodes on threads of its own, but nobody
 /// waits for the time to pass meanwhile.
 const QUIET: Duration = Duration::from_millis(3);
 
-const REPOSITORY: &str = "library/image";
+pub(crate) const REPOSITORY: &str = "library/image";
 
 /// Several boxes, as one place where somebody may work.
 struct All(Vec<Arc<dyn Bustle>>);
@@ -42,7 +43,7 @@ impl Bustle for All {
 }
 
 /// The cache lives in real time and the source in a test's: deadlines are moved by what lies between.
-struct Shifted {
+pub(crate) struct Shifted {
     source: Tiers,
     time: VirtualClock,
 }
@@ -56,6 +57,16 @@ impl Shifted {
 impl BlobSource for Shifted {
     fn len<'a>(&'a self, blob: &'a BlobId, ctx: ReadCtx) -> BoxFuture<'a, Result<u64, SourceError>> {
         self.source.len(blob, self.ctx(ctx))
+    }
+
+    fn stream<'a>(
+        &'a self,
+        blob: &'a BlobId,
+        stored: ByteRange,
+        ctx: ReadCtx,
+        take: &'a mut (dyn FnMut(Bytes) + Send),
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
+        self.source.stream(blob, stored, self.ctx(ctx), take)
     }
 
     fn read<'a>(
@@ -77,22 +88,23 @@ impl BlobSource for Shifted {
 }
 
 /// Everything that one cell needs.
-struct Bench {
-    time: VirtualClock,
-    blob: &'static Blob,
+pub(crate) struct Bench {
+    pub(crate) time: VirtualClock,
+    pub(crate) blob: &'static Blob,
     /// Has the fault.
-    struck: Registry,
+    pub(crate) struck: Registry,
     /// Has none; asked only where there is a mirror.
     origin: Option<Registry>,
-    place: Arc<Place>,
-    device: Arc<Device>,
+    pub(crate) place: Arc<Place>,
+    pub(crate) source: Arc<Shifted>,
+    pub(crate) device: Arc<Device>,
     store: Arc<Store>,
     _driver: Driver,
     _root: tempfile::TempDir,
 }
 
 impl Bench {
-    async fn new(row: &Row) -> Self {
+    pub(crate) async fn new(row: &Row) -> Self {
         let (time, blob) = (VirtualClock::new(), &*BLOB);
         let content = || {
             let mut content = Content::default();
@@ -102,9 +114,9 @@ impl Bench {
         };
         let setup = || Setup {
             content: content(),
-            access: Access::Open,
-            storage: row.form == Form::Stored,
-            tls: row.form == Form::Secure,
+            access: row.form.access(),
+            storage: matches!(row.form, Form::Stored | Form::Guarded),
+            tls: matches!(row.form, Form::Secure | Form::SecureToken),
             ..Setup::default()
         };
         let struck = Registry::start(setup(), &time).await;
@@ -118,14 +130,16 @@ impl Bench {
 
         let through = Proxy::Through(Secret::new(format!("http://{}", struck.address(Door::Proxy))));
         let mut tiers = match row.form {
-            Form::Proxied => vec![tier(&struck, through, &time)],
-            Form::ProxyFirst => vec![tier(&struck, through, &time), tier(&struck, Proxy::Direct, &time)],
-            _ => vec![tier(&struck, Proxy::Direct, &time)],
+            Form::Proxied => vec![tier(&struck, through, row.form, &time)],
+            Form::ProxyFirst => {
+                vec![tier(&struck, through, row.form, &time), tier(&struck, Proxy::Direct, row.form, &time)]
+            }
+            _ => vec![tier(&struck, Proxy::Direct, row.form, &time)],
         };
-        tiers.extend(origin.as_ref().map(|origin| tier(origin, Proxy::Direct, &time)));
+        tiers.extend(origin.as_ref().map(|origin| tier(origin, Proxy::Direct, row.form, &time)));
         let place = Arc::new(Place::default());
         let source = Tiers::new(tiers, RetryPolicy::default(), time.clock()).counting(Arc::clone(&place));
-        let source = Shifted { source, time: time.clone() };
+        let source = Arc::new(Shifted { source, time: time.clone() });
         let root = tempfile::tempdir().unwrap();
         let options = StoreOptions {
             decode_threads: 1,
@@ -136,8 +150,8 @@ impl Bench {
             ..StoreOptions::default()
         };
         let store = Store::open(root.path(), options, Handle::current()).unwrap();
-        let device = store.device(blob.map(), Arc::new(source)).unwrap();
-        Self { time, blob, struck, origin, place, device, store, _driver: driver, _root: root }
+        let device = store.device(blob.map(), Arc::clone(&source) as Arc<dyn BlobSource>).unwrap();
+        Self { time, blob, struck, origin, place, source, device, store, _driver: driver, _root: root }
     }
 
     /// What becomes of each of so many readers of one unit.
@@ -167,13 +181,25 @@ impl Bench {
             Event::None => {}
             Event::Pass(seconds) => self.time.advance(Duration::from_secs(seconds)),
             Event::RevokeSignatures => self.struck.keys().revoke_signatures(),
+            Event::RevokeTokens => self.struck.keys().revoke_tokens(),
+            Event::LockOut => self.struck.keys().lock(true),
             Event::SkewWall(seconds) => self.time.skew_wall(seconds),
         }
     }
 }
 
+/// One login for everything.
+#[derive(Debug)]
+pub(crate) struct Known(pub(crate) Option<Login>);
+
+impl Keychain for Known {
+    fn login<'a>(&'a self, _: &'a str, _: &'a str) -> LoginFuture<'a> {
+        Box::pin(std::future::ready(Ok(self.0.clone())))
+    }
+}
+
 /// One way to a registry.
-fn tier(registry: &Registry, proxy: Proxy, time: &VirtualClock) -> Tier {
+fn tier(registry: &Registry, proxy: Proxy, form: Form, time: &VirtualClock) -> Tier {
     let client = ClientOptions {
         proxy,
         resolve: registry.resolve(),
@@ -181,7 +207,16 @@ fn tier(registry: &Registry, proxy: Proxy, time: &VirtualClock) -> Tier {
         ..ClientOptions::default()
     };
     let base = Url::parse(&registry.url(Door::Registry)).unwrap();
-    let options = EndpointOptions { client, ..EndpointOptions::default() };
+    let keys = registry.keys();
+    let password = Secret::new(&*keys.password);
+    let login = match form {
+        Form::Refresh => Some(Login::Identity(Secret::new(&*keys.refresh))),
+        Form::Public => None,
+        _ => Some(Login::Basic { user: USER.to_owned(), password }),
+    };
+    let options = TokenOptions { client: client.clone(), server: Some(base.clone()), ..TokenOptions::default() };
+    let tokens = Tokens::new(registry.host(Door::Registry), Arc::new(Known(login)), options, time.clock());
+    let options = EndpointOptions { client, authorize: Some(Arc::new(tokens)), ..EndpointOptions::default() };
     let endpoint = Arc::new(Endpoint::new(&base, options, time.clock()).unwrap());
     secrets::said(&format!("{endpoint:?}"));
     Tier::new(HttpUpstream::repository(endpoint, base.join(&format!("v2/{REPOSITORY}")).unwrap(), REPOSITORY))
@@ -196,6 +231,7 @@ fn kind(outcome: &Result<(), FillError>) -> Outcome {
             SourceError::OutOfRange { .. } => Outcome::OutOfRange,
             SourceError::NoRanges { .. } => Outcome::NoRanges,
             SourceError::Untrusted { .. } => Outcome::Untrusted,
+            SourceError::Unauthorized { .. } => Outcome::Unauthorized,
             SourceError::Unavailable { .. } => Outcome::Unavailable,
             SourceError::Deadline { .. } => Outcome::Deadline,
             other => panic!("not expected of any cell: {other:?}"),
@@ -261,8 +297,15 @@ async fn strike(bench: &Bench, row: &Row, unit: usize, readers: usize, wrong: &m
         wrong.push(format!("it took {took:?}"));
     }
     if row.outcome != Outcome::Served {
+        if unit > 0 && bench.read(0, readers).await.iter().any(Result::is_err) {
+            wrong.push("what was present is not served".to_owned());
+        }
         bench.struck.mend();
         bench.struck.settle().await;
+        if row.form.access() != Access::Open {
+            // A token server that failed is left alone for so long, and a login that was refused.
+            bench.time.advance(Duration::from_secs(10));
+        }
     }
 }
 

@@ -53,6 +53,11 @@ impl Blob {
         UnitMap::new(self.id.clone(), self.plain.len() as u64, self.units.clone()).unwrap()
     }
 
+    /// Where a unit lies on the server.
+    pub(crate) fn stored_unit(&self, unit: usize) -> ByteRange {
+        self.units[unit].stored
+    }
+
     /// What reader `number` wants of a unit: some block of it.
     pub(crate) fn wanted(&self, unit: usize, number: usize) -> ByteRange {
         let block = number % (UNIT / 4096);

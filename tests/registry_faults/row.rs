@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use crate::support::registry::{Door, Fault};
+use crate::support::registry::{Access, Door, Fault};
 
 /// How the source is put together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +14,18 @@ pub(crate) enum Form {
     Secure,
     /// The registry redirects to the storage.
     Stored,
+    /// The registry wants name and password.
+    Basic,
+    /// It wants tokens, which are for name and password.
+    Token,
+    /// The same over TLS.
+    SecureToken,
+    /// It wants tokens, which are for a refresh token.
+    Refresh,
+    /// It wants tokens, which everybody gets.
+    Public,
+    /// It wants tokens and redirects to the storage.
+    Guarded,
     /// All through a proxy, and in no other way.
     Proxied,
     /// Through a proxy first, else directly.
@@ -30,6 +42,10 @@ pub(crate) enum Event {
     Pass(u64),
     /// No signed address is good any more.
     RevokeSignatures,
+    /// No token is good any more.
+    RevokeTokens,
+    /// No login is good any more, until it is mended.
+    LockOut,
     /// The client's time of day jumps ahead by so many seconds.
     SkewWall(i64),
 }
@@ -43,6 +59,7 @@ pub(crate) enum Outcome {
     OutOfRange,
     NoRanges,
     Untrusted,
+    Unauthorized,
     Unavailable,
     Deadline,
     Corrupt,
@@ -69,6 +86,20 @@ pub(crate) struct Row {
     pub(crate) patience: Duration,
     /// Whether the same bytes may be sent twice, because what came first was no good.
     pub(crate) wasteful: bool,
+}
+
+impl Form {
+    /// What the registry wants to know.
+    pub(crate) fn access(self) -> Access {
+        match self {
+            Self::Basic => Access::Basic,
+            Self::Token | Self::SecureToken | Self::Refresh | Self::Guarded => Access::Bearer,
+            Self::Public => Access::Anonymous,
+            Self::Plain | Self::Secure | Self::Stored | Self::Proxied | Self::ProxyFirst | Self::Mirrored => {
+                Access::Open
+            }
+        }
+    }
 }
 
 impl Row {

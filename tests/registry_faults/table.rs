@@ -201,3 +201,65 @@ pub(crate) fn proxied() -> Vec<Row> {
         first(Row::once("proxy: silent, and another way", Fault::StallHead)).takes(10),
     ]
 }
+
+/// Logins and tokens. A token is renewed by the read that suffers, unless the row says otherwise.
+pub(crate) fn guarded() -> Vec<Row> {
+    let token = |row: Row| row.form(Form::Token, Door::Tokens).then(Event::RevokeTokens);
+    let passes = |name, fault| token(Row::once(name, fault));
+    let works = |name, fault| token(Row::once(name, fault)).asks(1..=1, 0..=0);
+    let event = |name, form, event| Row::after(name, event).form(form, Door::Tokens);
+    let realm = |name, base: &str| {
+        Row::once(name, Fault::Realm(base.into())).form(Form::SecureToken, Door::Registry).at_once(Outcome::Untrusted)
+    };
+    vec![
+        event("a token that is good no more", Form::Token, Event::RevokeTokens),
+        event("a token that ends in the middle of a blob", Form::Token, Event::Pass(300)),
+        event("a token by TLS", Form::SecureToken, Event::RevokeTokens),
+        event("a token for a refresh token", Form::Refresh, Event::RevokeTokens),
+        event("a token for everybody", Form::Public, Event::RevokeTokens),
+        event("a password each time", Form::Basic, Event::None).asks(0..=0, 0..=0),
+        event("token: a clock a day ahead", Form::Token, Event::SkewWall(86_400)).asks(0..=1, 0..=0),
+        event("token: a clock a day behind", Form::Token, Event::SkewWall(-86_400)).asks(0..=1, 0..=0),
+        works("token: issued tomorrow", Fault::SkewedToken(86_400)),
+        works("token: issued yesterday", Fault::SkewedToken(-86_400)),
+        works("token: no word about its end", Fault::EndlessToken),
+        works("token: a short one", Fault::ShortToken(2)),
+        works("token: late", Fault::Late(Duration::from_secs(4))).takes(4),
+        passes("token server: refuses", Fault::Refuse(OUTAGE)),
+        passes("token server: hangs up", Fault::HangUp),
+        passes("token server: 500", Fault::Status(500)),
+        passes("token server: 503", Fault::Status(503)),
+        passes("token server: 429", Fault::RetryAfter(429, 5)).takes(5),
+        passes("token server: silent", Fault::StallHead).takes(10),
+        passes("token server: no token", Fault::NoToken),
+        token(Row::always("token server: down", Fault::Refuse(FOREVER))).asks(1..=1, 5..=5).fails(Outcome::Unavailable),
+        token(Row::once("token server: 401", Fault::Status(401))).at_once(Outcome::Unauthorized),
+        token(Row::once("token server: 403", Fault::Status(403))).at_once(Outcome::Unauthorized),
+        event("no login is good any more", Form::Token, Event::LockOut).fails(Outcome::Unauthorized),
+        event("no password is good any more", Form::Basic, Event::LockOut).asks(0..=0, 0..=0).fails(Outcome::Refused),
+        Row::once("a token is refused", Fault::TokenRefused).form(Form::Token, Door::Registry).asks(2..=2, 0..=0),
+        Row::always("all tokens are refused", Fault::TokenRefused)
+            .form(Form::Token, Door::Registry)
+            .asks(2..=2, 0..=0)
+            .fails(Outcome::Refused),
+        Row::once("a token server without TLS", Fault::ForeignRealm)
+            .form(Form::SecureToken, Door::Registry)
+            .at_once(Outcome::Untrusted),
+        realm("a token server on loopback", "https://127.0.0.1"),
+        realm("a token server in a private network", "https://10.0.0.1"),
+        realm("a token server that is the metadata service", "http://169.254.169.254"),
+        event("token and storage: a signature ends", Form::Guarded, Event::RevokeSignatures).asks(0..=1, 0..=0),
+        event("token and storage: a token ends", Form::Guarded, Event::RevokeTokens).asks(0..=1, 0..=0),
+        event("token and storage: both end", Form::Guarded, Event::Pass(1200)).asks(1..=1, 0..=0),
+        Row::once("token and storage: redirected on", Fault::RedirectElsewhere)
+            .form(Form::Guarded, Door::Storage)
+            .asks(1..=2, 0..=0),
+        Row::once("token: redirected across hosts", Fault::RedirectElsewhere)
+            .form(Form::Token, Door::Registry)
+            .asks(1..=1, 0..=0),
+        Row::once("password: redirected across hosts", Fault::RedirectElsewhere)
+            .form(Form::Basic, Door::Registry)
+            .asks(1..=1, 0..=0),
+        Row::once("password: 503", Fault::Status(503)).form(Form::Basic, Door::Registry),
+    ]
+}

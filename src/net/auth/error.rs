@@ -1,5 +1,7 @@
 //! Why nobody can say who we are.
 
+use std::time::Duration;
+
 use super::KeychainError;
 use crate::base::{Chain, Fault};
 use crate::net::{ClientError, SendError};
@@ -23,7 +25,13 @@ pub enum AuthError {
     },
     /// The token server cannot be reached, or is not well.
     #[error("{server} gives no token for {registry}: {detail}")]
-    Unavailable { server: String, registry: String, detail: String },
+    Unavailable {
+        server: String,
+        registry: String,
+        detail: String,
+        /// Nobody is asked before this time has passed.
+        retry_after: Duration,
+    },
     /// The registry names a token server that must not be asked.
     #[error("{registry} wants a token of {server}, which cannot be trusted: {why}")]
     Untrusted { registry: String, server: String, why: String },
@@ -36,6 +44,24 @@ pub enum AuthError {
 }
 
 impl AuthError {
+    /// How long it will be just this that is said.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Unavailable { retry_after, .. } => Some(*retry_after),
+            Self::Keychain(_) | Self::Denied { .. } | Self::Untrusted { .. } | Self::Client(_) | Self::Late { .. } => {
+                None
+            }
+        }
+    }
+
+    /// The same, but so long.
+    pub(super) fn for_now(mut self, pause: Duration) -> Self {
+        if let Self::Unavailable { retry_after, .. } = &mut self {
+            *retry_after = pause;
+        }
+        self
+    }
+
     /// What a caller may do about it.
     pub fn fault(&self) -> Fault {
         match self {
@@ -50,7 +76,11 @@ impl From<AuthError> for SendError {
         match error {
             AuthError::Late { .. } => Self::Late,
             AuthError::Untrusted { .. } => Self::Untrusted(error.to_string()),
-            other => Self::Unauthorized { fault: other.fault(), detail: Chain(&other).to_string() },
+            other => Self::Unauthorized {
+                fault: other.fault(),
+                detail: Chain(&other).to_string(),
+                retry_after: other.retry_after(),
+            },
         }
     }
 }

@@ -83,6 +83,14 @@ pub(super) struct Failure {
     pub(super) until: Instant,
 }
 
+impl Failure {
+    /// What somebody is told who comes at `now`.
+    pub(super) fn told(&self, now: Instant) -> Result<Option<HeaderValue>, AuthError> {
+        let pause = self.until.saturating_duration_since(now);
+        self.outcome.clone().map(|_| None).map_err(|error| error.for_now(pause))
+    }
+}
+
 /// `None`: there is nothing to say that was not said.
 pub(super) type Outcome = Result<Option<Pass>, AuthError>;
 
@@ -111,12 +119,13 @@ impl State {
 }
 
 impl Repository {
-    /// Notes that there is nothing to send, and for how long nobody asks again.
-    pub(super) fn fail(&mut self, outcome: Outcome, retry_after: Option<Duration>, now: Instant) {
+    /// Notes that there is nothing to send. Nobody asks again for as long as this gives.
+    pub(super) fn fail(&mut self, outcome: Outcome, retry_after: Option<Duration>, now: Instant) -> Duration {
         let count = self.failure.as_ref().map_or(0, |failure| failure.count).max(self.refusals.saturating_sub(2));
         let pause = FIRST_PAUSE.saturating_mul(1 << count.min(8)).min(LONGEST_PAUSE);
         let pause = pause.max(retry_after.unwrap_or_default().min(LONGEST_REQUESTED));
         self.failure = Some(Failure { outcome, count: count.saturating_add(1), until: now + pause });
+        pause
     }
 
     /// Drops the pass that was sent and refused, unless somebody has already.

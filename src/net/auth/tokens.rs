@@ -12,6 +12,7 @@
 use std::collections::hash_map::RandomState;
 use std::fmt;
 use std::hash::BuildHasher;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -232,7 +233,7 @@ impl Shared {
                 Step::Send(value)
             }
             (None, Some(fetch), _) => Step::Wait(fetch.clone()),
-            (None, None, Some(failure)) => Step::Told(failure.outcome.clone().map(|_| None)),
+            (None, None, Some(failure)) => Step::Told(failure.told(now)),
             (None, None, None) => Step::Wait(self.fetch(entry, repository, manner)),
         };
         (step, is_asked)
@@ -286,12 +287,19 @@ impl Shared {
         entry.fetch = None;
         let outcome = match outcome {
             // Saying the same again is no answer to a refusal.
-            Ok(Some(pass)) if entry.refused.as_ref() == Some(&pass.value) => Ok(None),
+            Ok(Some(pass)) if entry.refused.as_ref() == Some(&pass.value) => {
+                // It was perhaps the registry that was not well: after the pause it may be said again.
+                entry.refused = None;
+                Ok(None)
+            }
             other => other,
         };
         match &outcome {
             Ok(Some(pass)) => (entry.pass, entry.failure) = (Some(pass.clone()), None),
-            other => entry.fail(other.clone(), retry_after, now),
+            other => {
+                let pause = entry.fail(other.clone(), retry_after, now);
+                return outcome.map_err(|error| error.for_now(pause));
+            }
         }
         outcome
     }
@@ -401,7 +409,9 @@ impl Shared {
         if self.is_found.load(Ordering::Relaxed) {
             return;
         }
-        let Some(name) = base.host_str().and_then(|host| host.parse().ok()) else { return };
+        let host = base.host_str().unwrap_or_default();
+        let is_address = host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
+        let Some(name) = host.parse().ok().filter(|_| !is_address) else { return };
         let found = bounds.home_resolver().resolve(name);
         let until = self.clock.now().checked_add(self.options.client.connect_timeout);
         let found = self.clock.timeout_at(until.unwrap_or_else(|| self.clock.now()), found).await;
@@ -413,6 +423,8 @@ impl Shared {
             server: shown(&demand.realm),
             registry: self.registry.clone(),
             detail: detail.to_owned(),
+            // Whoever notes it knows better.
+            retry_after: Duration::ZERO,
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,8 @@ pub struct Keys {
     signatures: Mutex<HashMap<String, (String, Instant)>>,
     clock: Clock,
     record: Arc<Record>,
+    /// Nobody is let in, whatever they say.
+    locked: AtomicBool,
 }
 
 impl Keys {
@@ -55,12 +58,22 @@ impl Keys {
         record.keep(&basic(USER, &password), "name and password", &asked_by);
         record.keep(&refresh, "the refresh token", &[Door::Tokens]);
         let (tokens, signatures) = (Mutex::default(), Mutex::default());
-        Self { password, refresh, tokens, signatures, clock, record }
+        Self { password, refresh, tokens, signatures, clock, record, locked: AtomicBool::new(false) }
+    }
+
+    /// From now on no login is good any more and no token, or all logins are again.
+    pub fn lock(&self, locked: bool) {
+        self.locked.store(locked, Ordering::SeqCst);
+        self.revoke_tokens();
+    }
+
+    pub(super) fn is_locked(&self) -> bool {
+        self.locked.load(Ordering::SeqCst)
     }
 
     /// Whether this is the value of an `Authorization` header with the right password.
     pub(super) fn is_basic(&self, value: &str) -> bool {
-        value.strip_prefix("Basic ").is_some_and(|said| said == basic(USER, &self.password))
+        !self.is_locked() && value.strip_prefix("Basic ").is_some_and(|said| said == basic(USER, &self.password))
     }
 
     pub(super) fn issue(&self, scopes: &str, life: Duration) -> String {

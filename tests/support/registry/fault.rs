@@ -84,6 +84,8 @@ pub enum Fault {
     StrangeChallenge,
     /// 401 with a token server that is somebody else's, without TLS.
     ForeignRealm,
+    /// 401 with a token server there, as `SCHEME://HOST`.
+    Realm(String),
     /// 401 as if the token were no good, whatever it is.
     TokenRefused,
 

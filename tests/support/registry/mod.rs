@@ -177,6 +177,9 @@ impl Registry {
     /// Everything works from now on.
     pub fn mend(&self) {
         self.inner.plan.clear();
+        if self.inner.keys.is_locked() {
+            self.inner.keys.lock(false);
+        }
         for mood in &self.inner.moods {
             mood.send_replace(Mood::Open);
         }

@@ -163,6 +163,9 @@ impl Inner {
     /// An answer that has nothing to do with what was asked for.
     fn replaced(&self, seen: &Seen, fault: &Fault) -> Option<Reply> {
         let redirect = |location: String| Reply::new(307, "").with("location", location);
+        let bearer = |base: &str| {
+            Reply::new(401, "").with("www-authenticate", format!("Bearer realm=\"{base}/token\",service=\"box\""))
+        };
         let digest = seen.path.rsplit('/').next().unwrap_or_default();
         let here = self.url(seen.door);
         Some(match fault {
@@ -174,10 +177,8 @@ impl Inner {
             }
             Fault::NoChallenge => Reply::new(401, ""),
             Fault::StrangeChallenge => Reply::new(401, "").with("www-authenticate", "Negotiate"),
-            Fault::ForeignRealm => {
-                let realm = format!("Bearer realm=\"{}/token\",service=\"box\"", self.url(Door::Elsewhere));
-                Reply::new(401, "").with("www-authenticate", realm)
-            }
+            Fault::ForeignRealm => bearer(&self.url(Door::Elsewhere)),
+            Fault::Realm(base) => bearer(base),
             Fault::TokenRefused => self.challenge(&seen.path, Some("invalid_token")),
             Fault::RedirectLoop => redirect(format!("{here}{}", seen.path)),
             Fault::RedirectChain(hops) => {
@@ -266,7 +267,7 @@ impl Inner {
             ("POST", "password") => one("password") == self.keys.password,
             _ => by_header || self.access == Access::Anonymous,
         };
-        if !welcome {
+        if !welcome || self.keys.is_locked() {
             return Reply::new(401, "{\"details\":\"incorrect username or password\"}");
         }
         self.token_for(&scopes, fault)
