@@ -139,11 +139,13 @@ fn a_registry_that_is_gone_spares_what_is_here(ctx: &Ctx) -> Outcome {
     let mut registry = DockerRegistry::start(&ctx.dir.join("registry"), false)?;
     let mut fixture = Fixture::files(ctx, 3)?;
     registry.pusher()?.image(REPOSITORY, Some("1"), &ctx.dir.join("image"))?;
-    fixture.restart(&["--deadline", "4s"])?;
+    fixture.restart(&["--deadline", "4s", "--flush-every", "10ms"])?;
     let dir = mount(&fixture, &reference(&registry, ":1"), "mnt", &["--prefetch=none"])?;
     ensure!(fs::read(dir.join("0"))? == content(0, FILE));
     registry.stop();
 
+    // What came is here for a successor once it is on the disk, a hundred flushes later at the latest.
+    std::thread::sleep(Duration::from_secs(1));
     fixture.kill()?;
     fixture.start(&["--deadline", "4s"])?;
     drop_caches()?;
@@ -183,7 +185,15 @@ fn a_registry_with_a_password_wants_it(ctx: &Ctx) -> Outcome {
     let said = try_mount(&fixture, &name, "mnt", &trusting)?.err().context("a wrong password was good enough")?;
     ensure!(said.contains("credentials") && !said.contains("the wrong one"), "{said}");
     set(&registry.docker_config(PASSWORD))?;
-    let dir = mount(&fixture, &name, "mnt", &trusting)?;
+    // A refusal is believed for a moment, ten seconds at most, so that nobody is asked in bursts.
+    let until = Instant::now() + Duration::from_secs(30);
+    let dir = loop {
+        match try_mount(&fixture, &name, "mnt", &trusting)? {
+            Ok(dir) => break dir,
+            Err(said) => ensure!(Instant::now() < until, "the right password is refused: {said}"),
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    };
     ensure!(fs::read(dir.join("0"))? == content(0, FILE));
     let told = fixture.must(&[&["resolve", &name][..], &trusting].concat())?;
     ensure!(told.contains("alice") && told.contains("can be mounted"), "{told}");
