@@ -90,3 +90,20 @@ fn a_proxy_is_the_only_way_or_one_of_two() {
 fn logins_and_tokens_end_fail_and_are_renewed() {
     run(&table::guarded());
 }
+
+#[test]
+fn each_kind_has_a_name_of_its_own_and_there_are_many() {
+    let all = [
+        table::passing(),
+        table::lasting(),
+        table::redirected(),
+        table::mirrored(),
+        table::proxied(),
+        table::guarded(),
+    ];
+    let names: Vec<_> = all.iter().flatten().map(|row| row.name).collect();
+    let distinct: std::collections::BTreeSet<_> = names.iter().collect();
+    println!("{} kinds, {} cells", names.len(), names.len() * POSITIONS.len() * READERS.len());
+    assert_eq!(distinct.len(), names.len());
+    assert!(names.len() >= 150);
+}

@@ -136,3 +136,25 @@ async fn the_time_waits_for_those_who_work_and_for_those_who_get_on() {
     sleeping.await.unwrap();
     assert_eq!(time.elapsed(), SECOND);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn the_time_waits_for_other_threads_that_compute() {
+    let time = VirtualClock::new();
+    let clock = time.clock();
+    let sleeping = tokio::spawn(async move { clock.sleep(SECOND).await });
+    let computing = tokio::spawn({
+        let time = time.clone();
+        async move {
+            let began = Instant::now();
+            while began.elapsed() < Duration::from_millis(150) {
+                std::hint::spin_loop();
+            }
+            time.elapsed()
+        }
+    });
+    let _driver = Driver::start(&time, Arc::new(()), Duration::from_millis(3));
+
+    assert_eq!(computing.await.unwrap(), Duration::ZERO, "somebody computes");
+    sleeping.await.unwrap();
+    assert_eq!(time.elapsed(), SECOND);
+}

@@ -126,7 +126,7 @@ pub(crate) struct Bench {
     pub(crate) device: Arc<Device>,
     names: Arc<NameServer>,
     store: Arc<Store>,
-    _driver: Driver,
+    driver: Option<Driver>,
     _root: tempfile::TempDir,
 }
 
@@ -180,7 +180,13 @@ impl Bench {
         };
         let store = Store::open(root.path(), options, Handle::current()).unwrap();
         let device = store.device(blob.map(), Arc::clone(&source) as Arc<dyn BlobSource>).unwrap();
-        Self { time, blob, struck, origin, place, source, device, names, store, _driver: driver, _root: root }
+        Self { time, blob, struck, origin, place, source, device, names, store, driver: Some(driver), _root: root }
+    }
+
+    /// The time stands still from now on. With several threads nobody can know after so short a while whether all is
+    /// quiet, and what hangs shall hang.
+    pub(crate) fn stand_still(&mut self) {
+        self.driver = None;
     }
 
     /// What becomes of each of so many readers of one unit.

@@ -14,6 +14,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
 use rafsd::net::{Clock, Timekeeper};
+use tokio::runtime::Handle;
 
 /// Stands still until it is told to move. Clones show the same time.
 #[derive(Clone)]
@@ -230,8 +231,15 @@ pub async fn until_quiet(clock: &VirtualClock, bustle: &dyn Bustle, quiet: Durat
         }
         let late = before.elapsed() > pause + LATE;
         let now = (clock.changes(), bustle.steps());
-        let still = now == seen && !bustle.busy() && !late && clock.sleepers() > 0;
+        let still = now == seen && !bustle.busy() && !late && clock.sleepers() > 0 && others_rest();
         calm = if still { calm + 1 } else { 0 };
         seen = now;
     }
+}
+
+/// Whether no other thread of this runtime has anything to do; of those that wait for a processor nobody knows.
+fn others_rest() -> bool {
+    let metrics = Handle::current().metrics();
+    let active = |worker: &usize| metrics.worker_park_unpark_count(*worker).is_multiple_of(2);
+    (0..metrics.num_workers()).filter(active).count() <= 1
 }
