@@ -36,7 +36,7 @@ pub enum OciError {
     #[error(transparent)]
     Fetch(#[from] FetchError),
     /// The registry has no such thing, or does not tell who asks.
-    #[error("{registry} has no {what} in {repository}")]
+    #[error("{what} is not in {repository}, or {registry} does not show it to us")]
     NotFound { registry: String, repository: String, what: String },
     /// The registry does not let us in.
     #[error(
