@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 
 use super::dockerregistry::{DockerRegistry, PASSWORD, Pusher};
 use super::fixture::{FILE, Fixture, content, drop_caches, read_byte};
-use crate::host::Need;
+use super::interop::{list, read_listing};
+use crate::host::{Need, interop};
 use crate::support::{listing, tree};
 use crate::{Case, Ctx, Outcome, Place};
 
@@ -34,6 +35,19 @@ const fn only_here(name: &'static str, run: fn(&Ctx) -> Outcome) -> Case {
 pub(crate) const CASES: &[Case] = &[
     case("an_image_of_a_registry_shows_its_whole_tree", an_image_of_a_registry_shows_its_whole_tree),
     only_here("what_is_known_of_a_registry_is_not_asked_again", what_is_known_of_a_registry_is_not_asked_again),
+    Case {
+        name: "images_of_nydus_in_a_registry_show_what_their_listing_says",
+        needs: &[
+            Need::Root,
+            Need::Erofs,
+            Need::DiskStore,
+            Need::Backend,
+            Need::Interop,
+            Need::Program("docker-registry"),
+        ],
+        place: Place::Host,
+        run: images_of_nydus_in_a_registry_show_what_their_listing_says,
+    },
     case("a_registry_that_is_gone_spares_what_is_here", a_registry_that_is_gone_spares_what_is_here),
     only_here("a_registry_with_a_password_wants_it", a_registry_with_a_password_wants_it),
     only_here("an_index_and_a_referrer_lead_to_the_rafs_image", an_index_and_a_referrer_lead_to_the_rafs_image),
@@ -106,6 +120,44 @@ fn an_image_of_a_registry_shows_its_whole_tree(ctx: &Ctx) -> Outcome {
     fixture.finish()
 }
 
+/// Both versions of RAFS, several blobs, and tables of a foreign layer.
+fn images_of_nydus_in_a_registry_show_what_their_listing_says(ctx: &Ctx) -> Outcome {
+    let folder = interop(ctx.in_guest).context("a need of this case")?;
+    let registry = DockerRegistry::start(&ctx.dir.join("registry"), false)?;
+    let fixture = Fixture::files(ctx, 1)?;
+    let pusher = registry.pusher()?;
+    for name in ["v6-zstd", "v5-zstd", "v6-merged", "v6-zran"] {
+        let image = folder.join(name);
+        let layer = fs::read(image.join("layer.tar.gz")).ok();
+        // The layer is in the repository, and no manifest names it.
+        let layer = layer.map(|layer| pusher.blob(REPOSITORY, &layer)).transpose()?;
+        let about = layer.as_ref().map(digest_of).transpose()?;
+        pusher.document(REPOSITORY, Some(name), &pusher.manifest_about(REPOSITORY, &image, about.as_deref())?)?;
+
+        let dir = mount(&fixture, &reference(&registry, &format!(":{name}")), "mnt", &[])?;
+        let got = list(&dir).with_context(|| name.to_owned());
+        fixture.umount(&dir)?;
+
+        let (got, listing) = (got?, fs::read_to_string(image.join("expect"))?);
+        let want = read_listing(&folder.join(listing.trim()))?;
+        let first = want.iter().zip(&got).find(|(want, got)| want != got);
+        ensure!(want.len() > 10 && first.is_none() && want.len() == got.len(), "{name} differs: {first:?}");
+        let Some(about) = about else { continue };
+        let report: Value =
+            serde_json::from_str(&fixture.must(&["resolve", &reference(&registry, &format!(":{name}")), "--json"])?)?;
+        ensure!(report["layout"] == "zran" && report["layers"][0]["about"] == about.as_str(), "{report}");
+        // Nobody keeps it for the sake of this image.
+        registry.lose(&about)?;
+        let here = mount(&fixture, &reference(&registry, &format!(":{name}")), "mnt", &["--prefetch=none"])?;
+        fixture.umount(&here)?;
+        fixture.must(&["cache", "gc", "--to", "0"])?;
+        let said = try_mount(&fixture, &reference(&registry, &format!(":{name}")), "mnt", &[])?.err();
+        let said = said.context("its data is nowhere any more")?;
+        ensure!(said.contains("has its data in the layer") && said.contains("cannot be had any more"), "{said}");
+    }
+    fixture.finish()
+}
+
 fn what_is_known_of_a_registry_is_not_asked_again(ctx: &Ctx) -> Outcome {
     let mut registry = DockerRegistry::start(&ctx.dir.join("registry"), false)?;
     let mut fixture = Fixture::files(ctx, 1)?;
@@ -139,14 +191,15 @@ fn a_registry_that_is_gone_spares_what_is_here(ctx: &Ctx) -> Outcome {
     let mut registry = DockerRegistry::start(&ctx.dir.join("registry"), false)?;
     let mut fixture = Fixture::files(ctx, 3)?;
     registry.pusher()?.image(REPOSITORY, Some("1"), &ctx.dir.join("image"))?;
-    fixture.restart(&["--deadline", "4s"])?;
+    fixture.restart(&["--deadline", "4s", "--flush-every", "10ms"])?;
     let dir = mount(&fixture, &reference(&registry, ":1"), "mnt", &["--prefetch=none"])?;
     let byte = || read_byte(&dir.join("0"), 0) == Ok(content(0, FILE)[0]);
+    // One byte, so that nothing is read ahead.
     ensure!(byte(), "before");
-    // One byte, so that nothing is read ahead; and time for its presence to become durable.
-    std::thread::sleep(Duration::from_secs(3));
     registry.stop();
 
+    // What came is here for a successor once it is on the disk, a hundred flushes later at the latest.
+    std::thread::sleep(Duration::from_secs(1));
     fixture.kill()?;
     fixture.start(&["--deadline", "4s"])?;
     drop_caches()?;
@@ -191,12 +244,12 @@ fn a_registry_with_a_password_wants_it(ctx: &Ctx) -> Outcome {
     let said = try_mount(&fixture, &name, "mnt", &trusting)?.err().context("a wrong password was good enough")?;
     ensure!(said.contains("credentials") && !said.contains("the wrong one"), "{said}");
     set(&registry.docker_config(PASSWORD))?;
-    // After a refusal there is a pause before who we are is said again.
+    // A refusal is believed for a moment, ten seconds at most, so that nobody is asked in bursts.
     let until = Instant::now() + Duration::from_secs(30);
     let dir = loop {
         match try_mount(&fixture, &name, "mnt", &trusting)? {
             Ok(dir) => break dir,
-            Err(said) => ensure!(Instant::now() < until, "the right password is not good enough: {said}"),
+            Err(said) => ensure!(Instant::now() < until, "the right password is refused: {said}"),
         }
         std::thread::sleep(Duration::from_millis(200));
     };
@@ -240,7 +293,7 @@ fn an_index_and_a_referrer_lead_to_the_rafs_image(ctx: &Ctx) -> Outcome {
     ensure_refused(&fixture, &["resolve", &both, "--platform", "linux/s390x"], &["nothing for linux/s390x"])?;
 
     // This registry has no interface for referrers, so that a tag stands in for it.
-    let subject = ordinary_digest(&plain)?;
+    let subject = digest_of(&plain)?;
     let mut referring = rafs;
     referring["subject"] = plain;
     let referring = pusher.document(REPOSITORY, None, &referring)?;
@@ -256,7 +309,7 @@ fn std_architecture() -> String {
     rafsd::oci::Platform::here().architecture
 }
 
-fn ordinary_digest(descriptor: &Value) -> anyhow::Result<String> {
+fn digest_of(descriptor: &Value) -> anyhow::Result<String> {
     Ok(descriptor["digest"].as_str().context("a digest")?.to_owned())
 }
 

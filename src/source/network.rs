@@ -105,7 +105,11 @@ impl Network {
     /// # Errors
     /// The settings of a host are wrong, or a file that they name cannot be used.
     pub fn registry(&self, registry: &str, ca: Option<&Path>) -> Result<Arc<Registry>, OpenError> {
-        let hosts = hosts::load(&self.options.hosts_dir, registry)?;
+        let mut hosts = hosts::load(&self.options.hosts_dir, registry)?;
+        if ca.is_some() && hosts == RegistryHosts::plain(registry)? {
+            // Who names an authority means TLS, for a registry on this very host too.
+            hosts.hosts.iter_mut().for_each(|host| host.base.set_scheme("https").unwrap_or_default());
+        }
         let key = (registry.to_owned(), ca.map(Path::to_owned));
         if let Some(known) = self.registries.lock().unwrap().get(&key).filter(|known| known.hosts == hosts) {
             return Ok(Arc::clone(known));

@@ -214,7 +214,7 @@ fn tier(registry: &Registry, proxy: Proxy, form: Form, time: &VirtualClock) -> T
         Form::Public => None,
         _ => Some(Login::Basic { user: USER.to_owned(), password }),
     };
-    let options = TokenOptions { client: client.clone(), plain: base.scheme() == "http", ..TokenOptions::default() };
+    let options = TokenOptions { client: client.clone(), server: Some(base.clone()), ..TokenOptions::default() };
     let tokens = Tokens::new(registry.host(Door::Registry), Arc::new(Known(login)), options, time.clock());
     let options = EndpointOptions { client, authorize: Some(Arc::new(tokens)), ..EndpointOptions::default() };
     let endpoint = Arc::new(Endpoint::new(&base, options, time.clock()).unwrap());

@@ -1,6 +1,6 @@
 //! Against a server that says whatever a case wants; a real one is in `tests/objects.rs`.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -147,6 +147,8 @@ async fn silence_ends_a_request_before_and_in_the_middle_of_an_answer() {
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let held = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
+            // An answer before its question is not silence.
+            let _ = stream.read(&mut [0; 4096]).unwrap();
             stream.write_all(said.as_bytes()).unwrap();
             stream
         });
