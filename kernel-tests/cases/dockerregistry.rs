@@ -107,13 +107,6 @@ impl DockerRegistry {
         Ok(fs::read_to_string(self.dir.join("log"))?.lines().filter_map(served).collect())
     }
 
-    /// Takes a blob away behind its back, as the removal of what no manifest names does.
-    pub(crate) fn lose(&self, digest: &str) -> anyhow::Result<()> {
-        let digits = digest.strip_prefix("sha256:").context("a digest")?;
-        let blobs = self.dir.join("data/docker/registry/v2/blobs/sha256");
-        Ok(fs::remove_file(blobs.join(&digits[..2]).join(digits).join("data"))?)
-    }
-
     /// `HOST:PORT`.
     pub(crate) fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)

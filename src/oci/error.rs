@@ -89,9 +89,6 @@ pub enum OciError {
         #[source]
         cause: Arc<super::bootstrap::LayerError>,
     },
-    /// A layer of the ordinary image that a RAFS image has its data in is not there.
-    #[error("{reference} has its data in the layer {blob} of another image, which cannot be had any more: {detail}")]
-    Gone { reference: Reference, blob: String, detail: String },
     /// The bootstrap wants a blob that the manifest does not name.
     #[error(
         "the bootstrap of {reference} wants blob {blob}, which its manifest does not name; give --blobs if the blobs are kept elsewhere"
