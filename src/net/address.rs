@@ -4,11 +4,26 @@
 //! ask its own services, its neighbours or the metadata service of its cloud, unless the registry itself
 //! lives among them.
 
+use std::fmt;
+use std::future::Future;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+
+use super::ClientOptions;
+
+/// Finds the addresses of hosts in another way than the system does. What it finds is judged like anything else.
+pub trait Names: Send + Sync + fmt::Debug {
+    /// The addresses of `host`; port 0 stands for that of the URL.
+    fn lookup(&self, host: &str) -> Lookup;
+}
+
+/// An owned future, so that [`Names`] can be made into an object.
+pub type Lookup = Pin<Box<dyn Future<Output = io::Result<Vec<SocketAddr>>> + Send>>;
 
 /// What kind of network an address belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,12 +123,15 @@ pub(super) struct Bounds {
     fixed: Arc<[(String, SocketAddr)]>,
     /// Hosts that the operator allows, wherever they are.
     allowed: Arc<[String]>,
+    /// Who knows addresses; `None` for the system.
+    names: Option<Arc<dyn Names>>,
 }
 
 impl Bounds {
     /// The bounds of an endpoint at `base`.
-    pub(super) fn of(base: &Url, fixed: &[(String, SocketAddr)], allowed: &[String]) -> Self {
-        let bounds = Self { home: Arc::default(), fixed: fixed.into(), allowed: allowed.into() };
+    pub(super) fn of(base: &Url, client: &ClientOptions, allowed: &[String]) -> Self {
+        let (fixed, names) = (client.resolve.as_slice().into(), client.names.clone());
+        let bounds = Self { home: Arc::default(), fixed, allowed: allowed.into(), names };
         let host = base.host_str().unwrap_or_default();
         if bounds.fixed_address(host).is_some() {
             bounds.learn(Zone::Public);
@@ -185,8 +203,11 @@ impl Resolve for Resolver {
             if let Some(address) = bounds.fixed_address(&host) {
                 return Ok(Box::new(std::iter::once(address)) as Addrs);
             }
-            // Port 0 stands for the port of the URL.
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((host.as_str(), 0)).await?.collect();
+            let found: Vec<SocketAddr> = match &bounds.names {
+                Some(names) => names.lookup(&host).await?,
+                // Port 0 stands for the port of the URL.
+                None => tokio::net::lookup_host((host.as_str(), 0)).await?.collect(),
+            };
             if is_home {
                 if let Some(first) = found.first() {
                     bounds.learn(Zone::of(first.ip()));
@@ -246,7 +267,7 @@ mod tests {
             ("http://localhost:5000/", [true, true, true, false, true]),
             ("http://10.0.0.1/", [true, false, false, true, false]),
         ] {
-            let bounds = Bounds::of(&url(base), &[], &[]);
+            let bounds = Bounds::of(&url(base), &ClientOptions::default(), &[]);
             for (target, permitted) in targets.iter().zip(permitted) {
                 assert_eq!(!bounds.forbids(&url(target)), permitted, "{base} to {target}");
             }
@@ -258,7 +279,7 @@ mod tests {
 
     #[test]
     fn forms_that_hide_an_address_do_not_help() {
-        let bounds = Bounds::of(&url("https://8.8.8.8/"), &[], &[]);
+        let bounds = Bounds::of(&url("https://8.8.8.8/"), &ClientOptions::default(), &[]);
         for hidden in
             ["http://2130706433/", "http://0x7f.1/", "http://127.1/", "http://[::ffff:7f00:1]/", "http://LOCALHOST./"]
         {
@@ -268,7 +289,7 @@ mod tests {
 
     #[test]
     fn the_operator_may_allow_a_host() {
-        let bounds = Bounds::of(&url("https://8.8.8.8/"), &[], &["10.0.0.9".to_owned()]);
+        let bounds = Bounds::of(&url("https://8.8.8.8/"), &ClientOptions::default(), &["10.0.0.9".to_owned()]);
 
         assert!(!bounds.forbids(&url("http://10.0.0.9:9000/x")));
         assert!(bounds.forbids(&url("http://10.0.0.8:9000/x")));
@@ -277,14 +298,15 @@ mod tests {
     #[tokio::test]
     async fn names_are_judged_when_they_are_resolved() {
         let fixed = [("storage.example".to_owned(), SocketAddr::from(([127, 0, 0, 1], 7)))];
-        let bounds = Bounds::of(&url("https://8.8.8.8/"), &fixed, &[]);
+        let client = ClientOptions { resolve: fixed.to_vec(), ..ClientOptions::default() };
+        let bounds = Bounds::of(&url("https://8.8.8.8/"), &client, &[]);
         let resolve = |name: &str| bounds.foreign_resolver().resolve(name.parse().unwrap());
 
         let error = resolve("localhost").await.map(|_| ()).unwrap_err();
         assert!(error.downcast_ref::<OutOfBounds>().is_some(), "{error}");
         assert_eq!(resolve("storage.example").await.unwrap().next(), Some(fixed[0].1));
 
-        let local = Bounds::of(&url("http://127.0.0.1/"), &[], &[]);
+        let local = Bounds::of(&url("http://127.0.0.1/"), &ClientOptions::default(), &[]);
         assert!(local.foreign_resolver().resolve("localhost".parse().unwrap()).await.unwrap().next().is_some());
     }
 }

@@ -10,6 +10,7 @@ use reqwest::dns::Resolve;
 use reqwest::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue};
 use reqwest::{Certificate, Client, ClientBuilder, Identity, Url, redirect};
 
+use super::Names;
 use crate::base::Secret;
 
 /// How this program introduces itself.
@@ -34,6 +35,8 @@ pub struct ClientOptions {
     pub proxy: Proxy,
     /// Names whose addresses are known without asking; port 0 stands for that of the URL.
     pub resolve: Vec<(String, SocketAddr)>,
+    /// Who knows the addresses of all other names; `None` for the system.
+    pub names: Option<Arc<dyn Names>>,
 }
 
 /// A client certificate and its key, in PEM.
@@ -69,6 +72,7 @@ impl Default for ClientOptions {
             skip_verify: false,
             proxy: Proxy::Environment,
             resolve: Vec::new(),
+            names: None,
         }
     }
 }

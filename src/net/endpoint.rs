@@ -160,7 +160,7 @@ impl Endpoint {
     /// # Errors
     /// No client can be built with these options.
     pub fn new(base: &Url, options: EndpointOptions, clock: Clock) -> Result<Self, ClientError> {
-        let bounds = Bounds::of(base, &options.client.resolve, &options.redirect_hosts);
+        let bounds = Bounds::of(base, &options.client, &options.redirect_hosts);
         let way = |build: &dyn Fn(&ClientOptions) -> Result<Client, ClientError>| {
             let through = build(&options.client)?;
             let Some(proxy) = options.proxy.clone() else { return Ok(Way::Plain(through)) };
@@ -214,7 +214,7 @@ impl Endpoint {
                 Ok(response) if !has_ended(response.status()) && !response.status().is_redirection() => {
                     return Ok(response);
                 }
-                Ok(_) | Err(SendError::Transport(_) | SendError::Silent(_)) => {
+                Ok(_) | Err(SendError::Transport(_) | SendError::Silent(_) | SendError::Untrusted(_)) => {
                     self.redirects.forget(&ask.url, &target);
                 }
                 Err(other) => return Err(other),

@@ -19,6 +19,7 @@ mod redirects;
 mod retry;
 pub mod server;
 
+pub use address::{Lookup, Names};
 pub use client::{ClientError, ClientOptions, IdentityFiles, Proxy, client, install_tls};
 pub use clock::{Clock, Elapsed, Timekeeper};
 pub use endpoint::{Ask, Authorize, AuthorizeFuture, Endpoint, EndpointOptions, Reply, SendError, without_secrets};

@@ -3,14 +3,17 @@
 //! A cell has a registry, a mirror and a cache of its own, all on one thread but for the cache's decoding, and a
 //! time that moves only when nothing else can happen.
 
+use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class, Secret};
 use rafsd::cache::{Device, Fill, FillError, Store, StoreOptions};
 use rafsd::net::auth::{Keychain, Login, LoginFuture, TokenOptions, Tokens};
-use rafsd::net::{ClientOptions, Endpoint, EndpointOptions, Proxy, RetryPolicy};
+use rafsd::net::{ClientOptions, Endpoint, EndpointOptions, Lookup, Names, Proxy, RetryPolicy};
 use rafsd::source::{BlobSource, BoxFuture, HttpUpstream, ReadCtx, SourceError, Tier, Tiers};
 use rafsd::telemetry::Place;
 use reqwest::Url;
@@ -87,6 +90,29 @@ impl BlobSource for Shifted {
     }
 }
 
+/// Knows the doors of the boxes, some names of places where nobody should be sent, and can forget.
+#[derive(Debug, Default)]
+pub(crate) struct NameServer {
+    doors: Vec<(String, SocketAddr)>,
+    lost: Arc<AtomicBool>,
+}
+
+impl Names for NameServer {
+    fn lookup(&self, host: &str) -> Lookup {
+        let at = |address: &str| Some(SocketAddr::new(address.parse().expect("an address"), 0));
+        let door = || self.doors.iter().find(|(name, _)| name == host).map(|(_, address)| *address);
+        let found = match host {
+            // Port 0 is that of the URL, which is the door of somebody else.
+            "rebound.test" => at("127.0.0.1"),
+            "private.test" => at("192.168.0.1"),
+            "metadata.test" => at("169.254.169.254"),
+            _ => door(),
+        };
+        let found = found.filter(|_| !self.lost.load(Ordering::SeqCst));
+        Box::pin(std::future::ready(found.map(|address| vec![address]).ok_or_else(|| io::ErrorKind::NotFound.into())))
+    }
+}
+
 /// Everything that one cell needs.
 pub(crate) struct Bench {
     pub(crate) time: VirtualClock,
@@ -98,6 +124,7 @@ pub(crate) struct Bench {
     pub(crate) place: Arc<Place>,
     pub(crate) source: Arc<Shifted>,
     pub(crate) device: Arc<Device>,
+    names: Arc<NameServer>,
     store: Arc<Store>,
     _driver: Driver,
     _root: tempfile::TempDir,
@@ -128,15 +155,17 @@ impl Bench {
         boxes.extend(origin.as_ref().map(|origin| Arc::clone(origin.record()) as Arc<dyn Bustle>));
         let driver = Driver::start(&time, Arc::new(All(boxes)), QUIET);
 
+        let names = Arc::new(NameServer { doors: struck.resolve(), lost: Arc::default() });
+        let tier = |registry: &Registry, proxy| tier(registry, proxy, row.form, &names, &time);
         let through = Proxy::Through(Secret::new(format!("http://{}", struck.address(Door::Proxy))));
         let mut tiers = match row.form {
-            Form::Proxied => vec![tier(&struck, through, row.form, &time)],
+            Form::Proxied => vec![tier(&struck, through)],
             Form::ProxyFirst => {
-                vec![tier(&struck, through, row.form, &time), tier(&struck, Proxy::Direct, row.form, &time)]
+                vec![tier(&struck, through), tier(&struck, Proxy::Direct)]
             }
-            _ => vec![tier(&struck, Proxy::Direct, row.form, &time)],
+            _ => vec![tier(&struck, Proxy::Direct)],
         };
-        tiers.extend(origin.as_ref().map(|origin| tier(origin, Proxy::Direct, row.form, &time)));
+        tiers.extend(origin.as_ref().map(|origin| tier(origin, Proxy::Direct)));
         let place = Arc::new(Place::default());
         let source = Tiers::new(tiers, RetryPolicy::default(), time.clock()).counting(Arc::clone(&place));
         let source = Arc::new(Shifted { source, time: time.clone() });
@@ -151,7 +180,7 @@ impl Bench {
         };
         let store = Store::open(root.path(), options, Handle::current()).unwrap();
         let device = store.device(blob.map(), Arc::clone(&source) as Arc<dyn BlobSource>).unwrap();
-        Self { time, blob, struck, origin, place, source, device, store, _driver: driver, _root: root }
+        Self { time, blob, struck, origin, place, source, device, names, store, _driver: driver, _root: root }
     }
 
     /// What becomes of each of so many readers of one unit.
@@ -176,12 +205,21 @@ impl Bench {
         outcomes
     }
 
-    fn prepare(&self, event: Event) {
+    async fn prepare(&self, event: Event) {
         match event {
             Event::None => {}
             Event::Pass(seconds) => self.time.advance(Duration::from_secs(seconds)),
             Event::RevokeSignatures => self.struck.keys().revoke_signatures(),
             Event::RevokeTokens => self.struck.keys().revoke_tokens(),
+            Event::Forget(milliseconds) => {
+                self.names.lost.store(true, Ordering::SeqCst);
+                self.struck.disconnect(Door::Registry).await;
+                let (clock, lost) = (self.time.clock(), Arc::clone(&self.names.lost));
+                tokio::spawn(async move {
+                    clock.sleep(Duration::from_millis(milliseconds)).await;
+                    lost.store(false, Ordering::SeqCst);
+                });
+            }
             Event::LockOut => self.struck.keys().lock(true),
             Event::SkewWall(seconds) => self.time.skew_wall(seconds),
         }
@@ -199,10 +237,13 @@ impl Keychain for Known {
 }
 
 /// One way to a registry.
-fn tier(registry: &Registry, proxy: Proxy, form: Form, time: &VirtualClock) -> Tier {
+fn tier(registry: &Registry, proxy: Proxy, form: Form, names: &Arc<NameServer>, time: &VirtualClock) -> Tier {
+    let mut resolve = registry.resolve();
+    resolve.retain(|(name, _)| form != Form::Named || name != "registry.test");
     let client = ClientOptions {
         proxy,
-        resolve: registry.resolve(),
+        resolve,
+        names: Some(Arc::clone(names) as Arc<dyn Names>),
         extra_ca_pem: registry.authority().map(ToOwned::to_owned).into_iter().collect(),
         ..ClientOptions::default()
     };
@@ -266,7 +307,7 @@ pub(crate) async fn run(row: &Row, struck_unit: usize, readers: usize) -> Result
 
 /// The read that suffers.
 async fn strike(bench: &Bench, row: &Row, unit: usize, readers: usize, wrong: &mut Vec<String>) {
-    bench.prepare(row.event);
+    bench.prepare(row.event).await;
     let (asked, retried) = (bench.struck.plan().counted(row.door), bench.place.retries.get());
     if let Some(fault) = &row.fault {
         bench.struck.strike(row.door, row.times, fault.clone()).await;
@@ -301,6 +342,7 @@ async fn strike(bench: &Bench, row: &Row, unit: usize, readers: usize, wrong: &m
             wrong.push("what was present is not served".to_owned());
         }
         bench.struck.mend();
+        bench.names.lost.store(false, Ordering::SeqCst);
         bench.struck.settle().await;
         if row.form.access() != Access::Open {
             // A token server that failed is left alone for so long, and a login that was refused.

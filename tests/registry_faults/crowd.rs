@@ -51,6 +51,22 @@ async fn a_stream_that_is_reset_at_each_kib_brings_each_byte_once() {
 }
 
 #[tokio::test]
+async fn a_redirect_is_asked_for_once_until_it_ends() {
+    let _watch = secrets::watch();
+    let bench = Bench::new(&Row::after("", Event::None).form(Form::Stored, Door::Storage)).await;
+    let read = |unit| bench.source.read(&BLOB.id, BLOB.stored_unit(unit), patient());
+
+    for (seconds, redirects) in [(0, 1), (900, 1), (100, 2), (0, 2)] {
+        bench.time.advance(Duration::from_secs(seconds));
+        for unit in 0..UNITS {
+            read(unit).await.unwrap();
+        }
+        assert_eq!(bench.struck.seen(Door::Registry).len(), redirects, "{seconds} s later");
+    }
+    assert_eq!(bench.struck.served(Door::Storage).len(), 4 * UNITS);
+}
+
+#[tokio::test]
 async fn readers_among_random_faults_get_their_bytes() {
     const READERS: u64 = 64;
     const READS: u64 = 8;

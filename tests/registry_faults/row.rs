@@ -10,7 +10,9 @@ use crate::support::registry::{Access, Door, Fault};
 pub(crate) enum Form {
     /// The registry sends blobs itself.
     Plain,
-    /// The same over TLS.
+    /// The same, and its name is looked up each time.
+    Named,
+    /// The registry sends blobs itself, over TLS.
     Secure,
     /// The registry redirects to the storage.
     Stored,
@@ -44,6 +46,8 @@ pub(crate) enum Event {
     RevokeSignatures,
     /// No token is good any more.
     RevokeTokens,
+    /// Nobody knows the registry's name, for so many milliseconds.
+    Forget(u64),
     /// No login is good any more, until it is mended.
     LockOut,
     /// The client's time of day jumps ahead by so many seconds.
@@ -95,9 +99,13 @@ impl Form {
             Self::Basic => Access::Basic,
             Self::Token | Self::SecureToken | Self::Refresh | Self::Guarded => Access::Bearer,
             Self::Public => Access::Anonymous,
-            Self::Plain | Self::Secure | Self::Stored | Self::Proxied | Self::ProxyFirst | Self::Mirrored => {
-                Access::Open
-            }
+            Self::Plain
+            | Self::Named
+            | Self::Secure
+            | Self::Stored
+            | Self::Proxied
+            | Self::ProxyFirst
+            | Self::Mirrored => Access::Open,
         }
     }
 }

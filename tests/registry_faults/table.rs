@@ -22,6 +22,7 @@ pub(crate) fn passing() -> Vec<Row> {
     vec![
         Row::once("connection refused", Fault::Refuse(OUTAGE)),
         Row::once("no connection in time", Fault::Deaf(SILENCE)).takes(10),
+        Row::after("nobody knows its name", Event::Forget(40)).form(Form::Named, Door::Registry).asks(1..=1, 1..=1),
         Row::once("closed without an answer", Fault::HangUp),
         Row::once("reset without an answer", Fault::ResetHead),
         Row::once("reset behind the head", Fault::Reset { after: 0 }),
@@ -83,6 +84,10 @@ pub(crate) fn lasting() -> Vec<Row> {
         always("503 for good", Fault::Status(503)),
         always("resets for good", Fault::Reset { after: 1024 }).wasteful(),
         always("nobody listens", Fault::Refuse(FOREVER)).asks(1..=1, 5..=5),
+        Row::after("nobody ever knows its name", Event::Forget(u64::MAX))
+            .form(Form::Named, Door::Registry)
+            .fails(Unavailable)
+            .asks(0..=0, 5..=5),
         Row::always("nobody answers", Fault::StallHead).fails(Deadline).asks(6..=6, 5..=5).takes(60),
         Row::always("nobody accepts", Fault::Deaf(FOREVER)).fails(Deadline).asks(1..=1, 5..=5).takes(60),
         Row::always("stay away for an hour", Fault::RetryAfter(503, 3600)).at_once(Unavailable),
@@ -109,6 +114,9 @@ fn misleading() -> Vec<Row> {
         to("redirect to a shared network", "http://100.64.1.1/x"),
         to("redirect to a local network of IPv6", "http://[fd00::1]/x"),
         to("redirect to a link", "http://[fe80::1]/x"),
+        Row::once("redirect to a name of loopback", Fault::RedirectToName("rebound.test")).asks(1..=1, 0..=0),
+        to("redirect to a name of a private network", "http://private.test/x"),
+        to("redirect to a name of the metadata service", "http://metadata.test/x"),
         to("redirect to a file", "file:///etc/passwd"),
         Row::once("redirect to nowhere", Fault::RedirectNowhere).asks(1..=1, 0..=0),
         Row::once("redirect from TLS to plain HTTP", Fault::RedirectToPlain)

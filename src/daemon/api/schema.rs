@@ -118,6 +118,11 @@ fn requests_need_no_more_than_is_documented() {
     }
     assert!(!is_valid("PrefetchRequest", &json!({"target": {"dir": "/mnt"}, "order": "most"})));
     assert!(is_valid("TraceRequest", &json!({"target": {"image": "4708"}})));
+    for login in [json!({"password": {"user": "u", "password": "p"}}), json!({"registry_token": "t"})] {
+        assert!(is_valid("CredentialsRequest", &json!({"registry": "r.example", "login": login})), "{login}");
+    }
+    assert!(!is_valid("CredentialsRequest", &json!({"registry": "r.example"})));
+    assert!(is_valid("CredentialsTarget", &json!({"registry": "r.example", "repository": "team"})));
     assert!(is_valid("UpgradeRequest", &json!({"program": "/usr/bin/rafsd"})));
     assert!(!is_valid("MountRequest", &json!({"dir": "/mnt"})));
     assert!(!is_valid("UnmountRequest", &json!({"dir": "/mnt", "force": true})));

@@ -161,7 +161,7 @@ impl Tokens {
     pub fn new(registry: String, keychain: Arc<dyn Keychain>, options: TokenOptions, clock: Clock) -> Self {
         let base = options.server.clone().or_else(|| Url::parse(&format!("https://{registry}/")).ok());
         let base = base.map(|base| {
-            let bounds = Bounds::of(&base, &options.client.resolve, &options.hosts);
+            let bounds = Bounds::of(&base, &options.client, &options.hosts);
             (base, bounds)
         });
         let (state, jitter) = (Mutex::default(), RandomState::new());

@@ -138,8 +138,10 @@ pub enum Fault {
     RedirectTo(String),
     /// To the host that is somebody else's, which has the blob.
     RedirectElsewhere,
-    /// To this very registry by its numeric address.
+    /// To somebody else by the number of this host.
     RedirectToLoopback,
+    /// To somebody else on this host, by this name.
+    RedirectToName(&'static str),
     /// From TLS to plain HTTP.
     RedirectToPlain,
     /// To nowhere in particular: no `Location`.

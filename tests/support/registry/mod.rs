@@ -167,6 +167,14 @@ impl Registry {
         self.fault(door, When::Some(next, times), 0, fault).await;
     }
 
+    /// Ends all connections of a door, which stays open.
+    pub async fn disconnect(&self, door: Door) {
+        for mood in [Mood::Shut, Mood::Open] {
+            self.inner.moods[door as usize].send_replace(mood);
+            self.settle().await;
+        }
+    }
+
     /// Lets the doors learn of what was changed.
     pub async fn settle(&self) {
         for _ in 0..16 {

@@ -195,6 +195,9 @@ impl Inner {
             Fault::RedirectToLoopback => {
                 redirect(format!("http://127.0.0.1:{}/data/{digest}", self.address(Door::Elsewhere).port()))
             }
+            Fault::RedirectToName(name) => {
+                redirect(format!("http://{name}:{}/data/{digest}", self.address(Door::Elsewhere).port()))
+            }
             Fault::RedirectNowhere => Reply::new(307, ""),
             _ => return None,
         })
