@@ -410,6 +410,25 @@ async fn a_name_for_this_very_host_does_not_help_a_registry_that_is_elsewhere() 
 }
 
 #[tokio::test]
+async fn a_registry_on_this_host_by_name_may_have_its_token_server_here_by_address() {
+    let (clock, server) = (VirtualClock::new(), TokenServer::start(Answer::Token(300)).await);
+    // A name for this host that does not say so itself.
+    let Ok(name) = std::fs::read_to_string("/proc/sys/kernel/hostname") else { return };
+    let name = name.trim().to_owned();
+    let is_here = tokio::net::lookup_host((name.as_str(), 0)).await;
+    if !is_here.is_ok_and(|mut found| found.next().is_some_and(|first| first.ip().is_loopback())) {
+        eprintln!("SKIPPED: the name of this host is not one of loopback");
+        return;
+    }
+    let options = TokenOptions { server: Some(format!("http://{name}").parse().unwrap()), ..TokenOptions::default() };
+    let tokens = Tokens::new(name, Scripted::new(vec![]), options, clock.clock());
+    let until = clock.clock().now() + SECOND;
+
+    let token = tokens.challenged("a", &headers(&server.challenge()), None, until).await.unwrap();
+    assert_eq!(text(token), some("Bearer t1"));
+}
+
+#[tokio::test]
 async fn an_endpoint_is_authorized_by_tokens() {
     let bench = bench(Answer::Token(300), vec![]).await;
     let authorize: &dyn Authorize = &bench.tokens;

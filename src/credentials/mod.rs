@@ -14,6 +14,7 @@ mod chain;
 mod environment;
 mod files;
 mod given;
+mod goduration;
 mod helper;
 mod plugin;
 mod programs;

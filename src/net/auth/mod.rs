@@ -6,6 +6,7 @@
 pub mod challenge;
 mod error;
 mod exchange;
+mod passes;
 mod tokens;
 
 pub use error::AuthError;

@@ -9,10 +9,11 @@
 //!
 //! Locking: the one lock is held for looking and noting only, never while anybody is asked.
 
-use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::fmt;
 use std::hash::BuildHasher;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,7 @@ use tokio::sync::watch;
 
 use super::challenge::{Challenge, challenges};
 use super::exchange::{self, Demand, Grant, Refusal, basic, bearer, may_go};
+use super::passes::{Manner, Outcome, Pass, Repository, State};
 use super::{AuthError, Keychain, Login};
 use crate::net::address::Bounds;
 use crate::net::client::{foreign, home};
@@ -52,21 +54,6 @@ impl Default for TokenOptions {
 /// How long a password, or a token that somebody else got, is used until the keychain is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(60);
 
-/// The first pause after a failure; doubled after each further one.
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
-
-/// The longest pause: credentials may have been mended.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-
-/// The longest that a busy token server may keep us from asking again.
-const LONGEST_REQUESTED: Duration = Duration::from_secs(60);
-
-/// A pass that is refused so soon after it was got is no better than the one before.
-const YOUNG: Duration = Duration::from_secs(5);
-
-/// Repositories that are remembered; those without a pass in force go first.
-const MOST_REPOSITORIES: usize = 4096;
-
 /// Who we are to one registry. Cheap to clone; clones are one.
 #[derive(Clone)]
 pub struct Tokens(Arc<Shared>);
@@ -79,75 +66,10 @@ struct Shared {
     options: TokenOptions,
     clock: Clock,
     state: Mutex<State>,
+    /// Whether it is known in which network the registry is.
+    is_found: AtomicBool,
     jitter: RandomState,
 }
-
-#[derive(Default)]
-struct State {
-    /// What the registry asked for last, whatever it was about.
-    manner: Option<Manner>,
-    repositories: HashMap<String, Repository>,
-    /// That of the keychain when all this was got from it.
-    generation: u64,
-    /// By scheme, host and port of the token server.
-    clients: HashMap<String, Client>,
-}
-
-/// How a registry wants to be told who asks.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Manner {
-    Basic,
-    /// By a token of this server.
-    Bearer {
-        realm: Url,
-        service: Option<String>,
-    },
-}
-
-#[derive(Default)]
-struct Repository {
-    /// Whether the registry has refused somebody who said nothing, or too little.
-    is_asked: bool,
-    /// The name that the registry has for it, where it asks for another one.
-    scope: Option<String>,
-    pass: Option<Pass>,
-    /// The request that is under way.
-    fetch: Option<watch::Receiver<Option<Outcome>>>,
-    failure: Option<Failure>,
-    /// Passes in a row that were refused right after they were got.
-    refusals: u32,
-    /// What was refused last, so that it is not taken for news.
-    refused: Option<HeaderValue>,
-}
-
-/// What to send.
-#[derive(Clone)]
-struct Pass {
-    value: HeaderValue,
-    /// What it was got with, where that itself is what is sent.
-    login: Option<Login>,
-    since: Instant,
-    renew: Instant,
-    ends: Instant,
-}
-
-struct Failure {
-    outcome: Outcome,
-    count: u32,
-    /// Before this nobody asks again.
-    until: Instant,
-}
-
-impl Failure {
-    /// What somebody is told who comes at `now`.
-    fn told(&self, now: Instant) -> Result<Option<HeaderValue>, AuthError> {
-        let pause = self.until.saturating_duration_since(now);
-        self.outcome.clone().map(|_| None).map_err(|error| error.for_now(pause))
-    }
-}
-
-/// `None`: there is nothing to say that was not said.
-type Outcome = Result<Option<Pass>, AuthError>;
 
 /// What somebody who needs a pass has to do.
 enum Step {
@@ -164,8 +86,8 @@ impl Tokens {
             let bounds = Bounds::of(&base, &options.client, &options.hosts);
             (base, bounds)
         });
-        let (state, jitter) = (Mutex::default(), RandomState::new());
-        Self(Arc::new(Shared { registry, base, keychain, options, clock, state, jitter }))
+        let (state, is_found, jitter) = (Mutex::default(), AtomicBool::new(false), RandomState::new());
+        Self(Arc::new(Shared { registry, base, keychain, options, clock, state, is_found, jitter }))
     }
 
     /// What to send with a request about `repository`: what is in force, or is fetched now because the
@@ -197,6 +119,9 @@ impl Tokens {
         sent: Option<&HeaderValue>,
         until: Instant,
     ) -> Result<Option<HeaderValue>, AuthError> {
+        // Whom it may name depends on where it is.
+        let found = self.0.clock.timeout_at(until, self.0.find_home()).await;
+        found.map_err(|_| AuthError::Late { registry: self.0.registry.clone() })?;
         if !self.0.learn(repository, &challenges(headers))? {
             return Ok(None);
         }
@@ -245,6 +170,7 @@ impl Shared {
         let scope = challenge.get("scope").and_then(|scope| pull_only(scope, repository));
         let mut state = self.state.lock().unwrap();
         state.manner = Some(manner);
+        state.make_room(repository, self.clock.now());
         let entry = state.repositories.entry(repository.to_owned()).or_default();
         entry.is_asked = true;
         if entry.scope != scope {
@@ -278,15 +204,7 @@ impl Shared {
         let now = self.clock.now();
         let mut state = self.state.lock().unwrap();
         let entry = state.repositories.get_mut(repository)?;
-        let pass = entry.pass.take_if(|pass| Some(&pass.value) == sent)?;
-        let is_young = now.saturating_duration_since(pass.since) < YOUNG;
-        entry.refusals = if is_young { entry.refusals + 1 } else { 0 };
-        if entry.refusals > 1 {
-            // The last one was new as well: a third will not be better, but later one may be.
-            entry.fail(Ok(None), None, now);
-        }
-        entry.refused = Some(pass.value);
-        pass.login
+        entry.drop_refused(sent, now)?.login
     }
 
     /// What to do for a pass, given what `usable` makes of the present one: its value, and whether a new
@@ -455,13 +373,13 @@ impl Shared {
         login: Option<&Login>,
         now: Instant,
     ) -> Result<Result<Grant, Refusal>, AuthError> {
-        let client = self.client(&demand.realm).await?;
+        let client = self.client(&demand.realm)?;
         let until = now.checked_add(self.options.patience).unwrap_or(now);
         Ok(exchange::ask(&self.clock, &client, demand, login, until, &|to| self.judge(to)).await)
     }
 
     /// The client for a token server, which keeps its connections.
-    async fn client(&self, realm: &Url) -> Result<Client, AuthError> {
+    fn client(&self, realm: &Url) -> Result<Client, AuthError> {
         let key = realm.origin().ascii_serialization();
         if let Some(client) = self.state.lock().unwrap().clients.get(&key) {
             return Ok(client.clone());
@@ -472,10 +390,7 @@ impl Shared {
             Some((base, bounds)) if base.host_str() == realm.host_str() => {
                 home(options, realm, bounds.home_resolver())?
             }
-            Some((base, bounds)) => {
-                self.learn_home(base, bounds).await;
-                foreign(options, realm, bounds.foreign_resolver())?
-            }
+            Some((_, bounds)) => foreign(options, realm, bounds.foreign_resolver())?,
             None => crate::net::client(options, realm)?,
         };
         let clients = &mut self.state.lock().unwrap().clients;
@@ -487,12 +402,20 @@ impl Shared {
         Ok(client)
     }
 
-    /// Finds out in which network the registry is, and with it whom it may name. Without an answer, that
-    /// is the public.
-    async fn learn_home(&self, base: &Url, bounds: &Bounds) {
-        let Some(name) = base.host_str().and_then(|host| host.parse().ok()) else { return };
+    /// Finds out in which network the registry is, and with it whom it may name, unless that is known. Without
+    /// an answer, that is the public, until somebody asks again.
+    async fn find_home(&self) {
+        let Some((base, bounds)) = &self.base else { return };
+        if self.is_found.load(Ordering::Relaxed) {
+            return;
+        }
+        let host = base.host_str().unwrap_or_default();
+        let is_address = host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
+        let Some(name) = host.parse().ok().filter(|_| !is_address) else { return };
         let found = bounds.home_resolver().resolve(name);
-        let _ = self.clock.timeout_at(self.clock.now() + self.options.client.connect_timeout, found).await;
+        let until = self.clock.now().checked_add(self.options.client.connect_timeout);
+        let found = self.clock.timeout_at(until.unwrap_or_else(|| self.clock.now()), found).await;
+        self.is_found.store(matches!(found, Ok(Ok(_))), Ordering::Relaxed);
     }
 
     fn unavailable(&self, demand: &Demand, detail: &str) -> AuthError {
@@ -513,41 +436,6 @@ impl Shared {
         let renew = lifetime.saturating_mul(700 + share * 150 / 1000) / 1000;
         let ends = lifetime.saturating_mul(95) / 100;
         Pass { value, login, since, renew: since + renew, ends: since + ends }
-    }
-}
-
-impl State {
-    /// Forgets all that was got with credentials, if these have changed since.
-    fn follow(&mut self, generation: u64) {
-        if std::mem::replace(&mut self.generation, generation) == generation {
-            return;
-        }
-        for entry in self.repositories.values_mut() {
-            (entry.pass, entry.failure, entry.fetch, entry.refused, entry.refusals) = (None, None, None, None, 0);
-        }
-    }
-
-    /// Lets go of what is of no use, when there are many.
-    fn make_room(&mut self, wanted: &str, now: Instant) {
-        if self.repositories.len() < MOST_REPOSITORIES || self.repositories.contains_key(wanted) {
-            return;
-        }
-        let is_used = |entry: &Repository| entry.fetch.is_some() || entry.pass.as_ref().is_some_and(|it| now < it.ends);
-        self.repositories.retain(|_, entry| is_used(entry));
-        if self.repositories.len() >= MOST_REPOSITORIES {
-            self.repositories.retain(|_, entry| entry.fetch.is_some());
-        }
-    }
-}
-
-impl Repository {
-    /// Notes that there is nothing to send. Nobody asks again for as long as this gives.
-    fn fail(&mut self, outcome: Outcome, retry_after: Option<Duration>, now: Instant) -> Duration {
-        let count = self.failure.as_ref().map_or(0, |failure| failure.count).max(self.refusals.saturating_sub(2));
-        let pause = FIRST_PAUSE.saturating_mul(1 << count.min(8)).min(LONGEST_PAUSE);
-        let pause = pause.max(retry_after.unwrap_or_default().min(LONGEST_REQUESTED));
-        self.failure = Some(Failure { outcome, count: count.saturating_add(1), until: now + pause });
-        pause
     }
 }
 
