@@ -125,6 +125,11 @@ fn lists_of_any_bytes_are_read_or_refused() {
 }
 
 #[test]
+fn what_registries_send_of_any_bytes_is_read_or_refused() {
+    check("oci", bodies::oci::run);
+}
+
+#[test]
 fn version_5_bootstraps_of_any_bytes_are_lifted_or_refused() {
     check("rafs5", bodies::rafs5::run);
 }
@@ -171,6 +176,9 @@ fn seeds_are_accepted_by_their_parsers() {
     }
     for (name, input) in corpus("lists") {
         assert!(bodies::lists::read(&input), "{name}");
+    }
+    for (name, input) in corpus("oci") {
+        assert!(bodies::oci::read(&input), "{name}");
     }
     for (name, input) in corpus("fuse_wire") {
         assert!(bodies::fuse_wire::run(&input), "{name}");

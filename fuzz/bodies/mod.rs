@@ -10,6 +10,7 @@ pub mod bootstrap;
 pub mod codec;
 pub mod fuse_wire;
 pub mod lists;
+pub mod oci;
 pub mod rafs5;
 pub mod tar;
 pub mod toc;

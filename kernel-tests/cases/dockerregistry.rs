@@ -191,16 +191,25 @@ impl Pusher<'_> {
 
     /// The manifest of the image in `dir`, whose layers are put there; with or without its blobs.
     pub(crate) fn manifest(&self, repository: &str, dir: &Path, with_blobs: bool) -> anyhow::Result<Value> {
+        let mut manifest = self.manifest_about(repository, dir, None)?;
+        if !with_blobs && let Some(layers) = manifest["layers"].as_array_mut() {
+            layers.drain(..layers.len() - 1);
+        }
+        Ok(manifest)
+    }
+
+    /// The same, with its blobs. If they are tables, it is said which layer they are `about`.
+    pub(crate) fn manifest_about(&self, repository: &str, dir: &Path, about: Option<&str>) -> anyhow::Result<Value> {
         let mut layers = Vec::new();
         for entry in fs::read_dir(dir.join("blobs"))? {
             let bytes = fs::read(entry?.path())?;
             let mut layer = self.blob(repository, &bytes)?;
             layer["mediaType"] = "application/vnd.oci.image.layer.nydus.blob.v1".into();
             layer["annotations"] = json!({"containerd.io/snapshot/nydus-blob": "true"});
+            if let Some(about) = about {
+                layer["annotations"]["containerd.io/snapshot/nydus-ref"] = about.into();
+            }
             layers.push(layer);
-        }
-        if !with_blobs {
-            layers.clear();
         }
         let mut layer = self.blob(repository, &bootstrap_layer(&fs::read(dir.join("bootstrap"))?)?)?;
         layer["mediaType"] = "application/vnd.oci.image.layer.v1.tar+gzip".into();

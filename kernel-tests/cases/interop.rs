@@ -65,7 +65,7 @@ fn bootstrap_of(image: &Path) -> anyhow::Result<PathBuf> {
 /// Facts about each entry of a tree, by path.
 type Listing = BTreeMap<String, Value>;
 
-fn read_listing(file: &Path) -> anyhow::Result<Listing> {
+pub(crate) fn read_listing(file: &Path) -> anyhow::Result<Listing> {
     let text = fs::read_to_string(file)?;
     let row = |line| {
         let row: Value = serde_json::from_str(line)?;
@@ -75,7 +75,7 @@ fn read_listing(file: &Path) -> anyhow::Result<Listing> {
 }
 
 /// What the program that came with the images would print for `root`.
-fn list(root: &Path) -> anyhow::Result<Listing> {
+pub(crate) fn list(root: &Path) -> anyhow::Result<Listing> {
     let mut out = Listing::from([(".".to_owned(), facts(root, ".", true)?)]);
     let mut pending = vec![root.to_owned()];
     while let Some(dir) = pending.pop() {

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 
 use super::dockerregistry::{DockerRegistry, PASSWORD, Pusher};
 use super::fixture::{FILE, Fixture, content, drop_caches, read_byte};
-use crate::host::Need;
+use super::interop::{list, read_listing};
+use crate::host::{Need, interop};
 use crate::support::{listing, tree};
 use crate::{Case, Ctx, Outcome, Place};
 
@@ -34,6 +35,19 @@ const fn only_here(name: &'static str, run: fn(&Ctx) -> Outcome) -> Case {
 pub(crate) const CASES: &[Case] = &[
     case("an_image_of_a_registry_shows_its_whole_tree", an_image_of_a_registry_shows_its_whole_tree),
     only_here("what_is_known_of_a_registry_is_not_asked_again", what_is_known_of_a_registry_is_not_asked_again),
+    Case {
+        name: "images_of_nydus_in_a_registry_show_what_their_listing_says",
+        needs: &[
+            Need::Root,
+            Need::Erofs,
+            Need::DiskStore,
+            Need::Backend,
+            Need::Interop,
+            Need::Program("docker-registry"),
+        ],
+        place: Place::Host,
+        run: images_of_nydus_in_a_registry_show_what_their_listing_says,
+    },
     case("a_registry_that_is_gone_spares_what_is_here", a_registry_that_is_gone_spares_what_is_here),
     only_here("a_registry_with_a_password_wants_it", a_registry_with_a_password_wants_it),
     only_here("an_index_and_a_referrer_lead_to_the_rafs_image", an_index_and_a_referrer_lead_to_the_rafs_image),
@@ -106,6 +120,40 @@ fn an_image_of_a_registry_shows_its_whole_tree(ctx: &Ctx) -> Outcome {
     fixture.finish()
 }
 
+/// Both versions of RAFS, several blobs, and one of a kind that is not served.
+fn images_of_nydus_in_a_registry_show_what_their_listing_says(ctx: &Ctx) -> Outcome {
+    let folder = interop(ctx.in_guest).context("a need of this case")?;
+    let registry = DockerRegistry::start(&ctx.dir.join("registry"), false)?;
+    let fixture = Fixture::files(ctx, 1)?;
+    let pusher = registry.pusher()?;
+    for name in ["v6-zstd", "v5-zstd", "v6-merged"] {
+        let image = folder.join(name);
+        pusher.image(REPOSITORY, Some(name), &image)?;
+
+        let dir = mount(&fixture, &reference(&registry, &format!(":{name}")), "mnt", &[])?;
+        let got = list(&dir).with_context(|| name.to_owned());
+        fixture.umount(&dir)?;
+
+        let (got, listing) = (got?, fs::read_to_string(image.join("expect"))?);
+        let want = read_listing(&folder.join(listing.trim()))?;
+        let first = want.iter().zip(&got).find(|(want, got)| want != got);
+        ensure!(want.len() > 10 && first.is_none() && want.len() == got.len(), "{name} differs: {first:?}");
+    }
+    let image = folder.join("v6-zran");
+    let layer = pusher.blob(REPOSITORY, &fs::read(image.join("layer.tar.gz"))?)?;
+    let about = digest_of(&layer)?;
+    pusher.document(REPOSITORY, Some("zran"), &pusher.manifest_about(REPOSITORY, &image, Some(&about))?)?;
+    let name = reference(&registry, ":zran");
+    ensure_refused(
+        &fixture,
+        &["resolve", &name],
+        &["data in the layers of the ordinary image", &about, "cannot serve"],
+    )?;
+    let said = try_mount(&fixture, &name, "mnt", &[])?.err().context("its data is not served")?;
+    ensure!(said.contains("in gzip layers of an ordinary image"), "{said}");
+    fixture.finish()
+}
+
 fn what_is_known_of_a_registry_is_not_asked_again(ctx: &Ctx) -> Outcome {
     let mut registry = DockerRegistry::start(&ctx.dir.join("registry"), false)?;
     let mut fixture = Fixture::files(ctx, 1)?;
@@ -141,7 +189,9 @@ fn a_registry_that_is_gone_spares_what_is_here(ctx: &Ctx) -> Outcome {
     registry.pusher()?.image(REPOSITORY, Some("1"), &ctx.dir.join("image"))?;
     fixture.restart(&["--deadline", "4s", "--flush-every", "10ms"])?;
     let dir = mount(&fixture, &reference(&registry, ":1"), "mnt", &["--prefetch=none"])?;
-    ensure!(fs::read(dir.join("0"))? == content(0, FILE));
+    let byte = || read_byte(&dir.join("0"), 0) == Ok(content(0, FILE)[0]);
+    // One byte, so that nothing is read ahead.
+    ensure!(byte(), "before");
     registry.stop();
 
     // What came is here for a successor once it is on the disk, a hundred flushes later at the latest.
@@ -150,13 +200,13 @@ fn a_registry_that_is_gone_spares_what_is_here(ctx: &Ctx) -> Outcome {
     fixture.start(&["--deadline", "4s"])?;
     drop_caches()?;
 
-    ensure!(fs::read(dir.join("0"))? == content(0, FILE), "what is here");
+    ensure!(byte(), "what is here");
     let began = Instant::now();
-    ensure!(read_byte(&dir.join("1"), 0) == Err(Some(EIO)), "what is not here");
+    ensure!(read_byte(&dir.join("1"), 2 << 20) == Err(Some(EIO)), "what is not here");
     ensure!(began.elapsed() < Duration::from_secs(15), "it took {:?}", began.elapsed());
     registry.start_again()?;
     let until = Instant::now() + Duration::from_secs(60);
-    while read_byte(&dir.join("1"), 0).is_err() {
+    while read_byte(&dir.join("1"), 2 << 20).is_err() {
         ensure!(Instant::now() < until, "it does not recover: {}", fixture.log());
         std::thread::sleep(Duration::from_millis(100));
     }
@@ -173,7 +223,12 @@ fn a_registry_with_a_password_wants_it(ctx: &Ctx) -> Outcome {
     let set = |text: &str| fs::write(docker.join("config.json"), text);
     set("{}")?;
     fixture.set_environment("DOCKER_CONFIG", text(&docker)?.to_owned());
-    fixture.restart(&[])?;
+    // A registry on this very host is taken to speak plain HTTP unless somebody says otherwise.
+    let hosts = ctx.dir.join("hosts");
+    let own = hosts.join(registry.host().replace(':', "_") + "_");
+    fs::create_dir_all(&own)?;
+    fs::write(own.join("hosts.toml"), format!("server = \"https://{}\"\n", registry.host()))?;
+    fixture.restart(&["--hosts-dir", text(&hosts)?])?;
     let (name, ca) = (reference(&registry, ":1"), registry.ca());
     let trusting = ["--ca", text(&ca)?];
 
@@ -234,7 +289,7 @@ fn an_index_and_a_referrer_lead_to_the_rafs_image(ctx: &Ctx) -> Outcome {
     ensure_refused(&fixture, &["resolve", &both, "--platform", "linux/s390x"], &["nothing for linux/s390x"])?;
 
     // This registry has no interface for referrers, so that a tag stands in for it.
-    let subject = ordinary_digest(&plain)?;
+    let subject = digest_of(&plain)?;
     let mut referring = rafs;
     referring["subject"] = plain;
     let referring = pusher.document(REPOSITORY, None, &referring)?;
@@ -250,7 +305,7 @@ fn std_architecture() -> String {
     rafsd::oci::Platform::here().architecture
 }
 
-fn ordinary_digest(descriptor: &Value) -> anyhow::Result<String> {
+fn digest_of(descriptor: &Value) -> anyhow::Result<String> {
     Ok(descriptor["digest"].as_str().context("a digest")?.to_owned())
 }
 

@@ -17,21 +17,17 @@ use super::prepare::{Layer, Named, Prepared, Wanted};
 use super::references::References;
 use super::turns::Queue;
 use super::{Daemon, DaemonError};
-use crate::base::{Class, Digest, Fault};
+use crate::base::Digest;
 use crate::blob::BlobTables;
 use crate::image::Image;
 use crate::oci::bootstrap::{LayerError, MAX_LAYER, unpack};
 use crate::oci::{self, Layout, OciError, Platform, Reference, Registry, Resolved, Version};
-use crate::source::{ReadCtx, SourceError};
 
 /// How long finding out what a reference means may take.
 const LOOK_UP: Duration = Duration::from_secs(30);
 
 /// How long a layer with a bootstrap may take, of up to 512 MiB.
 const FETCH_LAYER: Duration = Duration::from_secs(600);
-
-/// How long each question may take whether a layer is still there.
-const ASK: Duration = Duration::from_secs(10);
 
 /// What is known of an image before its bootstrap is.
 #[derive(Debug)]
@@ -124,7 +120,7 @@ impl Daemon {
             Found::File(path) => return self.prepare_from(&Wanted::File(path), &source),
             Found::Image(resolved) => resolved,
         };
-        let image = resolved.image()?;
+        let image = servable(resolved)?;
         let digest = image.bootstrap.sha256().map_err(|cause| OciError::Document {
             repository: resolved.reference.repository().to_string(),
             what: "the manifest".to_owned(),
@@ -138,9 +134,6 @@ impl Daemon {
             admit: &|image| if spec.blobs.is_empty() { ensure_named(resolved, image) } else { Ok(()) },
         };
         let mut prepared = self.prepare_from(&Wanted::Layer(&layer), &source)?;
-        if image.layout == Layout::Zran && prepared.origin.is_some() && !spec.offline {
-            self.ensure_there(resolved, &prepared)?;
-        }
         let (reference, manifest) = (resolved.reference.to_string(), resolved.manifest_digest);
         prepared.named = Some(Named { reference, manifest });
         Ok(prepared)
@@ -174,21 +167,16 @@ impl Daemon {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(dir)
     }
+}
 
-    /// Registries keep no layer for the sake of an image that only has tables of it.
-    fn ensure_there(&self, resolved: &Resolved, prepared: &Prepared) -> Result<(), DaemonError> {
-        for map in prepared.maps.iter().filter(|map| !self.store.is_complete(map.blob().as_str())) {
-            let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + ASK);
-            let Err(error) = self.runtime.block_on(prepared.source.len(map.blob(), ctx)) else { continue };
-            let gone = matches!(error, SourceError::NotFound { .. });
-            if gone || error.fault() == Fault::Permanent {
-                let (reference, blob) = (resolved.reference.clone(), map.blob().to_string());
-                return Err(OciError::Gone { reference, blob, detail: error.to_string() }.into());
-            }
-            tracing::warn!(%error, blob = %map.blob(), "cannot tell whether a layer is still there");
-        }
-        Ok(())
+/// The image, if its manifest has nothing that this version cannot serve.
+pub(super) fn servable(resolved: &Resolved) -> Result<&oci::Image, OciError> {
+    let image = resolved.image()?;
+    if image.layout == Layout::Zran {
+        let why = "its data is in gzip layers of an ordinary image, which this version cannot serve".to_owned();
+        return Err(OciError::Unsupported { reference: resolved.reference.clone(), why });
     }
+    Ok(image)
 }
 
 /// Tells of `--offline` where it would help.

@@ -1,7 +1,7 @@
 //! Explains where a reference leads and how it would be mounted here.
 
 use super::api::{DocumentReport, LayerReport, ResolveReport, ResolveRequest};
-use super::lookup::reference_of;
+use super::lookup::{reference_of, servable};
 use super::{Daemon, DaemonError};
 use crate::oci::document::{Parsed, annotation};
 use crate::oci::{How, Link, Resolved, Role, Shape};
@@ -14,7 +14,7 @@ impl Daemon {
         let platform = spec.wanted_platform()?;
         let resolved = self.resolve_now(spec, &reference, platform.as_ref())?;
         let backend = self.backends.choose(request.backend);
-        let problem = match (resolved.image(), &backend) {
+        let problem = match (servable(&resolved), &backend) {
             (Ok(_), Ok(_)) => None,
             (Err(error), _) => Some(error.to_string()),
             (Ok(_), Err(error)) => Some(error.to_string()),

@@ -36,7 +36,7 @@ pub enum OciError {
     #[error(transparent)]
     Fetch(#[from] FetchError),
     /// The registry has no such thing, or does not tell who asks.
-    #[error("{registry} has no {what} in {repository}")]
+    #[error("{what} is not in {repository}, or {registry} does not show it to us")]
     NotFound { registry: String, repository: String, what: String },
     /// The registry does not let us in.
     #[error(
@@ -89,9 +89,6 @@ pub enum OciError {
         #[source]
         cause: Arc<super::bootstrap::LayerError>,
     },
-    /// A layer of the ordinary image that a RAFS image has its data in is not there.
-    #[error("{reference} has its data in the layer {blob} of another image, which cannot be had any more: {detail}")]
-    Gone { reference: Reference, blob: String, detail: String },
     /// The bootstrap wants a blob that the manifest does not name.
     #[error(
         "the bootstrap of {reference} wants blob {blob}, which its manifest does not name; give --blobs if the blobs are kept elsewhere"

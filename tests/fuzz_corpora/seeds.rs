@@ -57,6 +57,7 @@ pub(super) fn all() -> Vec<(&'static str, Seeds)> {
         ("codec", streams()),
         ("toc", files()),
         ("lists", lists()),
+        ("oci", registries()),
         ("rafs5", version_5()),
         ("fuse_wire", requests()),
     ]
@@ -239,6 +240,41 @@ fn lists() -> Seeds {
         ("one", 3, b"4294967295:0"),
     ];
     texts.map(|(name, list, text)| (name.to_owned(), bodies::lists::pack(list, text))).into()
+}
+
+/// Inputs of the target `oci`.
+fn registries() -> Seeds {
+    use bodies::oci::{DOCUMENT, LAYER, NAME, pack};
+    let digest = format!("sha256:{}", "5b".repeat(32));
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{digest}","size":2}},"layers":[{{"digest":"{digest}","size":1,"annotations":{{"containerd.io/snapshot/nydus-blob":"true"}}}},{{"digest":"{digest}","size":1,"annotations":{{"containerd.io/snapshot/nydus-bootstrap":"true","containerd.io/snapshot/nydus-fs-version":"6"}}}}]}}"#
+    );
+    let index = format!(
+        r#"{{"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[{{"digest":"{digest}","size":9,"artifactType":"application/vnd.nydus.image.manifest.v1+json","platform":{{"os":"linux","architecture":"amd64"}}}}]}}"#
+    );
+    let tar = {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_ustar();
+        header.set_size(9);
+        builder.append_data(&mut header, "image/image.boot", &b"bootstrap"[..]).unwrap();
+        builder.into_inner().unwrap()
+    };
+    let gzip = {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut encoder, &tar).unwrap();
+        encoder.finish().unwrap()
+    };
+    let name = format!("docker://registry.example:5000/team/app__x.y-z:1.2@{digest}");
+    Seeds::from([
+        ("name".into(), pack(NAME, name.as_bytes())),
+        ("address".into(), pack(NAME, b"[fd00::7]:5000/a")),
+        ("short".into(), pack(NAME, b"ubuntu")),
+        ("manifest".into(), pack(DOCUMENT, manifest.as_bytes())),
+        ("index".into(), pack(DOCUMENT, index.as_bytes())),
+        ("layer".into(), pack(LAYER, &gzip)),
+        ("layer-zstd".into(), pack(LAYER, &zstd::encode_all(&tar[..], 1).unwrap())),
+        ("layer-plain".into(), pack(LAYER, tar.strip_suffix(&[0; 1024]).unwrap_or(&tar))),
+    ])
 }
 
 struct Made {

@@ -64,7 +64,6 @@ pub(super) fn status(error: &OciError) -> StatusCode {
         | OciError::NotRafs { .. }
         | OciError::Unsupported { .. }
         | OciError::Bootstrap { .. }
-        | OciError::Gone { .. }
         | OciError::Stranger { .. } => StatusCode::UNPROCESSABLE_ENTITY,
     }
 }
