@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -70,8 +72,8 @@ fn run_inner(
 ) -> anyhow::Result<Verdict> {
     prctl::set_child_subreaper(true).context("become the reaper of orphans")?;
     let scratch = Scratch::new(store).context("make a scratch directory")?;
-    let log = scratch.0.join("log");
-    let mut child = start(case, backend, in_guest, &scratch.0.join("dir"), &log).context("start the case")?;
+    let log = scratch.dir.join("log");
+    let mut child = start(case, backend, in_guest, &scratch.dir.join("dir"), &log).context("start the case")?;
     let mut problem = match wait(&mut child, limit, interrupt)? {
         Ended::By(status) => complaint(status),
         Ended::Timeout => Some(format!("timed out after {} s", limit.as_secs())),
@@ -186,23 +188,50 @@ fn children() -> io::Result<Vec<(i32, String)>> {
     Ok(found)
 }
 
+/// What the names of directories of cases begin with.
+const PREFIX: &str = "rafsd-case.";
+
+/// The file in such a directory that its harness holds a lock on. A killed one lets go of it.
+const OWNER: &str = "owner";
+
 /// A directory for one case. Dropping it unmounts and removes what is below.
-struct Scratch(PathBuf);
+struct Scratch {
+    dir: PathBuf,
+    /// Closed in children, so that only the harness holds the lock.
+    _owner: Flock<File>,
+}
+
+/// Takes away what a harness that was killed left in `store`: mounts, files, and by that its keepers' work.
+pub(crate) fn sweep(store: &Path) -> anyhow::Result<()> {
+    for entry in fs::read_dir(store).context("look for what is left")? {
+        let dir = entry?.path();
+        let is_ours = dir.file_name().is_some_and(|name| name.as_bytes().starts_with(PREFIX.as_bytes()));
+        let owner = is_ours.then(|| File::open(dir.join(OWNER)));
+        let Some(Ok(owner)) = owner else { continue };
+        if let Ok(owner) = Flock::lock(owner, FlockArg::LockExclusiveNonblock) {
+            eprintln!("taking away what a killed run left in {}", dir.display());
+            drop(Scratch { dir, _owner: owner });
+        }
+    }
+    Ok(())
+}
 
 impl Scratch {
-    fn new(store: &Path) -> io::Result<Self> {
-        let dir = tempfile::Builder::new().prefix("rafsd-case.").tempdir_in(store)?;
+    fn new(store: &Path) -> anyhow::Result<Self> {
+        let dir = tempfile::Builder::new().prefix(PREFIX).tempdir_in(store)?;
+        let owner = Flock::lock(File::create(dir.path().join(OWNER))?, FlockArg::LockExclusiveNonblock);
+        let owner = owner.map_err(|(_, errno)| errno)?;
         // Cleaned up by our own drop: a recursive removal must not run into something mounted.
-        Ok(Self(dir.keep()))
+        Ok(Self { dir: dir.keep(), _owner: owner })
     }
 
     fn detach(&self) -> io::Result<Vec<String>> {
-        let rows = mounts::detach_below(&self.0)?;
+        let rows = mounts::detach_below(&self.dir)?;
         Ok(rows.iter().map(|row| format!("{} on {}", row.kind, row.mountpoint.display())).collect())
     }
 
     fn remove(self) -> io::Result<()> {
-        let dir = self.0.clone();
+        let dir = self.dir.clone();
         drop(self);
         if dir.exists() { Err(io::Error::other(format!("{} is still there", dir.display()))) } else { Ok(()) }
     }
@@ -210,8 +239,8 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if let Err(error) = self.detach().and_then(|_| fs::remove_dir_all(&self.0)) {
-            eprintln!("cannot remove {}: {error}", self.0.display());
+        if let Err(error) = self.detach().and_then(|_| fs::remove_dir_all(&self.dir)) {
+            eprintln!("cannot remove {}: {error}", self.dir.display());
         }
     }
 }

@@ -236,6 +236,7 @@ fn one(args: &Args, name: &str, dir: PathBuf) -> anyhow::Result<ExitCode> {
 
 fn all(args: &Args) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::watch().context("watch for signals")?;
+    isolate::sweep(&host::store(args.in_guest))?;
     let mut tally = Tally::default();
     let here: &[Backend] = if args.in_guest {
         &[Backend::Cachefiles]

@@ -158,7 +158,7 @@ mod tests {
             rafs_version: Some("6".to_owned()),
             problem: None,
             sources: vec!["https://mirror.example/v2/app".to_owned(), "https://r.example/v2/app".to_owned()],
-            login: "alice, from /root/.docker/config.json".to_owned(),
+            login: "alice, from /home/alice/.docker/config.json".to_owned(),
             backend: Some(BackendKind::Fanotify),
             why: Some("asked for".to_owned()),
         };
@@ -172,7 +172,7 @@ r.example/app:1
 what     a RAFS image, RAFS v6, data in layers of its own
 blobs    https://mirror.example/v2/app
 blobs    https://r.example/v2/app
-login    alice, from /root/.docker/config.json
+login    alice, from /home/alice/.docker/config.json
 backend  fanotify (asked for)
 can be mounted: rafsd mount docker://r.example/app:1 DIR
 ",

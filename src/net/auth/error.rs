@@ -109,9 +109,9 @@ mod tests {
         };
 
         assert_eq!(
-            denied(Some("/root/.docker/config.json")).to_string(),
+            denied(Some("/home/alice/.docker/config.json")).to_string(),
             "https://a.example/token gives no token for a/b of r.example (status 401); check the credentials, which \
-             came from /root/.docker/config.json, or give others with `rafsd credentials set r.example --user NAME \
+             came from /home/alice/.docker/config.json, or give others with `rafsd credentials set r.example --user NAME \
              --password-stdin`"
         );
         assert!(denied(None).to_string().contains("no credentials are known for it"), "{}", denied(None));
