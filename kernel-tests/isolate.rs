@@ -210,10 +210,32 @@ pub(crate) fn sweep(store: &Path) -> anyhow::Result<()> {
         let Some(Ok(owner)) = owner else { continue };
         if let Ok(owner) = Flock::lock(owner, FlockArg::LockExclusiveNonblock) {
             eprintln!("taking away what a killed run left in {}", dir.display());
+            let deadline = Instant::now() + KILL_PATIENCE;
+            // Keepers start another daemon; all of them have the directory among their arguments.
+            while kill_users(&dir)? && Instant::now() < deadline {
+                std::thread::sleep(POLL);
+            }
             drop(Scratch { dir, _owner: owner });
         }
     }
     Ok(())
+}
+
+/// Kills every process that names something in `dir` on its command line. Whether there was one.
+fn kill_users(dir: &Path) -> io::Result<bool> {
+    let name = [dir.as_os_str().as_bytes(), b"/"].concat();
+    let mut was_there = false;
+    for entry in fs::read_dir("/proc")? {
+        let pid = entry?.file_name().to_str().and_then(|name| name.parse().ok()).map(Pid::from_raw);
+        let Some(pid) = pid.filter(|pid| *pid != Pid::this()) else { continue };
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if line.split(|byte| *byte == 0).any(|argument| argument.starts_with(&name)) {
+            was_there = true;
+            // It may have gone by itself.
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
+    Ok(was_there)
 }
 
 impl Scratch {
