@@ -1,18 +1,16 @@
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::connect::{Place, block_on};
 use super::mount::absolute;
-use super::{list, print_json};
+use super::{list, print_json, progress};
 use crate::base::ByteSize;
 use crate::cache::PrefetchState;
 use crate::daemon::api::{FileRanges, PrefetchOrder, PrefetchReport, PrefetchRequest, PrefetchTarget};
-use crate::daemon::client::Client;
 use crate::tools::hotlist::{self, MAX_LIST};
 
 /// Fetch data of a mounted image before anybody asks for it, behind all readers
@@ -73,9 +71,6 @@ Examples:
   rafsd prefetch /mnt --all --wait
   printf '/usr/bin/app\\n/usr/lib/libc.so.6:0+65536\\n' | rafsd prefetch /mnt --paths -";
 
-/// How often the daemon is asked how it stands.
-const STEP: Duration = Duration::from_millis(100);
-
 /// Exit status: 1 if with `--wait` something could not be fetched.
 pub(super) fn run(args: PrefetchArgs) -> anyhow::Result<ExitCode> {
     let target = target(&args.image)?;
@@ -103,7 +98,11 @@ pub(super) fn run(args: PrefetchArgs) -> anyhow::Result<ExitCode> {
             // A closed stderr leaves nobody to tell.
             let _ = writeln!(io::stderr(), "rafsd: {remark}");
         }
-        if args.wait { wait(&client, report, until).await } else { Ok(report) }
+        if !args.wait {
+            return Ok(report);
+        }
+        let next = async |report: &PrefetchReport| Ok(client.get_prefetch(report.id).await?);
+        progress::follow("fetching", report, until, |report| &report.stats, next).await
     })?;
     if args.json {
         print_json(&report)?;
@@ -131,29 +130,6 @@ fn summary(report: &PrefetchReport) -> String {
     };
     let (present, all) = (ByteSize(stats.bytes_present), ByteSize(stats.bytes));
     format!("{}: {state}, {present} of {all} present", report.dir.display())
-}
-
-/// Waits for the end, with a bar on a terminal, or for the time to be over.
-async fn wait(client: &Client, mut report: PrefetchReport, until: Option<Instant>) -> anyhow::Result<PrefetchReport> {
-    let visible = io::stderr().is_terminal();
-    let target = if visible { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let bar = ProgressBar::with_draw_target(Some(report.stats.bytes), target).with_prefix("fetching");
-    let template = "{prefix} {wide_bar} {bytes}/{total_bytes} ({bytes_per_sec}) {msg}";
-    bar.set_style(ProgressStyle::with_template(template).expect("the template is sound"));
-    let mut told = None;
-    while !report.stats.state.is_end() && until.is_none_or(|until| Instant::now() < until) {
-        bar.set_position(report.stats.bytes_present);
-        if report.stats.trouble != told {
-            told.clone_from(&report.stats.trouble);
-            if let Some(trouble) = &told {
-                bar.suspend(|| drop(writeln!(io::stderr(), "rafsd: {trouble}; asking again")));
-            }
-        }
-        tokio::time::sleep(STEP).await;
-        report = client.get_prefetch(report.id).await?;
-    }
-    bar.finish_and_clear();
-    Ok(report)
 }
 
 /// An existing directory is a mount point; else the first digits of an image.

@@ -1,17 +1,13 @@
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
-
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::connect::{DaemonArgs, block_on};
 use super::mount::{absolute, named};
-use super::print_json;
+use super::{print_json, progress};
 use crate::base::ByteSize;
 use crate::cache::PrefetchState;
 use crate::daemon::api::{ImageSpec, PrefetchOrder, PullReport, PullRequest};
-use crate::daemon::client::Client;
 use crate::oci::Platform;
 
 /// Bring images here whole, without mounting them
@@ -57,25 +53,18 @@ Examples:
   rafsd pull docker://registry.example/team/app:1.2-nydus
   rafsd pull image/bootstrap --blobs https://blobs.example/image";
 
-/// How often the daemon is asked how it stands.
-const STEP: Duration = Duration::from_millis(100);
-
 /// Exit status: 1 if something could not be fetched.
 pub(super) fn run(args: PullArgs) -> anyhow::Result<ExitCode> {
     let requests = args.images.iter().map(|image| request(&args, image)).collect::<anyhow::Result<Vec<_>>>()?;
-    let visible = io::stderr().is_terminal();
-    let bars = MultiProgress::with_draw_target(if visible {
-        ProgressDrawTarget::stderr()
-    } else {
-        ProgressDrawTarget::hidden()
-    });
     let reports = block_on(async {
         let client = args.daemon.connect().await?;
         let mut reports = Vec::new();
         // One after the other: the first is then usable while the last is still on its way.
         for request in &requests {
             let report = client.pull(request).await?;
-            reports.push(wait(&client, report, &bars).await?);
+            let next = async |report: &PullReport| Ok(client.get_pull(report.id).await?);
+            let name = report.name.clone();
+            reports.push(progress::follow(&name, report, None, |report| &report.stats, next).await?);
         }
         Ok(reports)
     })?;
@@ -104,27 +93,6 @@ fn request(args: &PullArgs, image: &Path) -> anyhow::Result<PullRequest> {
     let platform = args.platform.as_ref().map(ToString::to_string);
     let spec = ImageSpec { platform, blobs, ca, prefetch: PrefetchOrder::None, ..ImageSpec::default() };
     Ok(PullRequest { image: named(image, spec)? })
-}
-
-/// Waits for the end, with a bar on a terminal.
-async fn wait(client: &Client, mut report: PullReport, bars: &MultiProgress) -> anyhow::Result<PullReport> {
-    let bar = bars.add(ProgressBar::new(report.stats.bytes).with_prefix(report.name.clone()));
-    let template = "{prefix} {wide_bar} {bytes}/{total_bytes} ({bytes_per_sec})";
-    bar.set_style(ProgressStyle::with_template(template).expect("the template is sound"));
-    let mut told = None;
-    while !report.stats.state.is_end() {
-        bar.set_position(report.stats.bytes_present);
-        if report.stats.trouble != told {
-            told.clone_from(&report.stats.trouble);
-            if let Some(trouble) = &told {
-                bar.suspend(|| drop(writeln!(io::stderr(), "rafsd: {trouble}; asking again")));
-            }
-        }
-        tokio::time::sleep(STEP).await;
-        report = client.get_pull(report.id).await?;
-    }
-    bar.finish_and_clear();
-    Ok(report)
 }
 
 fn summary(report: &PullReport) -> String {

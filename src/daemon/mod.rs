@@ -32,6 +32,7 @@ mod prepare;
 mod pulls;
 mod records;
 mod references;
+mod registered;
 mod registry;
 mod served;
 mod serving;
