@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rafsd::base::{ByteRange, Class};
-use rafsd::net::{ClientOptions, client};
+use rafsd::net::{ClientOptions, Clock, client};
 use rafsd::source::{ObjectUpstream, ReadCtx, SourceError, Upstream};
 
 /// A server that ends with the test.
@@ -60,7 +60,7 @@ async fn blobs_of_a_bucket_are_read_by_ranges() {
     let keys = dir.path().join("keys");
     std::fs::write(&keys, "aws_access_key_id = A\naws_secret_access_key = hunter2\n").unwrap();
     let spec = format!("s3://bucket/images/pre-?endpoint={}&region=us-east-1&credentials={}", moto.url, keys.display());
-    let upstream = ObjectUpstream::new(&spec, &ClientOptions::default()).unwrap();
+    let upstream = ObjectUpstream::new(&spec, &ClientOptions::default(), Clock::default()).unwrap();
     let (blob, missing) = ("blob".parse().unwrap(), "missing".parse().unwrap());
     let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + Duration::from_secs(60));
 

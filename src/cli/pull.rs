@@ -64,7 +64,13 @@ pub(super) fn run(args: PullArgs) -> anyhow::Result<ExitCode> {
             let report = client.pull(request).await?;
             let next = async |report: &PullReport| Ok(client.get_pull(report.id).await?);
             let name = report.name.clone();
-            reports.push(progress::follow(&name, report, None, |report| &report.stats, next).await?);
+            let id = report.id;
+            let following = progress::follow(&name, report, None, |report| &report.stats, next);
+            reports.push(tokio::select! {
+                ended = following => ended?,
+                // Nobody would know that it goes on.
+                _ = tokio::signal::ctrl_c() => client.cancel_pull(id).await?,
+            });
         }
         Ok(reports)
     })?;

@@ -26,7 +26,7 @@ pub(super) struct ResolveArgs {
     #[arg(long, value_name = "PLATFORM")]
     platform: Option<Platform>,
 
-    /// Tell where it led the last time, and ask nobody
+    /// Tell where it led the last time, without asking the registry
     #[arg(long)]
     offline: bool,
 

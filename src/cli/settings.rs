@@ -127,6 +127,7 @@ impl SettingsArgs {
             &mut settings.credential_provider_bin_dir,
         ];
         let paths = files.into_iter().flatten();
+        let paths = paths.chain([&mut settings.hosts_dir]);
         for path in paths.chain(&mut settings.registry_secrets).chain(&mut settings.sandbox_read) {
             *path = std::path::absolute(&*path).context("cannot tell the working directory")?;
         }

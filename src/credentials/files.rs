@@ -40,9 +40,14 @@ impl Watched {
         Self { path, state: Mutex::default() }
     }
 
+    /// The file: in a directory, its `config.json`. A directory may come later than whoever looks into it.
+    fn file(&self) -> PathBuf {
+        if self.path.is_dir() { self.path.join("config.json") } else { self.path.clone() }
+    }
+
     /// What it says now. A file that is not there says nothing.
     fn read(&self) -> Result<Arc<AuthRecords>, Trouble> {
-        let read = match read_bounded(&self.path) {
+        let read = match read_bounded(&self.file()) {
             Ok(text) => AuthRecords::parse(&text).map_err(Some),
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Err(None),
             Err(error) => Err(Some(format!("it cannot be read ({error})"))),
@@ -70,11 +75,11 @@ impl Watched {
     }
 
     fn trouble(&self, detail: String) -> Trouble {
-        Trouble::new(self.path.display().to_string(), detail)
+        Trouble::new(self.file().display().to_string(), detail)
     }
 }
 
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+pub(super) fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     File::open(path)?.take(MOST_BYTES + 1).read_to_end(&mut text)?;
     if text.len() as u64 > MOST_BYTES {
@@ -92,8 +97,7 @@ pub struct AuthFile {
 impl AuthFile {
     /// The file at `path`, which need not be there; in a directory, its `config.json`.
     pub fn new(path: &Path, helpers: Arc<Helpers>) -> Self {
-        let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
-        Self { file: Watched::new(path), helpers }
+        Self { file: Watched::new(path.to_owned()), helpers }
     }
 }
 
@@ -113,7 +117,7 @@ impl Place for AuthFile {
     }
 
     fn name(&self) -> String {
-        self.file.path.display().to_string()
+        self.file.file().display().to_string()
     }
 }
 
@@ -137,21 +141,25 @@ impl SecretFiles {
         Self { paths, files: Mutex::default() }
     }
 
-    fn files(&self) -> Vec<Arc<Watched>> {
-        let found: Vec<_> = self.paths.iter().flat_map(|path| secrets(path)).collect();
+    fn files(&self) -> Result<Vec<Arc<Watched>>, Trouble> {
+        let mut found = Vec::new();
+        for path in &self.paths {
+            let told = |error| Trouble::new(path.display().to_string(), format!("it cannot be listed ({error})"));
+            found.extend(secrets(path).map_err(told)?);
+        }
         let mut files = self.files.lock().unwrap();
         files.retain(|path, _| found.contains(path));
         let known = |path: PathBuf| files.entry(path.clone()).or_insert_with(|| Arc::new(Watched::new(path))).clone();
-        found.into_iter().map(known).collect()
+        Ok(found.into_iter().map(known).collect())
     }
 }
 
 /// The files beneath `path`, sorted by name.
-fn secrets(path: &Path) -> Vec<PathBuf> {
+fn secrets(path: &Path) -> io::Result<Vec<PathBuf>> {
     if !path.is_dir() {
-        return vec![path.to_owned()];
+        return Ok(vec![path.to_owned()]);
     }
-    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    let entries = fs::read_dir(path)?.flatten();
     // Names with two dots are how a volume changes all its files at once.
     let is_own = |name: &std::ffi::OsString| !name.as_encoded_bytes().starts_with(b"..");
     let mut dirs: Vec<_> = entries
@@ -164,14 +172,14 @@ fn secrets(path: &Path) -> Vec<PathBuf> {
     dirs.truncate(MOST_SECRETS);
     let within = |dir: &Path| SECRET_NAMES.map(|name| dir.join(name));
     let all = within(path).into_iter().chain(dirs.iter().flat_map(|dir| within(dir)));
-    all.filter(|path| path.is_file()).collect()
+    Ok(all.filter(|path| path.is_file()).collect())
 }
 
 impl Place for SecretFiles {
     /// The nearest login of all files. One that is damaged counts only if no other has one.
     fn find(&self, registry: &str, repository: &str, _now: Instant) -> Result<Option<Login>, Trouble> {
         let (mut best, mut trouble) = (None, None);
-        for file in self.files() {
+        for file in self.files()? {
             let nearest = match file.read() {
                 Ok(records) => records.nearest(registry, repository),
                 Err(error) => {

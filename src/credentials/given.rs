@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::chain::{Place, Trouble};
-use super::server::Server;
+use super::server::{Server, nearest};
 use crate::net::auth::Login;
 
 /// Logins by server, replaced and removed while images are mounted.
@@ -35,10 +35,16 @@ pub enum LoginKind {
 }
 
 impl Given {
-    /// Takes `login` for `server`, in place of the one that was there.
-    pub fn set(&self, server: Server, login: Login) {
-        self.logins.write().unwrap().insert(server, login);
-        self.generation.fetch_add(1, Ordering::Release);
+    /// Takes `login` for `server`, in place of the one that was there, and says what it will tell of it. Nothing that
+    /// was got with the same login is void.
+    pub fn set(&self, server: Server, login: Login) -> GivenEntry {
+        let entry = entry(&server, &login);
+        let mut logins = self.logins.write().unwrap();
+        if logins.get(&server) != Some(&login) {
+            logins.insert(server, login);
+            self.generation.fetch_add(1, Ordering::Release);
+        }
+        entry
     }
 
     /// Forgets the login of `server`. `false`: there was none.
@@ -52,15 +58,7 @@ impl Given {
 
     /// All of them, without what is secret, by host and path.
     pub fn list(&self) -> Vec<GivenEntry> {
-        let entry = |(server, login): (&Server, &Login)| {
-            let (user, kind) = match login {
-                Login::Basic { user, .. } => (Some(user.clone()), LoginKind::Password),
-                Login::Identity(_) => (None, LoginKind::IdentityToken),
-                Login::Bearer(_) => (None, LoginKind::RegistryToken),
-            };
-            GivenEntry { server: server.clone(), user, kind }
-        };
-        self.logins.read().unwrap().iter().map(entry).collect()
+        self.logins.read().unwrap().iter().map(|(server, login)| entry(server, login)).collect()
     }
 
     /// Grows with every change.
@@ -69,11 +67,19 @@ impl Given {
     }
 }
 
+fn entry(server: &Server, login: &Login) -> GivenEntry {
+    let (user, kind) = match login {
+        Login::Basic { user, .. } => (Some(user.clone()), LoginKind::Password),
+        Login::Identity(_) => (None, LoginKind::IdentityToken),
+        Login::Bearer(_) => (None, LoginKind::RegistryToken),
+    };
+    GivenEntry { server: server.clone(), user, kind }
+}
+
 impl Place for Given {
     fn find(&self, registry: &str, repository: &str, _now: Instant) -> Result<Option<Login>, Trouble> {
         let logins = self.logins.read().unwrap();
-        let fitting = logins.iter().filter_map(|(server, login)| Some((server.fit(registry, repository)?, login)));
-        Ok(fitting.max_by_key(|(fit, _)| *fit).map(|(_, login)| login.clone()))
+        Ok(nearest(&*logins, registry, repository).map(|(_, login)| login.clone()))
     }
 
     fn name(&self) -> String {

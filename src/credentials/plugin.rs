@@ -2,7 +2,6 @@
 //! `credentialprovider.kubelet.k8s.io`. Each is told an image and answers with logins and how long they are good.
 
 use std::fmt;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -10,10 +9,11 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::chain::{Place, Trouble};
+use super::files::read_bounded;
 use super::goduration::go_duration;
 use super::programs::{Programs, find, is_name};
 use super::record::named;
-use super::server::Server;
+use super::server::{Server, nearest};
 use crate::base::Secret;
 use crate::net::auth::Login;
 
@@ -142,7 +142,7 @@ impl Plugins {
     /// What is wrong with it, or which plugin is missing.
     pub fn open(path: &Path, dir: &Path, programs: &Arc<dyn Programs>) -> Result<Self, PluginsError> {
         let wrong = |detail: String| PluginsError { path: path.to_owned(), detail };
-        let text = fs::read(path).map_err(|error| wrong(format!("it cannot be read ({error})")))?;
+        let text = read_bounded(path).map_err(|error| wrong(format!("it cannot be read ({error})")))?;
         let config: Config = serde_json::from_slice(&text).map_err(|error| {
             let place = format!("line {}, column {}", error.line(), error.column());
             wrong(format!("it is not a CredentialProviderConfig in JSON ({place}); YAML must be converted"))
@@ -264,8 +264,8 @@ impl Plugin {
 
 impl Known {
     fn nearest(&self, registry: &str, repository: &str) -> Option<Login> {
-        let fitting = self.logins.iter().filter_map(|(server, login)| Some((server.fit(registry, repository)?, login)));
-        fitting.max_by_key(|(fit, _)| *fit).map(|(_, login)| login.clone())
+        let logins = self.logins.iter().map(|(server, login)| (server, login));
+        nearest(logins, registry, repository).map(|(_, login)| login.clone())
     }
 }
 
@@ -333,7 +333,7 @@ mod tests {
         fn open(&self, providers: &str) -> Result<Plugins, PluginsError> {
             let path = self.dir.path().join("config");
             let head = r#""kind": "CredentialProviderConfig", "apiVersion": "kubelet.config.k8s.io/v1""#;
-            fs::write(&path, format!("{{{head}, \"providers\": [{providers}]}}")).unwrap();
+            std::fs::write(&path, format!("{{{head}, \"providers\": [{providers}]}}")).unwrap();
             let programs: Arc<dyn Programs> = self.programs.clone();
             Plugins::open(&path, Path::new("/bin"), &programs)
         }
@@ -462,7 +462,7 @@ mod tests {
             assert_eq!(bench.open(&PROVIDER.replace(from, to)).unwrap_err().detail, told);
         }
         let yaml = bench.dir.path().join("yaml");
-        fs::write(&yaml, "kind: CredentialProviderConfig\n").unwrap();
+        std::fs::write(&yaml, "kind: CredentialProviderConfig\n").unwrap();
         let programs: Arc<dyn Programs> = bench.programs.clone();
         let error = Plugins::open(&yaml, Path::new("/bin"), &programs).unwrap_err();
         assert!(error.detail.ends_with("YAML must be converted"), "{error}");

@@ -10,7 +10,7 @@ use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde::Deserialize;
 
-use super::server::Server;
+use super::server::{Server, nearest};
 use crate::base::Secret;
 use crate::net::auth::Login;
 
@@ -99,14 +99,14 @@ impl AuthRecords {
 
     /// The same with how near it is.
     pub(super) fn nearest(&self, registry: &str, repository: &str) -> Option<((bool, usize), Result<Login, String>)> {
-        let fitting = self.logins.iter().filter_map(|(server, login)| Some((server.fit(registry, repository)?, login)));
-        fitting.max_by_key(|(fit, _)| *fit).map(|(fit, login)| (fit, login.clone()))
+        let logins = self.logins.iter().map(|(server, login)| (server, login));
+        nearest(logins, registry, repository).map(|(fit, login)| (fit, login.clone()))
     }
 
     /// The helpers to ask, in order.
     pub(super) fn helpers(&self, registry: &str, repository: &str) -> Vec<&str> {
-        let own = self.helpers.iter().filter_map(|(server, name)| Some((server.fit(registry, repository)?, name)));
-        let own = own.max_by_key(|(fit, _)| *fit).map(|(_, name)| name.as_str());
+        let own = nearest(self.helpers.iter().map(|(server, name)| (server, name)), registry, repository);
+        let own = own.map(|(_, name)| name.as_str());
         own.into_iter().chain(self.store.as_deref()).collect()
     }
 }

@@ -59,6 +59,16 @@ impl Server {
     }
 }
 
+/// The one of `all` whose server fits `repository` of `registry` best, and how well.
+pub(super) fn nearest<'a, T>(
+    all: impl IntoIterator<Item = (&'a Server, T)>,
+    registry: &str,
+    repository: &str,
+) -> Option<((bool, usize), T)> {
+    let fitting = all.into_iter().filter_map(|(server, it)| Some((server.fit(registry, repository)?, it)));
+    fitting.max_by_key(|(fit, _)| *fit)
+}
+
 impl std::fmt::Display for Server {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.host)?;

@@ -137,6 +137,7 @@ impl Daemon {
             references,
             turns: Turns::default(),
             pulls: Pulls::default(),
+            errands: Arc::default(),
         });
         if takes_over {
             daemon.take_over(left, events)?;

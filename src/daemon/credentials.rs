@@ -13,10 +13,7 @@ impl Daemon {
     pub fn set_credentials(&self, request: &CredentialsRequest) -> Result<CredentialsReport, DaemonError> {
         let server = server(&request.registry, request.repository.as_deref())?;
         let login = login(&request.login)?;
-        let given = self.options.credentials.given();
-        given.set(server.clone(), login);
-        let entry = given.list().into_iter().find(|entry| entry.server == server);
-        let report = entry.map(report).ok_or_else(|| DaemonError::NoCredentials(server.to_string()))?;
+        let report = report(self.options.credentials.given().set(server.clone(), login));
         tracing::info!(registry = %server, user = report.user, "credentials were given");
         Ok(report)
     }
@@ -39,6 +36,9 @@ impl Daemon {
 
 fn server(registry: &str, repository: Option<&str>) -> Result<Server, DaemonError> {
     let is_host = !registry.contains('/');
+    // What is no part of a repository's name would never fit.
+    let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-/".contains(c);
+    let is_host = is_host && repository.is_none_or(|repository| repository.chars().all(is_name));
     let text = repository.map_or_else(|| registry.to_owned(), |repository| format!("{registry}/{repository}"));
     let server = Server::parse(&text).filter(|server| is_host && server.is_plain());
     // Not repeated: somebody may have put a password there.

@@ -46,6 +46,8 @@ pub enum DaemonError {
         #[source]
         cause: Box<OciError>,
     },
+    #[error("others have been waiting for the same image for too long; its registry does not answer them")]
+    Crowded,
     #[error(transparent)]
     SourceSpec(OpenError),
     #[error(transparent)]

@@ -2,8 +2,8 @@
 //! everything that their names lead to is checked.
 //!
 //! The chain is manifest, bootstrap layer, bootstrap, blobs. A blob is served to whoever mounts an image only if the
-//! image's own manifest names it, or if it was said that blobs are kept elsewhere: what lies in the cache for another
-//! image is nobody's by its digest alone.
+//! image's own manifest names it, or if it was said that blobs are kept elsewhere: a bootstrap cannot name what its
+//! manifest does not.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -19,15 +19,16 @@ use super::turns::Queue;
 use super::{Daemon, DaemonError};
 use crate::base::Digest;
 use crate::blob::BlobTables;
+use crate::cache::StoreError;
 use crate::image::Image;
 use crate::oci::bootstrap::{LayerError, MAX_LAYER, unpack};
-use crate::oci::{self, Layout, OciError, Platform, Reference, Registry, Resolved, Version};
+use crate::oci::{self, FetchError, Layout, OciError, Platform, Reference, Registry, Resolved, Version};
 
 /// How long finding out what a reference means may take.
 const LOOK_UP: Duration = Duration::from_secs(30);
 
 /// How long a layer with a bootstrap may take, of up to 512 MiB.
-const FETCH_LAYER: Duration = Duration::from_secs(600);
+pub(super) const FETCH_LAYER: Duration = Duration::from_secs(600);
 
 /// What is known of an image before its bootstrap is.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ pub(super) enum Found {
 }
 
 impl Found {
-    /// Where to wait for others who came for the same image before.
+    /// Where to wait for others who came for the same image before, for at most [`FETCH_LAYER`].
     pub(super) fn queue(&self, daemon: &Daemon) -> Option<Queue> {
         match self {
             Self::File(_) => None,
@@ -76,8 +77,9 @@ impl Daemon {
     ) -> Result<Resolved, DaemonError> {
         let mut kept = self.references.find(reference, platform);
         let queue = self.turns.queue(References::key(reference, platform));
+        let until = Instant::now() + LOOK_UP;
         // The first who comes learns it for all.
-        let _turn = kept.is_none().then(|| queue.wait());
+        let _turn = if kept.is_none() { Some(queue.wait(until)?) } else { None };
         if kept.is_none() {
             kept = self.references.find(reference, platform);
         }
@@ -86,7 +88,6 @@ impl Daemon {
         }
         let ask = || {
             let repository = reference.repository();
-            let until = Instant::now() + LOOK_UP;
             let fetch = self.origins.registry(repository.host(), spec.ca.as_deref(), until);
             let fetch = fetch.map_err(DaemonError::SourceSpec)?;
             let registry = Registry::new(&fetch, repository);
@@ -94,18 +95,18 @@ impl Daemon {
                 if let (Some(kept), Version::Tag(tag)) = (&kept, reference.version())
                     && registry.head(&tag).await?.is_some_and(|head| Some(head) == kept.head())
                 {
-                    return Ok(kept.clone());
+                    return Ok((kept.clone(), false));
                 }
-                oci::resolve(&registry, reference, platform).await
+                Ok((oci::resolve(&registry, reference, platform).await?, true))
             };
-            self.runtime.block_on(asking).map_err(DaemonError::from)
+            self.runtime.block_on(asking).map_err(|error: OciError| DaemonError::from(error))
         };
         match (&kept, reference.version()) {
             (Some(kept), Version::Digest(_)) => Ok(kept.clone()),
             _ => {
-                let resolved = ask().map_err(|error| hint(error, reference, kept.is_some()))?;
+                let (resolved, is_news) = ask().map_err(|error| hint(error, reference, kept.is_some()))?;
                 // Of another kind of image somebody may make one of ours at any time, without changing it.
-                if resolved.image().is_ok() {
+                if is_news && resolved.image().is_ok() {
                     self.references.keep(&resolved, platform);
                 }
                 Ok(resolved)
@@ -120,7 +121,7 @@ impl Daemon {
             Found::File(path) => return self.prepare_from(&Wanted::File(path), &source),
             Found::Image(resolved) => resolved,
         };
-        let image = servable(resolved)?;
+        let image = servable(resolved, spec)?;
         let digest = image.bootstrap.sha256().map_err(|cause| OciError::Document {
             repository: resolved.reference.repository().to_string(),
             what: "the manifest".to_owned(),
@@ -150,15 +151,25 @@ impl Daemon {
         if layer.size > MAX_LAYER {
             return Err(unusable(LayerError::TooLong { size: layer.size }).into());
         }
-        let mut scratch = self.scratch().map_err(|cause| unusable(LayerError::Scratch(cause)))?;
+        let mut scratch = self.scratch().map_err(|cause| self.unwritten(&cause))?;
         let repository = reference.repository();
         let fetch = self.origins.registry(repository.host(), spec.ca.as_deref(), Instant::now() + FETCH_LAYER);
         let fetch = fetch.map_err(DaemonError::SourceSpec)?;
         let mut take = |piece: &[u8]| scratch.write_all(piece);
         let registry = Registry::new(&fetch, repository);
-        self.runtime.block_on(registry.blob(layer, "the bootstrap layer", &mut take))?;
+        self.runtime.block_on(registry.blob(layer, "the bootstrap layer", &mut take)).map_err(|error| match error {
+            // Our own disk is nobody else's fault, and there may be room to be made.
+            OciError::Fetch(FetchError::Taking { cause, .. }) => self.unwritten(&cause),
+            other => other.into(),
+        })?;
         scratch.seek(SeekFrom::Start(0)).map_err(|cause| unusable(LayerError::Scratch(cause)))?;
         Ok(unpack(scratch).map_err(unusable)?)
+    }
+
+    fn unwritten(&self, cause: &std::io::Error) -> DaemonError {
+        let cause = cause.raw_os_error().map_or_else(|| cause.kind().into(), std::io::Error::from_raw_os_error);
+        let path = self.store.shelves().bootstraps().dir().to_owned();
+        DaemonError::Store(StoreError::Io { path, cause })
     }
 
     /// A file in the cache that nobody else sees.
@@ -169,9 +180,14 @@ impl Daemon {
     }
 }
 
-/// The image, if its manifest has nothing that this version cannot serve.
-pub(super) fn servable(resolved: &Resolved) -> Result<&oci::Image, OciError> {
+/// The image, if its manifest has nothing that this version cannot serve, and `spec` says where its blobs are if that
+/// does not.
+pub(super) fn servable<'a>(resolved: &'a Resolved, spec: &ImageSpec) -> Result<&'a oci::Image, OciError> {
     let image = resolved.image()?;
+    if image.layout == Layout::External && spec.blobs.is_empty() {
+        let why = "the registry has only its bootstrap; say where its blobs are with --blobs".to_owned();
+        return Err(OciError::Unsupported { reference: resolved.reference.clone(), why });
+    }
     if image.layout == Layout::Zran {
         let why = "its data is in gzip layers of an ordinary image, which this version cannot serve".to_owned();
         return Err(OciError::Unsupported { reference: resolved.reference.clone(), why });

@@ -12,6 +12,7 @@ use super::api::observe::millis;
 use super::api::{BackendChoice, ImageReport, Info, MountRequest, PrefetchTarget, Unmounted};
 use super::keeper::{self, Keepers};
 use super::known::KnownImages;
+use super::lookup::FETCH_LAYER;
 use super::objects::Objects;
 use super::observe::Occupied;
 use super::origins::Origins;
@@ -24,7 +25,7 @@ use super::served::{Mounted, Served};
 use super::serving::Backends;
 use super::stop::Ending;
 use super::trace::Traces;
-use super::turns::{Queue, Turns};
+use super::turns::Turns;
 use crate::base::BlobId;
 use crate::blob::UnitMap;
 use crate::cache::{Engine, Store, StoreOptions};
@@ -81,6 +82,8 @@ pub struct Daemon {
     pub(super) references: References,
     pub(super) turns: Turns,
     pub(super) pulls: Pulls,
+    /// A copy for each request that takes its time and has nothing to show for it yet.
+    pub(super) errands: Arc<()>,
 }
 
 #[derive(Debug, Default)]
@@ -165,7 +168,7 @@ impl Daemon {
         // Held until the maps of the image are kept: who comes for the same one meanwhile finds all of it.
         let found = self.look_up(&request.image)?;
         let queue = found.queue(self);
-        let _turn = queue.as_ref().map(Queue::wait);
+        let _turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
         let mut prepared = self.prepare(&request.image, &found)?;
         if self.state.lock().unwrap().stopping {
             return Err(DaemonError::Stopping);
@@ -282,6 +285,7 @@ impl Daemon {
         let state = self.state.lock().unwrap();
         !self.backends.has_open_objects()
             && !self.pulls.are_under_way()
+            && Arc::strong_count(&self.errands) == 1
             && state.mounts.is_empty()
             && state.lingering.is_empty()
             && state.unserved.is_empty()

@@ -58,6 +58,7 @@ impl Origins {
             namespace: server.config.namespace(host).map(ToOwned::to_owned),
             resolves: server.config.resolve,
             pulls: server.config.pull,
+            health: Arc::clone(&server.health),
         });
         Ok(Endpoints::new(host, places.collect(), self.network.policy(), until))
     }
@@ -67,10 +68,12 @@ impl Origins {
         self.network.addresses(&spec.places(), spec.ca.as_deref())
     }
 
-    /// Who we are to the registry of `repository`, without secrets.
-    pub(super) async fn login(&self, repository: &Repository) -> String {
+    /// Who we are to the registry of `repository`, without secrets. Given up at `until`.
+    pub(super) async fn login(&self, repository: &Repository, until: Instant) -> String {
         let (keychain, host, path) = (self.network.keychain(), repository.host(), repository.path());
-        let who = match keychain.login(host, path).await {
+        let login = tokio::time::timeout_at(until.into(), keychain.login(host, path)).await;
+        let Ok(login) = login else { return "whoever a place of credentials says that does not answer".to_owned() };
+        let who = match login {
             Ok(None) => return "nobody".to_owned(),
             Ok(Some(Login::Basic { user, .. })) => user,
             Ok(Some(Login::Identity(_) | Login::Bearer(_))) => "whoever a token says".to_owned(),

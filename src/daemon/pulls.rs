@@ -2,13 +2,12 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::api::{PrefetchOrder, PullReport, PullRequest};
-use super::lookup::Found;
+use super::lookup::{FETCH_LAYER, Found};
 use super::order::plan;
 use super::prepare::Prepared;
-use super::turns::Queue;
 use super::{Daemon, DaemonError};
 use crate::cache::{Device, Prefetch, PrefetchStats};
 
@@ -18,14 +17,32 @@ const MOST_ENDED: usize = 64;
 /// Most pulls that are under way at once.
 const MOST_RUNNING: usize = 64;
 
-/// How often an ended pull is looked for, so that it lets go of what it held.
+/// How often it is looked whether a pull has ended, so that it lets go of what it held.
 const STEP: Duration = Duration::from_millis(200);
 
 /// All pulls, in the order in which they began.
 #[derive(Debug, Default)]
 pub(super) struct Pulls {
     last: AtomicU64,
-    jobs: Mutex<Vec<Job>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    jobs: Vec<Job>,
+    /// Pulls of which is being found out what they are.
+    beginning: usize,
+    /// The daemon ends.
+    is_closed: bool,
+}
+
+/// A pull that is beginning. Dropped before it is one, it was none.
+struct Beginning<'a>(&'a Pulls);
+
+impl Drop for Beginning<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().unwrap().beginning -= 1;
+    }
 }
 
 #[derive(Debug)]
@@ -79,23 +96,38 @@ impl Job {
 impl Pulls {
     /// Whether some are under way.
     pub(super) fn are_under_way(&self) -> bool {
-        let mut jobs = self.jobs.lock().unwrap();
-        jobs.iter_mut().for_each(Job::settle);
-        jobs.iter().any(Job::is_going)
+        let mut state = self.state.lock().unwrap();
+        state.jobs.iter_mut().for_each(Job::settle);
+        state.beginning > 0 || state.jobs.iter().any(Job::is_going)
     }
 
-    /// Stops all of them.
-    pub(super) fn cancel_all(&self) {
-        self.jobs.lock().unwrap().iter_mut().for_each(Job::cancel);
+    /// Stops all of them, and has no others begin.
+    pub(super) fn close(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.is_closed = true;
+        state.jobs.iter_mut().for_each(Job::cancel);
     }
 
-    fn ensure_room(&self) -> Result<(), DaemonError> {
-        let going = self.jobs.lock().unwrap().iter().filter(|job| job.is_going()).count();
-        if going >= MOST_RUNNING { Err(DaemonError::TooManyPulls) } else { Ok(()) }
+    fn begin(&self) -> Result<Beginning<'_>, DaemonError> {
+        let mut state = self.state.lock().unwrap();
+        let going = state.jobs.iter().filter(|job| job.is_going()).count();
+        if state.is_closed {
+            return Err(DaemonError::Stopping);
+        }
+        if going + state.beginning >= MOST_RUNNING {
+            return Err(DaemonError::TooManyPulls);
+        }
+        state.beginning += 1;
+        Ok(Beginning(self))
     }
 
-    fn add(&self, mut job: Job) -> PullReport {
-        let mut jobs = self.jobs.lock().unwrap();
+    fn add(&self, mut job: Job) -> Result<PullReport, DaemonError> {
+        let mut state = self.state.lock().unwrap();
+        if state.is_closed {
+            job.cancel();
+            return Err(DaemonError::Stopping);
+        }
+        let jobs = &mut state.jobs;
         jobs.iter_mut().for_each(Job::settle);
         let ended = jobs.iter().filter(|job| !job.is_going()).count();
         let mut surplus = ended.saturating_sub(MOST_ENDED);
@@ -106,12 +138,21 @@ impl Pulls {
         });
         let report = job.report();
         jobs.push(job);
-        report
+        Ok(report)
+    }
+
+    /// Whether this one still holds what it needs.
+    fn is_going(&self, id: u64) -> bool {
+        let settled = |job: &mut Job| {
+            job.settle();
+            job.is_going()
+        };
+        self.with(id, settled).unwrap_or(false)
     }
 
     fn with<T>(&self, id: u64, work: impl FnOnce(&mut Job) -> T) -> Result<T, DaemonError> {
-        let mut jobs = self.jobs.lock().unwrap();
-        jobs.iter_mut().find(|job| job.id == id).map(work).ok_or(DaemonError::NoPull(id))
+        let mut state = self.state.lock().unwrap();
+        state.jobs.iter_mut().find(|job| job.id == id).map(work).ok_or(DaemonError::NoPull(id))
     }
 }
 
@@ -123,36 +164,34 @@ impl Daemon {
     /// As [`Daemon::mount`], as far as that does not concern the mount.
     pub fn pull(self: &Arc<Self>, request: &PullRequest) -> Result<PullReport, DaemonError> {
         let spec = &request.image;
-        self.pulls.ensure_room()?;
+        let _beginning = self.pulls.begin()?;
         let found = self.look_up(spec)?;
         let queue = found.queue(self);
-        let turn = queue.as_ref().map(Queue::wait);
+        let turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
         let mut prepared = self.prepare(spec, &found)?;
         let open = |map: &Arc<_>| self.store.device(Arc::clone(map), prepared.source.clone());
         let devices = prepared.maps.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let own = std::mem::replace(&mut prepared.maps, devices.iter().map(|device| device.map()).collect());
         self.remember(&mut prepared, own);
         drop(turn);
-        if self.is_stopping() {
-            return Err(DaemonError::Stopping);
-        }
         let plan = plan(&prepared.image, &PrefetchOrder::All);
         let prefetch = Prefetch::start(self.engine(), &devices, &plan.wants, plan.rest);
         let name = match &found {
             Found::File(path) => path.display().to_string(),
             Found::Image(resolved) => resolved.reference.to_string(),
         };
+        let id = self.pulls.last.fetch_add(1, Ordering::Relaxed) + 1;
         let report = self.pulls.add(Job {
-            id: self.pulls.last.fetch_add(1, Ordering::Relaxed) + 1,
+            id,
             name,
             manifest: prepared.named.as_ref().map(|named| named.manifest.to_string()),
             image: prepared.key.to_string(),
             work: Work::Going { prefetch, _devices: devices, _prepared: Arc::new(prepared) },
-        });
+        })?;
         let daemon = Arc::downgrade(self);
         // Nobody may ask again, and what it holds cannot be evicted.
         drop(self.runtime().spawn(async move {
-            while daemon.upgrade().is_some_and(|daemon| daemon.pulls.are_under_way()) {
+            while daemon.upgrade().is_some_and(|daemon| daemon.pulls.is_going(id)) {
                 tokio::time::sleep(STEP).await;
             }
         }));
@@ -161,7 +200,7 @@ impl Daemon {
 
     /// All pulls under way, and those that ended last.
     pub fn list_pulls(&self) -> Vec<PullReport> {
-        self.pulls.jobs.lock().unwrap().iter_mut().map(Job::report).collect()
+        self.pulls.state.lock().unwrap().jobs.iter_mut().map(Job::report).collect()
     }
 
     /// One of them.

@@ -23,6 +23,9 @@ const MOST: usize = 1024;
 /// Longest file that is read, in bytes: three documents of the longest kind, with their quotes escaped.
 const MOST_BYTES: u64 = 32 << 20;
 
+/// Most bytes of all files.
+const MOST_TOTAL: u64 = 128 << 20;
+
 /// The directory of what is known.
 #[derive(Debug)]
 pub(super) struct References {
@@ -55,9 +58,12 @@ impl References {
         if fs::metadata(&path).ok()?.len() > MOST_BYTES {
             return None;
         }
-        let kept: Kept = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        let kept: Kept = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
         let is_same = kept.reference == reference.to_string() && kept.platform == platform_text(platform);
-        Resolved::of_links(reference, kept.links).filter(|_| is_same)
+        let found = Resolved::of_links(reference, kept.links).filter(|_| is_same)?;
+        // What is used goes last; that it is not written down does no harm.
+        let _ = fs::File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+        Some(found)
     }
 
     /// Keeps where a reference led. It is no harm if that fails.
@@ -71,11 +77,16 @@ impl References {
         let reference = &resolved.reference;
         let links = resolved.links.clone();
         let kept = Kept { reference: reference.to_string(), platform: platform_text(platform), links };
+        let text = serde_json::to_vec(&kept)?;
+        if text.len() as u64 > MOST_BYTES {
+            // Nobody would read it.
+            return Err(std::io::ErrorKind::FileTooLarge.into());
+        }
         DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
         let number = self.scratch.fetch_add(1, Ordering::Relaxed);
         let scratch = self.dir.join(format!(".new-{}-{number}", std::process::id()));
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&scratch)?;
-        let written = file.write_all(&serde_json::to_vec(&kept)?);
+        let written = file.write_all(&text);
         let named = written.and_then(|()| fs::rename(&scratch, self.path(reference, platform)));
         if named.is_err() {
             // The error is told; a rest is swept at the next start.
@@ -86,17 +97,24 @@ impl References {
     }
 
     fn thin_out(&self) {
-        let entries: Vec<_> = fs::read_dir(&self.dir).into_iter().flatten().flatten().collect();
-        if entries.len() <= MOST {
+        let facts = |entry: fs::DirEntry| {
+            let meta = entry.metadata().ok()?;
+            Some((meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), meta.len(), entry.path()))
+        };
+        let mut aged: Vec<_> = fs::read_dir(&self.dir).into_iter().flatten().flatten().filter_map(facts).collect();
+        let mut bytes: u64 = aged.iter().map(|(_, len, _)| len).sum();
+        let mut count = aged.len();
+        if count <= MOST && bytes <= MOST_TOTAL {
             return;
         }
-        let age =
-            |entry: &fs::DirEntry| entry.metadata().and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-        let mut aged: Vec<_> = entries.iter().map(|entry| (age(entry), entry.path())).collect();
         aged.sort();
         // Some more than needed, so that this is not done every time.
-        for (_, path) in aged.iter().take(entries.len() - MOST * 7 / 8) {
+        for (_, len, path) in aged {
+            if count <= MOST / 8 * 7 && bytes <= MOST_TOTAL / 8 * 7 {
+                break;
+            }
             let _ = fs::remove_file(path);
+            (count, bytes) = (count - 1, bytes.saturating_sub(len));
         }
     }
 

@@ -2,8 +2,10 @@
 //! mounted by anybody.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::api::{BackendChoice, ImageReport, MountRequest, PrefetchOrder, RegisterRequest};
+use super::lookup::FETCH_LAYER;
 use super::mounts::DOMAIN;
 use super::objects::Object;
 use super::order::plan;
@@ -11,7 +13,6 @@ use super::prefetch::devices;
 use super::prepare::{Prepared, bootstrap_as_blob};
 use super::records::RecordId;
 use super::served::{Attachment, Live, Mounted, Served, blob_object};
-use super::turns::Queue;
 use super::{Daemon, DaemonError};
 use crate::export::cachefiles::{self, FsId, Registration};
 use crate::export::{AttachError, BackendKind};
@@ -96,15 +97,18 @@ impl Daemon {
 
     /// Makes an image mountable by anybody under names of the caller's choice.
     pub fn register(&self, request: &RegisterRequest) -> Result<ImageReport, DaemonError> {
+        let _errand = Arc::clone(&self.errands);
         let name = FsId::new(&request.id, request.domain.as_deref())?;
         request.image.whereabouts()?;
         let (_, why) = self.backends.choose(BackendChoice::Cachefiles)?;
         let found = self.look_up(&request.image)?;
         let queue = found.queue(self);
-        let turn = queue.as_ref().map(Queue::wait);
+        let turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
         let prepared = Arc::new(self.prepare(&request.image, &found)?);
+        let served = self.serve_cachefiles(&request.image.prefetch, prepared, &name, why);
+        // Its maps are known from here on.
         drop(turn);
-        let (served, _) = self.serve_cachefiles(&request.image.prefetch, prepared, &name, why)?;
+        let (served, _) = served?;
         let report = served.report(None, &self.telemetry);
         let mut state = self.state.lock().unwrap();
         if state.stopping {

@@ -1,20 +1,27 @@
 //! Explains where a reference leads and how it would be mounted here.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use super::api::{DocumentReport, LayerReport, ResolveReport, ResolveRequest};
 use super::lookup::{reference_of, servable};
 use super::{Daemon, DaemonError};
 use crate::oci::document::{Parsed, annotation};
 use crate::oci::{How, Link, Resolved, Role, Shape};
 
+/// How long finding out who we are may take.
+const LOGIN: Duration = Duration::from_secs(30);
+
 impl Daemon {
     /// Where a reference leads, and how it would be mounted here. That it cannot be mounted is no error. Blocks.
     pub fn resolve(&self, request: &ResolveRequest) -> Result<ResolveReport, DaemonError> {
+        let _errand = Arc::clone(&self.errands);
         let spec = &request.image;
         let reference = reference_of(spec)?;
         let platform = spec.wanted_platform()?;
         let resolved = self.resolve_now(spec, &reference, platform.as_ref())?;
         let backend = self.backends.choose(request.backend);
-        let problem = match (servable(&resolved), &backend) {
+        let problem = match (servable(&resolved, spec), &backend) {
             (Ok(_), Ok(_)) => None,
             (Err(error), _) => Some(error.to_string()),
             (Ok(_), Err(error)) => Some(error.to_string()),
@@ -36,7 +43,7 @@ impl Daemon {
             rafs_version,
             problem,
             sources: self.origins.addresses(spec).map_err(DaemonError::SourceSpec)?,
-            login: self.runtime.block_on(self.origins.login(reference.repository())),
+            login: self.runtime.block_on(self.origins.login(reference.repository(), Instant::now() + LOGIN)),
             backend,
             why,
         })

@@ -66,7 +66,7 @@ impl Daemon {
     pub fn stop(&self) {
         self.state.lock().unwrap().stopping = true;
         self.prefetches.cancel(None);
-        self.pulls.cancel_all();
+        self.pulls.close();
         self.wait_for_reservations();
         let dirs: Vec<_> = self.state.lock().unwrap().mounts.keys().cloned().collect();
         for dir in dirs {
@@ -98,7 +98,7 @@ impl Daemon {
     pub fn hand_over(&self, start_another: bool) {
         self.state.lock().unwrap().stopping = true;
         self.prefetches.cancel(None);
-        self.pulls.cancel_all();
+        self.pulls.close();
         self.wait_for_reservations();
         self.outlive_the_unkept();
         // While readers are still served: afterwards there is little left to make durable.

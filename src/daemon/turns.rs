@@ -4,17 +4,30 @@
 //! tables; the others find them.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::time::Instant;
 
+use super::DaemonError;
 use crate::base::Digest;
 
 /// What somebody has a turn at, by digest.
 #[derive(Debug, Default)]
-pub(super) struct Turns(Mutex<HashMap<Digest, Weak<Mutex<()>>>>);
+pub(super) struct Turns(Mutex<HashMap<Digest, Weak<Thing>>>);
+
+/// Whether somebody has a turn at it.
+#[derive(Debug, Default)]
+struct Thing {
+    is_taken: Mutex<bool>,
+    given_back: Condvar,
+}
 
 /// A place in the queue for one thing.
 #[derive(Debug)]
-pub(super) struct Queue(Arc<Mutex<()>>);
+pub(super) struct Queue(Arc<Thing>);
+
+/// A turn, which ends when it is dropped.
+#[derive(Debug)]
+pub(super) struct Turn<'a>(&'a Thing);
 
 impl Turns {
     /// The queue for what has this digest.
@@ -32,17 +45,41 @@ impl Turns {
 
 impl Queue {
     /// Waits for all who came before.
-    pub(super) fn wait(&self) -> MutexGuard<'_, ()> {
+    ///
+    /// # Errors
+    /// `until` came first.
+    pub(super) fn wait(&self, until: Instant) -> Result<Turn<'_>, DaemonError> {
+        let mut is_taken = self.0.is_taken.lock().unwrap();
+        while *is_taken {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(DaemonError::Crowded);
+            }
+            is_taken = self.0.given_back.wait_timeout(is_taken, left).unwrap().0;
+        }
+        *is_taken = true;
+        Ok(Turn(&self.0))
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
         // It guards nothing that somebody who panicked could have left half done.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.is_taken.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        self.0.given_back.notify_one();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
 
     use super::*;
+
+    fn later() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
 
     #[test]
     fn one_has_a_turn_at_a_thing_and_others_are_not_in_the_way() {
@@ -51,7 +88,7 @@ mod tests {
             for _ in 0..8 {
                 scope.spawn(|| {
                     let queue = turns.queue(thing);
-                    let _turn = queue.wait();
+                    let _turn = queue.wait(later()).unwrap();
                     assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
                     std::thread::yield_now();
                     inside.fetch_sub(1, Ordering::SeqCst);
@@ -60,8 +97,9 @@ mod tests {
         });
 
         let queue = turns.queue(thing);
-        let turn = queue.wait();
-        drop(turns.queue(Digest([2; 32])).wait());
+        let turn = queue.wait(later()).unwrap();
+        drop(turns.queue(Digest([2; 32])).wait(later()).unwrap());
+        assert!(matches!(turns.queue(thing).wait(Instant::now()), Err(DaemonError::Crowded)));
         assert_eq!(turns.0.lock().unwrap().len(), 2);
         drop(turn);
         drop(queue);

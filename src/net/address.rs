@@ -109,6 +109,12 @@ fn named(host: &str) -> Option<Zone> {
     }
 }
 
+/// Whether a host is one where clouds tell their own machines who they are, or another that serves its link only.
+pub(crate) fn is_special(host: &str) -> bool {
+    let address = host.trim_matches(['[', ']']).parse().ok();
+    address.map(Zone::of).or_else(|| named(host)) == Some(Zone::Special)
+}
+
 /// Whether two addresses have one server behind them, as far as an URL tells.
 pub(super) fn same_origin(a: &Url, b: &Url) -> bool {
     (a.scheme(), a.host_str(), a.port_or_known_default()) == (b.scheme(), b.host_str(), b.port_or_known_default())
@@ -119,6 +125,10 @@ pub(super) fn same_origin(a: &Url, b: &Url) -> bool {
 pub(super) struct Bounds {
     /// Where the endpoint itself lives: known from its address, or once its name has been resolved.
     home: Arc<OnceLock<Zone>>,
+    /// The endpoint's own host. A proxy's is asked for by the same client.
+    own: Arc<str>,
+    /// Names of proxies, which the operator chose.
+    proxies: Arc<[String]>,
     /// Names that the operator gave addresses to. They are taken at their word.
     fixed: Arc<[(String, SocketAddr)]>,
     /// Hosts that the operator allows, wherever they are.
@@ -131,8 +141,9 @@ impl Bounds {
     /// The bounds of an endpoint at `base`.
     pub(super) fn of(base: &Url, client: &ClientOptions, allowed: &[String]) -> Self {
         let (fixed, names) = (client.resolve.as_slice().into(), client.names.clone());
-        let bounds = Self { home: Arc::default(), fixed, allowed: allowed.into(), names };
         let host = base.host_str().unwrap_or_default();
+        let (own, proxies) = (host.into(), client.proxy.hosts().into());
+        let bounds = Self { home: Arc::default(), own, proxies, fixed, allowed: allowed.into(), names };
         if bounds.fixed_address(host).is_some() {
             bounds.learn(Zone::Public);
         } else if let Some(zone) = literal(base).map(Zone::of).or_else(|| named(host)) {
@@ -191,6 +202,13 @@ pub(super) struct OutOfBounds {
     host: String,
 }
 
+/// Where a server is that has all these addresses: somewhere that is no network of this host, if one of them is.
+fn strictest(found: &[SocketAddr]) -> Zone {
+    let mut zones = found.iter().map(|address| Zone::of(address.ip()));
+    let first = zones.next().unwrap_or(Zone::Public);
+    if zones.all(|zone| zone == first) { first } else { Zone::Public }
+}
+
 struct Resolver {
     bounds: Bounds,
     is_home: bool,
@@ -208,9 +226,9 @@ impl Resolve for Resolver {
                 // Port 0 stands for the port of the URL.
                 None => tokio::net::lookup_host((host.as_str(), 0)).await?.collect(),
             };
-            if is_home {
-                if let Some(first) = found.first() {
-                    bounds.learn(Zone::of(first.ip()));
+            if is_home || bounds.proxies.iter().any(|proxy| proxy.eq_ignore_ascii_case(&host)) {
+                if host.eq_ignore_ascii_case(&bounds.own) {
+                    bounds.learn(strictest(&found));
                 }
                 return Ok(Box::new(found.into_iter()) as Addrs);
             }

@@ -60,6 +60,24 @@ pub enum Proxy {
     Through(Secret),
 }
 
+impl Proxy {
+    /// Names of the hosts that may be asked to pass something on.
+    pub(super) fn hosts(&self) -> Vec<String> {
+        let host = |address: &str| {
+            let address = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
+            Url::parse(&address).ok()?.host_str().map(ToOwned::to_owned)
+        };
+        match self {
+            Self::Direct => Vec::new(),
+            Self::Through(address) => host(address.expose()).into_iter().collect(),
+            Self::Environment => {
+                let names = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"];
+                names.into_iter().filter_map(|name| host(&std::env::var(name).ok()?)).collect()
+            }
+        }
+    }
+}
+
 impl Default for ClientOptions {
     /// 5 s to connect, 10 s of silence, 5 redirects, the system's authorities and proxies.
     fn default() -> Self {
@@ -100,6 +118,9 @@ pub enum ClientError {
     /// A client certificate and its key are not of use.
     #[error("{} is no PEM client certificate with its key", path.display())]
     BadIdentity { path: PathBuf },
+    /// What should go into a header cannot.
+    #[error("the value of header {name} cannot be sent")]
+    BadHeader { name: String },
     /// The address of a proxy is malformed. It is not repeated here: it may hold a secret.
     #[error("the address of the proxy is not a valid URL")]
     BadProxy,

@@ -113,6 +113,14 @@ impl SendError {
             Self::Unauthorized { fault, .. } => *fault,
         }
     }
+
+    /// How long another try will not help, if that is known.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Unauthorized { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
 }
 
 /// One server.
@@ -122,6 +130,8 @@ pub struct Endpoint {
     foreign: Way,
     bounds: Bounds,
     options: EndpointOptions,
+    /// What the operator wants said with every request to the server itself.
+    headers: HeaderMap,
     redirects: Redirects,
     slots: Option<Slots>,
     rate: Option<Arc<Rate>>,
@@ -171,8 +181,8 @@ impl Endpoint {
         let foreign = way(&|options| client::foreign(options, base, bounds.foreign_resolver()))?;
         let slots = options.concurrency.map(Slots::new);
         let rate = options.bytes_per_second.map(|bytes| Arc::new(Rate::new(bytes, clock.clone())));
-        let redirects = Redirects::default();
-        Ok(Self { base: base.clone(), home, foreign, bounds, options, redirects, slots, rate, clock })
+        let (headers, redirects) = (said(&options.headers)?, Redirects::default());
+        Ok(Self { base: base.clone(), home, foreign, bounds, options, headers, redirects, slots, rate, clock })
     }
 
     /// The base address, as it was given.
@@ -209,7 +219,9 @@ impl Endpoint {
     }
 
     async fn answer(&self, ask: &Ask<'_>) -> Result<Response, SendError> {
-        if let Some(target) = self.redirects.find(&ask.url, self.clock.now()) {
+        // What is signed for one method is of no use for another.
+        let is_remembered = ask.method == Method::GET;
+        if let Some(target) = self.redirects.find(&ask.url, self.clock.now()).filter(|_| is_remembered) {
             match self.once(&self.foreign, ask, &target, None).await {
                 Ok(response) if !has_ended(response.status()) && !response.status().is_redirection() => {
                     return Ok(response);
@@ -259,7 +271,7 @@ impl Endpoint {
                 return Err(SendError::Untrusted(format!("it redirects more than {hops} times")));
             }
             hops += 1;
-            if !same_origin(&next, &self.base) {
+            if !same_origin(&next, &self.base) && ask.method == Method::GET {
                 self.redirects.learn(ask.url.clone(), next.clone(), response.headers(), self.clock.now());
             }
             at = next;
@@ -318,19 +330,30 @@ impl Endpoint {
     ) -> Result<Response, SendError> {
         let mut headers = ask.headers.clone();
         if same_origin(url, &self.base) {
-            for (name, value) in &self.options.headers {
-                if let Ok(mut value) = HeaderValue::from_str(value.expose()) {
-                    value.set_sensitive(true);
-                    headers.insert(name.clone(), value);
-                }
-            }
+            headers.extend(self.headers.clone());
             if let Some(authorization) = authorization {
                 headers.insert(AUTHORIZATION, authorization.clone());
             }
         }
         let idle = self.options.client.idle_timeout;
-        patient(&self.clock, idle, ask.until, way.send(&ask.method, url, headers)).await?.map_err(transport)
+        let sent = patient(&self.clock, idle, ask.until, way.send(&ask.method, url, headers)).await;
+        if let (Err(SendError::Silent(_)), Way::Proxied(proxied)) = (&sent, way) {
+            proxied.was_silent();
+        }
+        sent?.map_err(transport)
     }
+}
+
+/// The headers, none of which is ever shown.
+fn said(headers: &[(HeaderName, Secret)]) -> Result<HeaderMap, ClientError> {
+    let mut said = HeaderMap::new();
+    for (name, value) in headers {
+        let value = HeaderValue::from_str(value.expose());
+        let mut value = value.map_err(|_| ClientError::BadHeader { name: name.to_string() })?;
+        value.set_sensitive(true);
+        said.append(name.clone(), value);
+    }
+    Ok(said)
 }
 
 impl fmt::Debug for Endpoint {
@@ -415,10 +438,14 @@ async fn patient<T>(
 
 /// Sorts what went wrong before or after an answer's head.
 pub(super) fn transport(error: reqwest::Error) -> SendError {
-    let error = error.without_url();
-    match distrust(&error) {
+    sorted(&error.without_url())
+}
+
+/// The same for an error that somebody has taken the address out of, which may be a secret.
+pub(crate) fn sorted(error: &reqwest::Error) -> SendError {
+    match distrust(error) {
         Some(detail) => SendError::Untrusted(detail),
-        None => SendError::Transport(with_causes(&error)),
+        None => SendError::Transport(with_causes(error)),
     }
 }
 

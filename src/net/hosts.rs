@@ -1,7 +1,7 @@
 //! Where a registry is to be asked: mirrors and their order, in the form of containerd's `hosts.toml`.
 //!
-//! The same form is read from containerd's own directory, where what is not understood is containerd's business and only
-//! told, and from the config file of this program. A table `rafsd` in a host's table has what containerd does not
+//! It is read from containerd's own directory, where what is not understood is containerd's business and only told. A
+//! table `rafsd` in a host's table has what containerd does not
 //! know. The result is data: nobody is connected to, and no certificate is looked at.
 
 mod table;
@@ -16,7 +16,7 @@ use std::time::Duration;
 use reqwest::Url;
 use reqwest::header::HeaderName;
 
-pub use self::table::read_table;
+use super::IdentityFiles;
 use crate::base::Secret;
 
 /// Where containerd looks.
@@ -24,17 +24,6 @@ pub const DEFAULT_DIR: &str = "/etc/containerd/certs.d";
 
 /// Longest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
-
-/// What a host is to a registry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HostKind {
-    /// The registry's own server, asked when all others have failed.
-    Origin,
-    /// It has copies.
-    Mirror,
-    /// A peer-to-peer proxy on or near this host, which keeps what it is asked for, range by range.
-    Peer,
-}
 
 /// How a host is reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,26 +37,18 @@ pub enum ProxyUse {
     Through(Url),
 }
 
-/// A certificate for this side, and its key where that is in a file of its own.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ClientPair {
-    pub cert: PathBuf,
-    pub key: Option<PathBuf>,
-}
-
 /// One host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostConfig {
     /// Scheme, host and port, and the path in front of `REPOSITORY/blobs/DIGEST`: `/v2` as a rule. No slash at the end.
     pub base: Url,
-    pub kind: HostKind,
     /// Whether tags may be asked for.
     pub resolve: bool,
     /// Whether manifests and blobs may be.
     pub pull: bool,
     /// Authorities to trust besides the system's.
     pub ca: Vec<PathBuf>,
-    pub clients: Vec<ClientPair>,
+    pub clients: Vec<IdentityFiles>,
     /// Whether anybody is believed to be the host.
     pub skip_verify: bool,
     /// For every request.
@@ -75,6 +56,8 @@ pub struct HostConfig {
     pub dial_timeout: Option<Duration>,
     /// Requests begin and end at multiples of so many bytes, a power of two, so that a peer finds what it has.
     pub align: Option<u64>,
+    /// Hosts that it may redirect to, and name for tokens, in whatever network they are.
+    pub redirects: Vec<String>,
     pub proxy: ProxyUse,
     /// Whether the host is asked without its proxy while that is ill.
     pub proxy_fallback: bool,
@@ -88,10 +71,9 @@ pub struct HostConfig {
 
 impl HostConfig {
     /// A host of which nothing is known but where it is.
-    pub fn new(base: Url, kind: HostKind) -> Self {
+    pub fn new(base: Url) -> Self {
         Self {
             base,
-            kind,
             resolve: true,
             pull: true,
             ca: Vec::new(),
@@ -100,6 +82,7 @@ impl HostConfig {
             headers: Vec::new(),
             dial_timeout: None,
             align: None,
+            redirects: Vec::new(),
             proxy: ProxyUse::Environment,
             proxy_fallback: true,
             proxy_ping: None,
@@ -111,7 +94,9 @@ impl HostConfig {
     /// What a host that is asked for another one's images is told in the query `ns`.
     pub fn namespace<'a>(&self, registry: &'a str) -> Option<&'a str> {
         let own = authority(&self.base);
-        let itself = own == registry || registry == "docker.io" && own == "registry-1.docker.io";
+        // The usual port may be said or not.
+        let named = Url::parse(&format!("{}://{registry}", self.base.scheme())).map(|url| authority(&url));
+        let itself = named.is_ok_and(|named| named == own) || registry == "docker.io" && own == "registry-1.docker.io";
         (!itself).then_some(registry)
     }
 }
@@ -134,16 +119,17 @@ impl RegistryHosts {
         let base = Url::parse(&format!("{scheme}://{host}/v2")).ok();
         // What changes the meaning of the URL is no host.
         let base = base.filter(|url| url.path() == "/v2" && url.username().is_empty() && url.query().is_none());
-        let base = base.ok_or_else(|| HostsError::NoHost { registry: registry.to_owned() })?;
-        Ok(Self { hosts: vec![HostConfig::new(base, HostKind::Origin)] })
+        let base = base.ok_or(HostsError::NoHost)?;
+        Ok(Self { hosts: vec![HostConfig::new(base)] })
     }
 }
 
 /// Why hosts cannot be told.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum HostsError {
-    #[error("{registry:?} is not the name of a registry")]
-    NoHost { registry: String },
+    /// What was given is not repeated: it may hold a login.
+    #[error("that is not the name of a registry; write HOST or HOST:PORT")]
+    NoHost,
     #[error("cannot read {}", file.display())]
     Read {
         file: PathBuf,
@@ -216,7 +202,7 @@ fn with_certificates(mut plain: RegistryHosts, folder: &Path) -> RegistryHosts {
                 Some("crt") => host.ca.push(file.clone()),
                 Some("cert") => {
                     let key = file.with_extension("key");
-                    host.clients.push(ClientPair { cert: file.clone(), key: key.is_file().then_some(key) });
+                    host.clients.push(IdentityFiles { cert: file.clone(), key: key.is_file().then_some(key) });
                 }
                 _ => {}
             }
@@ -232,7 +218,7 @@ fn read_file(path: &Path) -> io::Result<String> {
 }
 
 /// `HOST[:PORT]` of an URL, the port if it is not the usual one.
-fn authority(url: &Url) -> String {
+pub fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }

@@ -15,6 +15,7 @@ pub struct Slots(Arc<Mutex<Queues>>);
 
 #[derive(Debug)]
 struct Queues {
+    all: usize,
     free: usize,
     readers: VecDeque<oneshot::Sender<Slot>>,
     prefetch: VecDeque<oneshot::Sender<Slot>>,
@@ -30,7 +31,8 @@ pub struct Slot {
 impl Slots {
     /// So many at once; 0 means the same as 1.
     pub fn new(at_once: usize) -> Self {
-        let queues = Queues { free: at_once.max(1), readers: VecDeque::new(), prefetch: VecDeque::new() };
+        let queues =
+            Queues { all: at_once.max(1), free: at_once.max(1), readers: VecDeque::new(), prefetch: VecDeque::new() };
         Self(Arc::new(Mutex::new(queues)))
     }
 
@@ -38,7 +40,9 @@ impl Slots {
     pub async fn take(&self, class: Class) -> Slot {
         let turn = {
             let mut queues = self.0.lock().unwrap();
-            if queues.free > 0 {
+            // The last one is for readers, where there is more than one.
+            let least = if class == Class::Prefetch && queues.all > 1 { 1 } else { 0 };
+            if queues.free > least {
                 queues.free -= 1;
                 return Slot { of: Some(self.clone()) };
             }
@@ -55,7 +59,11 @@ impl Slots {
 
     fn next(&self) -> Option<oneshot::Sender<Slot>> {
         let mut queues = self.0.lock().unwrap();
-        let next = queues.readers.pop_front().or_else(|| queues.prefetch.pop_front());
+        let is_last = queues.all > 1 && queues.free == 0;
+        let next = match queues.readers.pop_front() {
+            None if !is_last => queues.prefetch.pop_front(),
+            reader => reader,
+        };
         if next.is_none() {
             queues.free += 1;
         }
@@ -161,6 +169,20 @@ mod tests {
         let second = poll(&mut reader).expect("its turn");
         drop(second);
         assert!(poll(&mut prefetch).is_some());
+    }
+
+    #[test]
+    fn prefetch_leaves_one_to_readers() {
+        let slots = Slots::new(2);
+        let first = poll(&mut Box::pin(slots.take(Class::Prefetch))).expect("one of two is free");
+        let mut second = Box::pin(slots.take(Class::Prefetch));
+        assert!(poll(&mut second).is_none());
+        let reader = poll(&mut Box::pin(slots.take(Class::OnDemand))).expect("the last one is for readers");
+
+        drop(first);
+        assert!(poll(&mut second).is_none(), "it would be the last");
+        drop(reader);
+        assert!(poll(&mut second).is_some());
     }
 
     #[test]

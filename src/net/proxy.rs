@@ -23,15 +23,13 @@ pub struct ProxyOptions {
     pub ping_timeout: Duration,
     /// Whether the host is asked directly while the proxy is ill.
     pub fallback: bool,
-    /// Whether requests for https URLs go to the proxy as http, for one that speaks TLS by itself.
-    pub use_http: bool,
 }
 
 impl Default for ProxyOptions {
-    /// nydusd's: 5 s, with fallback, TLS left alone.
+    /// nydusd's: 5 s, with fallback.
     fn default() -> Self {
         let seconds = Duration::from_secs(5);
-        Self { ping: None, check_interval: seconds, ping_timeout: seconds, fallback: true, use_http: false }
+        Self { ping: None, check_interval: seconds, ping_timeout: seconds, fallback: true }
     }
 }
 
@@ -81,7 +79,7 @@ impl Proxied {
     ///
     /// # Errors
     /// It failed there. With fallback, a request that did not reach its proxy has also gone around.
-    pub async fn execute(&self, mut request: Request) -> (Way, Result<Response, reqwest::Error>) {
+    pub async fn execute(&self, request: Request) -> (Way, Result<Response, reqwest::Error>) {
         let Shared { through, around, options, .. } = &*self.0;
         let around = around.as_ref().filter(|_| options.fallback);
         if self.way() == Way::Around
@@ -90,10 +88,6 @@ impl Proxied {
             return (Way::Around, around.execute(request).await);
         }
         let again = around.and_then(|around| Some((around, request.try_clone()?)));
-        if options.use_http && request.url().scheme() == "https" {
-            // Cannot fail between two special schemes.
-            let _ = request.url_mut().set_scheme("http");
-        }
         match (through.execute(request).await, again) {
             (Err(error), again) if error.is_connect() => {
                 self.found(false);
@@ -123,6 +117,14 @@ impl Proxied {
             }
         }
         if health.well || !options.fallback { Way::Through } else { Way::Around }
+    }
+
+    /// A request got no answer for as long as anybody waits. Whose fault that is cannot be told; where the proxy may be
+    /// left out, the next ones go around it until it is looked at again.
+    pub(super) fn was_silent(&self) {
+        if self.way() == Way::Through {
+            self.found(false);
+        }
     }
 
     async fn examine(self, ping: Url) {

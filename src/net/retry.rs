@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use reqwest::header::{DATE, HeaderMap, RETRY_AFTER};
+
 use crate::base::Fault;
 
 /// How often a request is made and how the pauses between attempts grow.
@@ -53,6 +55,19 @@ impl RetryPolicy {
         let pause = jittered(full, attempt).max(attempt.retry_after.unwrap_or_default());
         (pause < deadline.saturating_duration_since(now)).then_some(pause)
     }
+}
+
+/// The pause that an answer asks for, in seconds or until a date. The server's own clock is the one that the date
+/// is by, which may be wrong as long as it says what time it has.
+pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = |name| Some(headers.get(name)?.to_str().ok()?.trim());
+    let value = text(RETRY_AFTER)?;
+    // Digits only: the parser of numbers would also take a sign.
+    if value.bytes().all(|b| b.is_ascii_digit()) {
+        return value.parse().ok().map(Duration::from_secs);
+    }
+    let until = httpdate::parse_http_date(value).ok()?;
+    until.duration_since(httpdate::parse_http_date(text(DATE)?).ok()?).ok()
 }
 
 /// Half of `full`, and a share of the other half that depends on seed and attempt.

@@ -59,7 +59,9 @@ fn find(plain: impl Read) -> Result<Vec<u8>, LayerError> {
     // What is cut off here shows as a damaged tar.
     let mut archive = tar::Archive::new(plain.take(MAX_UNPACKED));
     let mut old = None;
-    let entries = archive.entries().map_err(LayerError::Damaged)?;
+    // Raw: extensions, which the library would read whole into memory, are entries like others and passed over. Both
+    // names fit into a plain header.
+    let entries = archive.entries().map_err(LayerError::Damaged)?.raw(true);
     for (number, entry) in entries.enumerate() {
         if number >= MOST_ENTRIES {
             return Err(LayerError::TooMany);
@@ -75,6 +77,8 @@ fn find(plain: impl Read) -> Result<Vec<u8>, LayerError> {
         if size > MAX_BOOTSTRAP {
             return Err(LayerError::LongBootstrap { size });
         }
+        // Of two only one is in memory.
+        drop(old.take());
         // Grows with what comes; nobody has vouched for the length.
         let mut bytes = Vec::new();
         entry.read_to_end(&mut bytes).map_err(LayerError::Damaged)?;
@@ -123,6 +127,27 @@ mod tests {
             assert_eq!(unpack(&layer[..]).unwrap(), b"the bootstrap");
         }
         assert_eq!(unpack(&tar_of(&[("image.boot", b"old"), ("x", b"")])[..]).unwrap(), b"old");
+    }
+
+    #[test]
+    fn what_a_library_would_read_whole_is_passed_over() {
+        // A long name that is announced with 1 TiB, of which nothing comes.
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::GNULongName);
+        header.set_size(1 << 40);
+        header.set_cksum();
+        assert!(matches!(unpack(&header.as_bytes()[..]), Err(LayerError::Damaged(_) | LayerError::Missing)));
+
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(tar::EntryType::XHeader);
+        let record = b"17 path=elsewhere\n";
+        header.set_size(record.len() as u64);
+        builder.append_data(&mut header, "pax", &record[..]).unwrap();
+        let mut layer = builder.into_inner().unwrap();
+        layer.truncate(1024);
+        layer.extend(tar_of(&[("image/image.boot", b"the bootstrap")]));
+        assert_eq!(unpack(&layer[..]).unwrap(), b"the bootstrap");
     }
 
     #[test]

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue, LINK, RETRY_AFTER};
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue, LINK};
 use reqwest::{Method, Url};
 
 use super::fetch::{Answer, Ask, Fetch, FetchError, FetchFuture, Taken};
 use crate::base::{Class, Fault};
-use crate::net::{self, Attempt, Endpoint, RetryPolicy, SendError};
+use crate::net::{self, Attempt, Endpoint, Health, RetryPolicy, SendError, Standing};
 
 /// One server that answers for a registry.
 #[derive(Clone, Debug)]
@@ -23,6 +23,8 @@ pub struct Place {
     pub resolves: bool,
     /// Whether it may be asked for what has a digest.
     pub pulls: bool,
+    /// How it has been doing; shared with everybody who asks the same server.
+    pub health: Arc<Health>,
 }
 
 impl Place {
@@ -78,11 +80,26 @@ impl Endpoints {
         Self { registry: registry.to_owned(), places, policy, until }
     }
 
+    /// Whom to ask, those in good standing first.
+    fn order(&self, path: &str) -> Vec<&Place> {
+        let mut order: Vec<_> = self.places.iter().filter(|place| place.answers(path)).collect();
+        order.sort_by_key(|place| match place.health.standing(place.endpoint.clock().now()) {
+            Standing::Good => 0,
+            // Its turn comes at the end, and that is a probe.
+            Standing::Probe => {
+                place.health.probed();
+                1
+            }
+            Standing::Bad => 1,
+        });
+        order
+    }
+
     async fn ask_all(&self, ask: Ask<'_>, take: &mut Taken<'_>) -> Result<Answer, FetchError> {
         let mut failed = 0;
         loop {
             let (mut last, mut pause) = (None, None);
-            for place in self.places.iter().filter(|place| place.answers(ask.path)) {
+            for place in self.order(ask.path) {
                 match self.ask_one(place, ask, take).await {
                     Outcome::Answered(answer) => return Ok(answer),
                     Outcome::Broken(error) => return Err(error),
@@ -123,15 +140,20 @@ impl Endpoints {
         let sent = net::Ask { method, url, headers, class, repository, until: self.until };
         let mut reply = match place.endpoint.send(sent).await {
             Ok(reply) => reply,
-            Err(error) => return failed(self.sent(&error)),
+            Err(error) => {
+                place.health.failed(place.endpoint.clock().now());
+                return Outcome::Failed { answer: None, error: self.sent(&error), retry_after: error.retry_after() };
+            }
         };
         let answer = answer(reply.status(), reply.headers());
+        match fault(answer.status) {
+            Fault::Transient => place.health.failed(place.endpoint.clock().now()),
+            _ => place.health.worked(),
+        }
         if answer.status != 200 {
             let error = self.unavailable(&format!("status {}", answer.status));
             // What one mirror has not, or does not give, the next may.
-            let retry_after = reply.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-            let retry_after = retry_after.map(std::time::Duration::from_secs);
-            return Outcome::Failed { answer: Some(answer), error, retry_after };
+            return Outcome::Failed { answer: Some(answer), error, retry_after: net::retry_after(reply.headers()) };
         }
         let mut taken = false;
         loop {
@@ -166,7 +188,7 @@ impl Endpoints {
 /// Whether an answer may be another one a moment later.
 fn fault(status: u16) -> Fault {
     match status {
-        408 | 429 | 500 | 502..=504 => Fault::Transient,
+        408 | 425 | 429 | 500..=599 => Fault::Transient,
         _ => Fault::Permanent,
     }
 }
@@ -224,7 +246,7 @@ mod tests {
         let base = Url::parse(base).unwrap();
         let endpoint = Endpoint::new(&base, net::EndpointOptions::default(), net::Clock::default()).unwrap();
         let namespace = namespace.map(ToOwned::to_owned);
-        Place { endpoint: Arc::new(endpoint), base, namespace, resolves, pulls: true }
+        Place { endpoint: Arc::new(endpoint), base, namespace, resolves, pulls: true, health: Arc::default() }
     }
 
     #[test]

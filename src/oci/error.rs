@@ -95,3 +95,10 @@ pub enum OciError {
     )]
     Stranger { reference: Reference, blob: String },
 }
+
+impl OciError {
+    /// Whether this is about one document of several, and says nothing about the others.
+    pub(super) fn is_of_one_document(&self) -> bool {
+        matches!(self, Self::NotFound { .. } | Self::Document { .. } | Self::NoPlatform { .. })
+    }
+}

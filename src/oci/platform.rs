@@ -3,11 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
-
 /// `OS/ARCHITECTURE[/VARIANT]`, in the words of Go.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Platform {
     pub os: String,
     pub architecture: String,
@@ -73,20 +70,6 @@ impl FromStr for Platform {
             return Err(InvalidPlatform(text.to_owned()));
         }
         Ok(Self { os: parts[0].to_owned(), architecture: parts[1].to_owned(), variant })
-    }
-}
-
-impl TryFrom<String> for Platform {
-    type Error = InvalidPlatform;
-
-    fn try_from(text: String) -> Result<Self, InvalidPlatform> {
-        text.parse()
-    }
-}
-
-impl From<Platform> for String {
-    fn from(platform: Platform) -> Self {
-        platform.to_string()
     }
 }
 

@@ -84,11 +84,6 @@ impl Reference {
         &self.repository
     }
 
-    /// The tag that was named, whether or not a digest decides.
-    pub fn tag(&self) -> Option<&str> {
-        self.tag.as_deref()
-    }
-
     /// What to ask the registry for: the digest if there is one.
     pub fn version(&self) -> Version {
         match self.digest() {
@@ -97,26 +92,8 @@ impl Reference {
         }
     }
 
-    /// The same repository at this digest.
-    pub fn pinned(&self, digest: Digest) -> Self {
-        Self { digest: Some(Arc::new(digest)), ..self.clone() }
-    }
-
     fn digest(&self) -> Option<Digest> {
         self.digest.as_deref().copied()
-    }
-}
-
-impl FromStr for Repository {
-    type Err = InvalidReference;
-
-    fn from_str(text: &str) -> Result<Self, InvalidReference> {
-        let bad = |why| InvalidReference { text: without_secrets(text), why };
-        let reference: Reference = text.parse()?;
-        if reference.tag.is_some() || reference.digest.is_some() {
-            return Err(bad("a repository has neither tag nor digest"));
-        }
-        Ok(reference.repository)
     }
 }
 
@@ -160,15 +137,14 @@ impl FromStr for Reference {
     }
 }
 
-/// What may be repeated of `text`: somebody may have put a password before the host, as in an URL.
+/// What may be repeated of `text`: somebody may have put a password before the host, as in an URL, with any signs in
+/// it. What is before the last `@` that no digest follows is a login.
 fn without_secrets(text: &str) -> String {
     let (scheme, rest) = text.split_once("://").map_or(("", text), |(scheme, rest)| (scheme, rest));
-    let (first, path) = rest.split_once('/').map_or((rest, None), |(first, path)| (first, Some(path)));
-    match (first.rsplit_once('@'), path) {
-        (Some((_, host)), Some(path)) if scheme.is_empty() => format!("...@{host}/{path}"),
-        (Some((_, host)), Some(path)) => format!("{scheme}://...@{host}/{path}"),
-        _ => text.to_owned(),
-    }
+    let is_digest = |at: &usize| ["sha256:", "sha512:"].iter().any(|kind| rest[at + 1..].starts_with(kind));
+    let Some(at) = rest.rmatch_indices('@').map(|(at, _)| at).find(|at| !is_digest(at)) else { return text.to_owned() };
+    let divider = if scheme.is_empty() { "" } else { "://" };
+    format!("{scheme}{divider}...{}", &rest[at..])
 }
 
 /// Takes the host off, if the first part looks like one.
@@ -312,15 +288,14 @@ mod tests {
     #[test]
     fn a_digest_decides_and_the_tag_stays_for_people() {
         let both: Reference = format!("docker://r.example/app:1@{DIGEST}").parse().unwrap();
-        assert_eq!((both.tag(), both.to_string()), (Some("1"), format!("r.example/app:1@{DIGEST}")));
+        assert_eq!(both.to_string(), format!("r.example/app:1@{DIGEST}"));
         assert_eq!(both.version().to_string(), DIGEST);
 
         let pinned: Reference = format!("r.example/app@{DIGEST}").parse().unwrap();
-        assert_eq!((pinned.tag(), pinned.to_string()), (None, format!("r.example/app@{DIGEST}")));
+        assert_eq!(pinned.to_string(), format!("r.example/app@{DIGEST}"));
         let tagged: Reference = "r.example/app".parse().unwrap();
         assert_eq!(tagged.version(), Version::Tag("latest".to_owned()));
-        let Version::Digest(digest) = pinned.version() else { panic!("{pinned}") };
-        assert_eq!(tagged.pinned(digest), pinned);
+        assert!(matches!(pinned.version(), Version::Digest(_)), "{pinned}");
     }
 
     #[test]
@@ -362,10 +337,12 @@ mod tests {
         }
         let secret = "docker://user:hunter2@r.example/a".parse::<Reference>().unwrap_err().to_string();
         assert!(secret.contains("docker://...@r.example/a") && !secret.contains("hunter2"), "{secret}");
+        for login in ["docker://me:hunter2@r.example", "docker://me:hun/ter2@r.example/a", "me:hunter2@r/a@sha256:1"] {
+            let told = login.parse::<Reference>().unwrap_err().to_string();
+            assert!(!told.contains("ter2") && told.contains("...@r"), "{told}");
+        }
         let upper = format!("r.example/a@{}", DIGEST.replace('e', "E"));
         assert!(upper.parse::<Reference>().is_err());
-        assert!("r.example/a:1".parse::<Repository>().is_err());
-        assert_eq!("docker://r.example/a".parse::<Repository>().unwrap().to_string(), "r.example/a");
     }
 
     proptest! {

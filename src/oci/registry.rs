@@ -237,11 +237,12 @@ fn what_is(version: &Version) -> String {
 mod tests {
     use super::super::scripted::Scripted;
     use super::*;
+    use crate::oci::Reference;
 
     const REPOSITORY: &str = "r.example/team/app";
 
     fn repository() -> Repository {
-        REPOSITORY.parse().unwrap()
+        REPOSITORY.parse::<Reference>().unwrap().repository().clone()
     }
 
     fn index(digests: &[Digest]) -> String {

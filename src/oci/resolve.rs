@@ -177,17 +177,23 @@ impl Way<'_> {
             let (reference, platform) = (self.reference.clone(), self.wanted.to_string());
             return Err(OciError::NoPlatform { reference, platform, offered });
         }
-        let mut second = None;
+        let (mut second, mut unusable) = (None, None);
         for candidate in candidates.into_iter().take(MOST_CANDIDATES) {
             let how = if candidate.is_marked_nydus() { How::Marked } else { How::Listed };
-            let document = self.linked(candidate).await?;
             let platform = candidate.platform.as_ref().map(|stated| stated.platform().to_string());
-            match self.follow(document, how, platform, links.to_vec()).await? {
-                Some(found) if matches!(found.shape, Shape::Rafs(_)) => return Ok(Some(found)),
-                found => second = second.or(found),
+            let followed = async { self.follow(self.linked(candidate).await?, how, platform, links.to_vec()).await };
+            match followed.await {
+                Ok(Some(found)) if matches!(found.shape, Shape::Rafs(_)) => return Ok(Some(found)),
+                Ok(found) => second = second.or(found),
+                // Another one may do.
+                Err(error) if error.is_of_one_document() => unusable = unusable.or(Some(error)),
+                Err(error) => return Err(error),
             }
         }
-        Ok(second)
+        match (second, unusable) {
+            (None, Some(error)) => Err(error),
+            (second, _) => Ok(second),
+        }
     }
 
     async fn linked(&self, descriptor: &Descriptor) -> Result<Document, OciError> {
@@ -215,7 +221,7 @@ impl Way<'_> {
             let document = match self.linked(candidate).await {
                 Ok(document) => document,
                 // A list outlives what is in it.
-                Err(OciError::NotFound { .. } | OciError::Document { .. }) => continue,
+                Err(error) if error.is_of_one_document() => continue,
                 Err(error) => return Err(error),
             };
             let Parsed::Manifest(manifest) = &document.parsed else { continue };

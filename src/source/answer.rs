@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use reqwest::header::{
-    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, DATE, HeaderMap, HeaderName, RETRY_AFTER,
-};
+use reqwest::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderName};
 
-use crate::base::ByteRange;
+use super::{Failure, SourceError};
+use crate::base::{BlobId, ByteRange};
+use crate::net::retry_after;
 
 /// The head of an answer, seen from a request for a range.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +26,26 @@ pub(super) enum Answer {
 }
 
 impl Answer {
+    /// What is told of an answer of `place` that is not `range` of `blob`, to whoever wanted that.
+    pub(super) fn failure(self, blob: &BlobId, place: &str, range: ByteRange) -> Failure {
+        let (blob, place) = (blob.clone(), place.to_owned());
+        let error = match self {
+            Self::NotFound => SourceError::NotFound { blob, place },
+            Self::Refused(status) => SourceError::Refused { blob, place, status },
+            Self::Ends(Some(len)) => SourceError::OutOfRange { blob, place, range, len },
+            Self::Improper(detail) => SourceError::NoRanges { place, detail },
+            Self::Busy { status, retry_after } => {
+                let detail = format!("it answered with status {status}");
+                return Failure { error: SourceError::Unavailable { blob, place, detail }, retry_after };
+            }
+            Self::Ends(None) => {
+                SourceError::NoRanges { place, detail: "it did not tell the length of the blob".into() }
+            }
+            Self::Range => SourceError::NoRanges { place, detail: "it sent what was not asked for".into() },
+        };
+        error.into()
+    }
+
     /// Judges the answer to a request for `stored`, which is not empty.
     pub(super) fn to_range(status: u16, headers: &HeaderMap, stored: ByteRange) -> Self {
         match status {
@@ -122,18 +142,6 @@ fn is_page(headers: &HeaderMap) -> bool {
     kind.is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/html"))
 }
 
-/// The pause a server asks for, in seconds or until a date. Its own clock is the one that the date is by,
-/// which may be wrong as long as it says what time it has.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let value = text(headers, &RETRY_AFTER)?;
-    if let Some(seconds) = number(value) {
-        return Some(Duration::from_secs(seconds));
-    }
-    let until = httpdate::parse_http_date(value).ok()?;
-    let now = httpdate::parse_http_date(text(headers, &DATE)?).ok()?;
-    until.duration_since(now).ok()
-}
-
 fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
     headers.get(name)?.to_str().ok().map(str::trim)
 }
@@ -145,7 +153,7 @@ fn number(text: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use reqwest::header::HeaderValue;
+    use reqwest::header::{DATE, HeaderValue, RETRY_AFTER};
 
     use super::*;
 

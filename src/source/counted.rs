@@ -54,10 +54,6 @@ impl<S: BlobSource> BlobSource for Counted<S> {
         })
     }
 
-    fn places(&self) -> u32 {
-        self.inner.places()
-    }
-
     fn describe(&self) -> String {
         self.inner.describe()
     }

@@ -135,7 +135,11 @@ impl HttpUpstream {
         let headers = reply.headers();
         match (reply.status(), answer::content_length(headers)) {
             (200, Some(len)) if !answer::is_encoded(headers) => Ok(len),
-            (200 | 400 | 401 | 403 | 405 | 501, _) => self.measure_by_range(blob, ctx).await,
+            (200 | 400 | 401 | 403 | 405 | 501, _) => {
+                // Its place among the requests at once is wanted for the next one.
+                drop(reply);
+                self.measure_by_range(blob, ctx).await
+            }
             (status, _) => Err(self.failure(blob, FIRST_BYTE, Answer::failed(status, headers))),
         }
     }
@@ -154,22 +158,7 @@ impl HttpUpstream {
     }
 
     fn failure(&self, blob: &BlobId, range: ByteRange, answer: Answer) -> Failure {
-        let (blob, place) = (blob.clone(), self.place.clone());
-        let error = match answer {
-            Answer::NotFound => SourceError::NotFound { blob, place },
-            Answer::Refused(status) => SourceError::Refused { blob, place, status },
-            Answer::Ends(Some(len)) => SourceError::OutOfRange { blob, place, range, len },
-            Answer::Improper(detail) => SourceError::NoRanges { place, detail },
-            Answer::Busy { status, retry_after } => {
-                let detail = format!("it answered with status {status}");
-                return Failure { error: SourceError::Unavailable { blob, place, detail }, retry_after };
-            }
-            // Callers act on these two by themselves.
-            Answer::Range | Answer::Ends(None) => {
-                SourceError::NoRanges { place, detail: "it did not tell the length of the blob".into() }
-            }
-        };
-        error.into()
+        answer.failure(blob, &self.place, range)
     }
 
     fn improper(&self, detail: String) -> Failure {
@@ -188,8 +177,9 @@ impl HttpUpstream {
             SendError::Unauthorized { .. } if error.fault() == Fault::Permanent => {
                 SourceError::Unauthorized { place, detail }.into()
             }
-            SendError::Unauthorized { retry_after, .. } => Failure { retry_after, ..self.unavailable(blob, detail) },
-            SendError::Transport(_) | SendError::Silent(_) => self.unavailable(blob, detail),
+            SendError::Unauthorized { .. } | SendError::Transport(_) | SendError::Silent(_) => {
+                Failure { retry_after: error.retry_after(), ..self.unavailable(blob, detail) }
+            }
         }
     }
 }

@@ -4,11 +4,11 @@
 //! Retries, time-outs and connection reuse live below, in `net`, once for every remote kind.
 
 mod absent;
+mod aligned;
 mod answer;
 mod counted;
-mod health;
+mod hedges;
 mod http;
-mod limited;
 mod local;
 mod localdisk;
 mod network;
@@ -18,9 +18,7 @@ mod upstream;
 mod whole;
 
 pub use absent::AbsentSource;
-pub use health::Health;
 pub use http::HttpUpstream;
-pub use limited::Limited;
 pub use local::LocalSource;
 pub use localdisk::{BadDisk, BadTable, LocalDisk};
 pub use network::{Network, NetworkOptions, Registry, Server};
@@ -92,11 +90,6 @@ pub trait BlobSource: Send + Sync + 'static {
         take: &'a mut (dyn FnMut(Bytes) + Send),
     ) -> BoxFuture<'a, Result<(), SourceError>> {
         Box::pin(async move { self.read(blob, stored, ctx).await.map(take) })
-    }
-
-    /// From how many places it has the same bytes; see [`ReadCtx::again`].
-    fn places(&self) -> u32 {
-        1
     }
 
     /// What to call this source in messages: a directory or an URL, without secrets.

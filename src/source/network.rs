@@ -1,5 +1,5 @@
 //! Everything remote that one process asks: one endpoint, one set of tokens and one judgement of health for each
-//! server, whoever asks it and however many images come from there.
+//! server of a registry, whoever asks it and however many images come from there.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -8,15 +8,16 @@ use std::time::Duration;
 
 use reqwest::Url;
 
+use super::aligned::Aligned;
 use super::counted::Counted;
 use super::{
-    BlobSource, Health, HttpUpstream, LocalDisk, LocalSource, ObjectUpstream, OpenError, Tier, Tiers, WholeSource,
+    BlobSource, HttpUpstream, LocalDisk, LocalSource, ObjectUpstream, OpenError, Tier, Tiers, Upstream, WholeSource,
 };
 use crate::base::Secret;
 use crate::net::auth::{Keychain, Nobody, TokenOptions, Tokens};
 use crate::net::hosts::{self, HostConfig, ProxyUse, RegistryHosts};
 use crate::net::proxy::ProxyOptions;
-use crate::net::{ClientOptions, Clock, Endpoint, EndpointOptions, IdentityFiles, Proxy, RetryPolicy};
+use crate::net::{ClientOptions, Clock, Endpoint, EndpointOptions, Health, Proxy, RetryPolicy};
 use crate::telemetry::Telemetry;
 
 /// How the network is used.
@@ -133,10 +134,11 @@ impl Network {
         // Logins are for the registry by its name, and for a mirror by its own: one must not see the other's.
         let of = match config.namespace(registry) {
             None => registry.to_owned(),
-            Some(_) => authority(&config.base),
+            Some(_) => hosts::authority(&config.base),
         };
         let server = Some(config.base.clone());
-        let options = TokenOptions { client: client.clone(), server, ..TokenOptions::default() };
+        let options =
+            TokenOptions { client: client.clone(), server, hosts: config.redirects.clone(), ..TokenOptions::default() };
         let tokens = Tokens::new(of, Arc::clone(&self.options.keychain), options, clock.clone());
         let through = matches!(config.proxy, ProxyUse::Through(_));
         let proxy = through.then(|| ProxyOptions {
@@ -151,7 +153,7 @@ impl Network {
             proxy,
             concurrency: config.concurrency,
             bytes_per_second: config.bandwidth,
-            ..EndpointOptions::default()
+            redirect_hosts: config.redirects.clone(),
         };
         let endpoint = Arc::new(Endpoint::new(&config.base, options, clock.clone())?);
         Ok(Server { config: config.clone(), endpoint, health: Arc::default() })
@@ -162,8 +164,7 @@ impl Network {
         client.extra_ca_pem.extend(ca.map(Path::to_owned));
         client.extra_ca_pem.extend(config.ca.iter().cloned());
         // Containerd tries all pairs; a client shows one.
-        let pair = config.clients.first();
-        client.identity = pair.map(|pair| IdentityFiles { cert: pair.cert.clone(), key: pair.key.clone() });
+        client.identity = config.clients.first().cloned();
         client.skip_verify = config.skip_verify;
         client.connect_timeout = config.dial_timeout.unwrap_or(client.connect_timeout).max(Duration::from_millis(1));
         client.proxy = match &config.proxy {
@@ -229,7 +230,9 @@ impl Network {
             }
             "localdisk" => local(Arc::new(LocalDisk::new(spec)?)),
             "docker" => self.repository(rest, ca),
-            "s3" | "oss" | "gs" | "az" => Ok(vec![Tier::new(ObjectUpstream::new(spec, &client)?)]),
+            "s3" | "oss" | "gs" | "az" => {
+                Ok(vec![Tier::new(ObjectUpstream::new(spec, &client, self.options.clock.clone())?)])
+            }
             _ => {
                 let options = EndpointOptions { client, ..EndpointOptions::default() };
                 Ok(vec![Tier::new(HttpUpstream::new(spec, options, self.options.clock.clone())?)])
@@ -242,11 +245,10 @@ impl Network {
         let (host, repository) = name
             .split_once('/')
             .filter(|(host, repository)| {
+                // A login has no place there, and must not be repeated.
+                let is_host = !host.is_empty() && !host.contains('@');
                 let known = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-/".contains(c);
-                !host.is_empty()
-                    && !repository.is_empty()
-                    && repository.chars().all(known)
-                    && !repository.contains("..")
+                is_host && !repository.is_empty() && repository.chars().all(known) && !repository.contains("..")
             })
             .ok_or(OpenError::Url { detail: "not of the form docker://HOST/REPOSITORY".into() })?;
         let registry = self.registry(host, ca)?;
@@ -261,22 +263,20 @@ impl Network {
                     base.query_pairs_mut().append_pair("ns", namespace);
                 }
                 let upstream = HttpUpstream::repository(Arc::clone(&server.endpoint), base, repository);
-                Tier { upstream: Arc::new(upstream), health: Arc::clone(&server.health), counts: None }
+                let upstream: Arc<dyn Upstream> = Arc::new(upstream);
+                let upstream = match server.config.align {
+                    Some(bytes) => Arc::new(Aligned::new(upstream, bytes)),
+                    None => upstream,
+                };
+                Tier { upstream, health: Arc::clone(&server.health), counts: None }
             })
             .collect())
     }
 }
 
-/// `HOST[:PORT]` of an URL.
-fn authority(url: &Url) -> String {
-    let host = url.host_str().unwrap_or_default();
-    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::hosts::HostKind;
 
     fn describe(network: &Network, specs: &[&str]) -> Result<String, OpenError> {
         let specs: Vec<_> = specs.iter().map(|&spec| spec.to_owned()).collect();
@@ -320,6 +320,5 @@ mod tests {
             "http://mirror.example/v2/a?ns=reg.example, https://reg.example/v2/a".replace("?ns=reg.example", "")
         );
         assert!(!Arc::ptr_eq(&before, &network.registry("reg.example", None).unwrap()));
-        assert_eq!(network.registry("reg.example", None).unwrap().servers()[0].config.kind, HostKind::Mirror);
     }
 }

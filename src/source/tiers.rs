@@ -9,17 +9,17 @@ use std::future::Future;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use tokio::select;
 
 use super::counted::outcome_of;
-use super::health::{Health, HedgeBudget, Standing};
+use super::hedges::HedgeBudget;
 use super::http::FIRST_BYTE;
 use super::{BlobSource, BoxFuture, Failure, ReadCtx, SourceError, Upstream};
 use crate::base::{BlobId, ByteRange, Chain, Class, Fault};
-use crate::net::{Attempt, Clock, RetryPolicy};
+use crate::net::{Attempt, Clock, Health, RetryPolicy, Standing};
 use crate::telemetry::{Outcome, Place};
 
 /// Memory taken for a body before its first byte has come. Larger bodies grow into theirs.
@@ -104,9 +104,10 @@ impl Tiers {
         order
     }
 
-    /// The same, without those that will not do better during this read.
+    /// The same, without those that will not do better during this read, or have asked for a pause.
     fn hopeful(&self, patience: &Patience<'_>, blob: &BlobId, ctx: ReadCtx) -> Vec<(usize, &Tier)> {
-        let hopeful = self.order(blob, ctx).into_iter().filter(|at| !patience.useless.contains(at));
+        let now = self.clock.now();
+        let hopeful = self.order(blob, ctx).into_iter().filter(|at| patience.wait(*at, now).is_zero());
         hopeful.filter_map(|at| Some((at, self.tiers.get(at)?))).collect()
     }
 
@@ -164,7 +165,10 @@ impl Tiers {
                 counts.reads.at(ctx.class).at(Outcome::Ok).inc();
             }
             Err(error) => {
-                counts.failed(Chain(error).to_string());
+                // A directory in front of a registry has not everything, and is well.
+                if blames_the_place(error) {
+                    counts.failed(Chain(error).to_string());
+                }
                 counts.reads.at(ctx.class).at(outcome_of(error)).inc();
             }
         }
@@ -317,7 +321,7 @@ impl Tiers {
     }
 
     fn patience(&self, blob: &BlobId, range: ByteRange, ctx: ReadCtx) -> Patience<'_> {
-        Patience { source: self, seed: seed(blob, range), failed: 0, useless: Vec::new(), ctx }
+        Patience { source: self, seed: seed(blob, range), failed: 0, absent: Vec::new(), ctx }
     }
 }
 
@@ -351,10 +355,6 @@ impl BlobSource for Tiers {
         Box::pin(self.in_time(blob, stored, ctx, self.pour(blob, stored, ctx, take)))
     }
 
-    fn places(&self) -> u32 {
-        u32::try_from(self.tiers.len()).unwrap_or(u32::MAX)
-    }
-
     fn describe(&self) -> String {
         let mut names: Vec<_> = self.tiers.iter().map(|tier| tier.upstream.describe()).collect();
         names.dedup();
@@ -386,19 +386,23 @@ fn blames_the_place(error: &SourceError) -> bool {
 struct Round {
     /// The last failure that may go away, else the last of all: the places that come last are those that
     /// know best.
-    failure: Option<Failure>,
+    failure: Option<SourceError>,
 }
 
 impl Round {
     /// The place at `at` failed.
     fn failed(&mut self, patience: &mut Patience<'_>, at: usize, failure: Failure) {
         let is_transient = failure.error.fault() == Fault::Transient;
-        if !is_transient {
-            patience.useless.push(at);
+        let now = patience.source.clock.now();
+        let pause = failure.retry_after.and_then(|pause| now.checked_add(pause));
+        match (is_transient, pause) {
+            (false, _) => patience.absent.push((at, None)),
+            (true, Some(until)) => patience.absent.push((at, Some(until))),
+            (true, None) => {}
         }
-        let known = self.failure.as_ref().is_some_and(|known| known.error.fault() == Fault::Transient);
+        let known = self.failure.as_ref().is_some_and(|known| known.fault() == Fault::Transient);
         if is_transient || !known {
-            self.failure = Some(failure);
+            self.failure = Some(failure.error);
         }
     }
 }
@@ -408,31 +412,43 @@ struct Patience<'a> {
     source: &'a Tiers,
     seed: u64,
     failed: u32,
-    /// Places that will not do better during this read.
-    useless: Vec<usize>,
+    /// Places that are not to be asked before a moment, or not again during this read.
+    absent: Vec<(usize, Option<Instant>)>,
     ctx: ReadCtx,
 }
 
 impl Patience<'_> {
+    /// How long the place at `at` is not to be asked; for ever if it will not do better during this read.
+    fn wait(&self, at: usize, now: Instant) -> Duration {
+        let absent = self.absent.iter().filter(|(absent, _)| *absent == at).map(|(_, until)| *until);
+        let wait = |until: Option<Instant>| until.map_or(Duration::MAX, |until| until.saturating_duration_since(now));
+        absent.map(wait).max().unwrap_or_default()
+    }
+
     /// Waits until it makes sense to ask again.
     ///
     /// # Errors
     /// The failure, if it does not.
     async fn pause(&mut self, round: Round) -> Result<(), SourceError> {
-        // Whoever is asked gives an answer or a failure, and of the first round somebody is asked.
-        let Some(failure) = round.failure else { return Ok(()) };
+        let (clock, deadline, now) = (&self.source.clock, self.ctx.deadline, self.source.clock.now());
+        let earliest = (0..self.source.tiers.len()).map(|at| self.wait(at, now)).min();
+        let retry_after = earliest.filter(|wait| !wait.is_zero() && *wait < Duration::MAX);
+        let Some(error) = round.failure else {
+            // Nobody could be asked yet.
+            clock.sleep(retry_after.unwrap_or(self.source.policy.first_delay)).await;
+            return Ok(());
+        };
         self.failed += 1;
-        let attempt = Attempt { failed: self.failed, seed: self.seed, retry_after: failure.retry_after };
-        let (clock, deadline) = (&self.source.clock, self.ctx.deadline);
-        match self.source.policy.next(attempt, failure.error.fault(), clock.now(), deadline) {
+        let attempt = Attempt { failed: self.failed, seed: self.seed, retry_after };
+        match self.source.policy.next(attempt, error.fault(), now, deadline) {
             Some(pause) => {
                 let (request, failed) = (self.ctx.request.number(), self.failed);
-                tracing::debug!(request, error = %failure.error, failed, ?pause, "asking again");
+                tracing::debug!(request, %error, failed, ?pause, "asking again");
                 self.source.counts.retries.inc();
                 clock.sleep(pause).await;
                 Ok(())
             }
-            None => Err(failure.error),
+            None => Err(error),
         }
     }
 }

@@ -81,10 +81,6 @@ impl BlobSource for Shifted {
         self.source.read(blob, stored, self.ctx(ctx))
     }
 
-    fn places(&self) -> u32 {
-        self.source.places()
-    }
-
     fn describe(&self) -> String {
         self.source.describe()
     }

@@ -250,6 +250,7 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::SourceSpec(_)
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         DaemonError::Stock(error) => cache::status(error),
+        DaemonError::Crowded => StatusCode::BAD_GATEWAY,
         DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
         DaemonError::NoSuccessor => StatusCode::CONFLICT,
         DaemonError::Io { .. }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{Client, Method, Response, Url};
 use serde::Deserialize;
 
@@ -16,7 +16,7 @@ use super::Login;
 use crate::base::Secret;
 use crate::net::address::same_origin;
 use crate::net::endpoint::transport;
-use crate::net::{Clock, SendError};
+use crate::net::{Clock, SendError, retry_after};
 
 /// Most bytes of an answer. Tokens of a few KiB have been seen.
 const MOST_BODY: usize = 256 << 10;
@@ -108,10 +108,11 @@ pub(super) fn may_go(from: &Url, to: &Url) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Asks for a token, and follows redirects.
+/// Asks for a token, and follows redirects. `client` has the one for an address: no server is asked as if it were
+/// another.
 pub(super) async fn ask(
     clock: &Clock,
-    client: &Client,
+    client: &(dyn Fn(&Url) -> Result<Client, Refusal> + Send + Sync),
     demand: &Demand,
     login: Option<&Login>,
     until: Instant,
@@ -120,7 +121,7 @@ pub(super) async fn ask(
     let mut at = demand.realm.clone();
     for _ in 0..=MOST_REDIRECTS {
         let is_home = same_origin(&at, &demand.realm);
-        let request = request(client, &at, demand, login.filter(|_| is_home));
+        let request = request(&client(&at)?, &at, demand, login.filter(|_| is_home));
         let sent = clock.timeout_at(until, request.send()).await;
         let response = sent.map_err(|_| unavailable("no answer in time"))??;
         if !response.status().is_redirection() {
@@ -202,10 +203,9 @@ async fn granted(clock: &Clock, mut response: Response, until: Instant) -> Resul
 }
 
 fn busy(response: &Response) -> Refusal {
-    let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
     Refusal::Unavailable {
         detail: format!("it answers with status {}", response.status().as_u16()),
-        retry_after: seconds.map(Duration::from_secs),
+        retry_after: retry_after(response.headers()),
     }
 }
 

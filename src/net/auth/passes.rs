@@ -68,7 +68,7 @@ pub(super) struct Repository {
 #[derive(Clone)]
 pub(super) struct Pass {
     pub(super) value: HeaderValue,
-    /// What it was got with, where that itself is what is sent.
+    /// What it was got with.
     pub(super) login: Option<Login>,
     pub(super) since: Instant,
     pub(super) renew: Instant,

@@ -27,7 +27,7 @@ use super::passes::{Manner, Outcome, Pass, Repository, State};
 use super::{AuthError, Keychain, Login};
 use crate::net::address::Bounds;
 use crate::net::client::{foreign, home};
-use crate::net::{Authorize, AuthorizeFuture, ClientOptions, Clock};
+use crate::net::{Authorize, AuthorizeFuture, ClientOptions, Clock, without_secrets};
 
 /// How token servers are reached.
 #[derive(Clone, Debug)]
@@ -122,11 +122,12 @@ impl Tokens {
         // Whom it may name depends on where it is.
         let found = self.0.clock.timeout_at(until, self.0.find_home()).await;
         found.map_err(|_| AuthError::Late { registry: self.0.registry.clone() })?;
-        if !self.0.learn(repository, &challenges(headers))? {
-            return Ok(None);
-        }
+        // Whatever else it says, what was sent is of no use any more.
         if let Some(login) = self.0.drop_refused(repository, sent) {
             self.0.keychain.refused(&self.0.registry, repository, &login);
+        }
+        if !self.0.learn(repository, &challenges(headers))? {
+            return Ok(None);
         }
         let (step, _) = self.0.step(repository, |entry, now| {
             // Somebody else may have got a new one since.
@@ -175,7 +176,8 @@ impl Shared {
         entry.is_asked = true;
         if entry.scope != scope {
             // A token for something else may be refused however new it is.
-            (entry.pass, entry.failure, entry.fetch) = (None, None, None);
+            // The pause after failures stays: a registry must not have us ask others ever faster.
+            (entry.pass, entry.fetch) = (None, None);
             entry.scope = scope;
         }
         Ok(true)
@@ -185,7 +187,7 @@ impl Shared {
         let realm = challenge.get("realm").and_then(|realm| Url::parse(realm).ok());
         let untrusted = |server: String, why| AuthError::Untrusted { registry: self.registry.clone(), server, why };
         let realm = realm.ok_or_else(|| untrusted("somebody".to_owned(), "there is no address".to_owned()))?;
-        self.judge(&realm).map_err(|why| untrusted(shown(&realm), why))?;
+        self.judge(&realm).map_err(|why| untrusted(without_secrets(&realm), why))?;
         Ok(Manner::Bearer { realm, service: challenge.get("service").map(ToOwned::to_owned) })
     }
 
@@ -335,13 +337,13 @@ impl Shared {
             let refusal = match self.ask(demand, login.as_ref(), since).await {
                 Ok(Ok(grant)) => {
                     let value = bearer(&grant.token);
-                    let pass = value.map(|value| self.pass(value, None, since, grant.lifetime));
+                    let pass = value.map(|value| self.pass(value, login.clone(), since, grant.lifetime));
                     return (pass.map(Some).ok_or_else(|| self.unavailable(demand, "its token cannot be sent")), None);
                 }
                 Ok(Err(refusal)) => refusal,
                 Err(error) => return (Err(error), None),
             };
-            let (server, registry) = (shown(&demand.realm), self.registry.clone());
+            let (server, registry) = (without_secrets(&demand.realm), self.registry.clone());
             match refusal {
                 Refusal::Unavailable { detail, retry_after } => {
                     return (Err(self.unavailable(demand, &detail)), retry_after);
@@ -373,12 +375,16 @@ impl Shared {
         login: Option<&Login>,
         now: Instant,
     ) -> Result<Result<Grant, Refusal>, AuthError> {
-        let client = self.client(&demand.realm)?;
+        self.client(&demand.realm)?;
+        let client = |at: &Url| {
+            let told = |error: AuthError| Refusal::Unavailable { detail: error.to_string(), retry_after: None };
+            self.client(at).map_err(told)
+        };
         let until = now.checked_add(self.options.patience).unwrap_or(now);
         Ok(exchange::ask(&self.clock, &client, demand, login, until, &|to| self.judge(to)).await)
     }
 
-    /// The client for a token server, which keeps its connections.
+    /// The client for a token server, or where one redirects to. It keeps its connections.
     fn client(&self, realm: &Url) -> Result<Client, AuthError> {
         let key = realm.origin().ascii_serialization();
         if let Some(client) = self.state.lock().unwrap().clients.get(&key) {
@@ -420,7 +426,7 @@ impl Shared {
 
     fn unavailable(&self, demand: &Demand, detail: &str) -> AuthError {
         AuthError::Unavailable {
-            server: shown(&demand.realm),
+            server: without_secrets(&demand.realm),
             registry: self.registry.clone(),
             detail: detail.to_owned(),
             // Whoever notes it knows better.
@@ -437,11 +443,6 @@ impl Shared {
         let ends = lifetime.saturating_mul(95) / 100;
         Pass { value, login, since, renew: since + renew, ends: since + ends }
     }
-}
-
-/// The address of a token server without what may be secret in it.
-fn shown(realm: &Url) -> String {
-    format!("{}{}", realm.origin().ascii_serialization(), realm.path())
 }
 
 /// The scope to ask for where a registry names one: that repository, to be read and nothing else. `None` if
@@ -478,6 +479,6 @@ mod tests {
     #[test]
     fn nothing_secret_is_shown() {
         let realm = Url::parse("https://u:p@a.example:1/token?key=secret").unwrap();
-        assert_eq!(shown(&realm), "https://a.example:1/token");
+        assert_eq!(without_secrets(&realm), "https://a.example:1/token");
     }
 }

@@ -8,15 +8,16 @@ use reqwest::header::{HeaderName, HeaderValue};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::{ClientPair, HostConfig, HostKind, HostsError, Note, ProxyUse, RegistryHosts};
+use super::{HostConfig, HostsError, Note, ProxyUse, RegistryHosts};
 use crate::base::{ByteSize, Secret, TimeSpan};
+use crate::net::IdentityFiles;
 
 /// Least and most that `align` may be: a page, and what one request should at most be made longer by.
 const ALIGN: [u64; 2] = [4 << 10, 64 << 20];
 
 /// What a table says.
 #[derive(Debug)]
-pub struct Read {
+pub(super) struct Read {
     /// The hosts, or everything that is wrong.
     pub hosts: Result<RegistryHosts, Vec<Note>>,
     /// Keys that mean nothing here.
@@ -41,7 +42,7 @@ pub(super) fn read_text(text: &str, registry: &str, folder: &Path) -> Result<Rea
 ///
 /// # Errors
 /// `registry` is not a host.
-pub fn read_table(table: &DeTable<'_>, text: &str, registry: &str, folder: &Path) -> Result<Read, HostsError> {
+pub(super) fn read_table(table: &DeTable<'_>, text: &str, registry: &str, folder: &Path) -> Result<Read, HostsError> {
     let mut origin = RegistryHosts::plain(registry)?.hosts;
     let mut reader = Reader { text, folder, wrong: Vec::new(), unknown: Vec::new() };
     let mut hosts = Vec::new();
@@ -49,7 +50,7 @@ pub fn read_table(table: &DeTable<'_>, text: &str, registry: &str, folder: &Path
         let overridden = table.get("override_path").is_some_and(|value| value.get_ref().as_bool() == Some(true));
         let at = table.get("server").map_or(0, |server| server.span().start);
         match base(server, overridden) {
-            Some(base) => origin = vec![HostConfig::new(base, HostKind::Origin)],
+            Some(base) => origin = vec![HostConfig::new(base)],
             None => reader.wrong(at, "server must be a host or an http or https URL"),
         }
     }
@@ -97,7 +98,7 @@ impl Reader<'_> {
                 self.wrong(at, format!("{:?} is not a host or an http or https URL", shown(name.get_ref())));
                 continue;
             };
-            let mut host = HostConfig::new(base, HostKind::Mirror);
+            let mut host = HostConfig::new(base);
             self.host(table, &mut host, false);
             hosts.push(host);
         }
@@ -119,7 +120,7 @@ impl Reader<'_> {
                 "header" => self.headers(value, host),
                 "dial_timeout" => host.dial_timeout = self.span("dial_timeout", value),
                 "rafsd" => match value.get_ref() {
-                    DeValue::Table(table) => self.ours(table, host, root),
+                    DeValue::Table(table) => self.ours(table, host),
                     _ => self.wrong(at, "rafsd must be a table"),
                 },
                 other => {
@@ -130,17 +131,10 @@ impl Reader<'_> {
         }
     }
 
-    fn ours(&mut self, table: &DeTable<'_>, host: &mut HostConfig, root: bool) {
+    fn ours(&mut self, table: &DeTable<'_>, host: &mut HostConfig) {
         for (key, value) in table {
             let at = key.span().start;
             match &**key.get_ref() {
-                "kind" => match self.text_of("kind", value) {
-                    Some("mirror") if !root => host.kind = HostKind::Mirror,
-                    Some("peer") if !root => host.kind = HostKind::Peer,
-                    Some(_) if root => self.wrong(at, "kind is for hosts; the server is the origin"),
-                    Some(_) => self.wrong(at, "kind must be mirror or peer"),
-                    None => {}
-                },
                 "align" => {
                     let bytes = self.size("align", value);
                     let [least, most] = ALIGN;
@@ -158,6 +152,7 @@ impl Reader<'_> {
                     },
                     None => {}
                 },
+                "redirects" => host.redirects = self.strings("redirects", value),
                 "proxy_fallback" => host.proxy_fallback = self.switch("proxy_fallback", value),
                 "proxy_ping" => match self.text_of("proxy_ping", value).map(web) {
                     Some(None) => self.wrong(at, "proxy_ping must be an http or https URL"),
@@ -175,7 +170,7 @@ impl Reader<'_> {
                 // This table is ours, so that nobody else can mean something by it.
                 other => self.wrong(
                     at,
-                    format!("unknown key {other:?}; rafsd has kind, align, proxy, proxy_fallback, proxy_ping, concurrency and bandwidth"),
+                    format!("unknown key {other:?}; rafsd has align, redirects, proxy, proxy_fallback, proxy_ping, concurrency and bandwidth"),
                 ),
             }
         }
@@ -202,11 +197,11 @@ impl Reader<'_> {
         let at = value.span().start;
         let path = |text: &str| self.folder.join(text);
         let pair = |value: &Value<'_>| match value.get_ref() {
-            DeValue::String(cert) => Some(ClientPair { cert: path(cert), key: None }),
+            DeValue::String(cert) => Some(IdentityFiles { cert: path(cert), key: None }),
             DeValue::Array(pair) => match pair.iter().map(|item| item.get_ref().as_str()).collect::<Vec<_>>()[..] {
                 [Some(cert), Some(key)] => {
                     // Containerd takes "" for no key.
-                    Some(ClientPair { cert: path(cert), key: (!key.is_empty()).then(|| path(key)) })
+                    Some(IdentityFiles { cert: path(cert), key: (!key.is_empty()).then(|| path(key)) })
                 }
                 _ => None,
             },

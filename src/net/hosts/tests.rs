@@ -44,7 +44,7 @@ fn everything_that_containerd_documents_is_understood() {
     let mirror = &hosts.hosts[0];
     assert_eq!((mirror.pull, mirror.resolve, mirror.skip_verify), (true, false, true));
     assert_eq!(mirror.ca, [Path::new("/etc/d/a.pem"), Path::new("/abs/b.pem")]);
-    let pair = |cert: &str, key: Option<&str>| ClientPair { cert: cert.into(), key: key.map(Into::into) };
+    let pair = |cert: &str, key: Option<&str>| IdentityFiles { cert: cert.into(), key: key.map(Into::into) };
     assert_eq!(
         mirror.clients,
         [pair("/etc/d/c.pem", Some("/etc/d/c.key")), pair("/etc/d/both.pem", None), pair("/etc/d/d.pem", None),]
@@ -53,19 +53,18 @@ fn everything_that_containerd_documents_is_understood() {
     let headers: Vec<_> = mirror.headers.iter().map(|(name, value)| format!("{name}: {}", value.expose())).collect();
     assert_eq!(headers, ["x-one: 1", "x-two: 2", "x-two: 3"]);
     assert_eq!(hosts.hosts[1].ca, [Path::new("/etc/d/root.pem")]);
-    assert_eq!(hosts.hosts[1].kind, HostKind::Origin);
 }
 
 #[test]
 fn what_containerd_does_not_know_is_in_a_table_of_its_own() {
     let hosts = read(
         "r.example",
-        "[rafsd]\nconcurrency = 8\n[host.\"http://127.0.0.1:65001\".rafsd]\nkind = \"peer\"\nalign = \"4MiB\"\n\
+        "[rafsd]\nconcurrency = 8\n[host.\"http://127.0.0.1:65001\".rafsd]\nalign = \"4MiB\"\n\
          proxy = \"http://p:3128\"\nproxy_fallback = false\nproxy_ping = \"http://p/ping\"\nbandwidth = \"10MiB\"\n",
     );
 
     let peer = &hosts.hosts[0];
-    assert_eq!((peer.kind, peer.align, peer.bandwidth), (HostKind::Peer, Some(4 << 20), Some(10 << 20)));
+    assert_eq!((peer.align, peer.bandwidth), (Some(4 << 20), Some(10 << 20)));
     assert_eq!(peer.proxy, ProxyUse::Through(Url::parse("http://p:3128").unwrap()));
     assert!(!peer.proxy_fallback && peer.proxy_ping.is_some());
     assert_eq!(hosts.hosts[1].concurrency, Some(8));
@@ -92,7 +91,7 @@ fn all_mistakes_are_told_with_their_lines_and_unknown_keys_apart() {
             "line 8: dial_timeout must be a length of time such as 3s",
             "line 11: align must be a power of two from 4KiB to 64MiB",
             "line 12: concurrency must be a number from 1 to 1024",
-            "line 13: unknown key \"x\"; rafsd has kind, align, proxy, proxy_fallback, proxy_ping, concurrency and bandwidth",
+            "line 13: unknown key \"x\"; rafsd has align, redirects, proxy, proxy_fallback, proxy_ping, concurrency and bandwidth",
             "line 15: \"a b\" is not the name of a header",
             "line 16: the value of ok cannot be sent",
         ]
@@ -150,7 +149,10 @@ fn dockers_certificates_are_found_by_their_endings() {
     let hosts = load(dir.path(), "r.example").unwrap();
 
     assert_eq!(hosts.hosts[0].ca, [folder.join("ca.crt")]);
-    assert_eq!(hosts.hosts[0].clients, [ClientPair { cert: folder.join("me.cert"), key: Some(folder.join("me.key")) }]);
+    assert_eq!(
+        hosts.hosts[0].clients,
+        [IdentityFiles { cert: folder.join("me.cert"), key: Some(folder.join("me.key")) }]
+    );
 }
 
 #[test]

@@ -74,7 +74,7 @@ pub(super) fn read(disk: &impl ReadAt, len: u64) -> Result<(Vec<Partition>, bool
                 Ok(partitions) => return Ok((partitions, copy)),
                 Err(BadTable::NoTable) => {}
                 // Checksums fit: no copy would say otherwise.
-                Err(error @ (BadTable::Outside { .. } | BadTable::Read(_))) => return Err(error),
+                Err(error @ BadTable::Outside { .. }) => return Err(error),
                 Err(error) => worst = error,
             }
         }

@@ -130,7 +130,12 @@ impl LocalDisk {
 
     fn take(&mut self, partition: Partition) -> Result<(), BadDisk> {
         let Some(range) = ByteRange::at(partition.start, partition.len) else { return Ok(()) };
+        let is_half = |name: &str| name.len() == NAME && name.bytes().all(|byte| byte.is_ascii_hexdigit());
         let (name, twice) = if partition.kind == BASIC_DATA {
+            // Most of this kind are nobody's blob.
+            if !is_half(&partition.name) {
+                return Ok(());
+            }
             let twice = self.truncated.insert(partition.name.clone(), range).is_some();
             (partition.name, twice)
         } else {

@@ -27,7 +27,7 @@ use self::transport::{Head, Seen};
 use super::answer::{self, Answer};
 use super::{BoxFuture, Failure, OpenError, ReadCtx, SourceError, Upstream};
 use crate::base::{BlobId, ByteRange, TimeSpan};
-use crate::net::{ClientOptions, Clock};
+use crate::net::{ClientOptions, Clock, SendError};
 
 /// One bucket, or the part of it whose names begin with a prefix. Needs a tokio runtime.
 pub struct ObjectUpstream {
@@ -49,25 +49,16 @@ struct Opened {
 type FileState = (u64, i64, i64, u64);
 
 impl ObjectUpstream {
-    /// The schemes of buckets.
-    pub const SCHEMES: [&str; 4] = ["s3", "oss", "gs", "az"];
-
     /// The bucket that `spec` names, such as `s3://BUCKET/PREFIX?region=eu-central-1`; docs/SOURCES.md has all of
     /// them. Connects to nobody yet.
     ///
     /// # Errors
     /// The spec is malformed, its credentials cannot be read, or no client can be built.
-    pub fn new(spec: &str, options: &ClientOptions) -> Result<Self, OpenError> {
+    pub fn new(spec: &str, options: &ClientOptions, clock: Clock) -> Result<Self, OpenError> {
         let place = Place::parse(spec)?;
         let opened = Mutex::new(open(&place, options)?);
-        let (shown, options, clock) = (place.to_string(), options.clone(), Clock::default());
+        let (shown, options) = (place.to_string(), options.clone());
         Ok(Self { place, options, shown, opened, clock })
-    }
-
-    /// The same bucket, by whose silence another clock measures.
-    #[must_use]
-    pub fn timed_by(self, clock: Clock) -> Self {
-        Self { clock, ..self }
     }
 
     /// What `work` gives, unless the bucket is silent for too long.
@@ -191,28 +182,14 @@ impl ObjectUpstream {
         }
         let mut causes = std::iter::successors(Some(error as &(dyn Error + 'static)), |&error| error.source());
         match causes.find_map(transport::network_error) {
-            Some(told) if told.untrusted => {
-                SourceError::Untrusted { place: self.shown.clone(), detail: told.detail }.into()
-            }
-            Some(told) => self.unavailable(blob, told.detail),
+            Some(SendError::Untrusted(detail)) => SourceError::Untrusted { place: self.shown.clone(), detail }.into(),
+            Some(other) => self.unavailable(blob, other.to_string()),
             None => self.unavailable(blob, "the request could not be signed or sent; look at its credentials".into()),
         }
     }
 
     fn judged(&self, blob: &BlobId, range: ByteRange, answer: Answer) -> Failure {
-        let (blob, place) = (blob.clone(), self.shown.clone());
-        match answer {
-            Answer::NotFound => SourceError::NotFound { blob, place }.into(),
-            Answer::Refused(status) => SourceError::Refused { blob, place, status }.into(),
-            Answer::Ends(Some(len)) => SourceError::OutOfRange { blob, place, range, len }.into(),
-            Answer::Ends(None) => self.improper("it did not tell the length of the blob".into()),
-            Answer::Improper(detail) => self.improper(detail),
-            Answer::Range => self.improper("it sent the whole object instead of a part".into()),
-            Answer::Busy { status, retry_after } => {
-                let detail = format!("it answered with status {status}");
-                Failure { error: SourceError::Unavailable { blob, place, detail }, retry_after }
-            }
-        }
+        answer.failure(blob, &self.shown, range)
     }
 
     fn improper(&self, detail: String) -> Failure {

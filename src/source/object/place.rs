@@ -208,8 +208,8 @@ impl Place {
         if let Some(endpoint) = &self.endpoint {
             builder = builder.with_endpoint(self.bucket_url(endpoint)).with_allow_http(self.is_plain_http());
         }
-        for (key, value) in self.pairs()? {
-            let key = AmazonS3ConfigKey::from_str(&key).map_err(|_| self.unusable(format!("it has no key {key:?}")))?;
+        for Pair { line, key, value } in self.pairs()? {
+            let key = AmazonS3ConfigKey::from_str(&key).map_err(|_| self.unknown(line))?;
             builder = builder.with_config(key, value.expose());
         }
         let has = |key| builder.get_config_value(&key).is_some();
@@ -270,8 +270,8 @@ impl Place {
             let endpoint = endpoint.as_str().trim_end_matches('/').to_owned();
             builder = builder.with_endpoint(endpoint).with_allow_http(self.is_plain_http());
         }
-        for (key, value) in self.pairs()? {
-            let key = AzureConfigKey::from_str(&key).map_err(|_| self.unusable(format!("it has no key {key:?}")))?;
+        for Pair { line, key, value } in self.pairs()? {
+            let key = AzureConfigKey::from_str(&key).map_err(|_| self.unknown(line))?;
             builder = builder.with_config(key, value.expose());
         }
         let found = [
@@ -283,6 +283,10 @@ impl Place {
         ];
         let found = found.iter().any(|key| builder.get_config_value(key).is_some());
         Ok(if self.anonymous || !found && !self.instance { builder.with_skip_signature(true) } else { builder })
+    }
+
+    fn unknown(&self, line: usize) -> BadPlace {
+        self.unusable(format!("line {line} has a key that is not known"))
     }
 
     fn unusable(&self, detail: String) -> BadPlace {
@@ -299,7 +303,7 @@ impl Place {
 
     /// The keys and values of the file of credentials, in the form of `~/.aws/credentials`: `KEY = VALUE` lines, those
     /// of the profile where there are profiles.
-    fn pairs(&self) -> Result<Vec<(String, Secret)>, BadPlace> {
+    fn pairs(&self) -> Result<Vec<Pair>, BadPlace> {
         let Some(file) = &self.credentials else { return Ok(Vec::new()) };
         let text = self.text(file)?;
         let pairs = pairs(text.expose(), self.profile.as_deref().unwrap_or("default"));
@@ -308,8 +312,17 @@ impl Place {
     }
 }
 
+/// A line of a file of credentials. The key is not told either: somebody may have written the secret alone, and
+/// such a one may end with the sign.
+#[derive(Debug)]
+struct Pair {
+    line: usize,
+    key: String,
+    value: Secret,
+}
+
 /// Reads `KEY = VALUE` lines. Fails with the number of the first line that is something else.
-fn pairs(text: &str, profile: &str) -> Result<Vec<(String, Secret)>, usize> {
+fn pairs(text: &str, profile: &str) -> Result<Vec<Pair>, usize> {
     let mut pairs = Vec::new();
     let mut wanted = true;
     for (number, line) in (1_usize..).zip(text.lines()) {
@@ -323,7 +336,7 @@ fn pairs(text: &str, profile: &str) -> Result<Vec<(String, Secret)>, usize> {
         }
         let (key, value) = line.split_once('=').ok_or(number)?;
         if wanted {
-            pairs.push((key.trim().to_ascii_lowercase(), Secret::new(value.trim())));
+            pairs.push(Pair { line: number, key: key.trim().to_ascii_lowercase(), value: Secret::new(value.trim()) });
         }
     }
     Ok(pairs)
@@ -429,7 +442,11 @@ mod tests {
         let text =
             "# ours\n[default]\naws_access_key_id = A\n[other]\nAWS_ACCESS_KEY_ID=B\naws_secret_access_key = s=c\n";
         let read = |profile| {
-            pairs(text, profile).unwrap().into_iter().map(|(k, v)| format!("{k}={}", v.expose())).collect::<Vec<_>>()
+            pairs(text, profile)
+                .unwrap()
+                .into_iter()
+                .map(|it| format!("{}={}", it.key, it.value.expose()))
+                .collect::<Vec<_>>()
         };
 
         assert_eq!(read("default"), ["aws_access_key_id=A"]);

@@ -2,8 +2,6 @@
 
 use std::error::Error;
 use std::future::Future;
-use std::io;
-use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 
@@ -12,6 +10,8 @@ use object_store::client::{
 };
 use reqwest::Client;
 use reqwest::header::HeaderMap;
+
+use crate::net::{SendError, is_special, sorted};
 
 /// The head of an answer, as it came.
 #[derive(Clone, Debug)]
@@ -59,7 +59,7 @@ impl HttpService for Transport {
         Self: 'async_trait,
     {
         Box::pin(async move {
-            if !self.metadata && request.uri().host().is_some_and(is_metadata) {
+            if !self.metadata && request.uri().host().is_some_and(is_special) {
                 return Err(HttpError::new(HttpErrorKind::Unknown, NoInstance));
             }
             let seen = request.extensions().get::<Seen>().cloned();
@@ -73,41 +73,13 @@ impl HttpService for Transport {
     }
 }
 
-/// Whether a host is one where clouds tell their own machines who they are.
-fn is_metadata(host: &str) -> bool {
-    match host.trim_matches(['[', ']']).parse() {
-        Ok(IpAddr::V4(ip)) => ip.is_link_local() || ip.octets() == [100, 100, 100, 200],
-        Ok(IpAddr::V6(ip)) => ip.is_unicast_link_local() || ip.segments()[0] == 0xfd00 && ip.segments()[1] == 0x0ec2,
-        Err(_) => {
-            let host = host.trim_end_matches('.').to_ascii_lowercase();
-            host == "metadata" || host == "metadata.google.internal"
-        }
-    }
-}
-
-/// What the network said, in words that hold no secret.
-pub(super) struct Told {
-    pub(super) detail: String,
-    /// Whether the other side must not be believed; asking again would not change it.
-    pub(super) untrusted: bool,
-}
-
-/// What `cause` tells, if it comes from the network.
-pub(super) fn network_error(cause: &(dyn Error + 'static)) -> Option<Told> {
+/// What `cause` tells, if it comes from the network, in words that hold no secret.
+pub(super) fn network_error(cause: &(dyn Error + 'static)) -> Option<SendError> {
     if let Some(refused) = cause.downcast_ref::<NoInstance>() {
-        return Some(Told { detail: refused.to_string(), untrusted: false });
+        return Some(SendError::Transport(refused.to_string()));
     }
     // The crate has taken the address out of it.
-    let error = cause.downcast_ref::<reqwest::Error>()?;
-    let causes = || std::iter::successors(Some(error as &(dyn Error + 'static)), |&error| error.source());
-    let certificate = causes().find_map(tls_error).is_some_and(|e| matches!(e, rustls::Error::InvalidCertificate(_)));
-    let detail = causes().map(ToString::to_string).collect::<Vec<_>>().join(": ");
-    Some(Told { detail, untrusted: certificate })
-}
-
-/// The error of the TLS library that `cause` is, or hides: one I/O error wraps another there, and neither lists it.
-fn tls_error<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
-    cause.downcast_ref().or_else(|| tls_error(cause.downcast_ref::<io::Error>()?.get_ref()?))
+    cause.downcast_ref().map(sorted)
 }
 
 #[cfg(test)]
@@ -125,10 +97,10 @@ mod tests {
             "100.100.100.200",
             "[fe80::1]",
         ] {
-            assert!(is_metadata(host), "{host}");
+            assert!(is_special(host), "{host}");
         }
         for host in ["s3.amazonaws.com", "10.0.0.1", "127.0.0.1", "[::1]", "metadata.example", "[fd00::1]"] {
-            assert!(!is_metadata(host), "{host}");
+            assert!(!is_special(host), "{host}");
         }
     }
 }

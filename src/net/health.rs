@@ -1,12 +1,12 @@
-//! How one upstream has been doing: whether it is worth asking first, and how long it usually takes.
+//! How one server has been doing: whether it is worth asking first, and how long it usually takes.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// Failures one after the other after which an upstream is asked last.
+/// Failures one after the other after which a server is asked last.
 const TRIPS: u32 = 2;
 
-/// The first pause before an upstream that failed is tried again, doubled with each failed try.
+/// The first pause before a server that failed is tried again, doubled with each failed try.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The longest such pause: a mirror that is back is noticed within this time.
@@ -35,9 +35,9 @@ struct State {
     next: usize,
 }
 
-/// Whether to ask an upstream in its turn.
+/// Whether to ask a server in its turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
+pub enum Standing {
     /// It works, as far as is known.
     Good,
     /// It failed repeatedly: ask others first.
@@ -48,8 +48,8 @@ pub(super) enum Standing {
 }
 
 impl Health {
-    /// How the upstream stands at `now`. Gives `Probe` to one caller only.
-    pub(super) fn standing(&self, now: Instant) -> Standing {
+    /// How the server stands at `now`. Gives `Probe` to one caller only.
+    pub fn standing(&self, now: Instant) -> Standing {
         let mut state = self.0.lock().unwrap();
         match state.probe_at {
             None => Standing::Good,
@@ -61,20 +61,15 @@ impl Health {
         }
     }
 
-    /// Whether the breaker is open.
-    pub fn is_open(&self) -> bool {
-        self.0.lock().unwrap().probe_at.is_some()
-    }
-
     /// A request was answered properly.
-    pub(super) fn worked(&self) {
+    pub fn worked(&self) {
         let mut state = self.0.lock().unwrap();
         state.failed = 0;
         state.probe_at = None;
     }
 
-    /// A request failed by a fault of the upstream.
-    pub(super) fn failed(&self, now: Instant) {
+    /// A request failed by a fault of the server.
+    pub fn failed(&self, now: Instant) {
         let mut state = self.0.lock().unwrap();
         state.failed = state.failed.saturating_add(1);
         if state.failed >= TRIPS && state.probe_at.is_none_or(|at| at <= now) {
@@ -85,12 +80,12 @@ impl Health {
     }
 
     /// The probe has ended, or was given up.
-    pub(super) fn probed(&self) {
+    pub fn probed(&self) {
         self.0.lock().unwrap().probing = false;
     }
 
     /// The first byte of an answer came after `latency`.
-    pub(super) fn took(&self, latency: Duration) {
+    pub fn took(&self, latency: Duration) {
         let mut state = self.0.lock().unwrap();
         let at = state.next;
         if state.latencies.len() < SAMPLES {
@@ -102,43 +97,13 @@ impl Health {
     }
 
     /// The time within which 95 of the latest 100 answers began; `None` while too few are known.
-    pub(super) fn usual(&self) -> Option<Duration> {
+    pub fn usual(&self) -> Option<Duration> {
         let mut latencies = self.0.lock().unwrap().latencies.clone();
         if latencies.len() < FEWEST {
             return None;
         }
         latencies.sort_unstable();
         latencies.get(latencies.len() * 95 / 100).copied()
-    }
-}
-
-/// How many second requests may be sent: one for twenty first ones, and a few in a row.
-#[derive(Debug)]
-pub(super) struct HedgeBudget(Mutex<u32>);
-
-impl HedgeBudget {
-    /// Twentieths that one hedge costs.
-    const COST: u32 = 20;
-    const MOST: u32 = 10 * Self::COST;
-
-    pub(super) fn new() -> Self {
-        Self(Mutex::new(Self::COST))
-    }
-
-    /// A first request was sent.
-    pub(super) fn earn(&self) {
-        let mut left = self.0.lock().unwrap();
-        *left = (*left + 1).min(Self::MOST);
-    }
-
-    /// Whether a second one may be.
-    pub(super) fn spend(&self) -> bool {
-        let mut left = self.0.lock().unwrap();
-        let rest = left.checked_sub(Self::COST);
-        rest.is_some_and(|rest| {
-            *left = rest;
-            true
-        })
     }
 }
 
@@ -187,15 +152,5 @@ mod tests {
         assert_eq!(health.usual(), Some(SECOND));
         (0..SAMPLES).for_each(|_| health.took(2 * SECOND));
         assert_eq!(health.usual(), Some(2 * SECOND));
-    }
-
-    #[test]
-    fn second_requests_are_one_in_twenty_at_most() {
-        let budget = HedgeBudget::new();
-        let sent = (0..2000).filter(|_| {
-            budget.earn();
-            budget.spend()
-        });
-        assert_eq!(sent.count(), 101);
     }
 }
