@@ -79,7 +79,11 @@ impl<'a> Siege<'a> {
 
     /// The same with a kernel that daemons take for another one, as `RAFSD_PRETEND` says.
     fn begin_as(ctx: &'a Ctx, daemon: &[&str], pretended: Option<&str>) -> anyhow::Result<Self> {
-        let len = if ctx.in_guest { 4 << 20 } else { 32 << 20 };
+        Self::begin_of(ctx, daemon, pretended, if ctx.in_guest { 4 << 20 } else { 32 << 20 })
+    }
+
+    /// The same over a file of `len` bytes.
+    fn begin_of(ctx: &'a Ctx, daemon: &[&str], pretended: Option<&str>, len: usize) -> anyhow::Result<Self> {
         let bytes = Arc::new(content(77, len));
         let options = ServerOptions { delay: Duration::from_millis(2), ..ServerOptions::default() };
         let build = ["--chunk-size", "4096"];
@@ -426,7 +430,8 @@ fn keepers_go_by_the_settings_of_the_daemon(ctx: &Ctx) -> Outcome {
     let config = ctx.dir.join("rafsd.toml");
     fs::write(&config, "deadline = \"600s\"\n")?;
     let options = ["--restart", "keepers", "--config", config.to_str().context("UTF-8")?];
-    let mut siege = Siege::begin(ctx, &options)?;
+    // Something has to be missing at the end, after all that is read meanwhile.
+    let mut siege = Siege::begin_of(ctx, &options, None, if ctx.in_guest { 16 << 20 } else { 32 << 20 })?;
     siege.start_readers(2);
     let (daemon, keepers) = (siege.fixture.pid(), siege.fixture.keepers());
     siege.wait_for_reads(5)?;

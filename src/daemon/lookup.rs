@@ -121,7 +121,7 @@ impl Daemon {
             Found::File(path) => return self.prepare_from(&Wanted::File(path), &source),
             Found::Image(resolved) => resolved,
         };
-        let image = servable(resolved, spec)?;
+        let image = servable(resolved)?;
         let digest = image.bootstrap.sha256().map_err(|cause| OciError::Document {
             repository: resolved.reference.repository().to_string(),
             what: "the manifest".to_owned(),
@@ -180,14 +180,9 @@ impl Daemon {
     }
 }
 
-/// The image, if its manifest has nothing that this version cannot serve, and `spec` says where its blobs are if that
-/// does not.
-pub(super) fn servable<'a>(resolved: &'a Resolved, spec: &ImageSpec) -> Result<&'a oci::Image, OciError> {
+/// The image, if its manifest has nothing that this version cannot serve.
+pub(super) fn servable(resolved: &Resolved) -> Result<&oci::Image, OciError> {
     let image = resolved.image()?;
-    if image.layout == Layout::External && spec.blobs.is_empty() {
-        let why = "the registry has only its bootstrap; say where its blobs are with --blobs".to_owned();
-        return Err(OciError::Unsupported { reference: resolved.reference.clone(), why });
-    }
     if image.layout == Layout::Zran {
         let why = "its data is in gzip layers of an ordinary image, which this version cannot serve".to_owned();
         return Err(OciError::Unsupported { reference: resolved.reference.clone(), why });

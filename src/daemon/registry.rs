@@ -7,7 +7,7 @@ use super::api::{DocumentReport, LayerReport, ResolveReport, ResolveRequest};
 use super::lookup::{reference_of, servable};
 use super::{Daemon, DaemonError};
 use crate::oci::document::{Parsed, annotation};
-use crate::oci::{How, Link, Resolved, Role, Shape};
+use crate::oci::{How, Layout, Link, Resolved, Role, Shape};
 
 /// How long finding out who we are may take.
 const LOGIN: Duration = Duration::from_secs(30);
@@ -21,7 +21,10 @@ impl Daemon {
         let platform = spec.wanted_platform()?;
         let resolved = self.resolve_now(spec, &reference, platform.as_ref())?;
         let backend = self.backends.choose(request.backend);
-        let problem = match (servable(&resolved, spec), &backend) {
+        let problem = match (servable(&resolved), &backend) {
+            (Ok(image), Ok(_)) if image.layout == Layout::External && spec.blobs.is_empty() => {
+                Some("the registry has only its bootstrap; say where its blobs are with --blobs".to_owned())
+            }
             (Ok(_), Ok(_)) => None,
             (Err(error), _) => Some(error.to_string()),
             (Ok(_), Err(error)) => Some(error.to_string()),
