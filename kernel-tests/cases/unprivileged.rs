@@ -1,4 +1,4 @@
-//! A user who is not root mounts an image, by the program that may.
+//! A user who is not root mounts an image: by the program that may, or in a user namespace of his own.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -15,12 +15,20 @@ use super::fixture::{FILE, content, wait_for_exit};
 use crate::host::Need;
 use crate::{Backend, Case, Ctx, Outcome, Place};
 
-pub(crate) const CASES: &[Case] = &[Case {
-    name: "a_user_who_is_not_root_mounts_and_is_served",
-    needs: &[Need::Root, Need::DiskStore, Need::Backend, Need::Program("fusermount3"), Need::Program("setpriv")],
-    place: Place::Only(Backend::FuseTree),
-    run: a_user_who_is_not_root_mounts_and_is_served,
-}];
+pub(crate) const CASES: &[Case] = &[
+    Case {
+        name: "a_user_who_is_not_root_mounts_and_is_served",
+        needs: &[Need::Root, Need::DiskStore, Need::Backend, Need::Program("fusermount3"), Need::Program("setpriv")],
+        place: Place::Only(Backend::FuseTree),
+        run: a_user_who_is_not_root_mounts_and_is_served,
+    },
+    Case {
+        name: "root_of_a_user_namespace_mounts_and_is_served",
+        needs: &[Need::Root, Need::DiskStore, Need::Backend, Need::Program("unshare"), Need::Program("setpriv")],
+        place: Place::Only(Backend::FuseTree),
+        run: root_of_a_user_namespace_mounts_and_is_served,
+    },
+];
 
 /// The user `nobody` on all usual systems.
 const NOBODY: u32 = 65534;
@@ -135,6 +143,49 @@ fn a_user_who_is_not_root_mounts_and_is_served(ctx: &Ctx) -> Outcome {
         wait_for_exit(process)?;
     }
     ensure_gone(&user.sockets().join("rafsd.sock"))
+}
+
+/// What root of the namespace does, all of it inside: nobody outside sees the mount or may ask the daemon.
+const INSIDE: &str = r#"set -eu
+pid() {
+    for _ in $(seq 200); do
+        found=$(../rafsd status --json 2>/dev/null | grep -o '"pid": *[0-9]*' | head -n 1 | grep -o '[0-9]*' || true)
+        if [ -n "$found" ] && [ "$found" != "${1-}" ]; then echo "$found"; return; fi
+        sleep 0.1
+    done
+    echo "no daemon answers" >&2
+    return 1
+}
+[ "$(id -u)" = 0 ]
+../rafsd mount image/bootstrap mnt --blobs image/blobs
+[ -S runtime/rafsd/rafsd.sock ] && [ -d cache/rafsd/v1 ]
+grep -q "$PWD/mnt .* - fuse.rafsd " /proc/self/mountinfo
+for name in 0 1 again; do cmp "source/$name" "mnt/$name"; done
+if touch mnt/new 2>/dev/null; then echo "written to" >&2; exit 1; fi
+first=$(pid)
+kill -9 "$first"
+cmp source/2 mnt/2
+second=$(pid "$first")
+../rafsd umount mnt
+if grep -q "$PWD/mnt " /proc/self/mountinfo; then echo "still mounted" >&2; exit 1; fi
+kill -TERM "$second"
+for _ in $(seq 200); do [ -e runtime/rafsd/rafsd.sock ] || exit 0; sleep 0.1; done
+echo "the daemon does not end" >&2
+exit 1
+"#;
+
+fn root_of_a_user_namespace_mounts_and_is_served(ctx: &Ctx) -> Outcome {
+    let _device = OpenDevice::new()?;
+    let user = User::new(ctx)?;
+    let source = user.home.join("source");
+    (0..3).try_for_each(|number| fs::write(source.join(number.to_string()), content(number, FILE)))?;
+    fs::hard_link(source.join("0"), source.join("again"))?;
+    user.rafsd(&["build", "source", "-o", "image"])?;
+
+    user.must(&["unshare", "-Urm", "--", "sh", "-c", INSIDE])?;
+
+    ensure!(crate::mounts::below(&ctx.dir)?.is_empty(), "seen outside of the namespace");
+    Ok(())
 }
 
 /// The daemon's number, once it answers.
