@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class};
 use rafsd::blob::{Check, DecodeError, Part, Recipe, Unit, UnitIndex, UnitMap};
-use rafsd::cache::{Device, Engine, Fill, FillError, Sink, Store, StoreError, StoreOptions, fill_blocking};
+use rafsd::cache::{
+    Device, Engine, Fill, FillError, Sink, Store, StoreError, StoreOptions, Trace, Want, fill_blocking,
+};
 use rafsd::codec::{Compressor, blake3};
 use rafsd::source::{BlobSource, BoxFuture, ReadCtx, SourceError};
 use tempfile::TempDir;
@@ -740,6 +742,22 @@ fn random_readers_are_not() {
     let reads = || (0..24).map(|i| i * 23 % 64 / 2 * 2).collect::<BTreeSet<_>>();
     let order: Vec<usize> = (0..24).map(|i| i * 23 % 64 / 2 * 2).collect();
     assert_eq!(units_fetched_by(order, false), reads());
+}
+
+#[test]
+fn nobody_is_read_ahead_of_where_it_would_hide_reads_from_a_trace() {
+    let (bench, blob) = (Bench::new(), Blob::new(24, 65_536, 0));
+    let source = Scripted::honest(&blob);
+    let options = StoreOptions { readahead_first: 65_536, readahead_most: 8 * 65_536, gap: 0, ..quiet() };
+    let (device, _) = bench.in_memory(&blob, &source, options);
+    let trace = Arc::new(Trace::new(1));
+    device.start_trace(&trace, 0);
+
+    (0..12).for_each(|unit| fill_blocking(&*device, blob.one(unit)).unwrap());
+    drop(device);
+
+    assert_eq!(source.log(), (0..12).map(|unit| blob.units[unit].stored).collect::<Vec<_>>());
+    assert_eq!(trace.recorded().reads, [Want { device: 0, decoded: blob.range(0..12) }]);
 }
 
 #[test]

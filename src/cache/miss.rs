@@ -219,11 +219,13 @@ impl Core {
         }
     }
 
-    /// Notes where a reader is, and fetches ahead of it if it walks forward.
+    /// Notes where a reader is, and fetches ahead of it if it walks forward. Not while reads are recorded that
+    /// a kernel only tells of what is missing: what had come before its reader would be in no trace.
     pub(super) fn observe(self: &Arc<Self>, units: Range<UnitIndex>) {
         let options = &self.engine.options;
         let reach = Reach { first: options.readahead_first, most: options.readahead_most };
-        if units.is_empty() || reach.first == 0 || self.engine.space.is_spent() {
+        let hides = self.ledger.file().is_none() && self.is_traced();
+        if units.is_empty() || reach.first == 0 || hides || self.engine.space.is_spent() {
             return;
         }
         // A missed observation costs a little speed; waiting would cost a reader its answer.
