@@ -711,6 +711,12 @@ fn without_a_daemon_the_commands_work_on_the_directory() {
     let (code, told, _) = rafsd(&bench, &["verify", "blob-1"]);
     assert!(code == Some(1) && told.contains("blob-1: unit 0 at 0: digest"), "{told}");
     assert_eq!(rafsd(&bench, &["verify"]).0, Some(0), "it is absent now");
+    let copy = bench.store(options()).shelves().bootstraps().keep(b"a bootstrap").unwrap().path().to_owned();
+    let name = copy.file_name().unwrap().to_str().unwrap();
+    assert_eq!(rafsd(&bench, &["verify", &name[..12]]).0, Some(0));
+    fs::write(&copy, "another one").unwrap();
+    let (code, told, _) = rafsd(&bench, &["verify"]);
+    assert!(code == Some(1) && told.contains(name) && told.contains("its digest is") && !copy.exists(), "{told}");
 
     assert_eq!(rafsd(&bench, &["pin", "blob-2"]).0, Some(0));
     let (code, _, error) = rafsd(&bench, &["drop", "blob-2"]);

@@ -191,6 +191,17 @@ impl Bootstraps {
         entries.filter_map(lot).collect()
     }
 
+    /// Whether there is a copy with this name.
+    pub(super) fn has(&self, name: &str) -> bool {
+        Digest::from_hex(name).is_some_and(|digest| fs::metadata(self.dir.join(digest.to_string())).is_ok())
+    }
+
+    /// The one copy whose name begins with `text`.
+    pub fn find(&self, text: &str) -> Option<String> {
+        let mut begin = self.lots().into_iter().map(|lot| lot.name).filter(|name| name.starts_with(text));
+        begin.next().filter(|_| !text.is_empty() && begin.next().is_none())
+    }
+
     /// Removes one that nobody keeps; tells whether it did.
     pub(super) fn remove(&self, name: &str) -> Result<bool, StoreError> {
         let Some(digest) = Digest::from_hex(name) else { return Ok(false) };
@@ -203,6 +214,7 @@ impl Bootstraps {
             Ok(()) => {
                 // One that stays is a date and nothing else.
                 let _ = fs::remove_file(used(&path));
+                let _ = fs::remove_file(verified(&path));
                 self.forget_made(digest);
                 Ok(true)
             }
@@ -216,6 +228,11 @@ impl Bootstraps {
 /// every change of it shows.
 fn used(path: &Path) -> PathBuf {
     path.with_extension("used")
+}
+
+/// The empty file whose time of change is when a copy was last verified.
+pub(super) fn verified(path: &Path) -> PathBuf {
+    path.with_extension("verified")
 }
 
 /// Notes that a copy is used, if it is there.

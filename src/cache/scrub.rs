@@ -1,6 +1,6 @@
-//! The thread that reads complete blobs again, slowly.
+//! The thread that reads complete blobs and copies of bootstraps again, slowly.
 //!
-//! One blob after the other, the one that was not verified for longest first, and none more often
+//! One after the other, the one that was not verified for longest first, and none more often
 //! than once a week. It comes last in every queue of the system: for the processor, for the disk,
 //! and by a rate that it keeps to.
 
@@ -10,15 +10,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::engine::Engine;
-use super::inventory::Shelved;
 use super::pool::join_others;
 use super::shelves::Shelves;
 use super::stats::{StoreCounters, count};
 use super::verify;
+use super::victims::LotKind;
 use crate::base::Chain;
 use crate::sys::process;
 
-/// A blob that was verified this lately is left in peace.
+/// What was verified this lately is left in peace.
 const EVERY: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Pause between looks for something to verify.
@@ -87,30 +87,36 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs())
 }
 
-/// Verifies every complete blob whose turn it is. `wait` pauses, and tells whether to go on.
+/// Verifies every complete blob and every copy of a bootstrap whose turn it is. `wait` pauses, and tells whether to
+/// go on.
 pub(super) fn pass(shelves: &Shelves, counters: &StoreCounters, rate: u64, now: u64, wait: &dyn Fn(Duration) -> bool) {
-    let verified = |name: String| (verify::noted(shelves, &name).unwrap_or(0), name);
-    let mut names: Vec<_> = shelves.names().unwrap_or_default().into_iter().map(verified).collect();
-    names.sort();
+    let mut stock =
+        shelves.names().unwrap_or_default().into_iter().map(|name| (LotKind::Blob, name)).collect::<Vec<_>>();
+    stock.extend(shelves.bootstraps().lots().into_iter().map(|lot| (lot.kind, lot.name)));
+    let noted = |(kind, name): (LotKind, String)| (verify::noted(shelves, kind, &name).unwrap_or(0), name, kind);
+    let mut stock: Vec<_> = stock.into_iter().map(noted).collect();
+    stock.sort_by(|(at, name, _), (other_at, other, _)| (at, name).cmp(&(other_at, other)));
     // A note from the future is a clock that was put back.
     let due = |at: u64| at > now || now - at >= EVERY.as_secs();
-    for (_, name) in names.into_iter().filter(|(at, _)| due(*at)) {
-        if !shelves.shelved(&name).is_some_and(|shelved| Shelved::is_complete(&shelved)) {
-            continue;
-        }
+    for (_, name, kind) in stock.into_iter().filter(|(at, ..)| due(*at)) {
         let mut pace = Pace::new(rate, Instant::now());
         let mut go_on = |bytes| {
-            count(&counters.scrubbed_units, 1);
             count(&counters.scrubbed_bytes, bytes);
             wait(pace.pause(bytes, Instant::now()))
         };
-        match shelves.verify(&name, &mut go_on) {
+        let verified = match kind {
+            LotKind::Blob if !shelves.shelved(&name).is_some_and(|shelved| shelved.is_complete()) => continue,
+            LotKind::Blob => shelves.verify(&name, &mut go_on),
+            LotKind::Bootstrap => shelves.verify_bootstrap(&name, &mut go_on),
+        };
+        match verified {
             Ok(report) => {
+                count(&counters.scrubbed_units, report.units.into());
                 count(&counters.spoilt_units, report.spoilt.len() as u64);
                 if report.cut_short {
                     return;
                 }
-                verify::note(shelves, &name);
+                verify::note(shelves, kind, &name);
             }
             Err(error) => tracing::warn!(name, error = %Chain(&error), "cannot verify it"),
         }
@@ -159,6 +165,40 @@ mod tests {
         assert_eq!(pace.pause(1 << 19, start + second), second / 2);
         assert_eq!(pace.pause(1 << 20, start + 10 * second), second, "nothing was read for a while");
         assert_eq!(pace.pause(0, start + 20 * second), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_pass_removes_a_spoilt_bootstrap_that_nobody_keeps_and_tells_of_one_in_use() {
+        let root = tempfile::tempdir_in("/var/tmp").unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
+        let store = Store::open(root.path(), StoreOptions::default(), runtime.handle().clone()).unwrap();
+        store.say_uses_are_known();
+        let shelves = store.shelves();
+        let copies = [vec![1; 5000], vec![2; 3 << 20], vec![3; 100]];
+        let [used, unused, sound] = copies.each_ref().map(|bytes| shelves.bootstraps().keep(bytes).unwrap());
+        let paths = [&used, &unused, &sound].map(|kept| kept.path().to_owned());
+        drop((unused, sound));
+        for path in &paths[..2] {
+            File::options().write(true).open(path).unwrap().write_all_at(&[9], 4500).unwrap();
+        }
+        let scrub = |now| {
+            let counters = StoreCounters::default();
+            pass(shelves, &counters, 1 << 40, now, &|_| true);
+            counters.snapshot()
+        };
+
+        let found = scrub(now());
+
+        assert_eq!((found.scrubbed_units, found.spoilt_units), (3, 2));
+        assert_eq!(found.scrubbed_bytes, (3 << 20) + 5100);
+        assert_eq!(paths.each_ref().map(|path| path.exists()), [true, false, true]);
+        assert_eq!(scrub(now()).scrubbed_units, 0, "seen lately");
+        drop(used);
+        let found = scrub(now() + EVERY.as_secs() + 60);
+        assert_eq!((found.scrubbed_units, found.spoilt_units), (2, 1));
+        assert_eq!(paths.each_ref().map(|path| path.exists()), [false, false, true]);
+        let left = fs::read_dir(shelves.bootstraps().dir()).unwrap().count();
+        assert_eq!(left, 3, "the sound one, when it was used, when it was verified");
     }
 
     #[test]

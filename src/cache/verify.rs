@@ -3,10 +3,13 @@
 //! A disk may give other bytes than were written, and nobody checks them when the kernel reads
 //! them. Bytes are asked of the disk, not of the page cache, as far as the kernel lets us. A
 //! spoilt unit of a blob that nobody uses becomes absent, so that it is fetched again; in one that
-//! is in use it is only told, loudly, because a kernel may be reading the file without asking.
+//! is in use it is only told, loudly, because a kernel may be reading the file without asking. It is the same with
+//! copies of bootstraps, which go whole.
 
 use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::fs::Advice;
@@ -18,10 +21,12 @@ use super::inventory::Shelved;
 use super::presence::{bit, clear_bit};
 use super::shelves::{Shelves, StockError};
 use super::store::{StoreError, at};
-use crate::base::ByteRange;
+use super::victims::LotKind;
+use crate::base::{ByteRange, Digest};
 use crate::blob::{Unit, UnitIndex, verify};
+use crate::codec::Sha256;
 
-/// What reading a blob again has shown.
+/// What reading a blob or the copy of a bootstrap again has shown. A bootstrap is one unit.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct VerifyReport {
     pub name: String,
@@ -29,7 +34,7 @@ pub struct VerifyReport {
     pub units: u32,
     pub bytes: u64,
     pub spoilt: Vec<SpoiltUnit>,
-    /// Whether the spoilt ones are absent now; `false` if somebody uses the blob.
+    /// Whether the spoilt ones are absent now; `false` if somebody uses them.
     pub mended: bool,
     /// Whether somebody did not want to go on, so that not everything was read.
     pub cut_short: bool,
@@ -118,6 +123,39 @@ impl Shelves {
         Ok(report)
     }
 
+    /// Reads the copy of a bootstrap with this name, and sees whether that is its digest. One that is spoilt and that
+    /// nobody uses is removed: it is copied again when it is mounted. `go_on` as for blobs.
+    pub fn verify_bootstrap(&self, name: &str, go_on: &mut dyn FnMut(u64) -> bool) -> Result<VerifyReport, StockError> {
+        let bootstraps = self.bootstraps();
+        let unknown = || StockError::Unknown(name.to_owned());
+        let digest = Digest::from_hex(name).ok_or_else(unknown)?;
+        let path = bootstraps.dir().join(digest.to_string());
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(unknown()),
+            opened => opened.map_err(at(&path))?,
+        };
+        let mut report = VerifyReport { name: name.to_owned(), units: 1, ..VerifyReport::default() };
+        let found = digest_on_disk(&file, |bytes| {
+            report.bytes += bytes;
+            go_on(bytes)
+        });
+        // Closed, or else it would be in use: by us.
+        drop(file);
+        let what = match found {
+            Ok(None) => {
+                report.cut_short = true;
+                return Ok(report);
+            }
+            Ok(Some(found)) if found == digest => return Ok(report),
+            Ok(Some(found)) => format!("its digest is {found}"),
+            Err(error) => error.to_string(),
+        };
+        report.spoilt.push(SpoiltUnit { unit: 0, start: 0, len: report.bytes, what });
+        report.mended = bootstraps.remove(name)?;
+        report.log();
+        Ok(report)
+    }
+
     /// The data file of directory `name`, if it is still the one with this inode.
     fn reading(&self, name: &str, inode: u64) -> Option<Reading> {
         let alive = self.alive();
@@ -160,7 +198,7 @@ impl VerifyReport {
         for SpoiltUnit { unit, start, len, what } in &self.spoilt {
             let name = &self.name;
             if self.mended {
-                tracing::error!(name, unit, start, len, what, "a unit is spoilt on disk; it will be fetched again");
+                tracing::error!(name, unit, start, len, what, "a unit is spoilt on disk; it will be brought again");
             } else {
                 tracing::error!(
                     name,
@@ -198,17 +236,48 @@ fn forget_pages(file: &File, range: ByteRange) {
     let _ = rustix::fs::fadvise(file, range.start(), len, Advice::DontNeed);
 }
 
-/// Whether `name` was last verified at a time that is noted in its directory.
-pub(super) fn noted(shelves: &Shelves, name: &str) -> Option<u64> {
-    super::inventory::changed(&shelves.dir(name).join(VERIFIED))
+/// SHA-256 of a file as it is on the disk; `None` if `go_on` said no.
+fn digest_on_disk(file: &File, mut go_on: impl FnMut(u64) -> bool) -> io::Result<Option<Digest>> {
+    const PIECE: usize = 1 << 20;
+    let (mut hasher, mut room, mut start) = (Sha256::new(), vec![0; PIECE], 0);
+    loop {
+        let piece = ByteRange::new(start, start + PIECE as u64).unwrap_or_default();
+        forget_pages(file, piece);
+        let len = file.read_at(&mut room, start)?;
+        if len == 0 {
+            return Ok(Some(hasher.finish()));
+        }
+        forget_pages(file, piece);
+        hasher.update(&room[..len]);
+        start += len as u64;
+        if !go_on(len as u64) {
+            return Ok(None);
+        }
+    }
+}
+
+/// When something was last verified, if that is noted.
+pub(super) fn noted(shelves: &Shelves, kind: LotKind, name: &str) -> Option<u64> {
+    super::inventory::changed(&verified(shelves, kind, name))
 }
 
 /// Notes that all of it was verified now.
-pub(super) fn note(shelves: &Shelves, name: &str) {
-    let dir = shelves.dir(name);
+pub(super) fn note(shelves: &Shelves, kind: LotKind, name: &str) {
     // It may have gone since; the note must not bring a rest of it back.
-    if fs::metadata(&dir).is_ok() {
-        super::shelves::stamp(&dir.join(VERIFIED));
+    let is_there = match kind {
+        LotKind::Blob => fs::metadata(shelves.dir(name)).is_ok(),
+        LotKind::Bootstrap => shelves.bootstraps().has(name),
+    };
+    if is_there {
+        super::shelves::stamp(&verified(shelves, kind, name));
+    }
+}
+
+/// Where it is noted.
+fn verified(shelves: &Shelves, kind: LotKind, name: &str) -> PathBuf {
+    match kind {
+        LotKind::Blob => shelves.dir(name).join(VERIFIED),
+        LotKind::Bootstrap => super::bootstraps::verified(&shelves.bootstraps().dir().join(name)),
     }
 }
 

@@ -51,6 +51,14 @@ pub fn drop_blob(shelves: &Shelves, blob: &str) -> Result<Removed, StockError> {
     Ok(Removed { name, kind: LotKind::Blob, bytes })
 }
 
+/// Reads a blob, or else the copy of a bootstrap, again and checks it; `go_on` as in [`Shelves::verify`].
+pub fn verify(shelves: &Shelves, name: &str, go_on: &mut dyn FnMut(u64) -> bool) -> Result<VerifyReport, StockError> {
+    match (shelves.find(name), shelves.bootstraps().find(name)) {
+        (Err(StockError::Unknown(_)), Some(name)) => shelves.verify_bootstrap(&name, go_on),
+        (found, _) => shelves.verify(&found?, go_on),
+    }
+}
+
 /// Makes one blob stay, or no longer; gives its whole name.
 pub fn pin(shelves: &Shelves, blob: &str, pinned: bool) -> Result<String, StockError> {
     let name = shelves.find(blob)?;
@@ -166,12 +174,10 @@ impl Daemon {
         Ok(collect(self.store().shelves(), request)?)
     }
 
-    /// Reads a blob again and checks it. Blocks, for as long as the disk takes; a daemon that is
-    /// stopping cuts it short.
+    /// Reads a blob, or the copy of a bootstrap, again and checks it. Blocks, for as long as the disk takes; a daemon
+    /// that is stopping cuts it short.
     pub fn verify(&self, blob: &str) -> Result<VerifyReport, DaemonError> {
-        let shelves = self.store().shelves();
-        let name = shelves.find(blob)?;
-        Ok(shelves.verify(&name, &mut |_| !self.is_stopping())?)
+        Ok(verify(self.store().shelves(), blob, &mut |_| !self.is_stopping())?)
     }
 
     /// Makes a blob stay, or no longer; gives its whole name.

@@ -78,12 +78,12 @@ struct UsageArgs {
 
 /// Read what is in the cache again, and check every byte by its digest
 ///
-/// A spoilt unit of a blob that nobody uses is made absent, so that it is fetched again. One that
-/// is in use is only told.
+/// A spoilt unit of a blob that nobody uses is made absent, so that it is fetched again; a spoilt copy of a bootstrap
+/// goes. What is in use is only told.
 #[derive(Debug, clap::Args)]
 #[command(after_help = VERIFY_HELP)]
 struct VerifyArgs {
-    /// Blobs to verify, or beginnings of their names [default: all]
+    /// Blobs and bootstraps to verify, or beginnings of their names [default: all]
     #[arg(value_name = "BLOB")]
     blobs: Vec<String>,
 
@@ -193,23 +193,27 @@ pub(super) fn run(args: CacheArgs) -> anyhow::Result<ExitCode> {
 fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     let cache = args.cache.open()?;
     let report = cache.report()?;
-    let mut names: Vec<&str> = Vec::new();
+    let blobs = report.blobs.iter().map(|blob| (&*blob.stock.name, blob.stock.bytes));
+    let bootstraps = report.bootstraps.iter().map(|bootstrap| (&*bootstrap.name, bootstrap.bytes));
+    let stock: Vec<(&str, u64)> = blobs.chain(bootstraps).collect();
+    let mut chosen = Vec::new();
     for asked in &args.blobs {
-        let whole = report.blobs.iter().find(|blob| blob.stock.name == *asked);
-        let mut begin = report.blobs.iter().filter(|blob| blob.stock.name.starts_with(asked.as_str()));
+        let whole = stock.iter().find(|(name, _)| name == asked);
+        let mut begin = stock.iter().filter(|(name, _)| name.starts_with(asked.as_str()));
         match (whole, begin.next(), begin.next()) {
-            (Some(blob), ..) | (None, Some(blob), None) => names.push(&blob.stock.name),
-            (None, None, _) => bail!("no blob {asked} is in the cache; `rafsd cache list` shows what is"),
+            (Some(found), ..) | (None, Some(found), None) => chosen.push(*found),
+            (None, None, _) => {
+                bail!("neither a blob {asked} nor a bootstrap is in the cache; `rafsd cache list` shows what is")
+            }
             (None, Some(_), Some(_)) => bail!("{asked} is the beginning of several names in the cache"),
         }
     }
     if args.blobs.is_empty() {
-        names.extend(report.blobs.iter().map(|blob| blob.stock.name.as_str()));
+        chosen = stock;
     }
     let bar = Bar::on_terminal("Verifying");
-    let bytes = report.blobs.iter().filter(|blob| names.contains(&blob.stock.name.as_str()));
-    bar.total(names.len() as u64, bytes.map(|blob| blob.stock.bytes).sum());
-    let reports = names.into_iter().map(|name| cache.verify(name, &bar)).collect::<anyhow::Result<Vec<_>>>()?;
+    bar.total(chosen.len() as u64, chosen.iter().map(|(_, bytes)| bytes).sum());
+    let reports = chosen.into_iter().map(|(name, _)| cache.verify(name, &bar)).collect::<anyhow::Result<Vec<_>>>()?;
     drop(bar);
     args.cache.tell(&reports, |out, reports| text::verified(out, reports))?;
     let sound = reports.iter().all(|report| report.spoilt.is_empty());
@@ -242,7 +246,7 @@ impl Cache {
                 bar.advance(1, report.bytes);
                 Ok(report)
             }
-            Self::Idle(shelves) => Ok(shelves.verify(name, &mut |bytes| {
+            Self::Idle(shelves) => Ok(stock::verify(shelves, name, &mut |bytes| {
                 bar.advance(0, bytes);
                 true
             })?),

@@ -81,14 +81,14 @@ pub(super) fn usage(out: &mut dyn Write, images: &[ImageUsage]) -> io::Result<()
 pub(super) fn verified(out: &mut dyn Write, reports: &[VerifyReport]) -> io::Result<()> {
     for report in reports {
         for spoilt in &report.spoilt {
-            let done = if report.mended { "it will be fetched again" } else { "in use, so it was left as it is" };
+            let done = if report.mended { "it will be brought again" } else { "in use, so it was left as it is" };
             writeln!(out, "{}: unit {} at {}: {}; {done}", report.name, spoilt.unit, spoilt.start, spoilt.what)?;
         }
     }
     let units: u64 = reports.iter().map(|report| u64::from(report.units)).sum();
     let bytes: u64 = reports.iter().map(|report| report.bytes).sum();
     let spoilt: usize = reports.iter().map(|report| report.spoilt.len()).sum();
-    writeln!(out, "{} blobs, {units} units, {}: {spoilt} spoilt", reports.len(), ByteSize(bytes))
+    writeln!(out, "{} verified, {units} units, {}: {spoilt} spoilt", reports.len(), ByteSize(bytes))
 }
 
 pub(super) fn collected(out: &mut dyn Write, report: &GcReport) -> io::Result<()> {
