@@ -28,6 +28,12 @@ pub(crate) const CASES: &[Case] = &[
     ),
     case("images_that_share_a_blob_are_told_so", images_that_share_a_blob_are_told_so),
     case("the_cache_is_told_verified_pinned_and_collected", the_cache_is_told_verified_pinned_and_collected),
+    Case {
+        name: "what_nobody_uses_goes_from_the_cache_that_the_kernel_keeps",
+        needs: NEEDS,
+        place: Place::Guest,
+        run: what_nobody_uses_goes_from_the_cache_that_the_kernel_keeps,
+    },
 ];
 
 /// Another image, of one file of [`FILE`] bytes that is like no other; its bootstrap and blobs.
@@ -108,6 +114,42 @@ fn a_mounted_image_reads_on_while_others_are_evicted(ctx: &Ctx) -> Outcome {
     ensure!(String::from_utf8_lossy(&refused.stderr).contains("is in use"), "{refused:?}");
     ensure!(fixture.must(&["cache", "gc", "--json"])?.contains("\"removed\":["), "a collection");
     ensure!(data.exists(), "collected while it was mounted");
+    fixture.finish()
+}
+
+fn what_nobody_uses_goes_from_the_cache_that_the_kernel_keeps(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    fixture.restart(&["--cache-limit", "10MiB"])?;
+    let mount = fixture.mount("mnt")?;
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "before");
+
+    (0..4).try_for_each(|number| visit(&fixture, number))?;
+    let within = |report: &Value| report["bytes"].as_u64().is_some_and(|bytes| bytes <= 10 << 20);
+    fixture.wait_for_list("evicted", |_| {
+        cache(&fixture).is_ok_and(|report| report["stats"]["evicted"].as_u64() >= Some(1) && within(&report))
+    })?;
+    let log = fixture.log();
+    ensure!(log.contains("evicted") && log.contains("kind=Kernel"), "what the kernel has: {log}");
+
+    // The rest of what nobody uses: other blobs and their bootstraps, and not what is mounted.
+    let collected: Value = serde_json::from_str(&fixture.must(&["cache", "gc", "--json"])?)?;
+    let removed = collected["removed"].as_array().context("removed")?;
+    ensure!(removed.iter().any(|removed| removed["kind"] == "kernel"), "{collected}");
+    let promises = fs::read_dir(fixture.cache().join("cachefiles-maps/rafsd"))?.count();
+    ensure!(promises == 1, "{promises} promises about blobs, one of which is mounted");
+    drop_caches()?;
+    let fetched = fixture.fetched().len();
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "after the collection");
+    ensure!(fixture.fetched().len() == fetched, "it was there");
+
+    // What went is fetched again.
+    let again = ctx.dir.join("again");
+    fs::create_dir(&again)?;
+    let text = |path: PathBuf| path.to_str().map(str::to_owned).context("UTF-8");
+    let (bootstrap, blobs) = (text(ctx.dir.join("image-0/bootstrap"))?, text(ctx.dir.join("image-0/blobs"))?);
+    fixture.must(&["mount", &bootstrap, &text(again.clone())?, "--blobs", &blobs, "--backend", "cachefiles"])?;
+    ensure!(fs::read(again.join("file"))? == content(1000, FILE), "after it went");
+    fixture.umount(&again)?;
     fixture.finish()
 }
 

@@ -20,6 +20,10 @@ use crate::base::{ByteSize, Chain};
 /// How often the disk is measured when nothing calls for it.
 const LOOK_EVERY: Duration = Duration::from_secs(300);
 
+/// The same where the kernel keeps a cache: what it brought for an image that was mounted for the first time has a
+/// name, and takes room that can be measured, only when that is unmounted.
+const LOOK_AT_KERNEL_EVERY: Duration = Duration::from_secs(15);
+
 /// How long the high water calls in vain after nothing could go; and how often it is looked whether
 /// anything can go by now.
 const CALM: Duration = Duration::from_secs(5);
@@ -89,7 +93,7 @@ impl Work {
         self.shelves.sweep();
         self.space.measured(|| self.shelves.bytes());
         let mut calm = Instant::now();
-        let (mut knows_twins, mut every) = (false, LOOK_EVERY);
+        let (mut knows_twins, mut every) = (false, self.look_every());
         let mut hopeless: Option<Instant> = None;
         while let Some(call) = self.space.next_call(every, calm) {
             if !knows_twins && self.wants_twins.load(Ordering::Acquire) && self.shelves.are_uses_known() {
@@ -102,12 +106,16 @@ impl Work {
             }
             let freed = self.look(call);
             hopeless = (call.refused > 0 && freed == 0).then(Instant::now);
-            every = LOOK_EVERY;
+            every = self.look_every();
             if freed == 0 && self.space.used() > self.space.high {
                 (calm, every) = (Instant::now() + CALM, CALM);
             }
             self.space.answered(freed);
         }
+    }
+
+    fn look_every(&self) -> Duration {
+        if self.shelves.attends_kernel() { LOOK_AT_KERNEL_EVERY } else { LOOK_EVERY }
     }
 
     /// Measures, and removes what must go. Gives the bytes that were freed.

@@ -19,7 +19,7 @@ pub struct Inventory {
     /// One entry for each directory of a blob, sorted by name.
     pub blobs: Vec<BlobStock>,
     pub bootstraps: Vec<BootstrapStock>,
-    /// Bytes on disk of the kernel's own cache, which is never touched from here.
+    /// Bytes on disk of the kernel's own cache, as far as its files have names.
     pub kernel_cache_bytes: u64,
     /// Bytes on disk of what images have promised about it.
     pub promises_bytes: u64,
@@ -183,6 +183,7 @@ impl Shelves {
         match kind {
             LotKind::Blob => allocated(&self.dir(name)),
             LotKind::Bootstrap => allocated(&self.bootstraps().dir().join(name)),
+            LotKind::Kernel => allocated(&self.root.join("cachefiles/cache").join(name)),
         }
     }
 }

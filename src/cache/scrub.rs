@@ -108,6 +108,8 @@ pub(super) fn pass(shelves: &Shelves, counters: &StoreCounters, rate: u64, now: 
             LotKind::Blob if !shelves.shelved(&name).is_some_and(|shelved| shelved.is_complete()) => continue,
             LotKind::Blob => shelves.verify(&name, &mut go_on),
             LotKind::Bootstrap => shelves.verify_bootstrap(&name, &mut go_on),
+            // Its files are not ours to read.
+            LotKind::Kernel => continue,
         };
         match verified {
             Ok(report) => {

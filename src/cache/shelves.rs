@@ -17,12 +17,13 @@ use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::SystemTime;
 
 use super::bootstraps::Bootstraps;
 use super::device::Device;
 use super::disk::{Disk, FileFacts, HostDisk};
+use super::kernelcache::KernelCache;
 use super::ledger::Ledger;
 use super::place::Place;
 use super::store::{StoreError, at, lock, take_over};
@@ -76,6 +77,7 @@ pub struct Shelves {
     uses_known: AtomicBool,
     asking: Mutex<()>,
     trash: AtomicU64,
+    kernel: OnceLock<Arc<dyn KernelCache>>,
 }
 
 /// What is alive of one device directory. A ledger outlives its device while the last jobs end;
@@ -145,6 +147,7 @@ impl Shelves {
             uses_known: AtomicBool::new(false),
             asking: Mutex::default(),
             trash: AtomicU64::new(0),
+            kernel: OnceLock::new(),
         }))
     }
 
@@ -235,13 +238,32 @@ impl Shelves {
         };
         let mut lots: Vec<Lot> = self.names()?.into_iter().map(blob).collect();
         lots.extend(self.bootstraps.lots());
+        lots.extend(self.kernel_lots());
         if !self.are_uses_known() {
             lots.iter_mut().for_each(|lot| lot.held = true);
         }
         Ok(lots)
     }
 
-    /// Bytes on disk of what is no lot: the kernel's own cache, and what was promised about it.
+    /// What the kernel keeps, if somebody can ask it. Not more than logged if it does not say.
+    fn kernel_lots(&self) -> Vec<Lot> {
+        let objects = self.kernel.get().map_or(Ok(Vec::new()), |kernel| kernel.objects());
+        let objects =
+            objects.inspect_err(|error| tracing::warn!(%error, "the kernel does not say what its cache holds"));
+        objects.unwrap_or_default().into_iter().map(Lot::from).collect()
+    }
+
+    /// Somebody has bound the kernel's cache below this directory.
+    pub(super) fn attend_kernel(&self, cache: Arc<dyn KernelCache>) {
+        // Bound once, it stays so as long as this lives.
+        let _ = self.kernel.set(cache);
+    }
+
+    pub(super) fn attends_kernel(&self) -> bool {
+        self.kernel.get().is_some()
+    }
+
+    /// Bytes on disk of the kernel's own cache, and of what was promised about it.
     pub(super) fn other_bytes(&self) -> (u64, u64) {
         (allocated(&self.root.join("cachefiles")).0, allocated(&self.root.join("cachefiles-maps")).0)
     }
@@ -258,6 +280,7 @@ impl Shelves {
             let gone = match lot.kind {
                 _ if dry => Ok(true),
                 LotKind::Bootstrap => self.bootstraps.remove(&lot.name).map_err(StockError::from),
+                LotKind::Kernel => self.remove_from_kernel(&lot.name).map_err(StockError::from),
                 LotKind::Blob => self.remove(&lot.name).map(|()| true),
             };
             match gone {
@@ -296,6 +319,11 @@ impl Shelves {
         self.disk.sync_dir(&self.devices_dir).map_err(at(&self.devices_dir))?;
         self.discard(&trash)?;
         Ok(())
+    }
+
+    fn remove_from_kernel(&self, name: &str) -> Result<bool, StoreError> {
+        let path = || self.root.join("cachefiles/cache").join(name);
+        self.kernel.get().map_or(Ok(false), |kernel| kernel.remove(name).map_err(|cause| at(&path())(cause)))
     }
 
     fn put_aside(&self, dir: &Path) -> Result<PathBuf, StoreError> {

@@ -33,6 +33,7 @@ use super::disk::{Disk, DiskFile, FileSink, HostDisk};
 use super::engine::{Engine, StoreOptions};
 use super::evictor::Evictor;
 use super::is_needed;
+use super::kernelcache::KernelCache;
 use super::ledger::FlushError;
 use super::place::{Opened, Place};
 use super::pool::Job;
@@ -94,7 +95,9 @@ impl StoreError {
 
 /// Whether a failure is one of room.
 pub(super) fn is_full(cause: &io::Error) -> bool {
+    // The kernel's own cache says it in another way (`cachefiles-ondemand.md` section 10).
     matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+        || cause.raw_os_error() == Some(libc::ENOBUFS)
 }
 
 /// Devices by name in one directory, with the one right to write there.
@@ -186,6 +189,15 @@ impl Store {
         self.engine.twins.open();
         self.shelves.say_uses_are_known();
         self.engine.space.kick();
+    }
+
+    /// Somebody has bound the kernel's cache below the store's directory: from now on it is within the limit, and what
+    /// nobody uses of it may go.
+    pub fn attend_kernel(&self, cache: impl FnOnce() -> Arc<dyn KernelCache>) {
+        if !self.shelves.attends_kernel() {
+            self.shelves.attend_kernel(cache());
+            self.engine.space.kick();
+        }
     }
 
     /// What is in the store, who uses it, and how it goes.

@@ -258,7 +258,7 @@ fn digest_on_disk(file: &File, mut go_on: impl FnMut(u64) -> bool) -> io::Result
 
 /// When something was last verified, if that is noted.
 pub(super) fn noted(shelves: &Shelves, kind: LotKind, name: &str) -> Option<u64> {
-    super::inventory::changed(&verified(shelves, kind, name))
+    super::inventory::changed(&verified(shelves, kind, name)?)
 }
 
 /// Notes that all of it was verified now.
@@ -267,18 +267,20 @@ pub(super) fn note(shelves: &Shelves, kind: LotKind, name: &str) {
     let is_there = match kind {
         LotKind::Blob => fs::metadata(shelves.dir(name)).is_ok(),
         LotKind::Bootstrap => shelves.bootstraps().has(name),
+        LotKind::Kernel => false,
     };
-    if is_there {
-        super::shelves::stamp(&verified(shelves, kind, name));
+    if let Some(note) = verified(shelves, kind, name).filter(|_| is_there) {
+        super::shelves::stamp(&note);
     }
 }
 
-/// Where it is noted.
-fn verified(shelves: &Shelves, kind: LotKind, name: &str) -> PathBuf {
-    match kind {
+/// Where it is noted; nowhere for what the kernel keeps, which is not ours to read.
+fn verified(shelves: &Shelves, kind: LotKind, name: &str) -> Option<PathBuf> {
+    Some(match kind {
         LotKind::Blob => shelves.dir(name).join(VERIFIED),
         LotKind::Bootstrap => super::bootstraps::verified(&shelves.bootstraps().dir().join(name)),
-    }
+        LotKind::Kernel => return None,
+    })
 }
 
 /// Its time of change is when the blob was last verified from end to end.

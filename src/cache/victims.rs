@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-/// One thing in the cache that takes room: a blob's directory, or a copy of a bootstrap.
+/// One thing in the cache that takes room: a blob's directory, a copy of a bootstrap, or what the kernel keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Lot {
     /// The name it has in its directory.
@@ -28,6 +28,8 @@ pub enum LotKind {
     Blob,
     /// A copy of a bootstrap.
     Bootstrap,
+    /// An object in the kernel's own cache, a blob or a bootstrap.
+    Kernel,
 }
 
 /// How much is to go.

@@ -111,7 +111,7 @@ impl Daemon {
         let legacy = Legacy { group: group.map_err(start("the fanotify service"))?, cachefiles };
         let backends = Backends::new(&options, legacy, &keepers, telemetry.clone())?;
         sweep(&options.cache);
-        let objects = Objects::new(options.cache.join("cachefiles-maps"));
+        let objects = Arc::new(Objects::new(options.cache.join("cachefiles-maps")));
         let origins = Origins::new(telemetry.clone(), options.hosts_dir.clone(), options.credentials.keychain());
         let references = References::new(options.cache.join("references"));
         let daemon = Arc::new(Self {

@@ -69,7 +69,7 @@ pub struct Daemon {
     pub(super) backends: Backends,
     pub(super) keepers: Arc<Keepers>,
     pub(super) records: Records,
-    pub(super) objects: Objects,
+    pub(super) objects: Arc<Objects>,
     pub(super) origins: Origins,
     pub(super) images: KnownImages,
     pub(super) watch: Arc<MountWatch>,

@@ -95,6 +95,26 @@ impl Objects {
         }
         Ok(objects)
     }
+
+    /// The kernel has removed what it had of a blob, so nothing is promised about it any more: unless somebody has
+    /// entered it again by now.
+    pub(super) fn forget(&self, domain: &str, blob: &str) {
+        let Ok(blob) = blob.parse::<BlobId>() else { return };
+        let mut known = self.known.lock().unwrap();
+        let key = (domain.to_owned(), blob);
+        // Nobody can come by another copy without the lock.
+        if known.get(&key).is_some_and(|object| Arc::strong_count(object) > 1) {
+            return;
+        }
+        known.remove(&key);
+        let path = self.path(domain, &key.1);
+        if let Err(error) = fs::remove_file(&path).or_else(|error| match error.kind() {
+            io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        }) {
+            tracing::warn!(path = %path.display(), %error, "a promise stays, and nothing is there that it is about");
+        }
+    }
 }
 
 impl Object {
@@ -178,6 +198,26 @@ mod tests {
             assert_eq!(*entered[0].known().0, listed(&[0, 1, 2]));
             assert_eq!(objects.saved("d", &"blob".parse().unwrap()), Some(listed(&[0, 1, 2])));
         }
+    }
+
+    #[test]
+    fn what_has_gone_is_forgotten_unless_somebody_has_entered_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let source: Arc<dyn BlobSource> = Arc::new(LocalSource::new(dir.path()).unwrap());
+        let objects = Objects::new(dir.path().join("maps"));
+        let blob = "blob".parse().unwrap();
+        let entered = objects.enter("d", &[map([true, true], false).into()], &source).unwrap();
+        objects.forget("d", "blob");
+        assert!(objects.saved("d", &blob).is_some(), "somebody has it");
+
+        drop(entered);
+        objects.forget("another", "blob");
+        objects.forget("d", "../lock");
+        assert!(objects.saved("d", &blob).is_some());
+        objects.forget("d", "blob");
+        objects.forget("d", "blob");
+        assert!(objects.saved("d", &blob).is_none());
+        assert!(objects.enter("d", &[map([true, true], true).into()], &source).is_ok(), "it is told anew");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::prepare::{Prepared, bootstrap_as_blob};
 use super::records::RecordId;
 use super::served::{Attachment, Live, Mounted, Served, blob_object};
 use super::{Daemon, DaemonError};
-use crate::export::cachefiles::{self, FsId, Registration};
+use crate::export::cachefiles::{self, Culling, FsId, Registration};
 use crate::export::{AttachError, BackendKind};
 use crate::sys::mount::unmount;
 
@@ -68,6 +68,12 @@ impl Daemon {
         why: String,
     ) -> Result<(Served, Arc<Registration>), DaemonError> {
         let service = self.backends.cachefiles(&self.keepers)?;
+        self.store.attend_kernel(|| {
+            let objects = Arc::clone(&self.objects);
+            let forget = move |domain: &str, blob: &str| objects.forget(domain, blob);
+            let (root, sandbox) = (self.backends.kernel_cache(), self.options.sandbox.clone());
+            Arc::new(Culling::new(service.clone(), &root, sandbox, Box::new(forget)))
+        });
         let engine = self.store.engine();
         let (boot_map, boot_source) = bootstrap_as_blob(&prepared)?;
         let size = prepared.image.summary().bootstrap_len;

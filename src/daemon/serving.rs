@@ -206,6 +206,11 @@ impl Backends {
         Ok(service)
     }
 
+    /// The directory that the kernel's cache is bound at.
+    pub(super) fn kernel_cache(&self) -> PathBuf {
+        self.cache.join("cachefiles")
+    }
+
     /// The cachefiles service, its cache bound below the cache directory and its device in the
     /// keepers' hands.
     pub(super) fn cachefiles(&self, keepers: &Keepers) -> Result<Arc<Cachefiles>, DaemonError> {
@@ -214,7 +219,7 @@ impl Backends {
             return Ok(running.service.clone());
         }
         let start = start_of("the cachefiles service");
-        let root = self.cache.join("cachefiles");
+        let root = self.kernel_cache();
         DirBuilder::new().recursive(true).mode(0o700).create(&root).map_err(start)?;
         let service = Cachefiles::bind(&root, self.telemetry.clone()).map_err(start)?;
         let device = service.device().map_err(start)?;

@@ -22,6 +22,10 @@ pub const DEVICE: &str = "/dev/cachefiles";
 #[derive(Debug)]
 pub struct Device(File);
 
+/// The right to ask about the files of a bound cache, folder by folder (`cachefiles-ondemand.md` section 10).
+#[derive(Debug)]
+pub struct Folders<'a>(&'a Device);
+
 /// A request from the kernel.
 #[derive(Debug)]
 pub enum Request {
@@ -84,6 +88,25 @@ impl Device {
         self.command("bind ondemand")
     }
 
+    /// Runs `work` on a thread that has a working directory of its own: `inuse` and `cull` go by it.
+    ///
+    /// # Errors
+    /// If there can be no such thread; and what `work` says.
+    pub fn in_folders<T: Send>(&self, work: impl FnOnce(&Folders<'_>) -> io::Result<T> + Send) -> io::Result<T> {
+        let own = || {
+            // SAFETY: no memory is passed. What the threads of the process share, this one shares no more.
+            if unsafe { libc::unshare(libc::CLONE_FS) } == -1 {
+                return Err(io::Error::last_os_error());
+            }
+            work(&Folders(self))
+        };
+        let thread = std::thread::Builder::new().name("cull-0".to_owned());
+        std::thread::scope(|scope| {
+            let thread = thread.spawn_scoped(scope, own)?;
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
     /// Answers an open request: the object has `size` bytes. The kernel drops what it has cached
     /// under this key if the size differs from last time.
     pub fn opened(&self, msg_id: u32, size: u64) -> io::Result<()> {
@@ -126,6 +149,38 @@ impl Device {
                 })
             }
         }))
+    }
+}
+
+impl Folders<'_> {
+    /// Makes `folder` the one that the names of files belong to.
+    pub fn enter(&self, folder: &Path) -> io::Result<()> {
+        std::env::set_current_dir(folder)
+    }
+
+    /// Whether the kernel has the object open.
+    ///
+    /// # Errors
+    /// `ENOENT` or `ESTALE` if it is not there.
+    pub fn is_in_use(&self, file: &str) -> io::Result<bool> {
+        self.ask("inuse", file).map(|idle| !idle)
+    }
+
+    /// Has the kernel remove an object that it does not have open; tells whether it did.
+    pub fn cull(&self, file: &str) -> io::Result<bool> {
+        match self.ask("cull", file) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE)) => Ok(false),
+            asked => asked,
+        }
+    }
+
+    /// `false` where the kernel says that it is busy.
+    fn ask(&self, command: &str, file: &str) -> io::Result<bool> {
+        match self.0.command(&format!("{command} {file}")) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -96,6 +96,7 @@ pub(super) fn collected(out: &mut dyn Write, report: &GcReport) -> io::Result<()
         let kind = match removed.kind {
             LotKind::Blob => "blob",
             LotKind::Bootstrap => "bootstrap",
+            LotKind::Kernel => "kernel",
         };
         writeln!(out, "{kind:<9}  {:<16}  {:>10}", short(&removed.name), ByteSize(removed.bytes).to_string())?;
     }

@@ -16,7 +16,7 @@ pub struct CacheReport {
     pub stats: Option<StoreStats>,
     pub blobs: Vec<BlobReport>,
     pub bootstraps: Vec<BootstrapStock>,
-    /// Bytes on disk of the kernel's own cache, which the kernel keeps.
+    /// Bytes on disk of the kernel's own cache, as far as its files have names.
     pub kernel_cache_bytes: u64,
     /// Bytes on disk of what images have promised about it.
     pub promises_bytes: u64,

@@ -8,9 +8,11 @@
 //! Objects are named by `(domain, name)`. [`Cachefiles::register`] makes an image's names known;
 //! from then on anybody may `mount -t erofs -o fsid=NAME,domain_id=DOMAIN none /mnt`.
 
+mod culling;
 mod object;
 mod service;
 
+pub use culling::Culling;
 pub use object::{ObjectSpec, OpenObject};
 pub use service::{Cachefiles, Registration};
 

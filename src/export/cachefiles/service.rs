@@ -99,6 +99,14 @@ impl Cachefiles {
         self.device.as_fd().try_clone_to_owned()
     }
 
+    /// Runs `work` where the kernel can be asked about the files of its cache: see [`Device::in_folders`].
+    pub(super) fn in_folders<T: Send>(
+        &self,
+        work: impl FnOnce(&cachefiles::Folders<'_>) -> io::Result<T> + Send,
+    ) -> io::Result<T> {
+        self.device.in_folders(work)
+    }
+
     /// Has the requests delivered again that a dead process had taken.
     ///
     /// # Errors
