@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::Backend;
+use crate::machine::Machine;
 
 /// Flags of the usual test harness that take a value, which must not be mistaken for a case's name.
 const IGNORED_WITH_VALUE: &[&str] = &["--test-threads", "--format", "--color", "--logfile", "-Z", "--shuffle-seed"];
@@ -24,6 +25,8 @@ pub(crate) struct Args {
     pub(crate) in_guest: bool,
     /// `None` is all of them.
     pub(crate) backend: Option<Backend>,
+    /// `None` is the host, and all guests after it.
+    pub(crate) machine: Option<Machine>,
     names: Vec<String>,
     exact: bool,
     skips: Vec<String>,
@@ -31,8 +34,15 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn parse(args: impl Iterator<Item = String>) -> Result<Self, String> {
-        let mut parsed =
-            Self { mode: Mode::All, in_guest: false, backend: None, names: vec![], exact: false, skips: vec![] };
+        let mut parsed = Self {
+            mode: Mode::All,
+            in_guest: false,
+            backend: None,
+            machine: None,
+            names: vec![],
+            exact: false,
+            skips: vec![],
+        };
         let (mut run_one, mut dir) = (None, None);
         let mut args = args;
         while let Some(arg) = args.next() {
@@ -54,6 +64,11 @@ impl Args {
                             return Err(format!("unknown backend {other:?}: {known}"));
                         }
                     }
+                }
+                "--machine" => {
+                    let wanted = value()?;
+                    let found = Machine::ALL.into_iter().find(|machine| machine.name() == wanted);
+                    parsed.machine = Some(found.ok_or_else(|| format!("no machine {wanted:?}: on-demand or stock"))?);
                 }
                 "--run-one" => run_one = Some(value()?),
                 "--dir" => dir = Some(PathBuf::from(value()?)),

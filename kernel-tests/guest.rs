@@ -1,15 +1,14 @@
-//! The virtual machine that runs the cachefiles cases.
+//! The virtual machines that run cases on other kernels than the host's.
 //!
-//! Few distributions build the on-demand mode of cachefiles, so these cases bring their own kernel
-//! (`build-kernel`) and boot it in QEMU, without hardware help because many hosts are virtual
-//! machines themselves. The guest is an initrd made of this program, `rafsd`, their libraries and
+//! Few distributions build the on-demand mode of cachefiles, and old kernels are old; `machine` has both.
+//! They are booted in QEMU, without hardware help because many hosts are virtual
+//! machines themselves. A guest is an initrd made of this program, `rafsd`, their libraries and
 //! a static busybox, and an ext4 disk. Two serial ports come out of it: the kernel's messages, and
 //! the report of the harness inside, so that a message of the kernel never tears a report line.
 //!
 //! A guest that panics, falls silent or takes too long is killed; the cases it did not report have
 //! failed. So has the run when the kernel complained of itself, whatever the cases say.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, BufWriter, Read as _};
 use std::os::unix::process::CommandExt as _;
@@ -25,6 +24,7 @@ use crate::cases::interop;
 use crate::host::{self, Need};
 use crate::initrd::Archive;
 use crate::isolate::{LONG_RUN, time_for_long_run};
+use crate::machine::{Kernel, Machine};
 use crate::report::{Tally, Verdict};
 use crate::{Backend, Case, Interrupt};
 
@@ -49,26 +49,29 @@ const COMPLAINTS: [&str; 5] = ["Kernel panic", "Oops:", "BUG:", "kernel BUG at",
 /// How much of each port is shown when the guest did not end well.
 const LAST_LINES: usize = 40;
 
+/// A case, and the backend to run it for.
+pub(crate) type Run = (Backend, &'static Case);
+
 /// Runs `cases` in one guest, printing and counting their reports.
-pub(crate) fn run(cases: &[&Case], interrupt: &Interrupt, tally: &mut Tally) {
+pub(crate) fn run(machine: Machine, cases: &[Run], interrupt: &Interrupt, tally: &mut Tally) {
     let all = |tally: &mut Tally, verdict: Verdict| {
-        cases.iter().for_each(|case| tally.report(case.name, Backend::Cachefiles, &verdict, None));
+        cases.iter().for_each(|(backend, case)| tally.report(case.name, *backend, &verdict, None));
     };
-    let kernel = match kernel() {
+    let kernel = match able().and_then(|()| machine.kernel()) {
         Ok(kernel) => kernel,
         Err(reason) => return all(tally, Verdict::Skipped(reason)),
     };
     let start = Instant::now();
-    println!("booting {} for {} cases", kernel.display(), cases.len());
-    match prepare(cases).and_then(|dir| Guest::boot(dir, &kernel)) {
-        Ok(guest) => guest.follow(cases.iter().map(|case| case.name).collect(), interrupt, tally),
+    println!("booting {} for {} cases", kernel.image.display(), cases.len());
+    match prepare(cases, &kernel).and_then(|dir| Guest::boot(dir, &kernel.image)) {
+        Ok(guest) => guest.follow(cases, interrupt, tally),
         Err(error) => all(tally, Verdict::Failed { reason: format!("no guest: {error:#}"), output: String::new() }),
     }
     println!("the guest took {:.0} s", start.elapsed().as_secs_f64());
 }
 
-/// The kernel to boot, or why there is no guest on this host.
-fn kernel() -> Result<PathBuf, String> {
+/// Why there is no guest on this host.
+fn able() -> Result<(), String> {
     if !cfg!(target_arch = "x86_64") {
         return Err("the guest is x86-64 only".into());
     }
@@ -77,21 +80,13 @@ fn kernel() -> Result<PathBuf, String> {
             return Err(format!("no {program} (Debian package {package})"));
         }
     }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernel-tests/build-kernel");
-    let output = Command::new(&script).arg("--cached").stdin(Stdio::null()).output();
-    let output = output.map_err(|error| format!("{}: {error}", script.display()))?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).trim().into());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let said = said.lines().last().unwrap_or("no kernel built yet; run kernel-tests/build-kernel");
-    Err(said.to_owned())
+    Ok(())
 }
 
 /// Makes initrd and disk.
-fn prepare(cases: &[&Case]) -> anyhow::Result<TempDir> {
+fn prepare(cases: &[Run], kernel: &Kernel) -> anyhow::Result<TempDir> {
     let dir = tempfile::Builder::new().prefix("rafsd-guest.").tempdir().context("make a directory")?;
-    write_initrd(cases, dir.path()).context("make the initrd")?;
+    write_initrd(cases, kernel, dir.path()).context("make the initrd")?;
     let disk = dir.path().join("disk");
     File::create(&disk)?.set_len(DISK_BYTES).context("make the disk")?;
     let mkfs = host::find_program("mkfs.ext4").context("no mkfs.ext4")?;
@@ -106,10 +101,10 @@ fn prepare(cases: &[&Case]) -> anyhow::Result<TempDir> {
 
 /// Makes the directory that the guest's disk starts with: the images made by other builders, if a
 /// case wants them and they are at hand.
-fn fill_disk(cases: &[&Case], root: &Path) -> anyhow::Result<()> {
+fn fill_disk(cases: &[Run], root: &Path) -> anyhow::Result<()> {
     let to = root.join(host::GUEST_INTEROP);
     std::fs::create_dir(root)?;
-    let is_wanted = cases.iter().any(|case| case.needs.contains(&Need::Interop));
+    let is_wanted = cases.iter().any(|(_, case)| case.needs.contains(&Need::Interop));
     let Some(from) = host::interop(false).filter(|_| is_wanted) else { return Ok(()) };
     std::fs::create_dir(&to)?;
     let names = interop::IMAGES.iter().chain(&interop::LISTINGS);
@@ -122,19 +117,23 @@ fn fill_disk(cases: &[&Case], root: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn write_initrd(cases: &[&Case], dir: &Path) -> anyhow::Result<()> {
+fn write_initrd(cases: &[Run], kernel: &Kernel, dir: &Path) -> anyhow::Result<()> {
     let mut archive = Archive::new(BufWriter::new(File::create(dir.join("initrd"))?));
     for dir in ["/dev", "/proc", "/sys", "/tmp", "/run", "/root", "/etc", "/var/tmp", host::GUEST_STORE] {
         archive.dir(dir)?;
     }
     archive.character("/dev/console", (5, 1))?;
-    let names: Vec<_> = cases.iter().map(|case| case.name).collect();
     let init = include_str!("init.sh").replace("@STORE@", host::GUEST_STORE).replace("@MARKER@", MARKER);
-    archive.file("/init", init.replace("@CASES@", &names.join(" ")).as_bytes())?;
+    archive.file("/init", init.replace("@RUNS@", &commands(cases)).as_bytes())?;
+    archive.dir("/modules")?;
+    for module in &kernel.modules {
+        let name = module.file_name().and_then(|name| name.to_str()).context("a module's name")?;
+        archive.file(&format!("/modules/{name}"), &std::fs::read(module)?)?;
+    }
     archive.program("/bin/busybox", &host::find_program("busybox").context("no busybox")?)?;
     archive.program("/bin/kernel-tests", &stripped(&std::env::current_exe()?, &dir.join("kernel-tests"))?)?;
     archive.program(host::GUEST_RAFSD, &stripped(&host::rafsd(false), &dir.join("rafsd"))?)?;
-    for need in cases.iter().flat_map(|case| case.needs) {
+    for need in cases.iter().flat_map(|(_, case)| case.needs) {
         // A program the host lacks is lacking in the guest as well, and the case is skipped there.
         if let Need::Program(name) = need
             && let Some(program) = host::find_program(name)
@@ -144,6 +143,19 @@ fn write_initrd(cases: &[&Case], dir: &Path) -> anyhow::Result<()> {
     }
     archive.finish()?;
     Ok(())
+}
+
+/// What the guest runs: this program once for each backend.
+fn commands(cases: &[Run]) -> String {
+    let mut commands = String::new();
+    for part in cases.chunk_by(|(one, _), (other, _)| one == other) {
+        let (backend, _) = part[0];
+        let names: Vec<_> = part.iter().map(|(_, case)| case.name).collect();
+        let names = names.join(" ");
+        let name = backend.name();
+        commands += &format!("/bin/kernel-tests --in-guest --backend {name} --exact {names} || status=1\n");
+    }
+    commands
 }
 
 /// A copy of `program` without symbols, which make most of a development build; without a working
@@ -211,14 +223,20 @@ impl Guest {
     }
 
     /// Prints and counts the guest's report until it ends, then accounts for what was not reported.
-    fn follow(mut self, mut missing: BTreeSet<&str>, interrupt: &Interrupt, tally: &mut Tally) {
+    fn follow(mut self, cases: &[Run], interrupt: &Interrupt, tally: &mut Tally) {
+        let mut missing = cases.to_vec();
         let mut said = Vec::new();
         let failed_before = tally.failed;
         let end = self.listen(interrupt, &mut |line| {
             // Only a case that is still awaited is counted, and so only once.
-            let name = line.split(' ').nth(1).unwrap_or_default();
-            if missing.contains(name) && tally.count(line).is_some() {
-                missing.remove(name);
+            let mut words = line.split(' ').skip(1);
+            let (name, backend) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+            let backend = backend.trim_matches(['[', ']', ':']);
+            let of_line = |(of, case): &Run| case.name == name && of.name() == backend;
+            if let Some(at) = missing.iter().position(of_line)
+                && tally.count(line).is_some()
+            {
+                missing.remove(at);
             }
             if !line.starts_with("running ") {
                 println!("{line}");
@@ -237,17 +255,17 @@ impl Guest {
         };
         let ended_well = reason.is_none() && complaint.is_none();
         let reason = complaint.or(reason).unwrap_or_else(|| "its harness did not run it".into());
-        for name in &missing {
+        for (backend, case) in &missing {
             let verdict =
                 Verdict::Failed { reason: format!("the guest did not report it: {reason}"), output: String::new() };
-            tally.report(name, Backend::Cachefiles, &verdict, None);
+            tally.report(case.name, *backend, &verdict, None);
         }
         if !ended_well {
             let tail = |lines: &[&str]| lines[lines.len().saturating_sub(LAST_LINES)..].join("\n");
             let said: Vec<_> = said.iter().map(String::as_str).collect();
             let console: Vec<_> = self.console.text.lines().collect();
             let output = format!("last lines of the cases:\n{}\nof the kernel:\n{}", tail(&said), tail(&console));
-            tally.report("guest_stays_well", Backend::Cachefiles, &Verdict::Failed { reason, output }, None);
+            tally.report("guest_stays_well", cases[0].0, &Verdict::Failed { reason, output }, None);
         }
     }
 

@@ -35,11 +35,14 @@ mod guest;
 mod host;
 mod initrd;
 mod isolate;
+mod machine;
 mod mounts;
 mod report;
 mod selftest;
 #[path = "../tests/support/mod.rs"]
 mod support;
+
+use machine::Machine;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -102,7 +105,7 @@ pub(crate) enum Place {
     Guest,
     /// On this host, with each backend that works there.
     Here,
-    /// On this host, with each backend over FUSE.
+    /// On this host, with each backend over FUSE; some also in guests: see `machine`.
     Fuse,
     /// With one backend.
     Only(Backend),
@@ -238,12 +241,13 @@ fn all(args: &Args) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::watch().context("watch for signals")?;
     isolate::sweep(&host::store(args.in_guest))?;
     let mut tally = Tally::default();
-    let here: &[Backend] = if args.in_guest {
-        &[Backend::Cachefiles]
-    } else {
-        &[Backend::Fanotify, Backend::FuseDevice, Backend::FuseTree]
-    };
-    for (here, case) in here.iter().flat_map(|here| selected(args, *here).into_iter().map(|case| (*here, case))) {
+    Machine::ensure_known(TABLES)?;
+    let with = |backend| selected(args, backend).into_iter().map(move |case| (backend, case));
+    let everywhere = [Backend::Cachefiles, Backend::Fanotify, Backend::FuseDevice, Backend::FuseTree];
+    // A guest is told the one backend to use.
+    let on_host: &[Backend] = if args.in_guest { &everywhere } else { &everywhere[1..] };
+    let is_wanted = args.in_guest || args.machine.is_none();
+    for (here, case) in on_host.iter().filter(|_| is_wanted).flat_map(|backend| with(*backend)) {
         if interrupt.is_set() {
             break;
         }
@@ -261,9 +265,12 @@ fn all(args: &Args) -> anyhow::Result<ExitCode> {
         tally.report(case.name, here, &verdict, elapsed);
     }
     if !args.in_guest && !interrupt.is_set() {
-        let cases = selected(args, Backend::Cachefiles);
-        if !cases.is_empty() {
-            guest::run(&cases, &interrupt, &mut tally);
+        for machine in Machine::ALL.into_iter().filter(|machine| args.machine.is_none_or(|wanted| wanted == *machine)) {
+            let runs = everywhere.iter().flat_map(|backend| with(*backend));
+            let runs: Vec<_> = runs.filter(|(backend, case)| machine.runs(case, *backend)).collect();
+            if !runs.is_empty() && !interrupt.is_set() {
+                guest::run(machine, &runs, &interrupt, &mut tally);
+            }
         }
     }
     if interrupt.is_set() {
