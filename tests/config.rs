@@ -174,3 +174,30 @@ fn clients_look_for_the_daemon_where_the_file_says() {
     let told = String::from_utf8(output.stderr).unwrap();
     assert!(told.contains(run.to_str().unwrap()), "{told}");
 }
+
+#[test]
+fn tables_of_registries_are_checked_and_printed_without_the_values_of_headers() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "fetches = 3\n[registry.\"docker.io\".host.\"https://m.example\"]\nca = \"own.pem\"\n\
+                [registry.\"docker.io\".host.\"https://m.example\".header]\nx-key = \"hunter2\"\n";
+    let path = file(dir.path(), text);
+    let check = |path: &Path| stdout(&rafsd(&["config", "check", path.to_str().unwrap()], &[]));
+    assert_eq!(check(&path), format!("{}: 1 settings, 1 registry, no mistakes\n", path.display()));
+
+    let printed = stdout(&rafsd(&["config", "print", "--config", path.to_str().unwrap()], &[]));
+    assert!(printed.contains("[registry.\"docker.io\".host.\"https://m.example/v2\"]\n"), "{printed}");
+    let own = path.canonicalize().unwrap().with_file_name("own.pem");
+    assert!(printed.contains(&format!("ca = [\"{}\"]\n", own.display())), "{printed}");
+    assert!(!printed.contains("hunter2"), "{printed}");
+    fs::write(&path, printed).unwrap();
+    assert_eq!(check(&path), format!("{}: {} settings, 1 registry, no mistakes\n", path.display(), TABLE.len()));
+    let json = stdout(&rafsd(&["config", "print", "--config", path.to_str().unwrap(), "--json"], &[]));
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["registries"]["docker.io"][0]["host"], "https://m.example/v2");
+
+    fs::write(&path, "[registry.\"docker.io\".host.\"https://m.example\"]\nskip_verfy = true\n").unwrap();
+    let output = rafsd(&["config", "check", path.to_str().unwrap()], &[]);
+    let told = String::from_utf8(output.stdout).unwrap();
+    let wanted = "line 2: registry \"docker.io\": unknown key \"skip_verfy\"; did you mean \"skip_verify\"?\n";
+    assert_eq!((output.status.code(), told), (Some(1), format!("{}: {wanted}", path.display())));
+}

@@ -11,7 +11,9 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 
 use super::userdirs::user_dirs;
-use crate::daemon::settings::{self, DEFAULT_FILE, Field, Given, Origin, Resolved, Setting, Settings, TABLE};
+use crate::daemon::settings::{
+    self, ConfigText, DEFAULT_FILE, Field, Given, Origin, Resolved, Setting, Settings, TABLE,
+};
 
 /// The variable that names the config file.
 const CONFIG_ENV: &str = "RAFSD_CONFIG";
@@ -113,7 +115,8 @@ impl SettingsArgs {
             Some((path, text)) => (Some(path), Some(text)),
             None => (None, None),
         };
-        let mut resolved = settings::resolve(text.as_deref(), &self.given);
+        let file = path.as_deref().zip(text.as_deref()).map(|(path, text)| file_text(path, text));
+        let mut resolved = settings::resolve(file, &self.given);
         resolved.fit_user(user_dirs());
         if !resolved.mistakes.is_empty() {
             let told: Vec<_> = resolved.mistakes.iter().map(ToString::to_string).collect();
@@ -145,15 +148,20 @@ pub(super) fn config_text(named: Option<&Path>) -> anyhow::Result<Option<(PathBu
     }
 }
 
+/// A config file and its text.
+pub(super) fn file_text<'a>(path: &'a Path, text: &'a str) -> ConfigText<'a> {
+    ConfigText { text, dir: path.parent().unwrap_or(Path::new("/")) }
+}
+
 /// The settings as the file has them, for whoever only looks for the daemon: what is wrong in the
 /// file is for the daemon to tell.
 pub(super) fn settings_for_clients(named: Option<&Path>) -> anyhow::Result<Settings> {
-    let text = match config_text(named) {
+    let file = match config_text(named) {
         // Not everybody may read it.
         Err(_) if named.is_none() => None,
-        other => other?.map(|(_, text)| text),
+        other => other?,
     };
-    let mut resolved = settings::resolve(text.as_deref(), &[]);
+    let mut resolved = settings::resolve(file.as_ref().map(|(path, text)| file_text(path, text)), &[]);
     resolved.fit_user(user_dirs());
     Ok(resolved.settings)
 }

@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use super::api::ImageSpec;
-use crate::net::auth::{Keychain, Login};
+use super::mounts::Options;
+use crate::net::auth::Login;
 use crate::oci::{self, Endpoints, Repository};
 use crate::source::{AbsentSource, BlobSource, Network, NetworkOptions, OpenError};
-use crate::telemetry::Telemetry;
 
 /// What a source is opened from.
 type Spec = (Vec<String>, Option<PathBuf>);
@@ -28,11 +28,22 @@ impl std::fmt::Debug for Origins {
     }
 }
 
+impl Options {
+    /// How registries are reached.
+    pub(super) fn network(&self) -> NetworkOptions {
+        NetworkOptions {
+            hosts_dir: self.hosts_dir.clone(),
+            registries: self.registries.clone(),
+            keychain: self.credentials.keychain(),
+            ..NetworkOptions::default()
+        }
+    }
+}
+
 impl Origins {
-    /// No source yet; `telemetry` counts what all of them are asked, `keychain` knows who we are to them.
-    pub(super) fn new(telemetry: Telemetry, hosts_dir: PathBuf, keychain: Arc<dyn Keychain>) -> Self {
-        let options = NetworkOptions { hosts_dir, keychain, ..NetworkOptions::default() };
-        Self { network: Network::new(options, telemetry), ..Self::default() }
+    /// No source yet.
+    pub(super) fn new(network: Network) -> Self {
+        Self { network, ..Self::default() }
     }
 
     /// The source that `spec` names: one place, or several of which the first is asked first. Connects to nobody

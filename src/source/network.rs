@@ -15,7 +15,7 @@ use super::{
 };
 use crate::base::Secret;
 use crate::net::auth::{Keychain, Nobody, TokenOptions, Tokens};
-use crate::net::hosts::{self, HostConfig, ProxyUse, RegistryHosts};
+use crate::net::hosts::{self, HostConfig, ProxyUse, Registries, RegistryHosts};
 use crate::net::proxy::ProxyOptions;
 use crate::net::{ClientOptions, Clock, Endpoint, EndpointOptions, Health, Proxy, RetryPolicy};
 use crate::telemetry::Telemetry;
@@ -29,6 +29,8 @@ pub struct NetworkOptions {
     pub policy: RetryPolicy,
     /// Directory of `hosts.toml` files, in containerd's form; it need not exist.
     pub hosts_dir: PathBuf,
+    /// Hosts of registries that go before those of the directory.
+    pub registries: Registries,
     /// Who we are to registries.
     pub keychain: Arc<dyn Keychain>,
     /// The time.
@@ -42,6 +44,7 @@ impl Default for NetworkOptions {
             client: ClientOptions::default(),
             policy: RetryPolicy::default(),
             hosts_dir: hosts::DEFAULT_DIR.into(),
+            registries: Registries::default(),
             keychain: Arc::new(Nobody),
             clock: Clock::default(),
         }
@@ -106,7 +109,7 @@ impl Network {
     /// # Errors
     /// The settings of a host are wrong, or a file that they name cannot be used.
     pub fn registry(&self, registry: &str, ca: Option<&Path>) -> Result<Arc<Registry>, OpenError> {
-        let mut hosts = hosts::load(&self.options.hosts_dir, registry)?;
+        let mut hosts = hosts::find(&self.options.registries, &self.options.hosts_dir, registry)?;
         if ca.is_some() && hosts == RegistryHosts::plain(registry)? {
             // Who names an authority means TLS, for a registry on this very host too.
             hosts.hosts.iter_mut().for_each(|host| host.base.set_scheme("https").unwrap_or_default());
