@@ -201,3 +201,41 @@ fn tables_of_registries_are_checked_and_printed_without_the_values_of_headers() 
     let wanted = "line 2: registry \"docker.io\": unknown key \"skip_verfy\"; did you mean \"skip_verify\"?\n";
     assert_eq!((output.status.code(), told), (Some(1), format!("{}: {wanted}", path.display())));
 }
+
+#[test]
+fn a_configuration_of_nydusd_becomes_one_of_ours_and_its_secrets_a_file_for_its_owner() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (nydusd, out, auth) = (at("nydusd.json"), at("config.toml"), at("auth.json"));
+    let text = r#"{"device": {"backend": {"type": "registry", "config": {"host": "r.example", "repo": "a",
+        "auth": "bWU6aHVudGVyMg==", "scheme": "http"}}, "cache": {"type": "blobcache", "config": {"work_dir": "/c"}}},
+        "mode": "direct", "fs_prefetch": {"enable": true}}"#;
+    fs::write(&nydusd, text).unwrap();
+
+    let output = rafsd(&["config", "import-nydusd", &nydusd], &[]);
+    let told = String::from_utf8(output.stderr.clone()).unwrap();
+    let printed = stdout(&output);
+    assert!(
+        printed.starts_with("# rafsd mount BOOTSTRAP DIR --blobs docker://r.example/a --prefetch=all\n"),
+        "{printed}"
+    );
+    assert!(told.starts_with("device.backend.config.auth: not shown; `rafsd credentials set r.example/a "), "{told}");
+    assert!(!printed.contains("bWU6") && !told.contains("bWU6"));
+
+    let args = ["config", "import-nydusd", &nydusd, "-o", &out, "--with-credentials", &auth];
+    assert_eq!(stdout(&rafsd(&args, &[])), "rafsd mount BOOTSTRAP DIR --blobs docker://r.example/a --prefetch=all\n");
+    assert_eq!(
+        stdout(&rafsd(&["config", "check", &out], &[])),
+        format!("{out}: 2 settings, 1 registry, no mistakes\n")
+    );
+    assert!(fs::read_to_string(&out).unwrap().contains(&format!("docker_config = \"{auth}\"\n")));
+    assert_eq!(fs::metadata(&auth).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(fs::read_to_string(&auth).unwrap().contains("bWU6aHVudGVyMg=="));
+
+    let told = String::from_utf8(rafsd(&args, &[]).stderr).unwrap();
+    assert!(told.contains(&format!("cannot write {auth}: File exists")), "nothing is overwritten: {told}");
+    fs::write(&nydusd, "backend: local\n").unwrap();
+    let output = rafsd(&["config", "import-nydusd", &nydusd], &[]);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0));
+}

@@ -7,7 +7,7 @@ use anyhow::Context;
 use serde::Serialize;
 
 use super::settings::{SettingsArgs, file_text};
-use super::print_json;
+use super::{import_nydusd, print_json};
 use crate::base::{toml_string, toml_strings};
 use crate::daemon::settings::{self, Origin, Raw, Resolved, TABLE};
 use crate::net::hosts::Headers;
@@ -27,12 +27,14 @@ const EXAMPLE: &str = "\
 Examples:
   rafsd config check /etc/rafsd/config.toml
   rafsd config print
-  rafsd config print --defaults";
+  rafsd config print --defaults
+  rafsd config import-nydusd /etc/nydus/nydusd-config.json";
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
     Check(CheckArgs),
     Print(PrintArgs),
+    ImportNydusd(import_nydusd::ImportArgs),
 }
 
 /// Tell everything that is wrong in a config file
@@ -67,6 +69,7 @@ pub(super) fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
     match args.what {
         What::Check(args) => check(&args),
         What::Print(args) => print(&args).map(|()| ExitCode::SUCCESS),
+        What::ImportNydusd(args) => import_nydusd::run(&args),
     }
 }
 

@@ -22,6 +22,7 @@ use super::IdentityFiles;
 use crate::base::Secret;
 
 pub use registries::Registries;
+pub(crate) use table::web;
 pub use written::Headers;
 
 /// Where containerd looks.

@@ -13,6 +13,7 @@
 
 mod field;
 mod file;
+pub mod nydusd;
 mod table;
 
 pub use field::{Field, Raw, ValueError};

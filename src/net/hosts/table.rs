@@ -302,7 +302,7 @@ fn base(text: &str, overridden: bool) -> Option<Url> {
 }
 
 /// An address of the web without anything in it that would have to be kept secret.
-fn web(text: &str) -> Option<Url> {
+pub(crate) fn web(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;
     let plain = url.username().is_empty() && url.password().is_none() && url.query().is_none();
     (plain && url.fragment().is_none() && matches!(url.scheme(), "http" | "https") && url.has_host()).then_some(url)
