@@ -221,7 +221,7 @@ fn enter_sandbox(settings: &Settings) -> anyhow::Result<Sandbox> {
 }
 
 /// Where credentials come from. Programs that know some are run outside of the sandbox.
-fn credentials(settings: &Settings, sandbox: &Sandbox) -> anyhow::Result<Credentials> {
+pub(super) fn credentials(settings: &Settings, sandbox: &Sandbox) -> anyhow::Result<Credentials> {
     let programs: Arc<dyn Programs> = Arc::new(Runner::new(sandbox.clone()));
     let credentials = Credentials::open(&credential_sources(settings), &variable, &programs, Clock::default());
     credentials.context("cannot use the credentials for registries")

@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use super::api::ImageSpec;
 use super::mounts::Options;
+use super::remote;
 use crate::net::auth::Login;
-use crate::oci::{self, Endpoints, Repository};
+use crate::oci::{Endpoints, Repository};
 use crate::source::{AbsentSource, BlobSource, Network, NetworkOptions, OpenError};
 
 /// What a source is opened from.
@@ -62,16 +63,7 @@ impl Origins {
 
     /// The registry `host` and its mirrors, for questions that nobody waits for after `until`.
     pub(super) fn registry(&self, host: &str, ca: Option<&Path>, until: Instant) -> Result<Endpoints, OpenError> {
-        let registry = self.network.registry(host, ca)?;
-        let places = registry.servers().iter().map(|server| oci::Place {
-            endpoint: Arc::clone(&server.endpoint),
-            base: server.config.base.clone(),
-            namespace: server.config.namespace(host).map(ToOwned::to_owned),
-            resolves: server.config.resolve,
-            pulls: server.config.pull,
-            health: Arc::clone(&server.health),
-        });
-        Ok(Endpoints::new(host, places.collect(), self.network.policy(), until))
+        remote::endpoints(&self.network, host, ca, until)
     }
 
     /// Where the blobs of `spec` would be fetched from, in order, without secrets.
