@@ -168,3 +168,35 @@ async fn credentials_and_settings_are_those_of_the_daemon() {
     assert!(told.contains("registry \"made.example\": unknown key \"serve\"; did you mean \"server\"?"), "{told}");
     assert_eq!(bench.registry.leaks(), Vec::<String>::new());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_too_are_got_around_a_dead_proxy_if_that_is_allowed() {
+    let bench = Bench::new().await;
+    let config = fs::read_to_string(bench.at("config.toml")).unwrap();
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let proxied = format!("{config}[registry.\"made.example\".rafsd]\nproxy = \"http://{nobody}\"\n");
+
+    bench.write("config.toml", &format!("{proxied}proxy_fallback = false\n"));
+    bench.fails(&["inspect", &image("1")], 1).await;
+    for door in Door::ALL {
+        assert_eq!(bench.registry.seen(door).len(), 0, "{door:?} was asked without the proxy");
+    }
+    bench.write("config.toml", &proxied);
+    bench.works(&["inspect", &image("1")]).await;
+    assert_eq!(bench.registry.seen(Door::Tokens).len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_go_through_a_proxy_that_is_well() {
+    let bench = Bench::new().await;
+    let config = fs::read_to_string(bench.at("config.toml")).unwrap();
+    let proxy = bench.registry.url(Door::Proxy);
+    bench.write("config.toml", &format!("{config}[registry.\"made.example\".rafsd]\nproxy = \"{proxy}\"\n"));
+
+    bench.works(&["inspect", &image("1")]).await;
+
+    for door in [Door::Registry, Door::Tokens, Door::Storage] {
+        let seen = bench.registry.seen(door);
+        assert!(!seen.is_empty() && seen.iter().all(|seen| seen.proxied), "{door:?}");
+    }
+}

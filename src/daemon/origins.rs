@@ -11,7 +11,7 @@ use super::mounts::Options;
 use super::remote;
 use crate::net::auth::Login;
 use crate::oci::{Endpoints, Repository};
-use crate::source::{AbsentSource, BlobSource, Network, NetworkOptions, OpenError};
+use crate::source::{AbsentSource, BlobSource, Grounds, Network, NetworkOptions, OpenError};
 
 /// What a source is opened from.
 type Spec = (Vec<String>, Option<PathBuf>);
@@ -19,7 +19,7 @@ type Spec = (Vec<String>, Option<PathBuf>);
 /// Open sources. One stays open as long as an image uses it.
 #[derive(Default)]
 pub(super) struct Origins {
-    open: Mutex<HashMap<Spec, Weak<dyn BlobSource>>>,
+    open: Mutex<HashMap<Spec, (Weak<dyn BlobSource>, Grounds)>>,
     network: Network,
 }
 
@@ -51,13 +51,16 @@ impl Origins {
     /// yet.
     pub(super) fn open(&self, spec: &ImageSpec) -> Result<Arc<dyn BlobSource>, OpenError> {
         let key = (spec.places(), spec.ca.clone());
-        if let Some(open) = self.open.lock().unwrap().get(&key).and_then(Weak::upgrade) {
+        // A mirror may have been added, or a certificate renewed, since.
+        let grounds = self.network.grounds(&key.0, spec.ca.as_deref())?;
+        let open = self.open.lock().unwrap().get(&key).filter(|(_, made)| *made == grounds).cloned();
+        if let Some(open) = open.and_then(|(source, _)| source.upgrade()) {
             return Ok(open);
         }
         let source = self.network.open(&key.0, spec.ca.as_deref())?;
         let mut open = self.open.lock().unwrap();
-        open.retain(|_, source| source.strong_count() > 0);
-        open.insert(key, Arc::downgrade(&source));
+        open.retain(|_, (source, _)| source.strong_count() > 0);
+        open.insert(key, (Arc::downgrade(&source), grounds));
         Ok(source)
     }
 
@@ -115,7 +118,7 @@ mod tests {
         assert!(!Arc::ptr_eq(&first, &origins.open(&spec("http://127.0.0.1:9/b")).unwrap()));
         drop(first);
         origins.open(&spec("http://127.0.0.1:9/c")).unwrap();
-        assert!(origins.open.lock().unwrap().values().filter(|source| source.strong_count() > 0).count() == 0);
+        assert!(origins.open.lock().unwrap().values().filter(|(source, _)| source.strong_count() > 0).count() == 0);
     }
 
     #[test]
