@@ -81,7 +81,7 @@ pub(super) struct Place {
 #[derive(Debug)]
 pub(super) enum Origin {
     File(PathBuf),
-    Registry(Network, Box<Resolved>),
+    Registry(Box<Network>, Box<Resolved>),
 }
 
 impl RegistryArgs {
@@ -103,7 +103,7 @@ impl RegistryArgs {
         let scratch = remote::scratch(&dir).with_context(|| format!("cannot write to {}", dir.display()))?;
         let bytes = remote::bootstrap(runtime.handle(), &fetch, &resolved, scratch)?;
         let found = bootstrap::of_bytes(bytes, Path::new(&reference.to_string()))?;
-        Ok(Place { found, origin: Origin::Registry(network, Box::new(resolved)) })
+        Ok(Place { found, origin: Origin::Registry(Box::new(network), Box::new(resolved)) })
     }
 
     /// The image that is called `image`.

@@ -16,10 +16,13 @@ use crate::source::{AbsentSource, BlobSource, Grounds, Network, NetworkOptions, 
 /// What a source is opened from.
 type Spec = (Vec<String>, Option<PathBuf>);
 
+/// An open source, and what it was made with.
+type Open = (Weak<dyn BlobSource>, Grounds);
+
 /// Open sources. One stays open as long as an image uses it.
 #[derive(Default)]
 pub(super) struct Origins {
-    open: Mutex<HashMap<Spec, (Weak<dyn BlobSource>, Grounds)>>,
+    open: Mutex<HashMap<Spec, Open>>,
     network: Network,
 }
 
