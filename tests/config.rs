@@ -174,3 +174,68 @@ fn clients_look_for_the_daemon_where_the_file_says() {
     let told = String::from_utf8(output.stderr).unwrap();
     assert!(told.contains(run.to_str().unwrap()), "{told}");
 }
+
+#[test]
+fn tables_of_registries_are_checked_and_printed_without_the_values_of_headers() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "fetches = 3\n[registry.\"docker.io\".host.\"https://m.example\"]\nca = \"own.pem\"\n\
+                [registry.\"docker.io\".host.\"https://m.example\".header]\nx-key = \"hunter2\"\n";
+    let path = file(dir.path(), text);
+    let check = |path: &Path| stdout(&rafsd(&["config", "check", path.to_str().unwrap()], &[]));
+    assert_eq!(check(&path), format!("{}: 1 settings, 1 registry, no mistakes\n", path.display()));
+
+    let printed = stdout(&rafsd(&["config", "print", "--config", path.to_str().unwrap()], &[]));
+    assert!(printed.contains("[registry.\"docker.io\".host.\"https://m.example/v2\"]\n"), "{printed}");
+    let own = path.canonicalize().unwrap().with_file_name("own.pem");
+    assert!(printed.contains(&format!("ca = [\"{}\"]\n", own.display())), "{printed}");
+    assert!(!printed.contains("hunter2"), "{printed}");
+    fs::write(&path, printed).unwrap();
+    assert_eq!(check(&path), format!("{}: {} settings, 1 registry, no mistakes\n", path.display(), TABLE.len()));
+    let json = stdout(&rafsd(&["config", "print", "--config", path.to_str().unwrap(), "--json"], &[]));
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["registries"]["docker.io"][0]["host"], "https://m.example/v2");
+
+    fs::write(&path, "[registry.\"docker.io\".host.\"https://m.example\"]\nskip_verfy = true\n").unwrap();
+    let output = rafsd(&["config", "check", path.to_str().unwrap()], &[]);
+    let told = String::from_utf8(output.stdout).unwrap();
+    let wanted = "line 2: registry \"docker.io\": unknown key \"skip_verfy\"; did you mean \"skip_verify\"?\n";
+    assert_eq!((output.status.code(), told), (Some(1), format!("{}: {wanted}", path.display())));
+}
+
+#[test]
+fn a_configuration_of_nydusd_becomes_one_of_ours_and_its_secrets_a_file_for_its_owner() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (nydusd, out, auth) = (at("nydusd.json"), at("config.toml"), at("auth.json"));
+    let text = r#"{"device": {"backend": {"type": "registry", "config": {"host": "r.example", "repo": "a",
+        "auth": "bWU6aHVudGVyMg==", "scheme": "http"}}, "cache": {"type": "blobcache", "config": {"work_dir": "/c"}}},
+        "mode": "direct", "fs_prefetch": {"enable": true}}"#;
+    fs::write(&nydusd, text).unwrap();
+
+    let output = rafsd(&["config", "import-nydusd", &nydusd], &[]);
+    let told = String::from_utf8(output.stderr.clone()).unwrap();
+    let printed = stdout(&output);
+    assert!(
+        printed.starts_with("# rafsd mount BOOTSTRAP DIR --blobs docker://r.example/a --prefetch=all\n"),
+        "{printed}"
+    );
+    assert!(told.starts_with("device.backend.config.auth: not shown; `rafsd credentials set r.example/a "), "{told}");
+    assert!(!printed.contains("bWU6") && !told.contains("bWU6"));
+
+    let args = ["config", "import-nydusd", &nydusd, "-o", &out, "--with-credentials", &auth];
+    assert_eq!(stdout(&rafsd(&args, &[])), "rafsd mount BOOTSTRAP DIR --blobs docker://r.example/a --prefetch=all\n");
+    assert_eq!(
+        stdout(&rafsd(&["config", "check", &out], &[])),
+        format!("{out}: 2 settings, 1 registry, no mistakes\n")
+    );
+    assert!(fs::read_to_string(&out).unwrap().contains(&format!("docker_config = \"{auth}\"\n")));
+    assert_eq!(fs::metadata(&auth).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(fs::read_to_string(&auth).unwrap().contains("bWU6aHVudGVyMg=="));
+
+    let told = String::from_utf8(rafsd(&args, &[]).stderr).unwrap();
+    assert!(told.contains(&format!("cannot write {auth}: File exists")), "nothing is overwritten: {told}");
+    fs::write(&nydusd, "backend: local\n").unwrap();
+    let output = rafsd(&["config", "import-nydusd", &nydusd], &[]);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0));
+}

@@ -10,11 +10,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use flate2::Compression;
-use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 use support::clock::VirtualClock;
-use support::registry::content::{MANIFEST, digest};
 use support::registry::{Access, Content, Door, Fault, Registry, Setup, USER, When, fresh};
 use support::{building, secrets, tree};
 
@@ -24,55 +21,6 @@ const IMAGES: usize = 12;
 /// The repository of an image. All but the first are in one place, which has credentials of its own.
 fn repository(number: usize) -> String {
     if number == 0 { format!("first/image{number}") } else { format!("team/image{number}") }
-}
-
-/// Puts the image in `dir`, as `rafsd build` leaves it, into a repository, in the form of nydusify.
-fn push(content: &mut Content, repository: &str, dir: &Path) {
-    let mut layers = Vec::new();
-    for entry in fs::read_dir(dir.join("blobs")).unwrap() {
-        let bytes = fs::read(entry.unwrap().path()).unwrap();
-        let size = bytes.len();
-        layers.push(json!({
-            "mediaType": "application/vnd.oci.image.layer.nydus.blob.v1",
-            "digest": content.blob(repository, bytes),
-            "size": size,
-            "annotations": { "containerd.io/snapshot/nydus-blob": "true" },
-        }));
-    }
-    let layer = bootstrap_layer(&fs::read(dir.join("bootstrap")).unwrap());
-    let size = layer.len();
-    layers.push(json!({
-        "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
-        "digest": content.blob(repository, layer),
-        "size": size,
-        "annotations": {
-            "containerd.io/snapshot/nydus-bootstrap": "true",
-            "containerd.io/snapshot/nydus-fs-version": "6",
-        },
-    }));
-    let config =
-        json!({"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": []}}).to_string();
-    let manifest = json!({
-        "schemaVersion": 2,
-        "mediaType": MANIFEST,
-        "config": {
-            "mediaType": "application/vnd.oci.image.config.v1+json",
-            "digest": digest(config.as_bytes()),
-            "size": config.len(),
-        },
-        "layers": layers,
-    });
-    content.blob(repository, config);
-    content.document(repository, "1", MANIFEST, manifest.to_string());
-}
-
-fn bootstrap_layer(bootstrap: &[u8]) -> Vec<u8> {
-    let mut tar = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
-    let mut header = tar::Header::new_ustar();
-    header.set_size(bootstrap.len() as u64);
-    header.set_mode(0o644);
-    tar.append_data(&mut header, "image/image.boot", bootstrap).unwrap();
-    tar.into_inner().unwrap().finish().unwrap()
 }
 
 /// A daemon that says everything it can.
@@ -167,7 +115,7 @@ async fn a_daemon_keeps_its_secrets_whatever_goes_wrong() {
         fs::create_dir_all(&source).unwrap();
         tree::big_file(&source.join("file"), 1, number as u64).unwrap();
         building::build(&source, &out).unwrap();
-        push(&mut content, &repository(number), &out);
+        content.image(&repository(number), "1", &out, true);
     }
     let setup = Setup { content, access: Access::Bearer, storage: true, numeric: true, ..Setup::default() };
     let registry = Registry::start(setup, &VirtualClock::new()).await;

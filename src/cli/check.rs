@@ -5,13 +5,13 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::ValueEnum;
 
-use super::opened::{self, BlobsArgs};
+use super::opened::{self, BlobsArgs, Place};
 use super::print_json;
 use super::progress::Bar;
 use crate::base::{ByteSize, Chain};
 use crate::image::check::{self as metadata, Code};
 use crate::image::{Image, ImageError};
-use crate::reader::{LoadError, bootstrap};
+use crate::reader::LoadError;
 use crate::tools::check::{self, Report};
 
 /// Tell whether an image is sound, without mounting it
@@ -20,7 +20,7 @@ use crate::tools::check::{self, Report};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct CheckArgs {
-    /// Bootstrap to look at, or a blob that holds its bootstrap
+    /// Bootstrap to look at, a blob that holds its bootstrap, or docker://HOST/REPOSITORY:TAG
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
 
@@ -41,6 +41,7 @@ Examples:
   rafsd check image/bootstrap
   rafsd check image/bootstrap --depth data
   rafsd check image/bootstrap --blobs https://blobs.example/image --depth blob
+  rafsd check docker://registry.example/team/app:1.2-nydus --depth data
 
 Exit status: 0 if the image is sound, 1 if it is damaged, 2 if that could not be found out: a wrong
 command line, no image, a source that fails, or a blob of a kind that cannot be looked at.
@@ -81,7 +82,8 @@ pub(super) fn run(args: &CheckArgs) -> ExitCode {
 }
 
 fn look(args: &CheckArgs) -> anyhow::Result<Report> {
-    let found = bootstrap::find(&args.image, None)?;
+    let runtime = opened::runtime()?;
+    let Place { found, origin } = args.blobs.find(&args.image, &runtime)?;
     // What cannot even be opened is told of below.
     let before = found.v5().map_or_else(|_| metadata::Report::default(), |image| check::v5::check(&image));
     let loaded = match found.load() {
@@ -104,8 +106,8 @@ fn look(args: &CheckArgs) -> anyhow::Result<Report> {
         }
         Err(cause) => return Err(LoadError::Image { path: args.image.clone(), cause }.into()),
     };
-    let runtime = opened::runtime().context("cannot start threads for reading")?;
-    let source = if args.depth == Depth::Meta { None } else { Some(args.blobs.source(&args.image)?) };
+    args.blobs.admit(&origin, &image)?;
+    let source = if args.depth == Depth::Meta { None } else { Some(args.blobs.source(&origin)?) };
     let bar = Bar::on_terminal("checking");
     let mut report = check::check(&image, args.depth.into(), source.as_deref(), runtime.handle(), &bar)?;
     report.found.absorb(before);

@@ -6,9 +6,11 @@ use std::process::ExitCode;
 use anyhow::Context;
 use serde::Serialize;
 
-use super::print_json;
-use super::settings::SettingsArgs;
+use super::settings::{SettingsArgs, file_text};
+use super::{import_nydusd, print_json};
+use crate::base::{toml_string, toml_strings};
 use crate::daemon::settings::{self, Origin, Raw, Resolved, TABLE};
+use crate::net::hosts::Headers;
 use crate::sys::memory;
 
 /// Check or print the settings of the daemon
@@ -25,12 +27,14 @@ const EXAMPLE: &str = "\
 Examples:
   rafsd config check /etc/rafsd/config.toml
   rafsd config print
-  rafsd config print --defaults";
+  rafsd config print --defaults
+  rafsd config import-nydusd /etc/nydus/nydusd-config.json";
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
     Check(CheckArgs),
     Print(PrintArgs),
+    ImportNydusd(import_nydusd::ImportArgs),
 }
 
 /// Tell everything that is wrong in a config file
@@ -65,16 +69,23 @@ pub(super) fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
     match args.what {
         What::Check(args) => check(&args),
         What::Print(args) => print(&args).map(|()| ExitCode::SUCCESS),
+        What::ImportNydusd(args) => import_nydusd::run(&args),
     }
 }
 
 fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let text = settings::read_file(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
-    let resolved = settings::resolve(Some(&text), &[]);
+    let path = std::path::absolute(&args.file).context("cannot tell the working directory")?;
+    let resolved = settings::resolve(Some(file_text(&path, &text)), &[]);
     let mut out = io::stdout().lock();
     if resolved.mistakes.is_empty() {
         let set = resolved.origins.iter().filter(|origin| **origin == Origin::File).count();
-        writeln!(out, "{}: {set} settings, no mistakes", args.file.display())?;
+        let registries = match resolved.settings.registries.len() {
+            0 => String::new(),
+            1 => ", 1 registry".to_owned(),
+            count => format!(", {count} registries"),
+        };
+        writeln!(out, "{}: {set} settings{registries}, no mistakes", args.file.display())?;
         return Ok(ExitCode::SUCCESS);
     }
     for mistake in &resolved.mistakes {
@@ -104,6 +115,8 @@ fn print(args: &PrintArgs) -> anyhow::Result<()> {
             writeln!(out, "{:<40} # {origin}", format!("{} = {value}", setting.key))?;
         }
     }
+    // Only the file has them. Headers may hold logins, which are for nobody who reads this.
+    write!(out, "{}", resolved.settings.registries.written(Headers::Hidden))?;
     Ok(())
 }
 
@@ -113,6 +126,8 @@ struct Printed {
     /// The config file that was read.
     file: Option<PathBuf>,
     settings: BTreeMap<&'static str, PrintedSetting>,
+    /// Hosts of registries, which only the file tells of.
+    registries: serde_json::Value,
 }
 
 #[derive(Serialize)]
@@ -132,42 +147,42 @@ impl Printed {
             };
             (setting.key, PrintedSetting { value, origin: *origin })
         });
-        Self { file, settings: settings.collect() }
+        Self { file, settings: settings.collect(), registries: resolved.settings.registries.printed() }
     }
 }
 
 /// A value as TOML has it.
 fn toml(value: &Raw) -> String {
     match value {
-        Raw::Text(text) => quoted(text),
+        Raw::Text(text) => toml_string(text),
         Raw::Whole(number) => number.to_string(),
         Raw::Switch(on) => on.to_string(),
-        Raw::Items(items) => format!("[{}]", items.iter().map(|item| quoted(item)).collect::<Vec<_>>().join(", ")),
+        Raw::Items(items) => toml_strings(items),
     }
-}
-
-/// A basic string: JSON's escapes are TOML's too, but for one character.
-fn quoted(text: &str) -> String {
-    serde_json::Value::from(text).to_string().replace('\u{7f}', "\\u007f")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::settings::{Settings, read_text};
+    use std::path::Path;
+
+    use crate::daemon::settings::{ConfigText, Settings, read_text};
 
     #[test]
     fn what_is_printed_is_read_as_the_same_settings() {
         let text = "cache = \"/a \\\"b\\\\ \\u007f\"\nsandbox_read = [\"/srv\", \"/x\"]\nsandbox = false\nfetches = 3\n\
-                    exit_when_idle = \"90s\"\nbackend = [\"fanotify\"]\ngap = 1000\n";
-        let resolved = settings::resolve(Some(text), &[]);
+                    exit_when_idle = \"90s\"\nbackend = [\"fanotify\"]\ngap = 1000\n\
+                    [registry.\"docker.io\".host.\"m.example\"]\nca = \"a.pem\"\n[registry._default.rafsd]\nconcurrency = 2\n";
+        let file = |text| ConfigText { text, dir: Path::new("/etc/rafsd") };
+        let resolved = settings::resolve(Some(file(text)), &[]);
         assert_eq!(resolved.mistakes, []);
 
         let lines = TABLE
             .iter()
             .map(|setting| format!("{} = {}\n", setting.key, toml(&setting.field.show(&resolved.settings))));
         let mut again = Settings::default();
-        let (keys, mistakes) = read_text(&lines.collect::<String>(), &mut again);
+        let printed = lines.collect::<String>() + &resolved.settings.registries.written(Headers::Shown);
+        let (keys, mistakes) = read_text(file(&printed), &mut again);
 
         assert_eq!((mistakes, keys.len()), (vec![], TABLE.len()));
         assert_eq!(again, resolved.settings);

@@ -17,7 +17,7 @@ use crate::tools::export::{self, ExportReport, Verity};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ExportArgs {
-    /// Bootstrap of the image, or a blob that holds it
+    /// Bootstrap of the image, a blob that holds it, or docker://HOST/REPOSITORY:TAG
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
 
@@ -46,7 +46,8 @@ Exit status:
 
 Examples:
   rafsd export image/bootstrap -o image.erofs && mount -o loop image.erofs /mnt
-  rafsd export image/bootstrap --blobs https://blobs.example/image -o image.erofs --verity append";
+  rafsd export image/bootstrap --blobs https://blobs.example/image -o image.erofs --verity append
+  rafsd export docker://registry.example/team/app:1.2-nydus -o image.erofs";
 
 fn verity(text: &str) -> Result<Verity, Infallible> {
     Ok(if text == "append" { Verity::Append } else { Verity::File(text.into()) })

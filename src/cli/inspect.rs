@@ -5,18 +5,21 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
+use super::opened::RegistryArgs;
 use super::print_json;
 use crate::image::dump::{Detail, dump};
-use crate::reader::bootstrap;
 use crate::tools::inspect::{Subject, inspect};
 
 /// Show an image, or one inode, blob or chunk of it
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct InspectArgs {
-    /// Bootstrap to look into, or a blob that holds its bootstrap
+    /// Bootstrap to look into, a blob that holds its bootstrap, or docker://HOST/REPOSITORY:TAG
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
+
+    #[command(flatten)]
+    registry: RegistryArgs,
 
     /// The inode at this path; links are not followed
     #[arg(long, value_name = "PATH", group = "subject")]
@@ -52,6 +55,7 @@ Examples:
   rafsd inspect image/bootstrap
   rafsd inspect image/bootstrap --path /etc/passwd --json
   rafsd inspect image/bootstrap --dump > image.txt
+  rafsd inspect docker://registry.example/team/app:1.2-nydus --path /etc/passwd
 
 Exit status: 0 if it was shown, 1 if there is no such thing or it is damaged.";
 
@@ -65,7 +69,7 @@ fn chunk(text: &str) -> Result<(u32, u32), String> {
 /// # Errors
 /// If the image cannot be read, or has no such thing.
 pub(super) fn run(args: InspectArgs) -> anyhow::Result<ExitCode> {
-    let image = bootstrap::open(&args.image)?;
+    let image = args.registry.image(&args.image)?;
     if args.dump {
         let detail = if args.layout { Detail::Layout } else { Detail::Meaning };
         let mut out = io::BufWriter::new(io::stdout().lock());

@@ -17,6 +17,7 @@ mod credentials;
 mod demo;
 mod doctor;
 pub mod export;
+mod import_nydusd;
 mod inspect;
 mod keeper;
 mod list;

@@ -6,7 +6,7 @@
 use anyhow::Context;
 
 use super::settings::SettingsArgs;
-use crate::daemon::settings::{Settings, TABLE};
+use crate::daemon::settings::{REGISTRY, Settings, TABLE};
 use crate::telemetry::logging::LogControl;
 
 /// What a daemon was started with.
@@ -41,6 +41,7 @@ impl Reload {
         let now = resolved.settings;
         self.log.set(&now.log).context("log")?;
         let differs = TABLE.iter().filter(|it| it.key != "log" && it.field.show(&now) != it.field.show(&self.used));
-        Ok(differs.map(|setting| setting.key).collect())
+        let registries = (now.registries != self.used.registries).then_some(REGISTRY);
+        Ok(differs.map(|setting| setting.key).chain(registries).collect())
     }
 }

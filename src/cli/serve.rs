@@ -135,8 +135,9 @@ fn serve(
     };
     let (store, keepers) = (settings.store_options(), plan(&settings, supervisor)?);
     let credentials = credentials(&settings, &sandbox)?;
-    let Settings { cache, run, backend: backends, hosts_dir, .. } = settings;
-    let options = Options { cache, run: run.clone(), store, keepers, backends, hosts_dir, credentials, sandbox };
+    let Settings { cache, run, backend: backends, hosts_dir, registries, .. } = settings;
+    let options =
+        Options { cache, run: run.clone(), store, keepers, backends, hosts_dir, registries, credentials, sandbox };
     let daemon = start(&options, runtime.handle(), inherited)?;
     let choice = daemon.info().host.choice;
     tracing::info!(run = %run.display(), ?choice, "serving");
@@ -202,6 +203,9 @@ fn enter_sandbox(settings: &Settings) -> anyhow::Result<Sandbox> {
     let read = (!settings.sandbox_read.is_empty()).then(|| {
         let asked = settings.sandbox_read.iter().cloned();
         let asked = asked.chain(credential_sources(settings).readable(&variable)).chain([settings.hosts_dir.clone()]);
+        // A certificate that is renewed is another file of the same directory.
+        let certificates_of = |file: &Path| file.parent().map(Path::to_owned);
+        let asked = asked.chain(settings.registries.files().filter_map(certificates_of));
         asked.chain(READ_ANYWAY.iter().map(|path| own(path))).chain(certificates()).collect()
     });
     let policy = Policy { write, devices: vec![own(crate::sys::cachefiles::DEVICE), own("/dev/null")], read };
@@ -217,7 +221,7 @@ fn enter_sandbox(settings: &Settings) -> anyhow::Result<Sandbox> {
 }
 
 /// Where credentials come from. Programs that know some are run outside of the sandbox.
-fn credentials(settings: &Settings, sandbox: &Sandbox) -> anyhow::Result<Credentials> {
+pub(super) fn credentials(settings: &Settings, sandbox: &Sandbox) -> anyhow::Result<Credentials> {
     let programs: Arc<dyn Programs> = Arc::new(Runner::new(sandbox.clone()));
     let credentials = Credentials::open(&credential_sources(settings), &variable, &programs, Clock::default());
     credentials.context("cannot use the credentials for registries")

@@ -11,7 +11,9 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 
 use super::userdirs::user_dirs;
-use crate::daemon::settings::{self, DEFAULT_FILE, Field, Given, Origin, Resolved, Setting, Settings, TABLE};
+use crate::daemon::settings::{
+    self, ConfigText, DEFAULT_FILE, Field, Given, Origin, Resolved, Setting, Settings, TABLE,
+};
 
 /// The variable that names the config file.
 const CONFIG_ENV: &str = "RAFSD_CONFIG";
@@ -109,30 +111,30 @@ impl SettingsArgs {
     /// # Errors
     /// The file cannot be read, or something is wrong in it: all of it is told.
     pub(super) fn resolve(&self) -> anyhow::Result<(Resolved, Option<PathBuf>)> {
-        let (path, text) = match config_text(self.config.as_deref())? {
-            Some((path, text)) => (Some(path), Some(text)),
-            None => (None, None),
-        };
-        let mut resolved = settings::resolve(text.as_deref(), &self.given);
-        resolved.fit_user(user_dirs());
-        if !resolved.mistakes.is_empty() {
-            let told: Vec<_> = resolved.mistakes.iter().map(ToString::to_string).collect();
-            let from = path.map_or_else(|| "the settings".to_owned(), |path| path.display().to_string());
-            bail!("cannot use {from}: {}", told.join("; "));
-        }
-        let settings = &mut resolved.settings;
-        let files = [
-            &mut settings.docker_config,
-            &mut settings.credential_providers,
-            &mut settings.credential_provider_bin_dir,
-        ];
-        let paths = files.into_iter().flatten();
-        let paths = paths.chain([&mut settings.hosts_dir]);
-        for path in paths.chain(&mut settings.registry_secrets).chain(&mut settings.sandbox_read) {
-            *path = std::path::absolute(&*path).context("cannot tell the working directory")?;
-        }
-        Ok((resolved, path))
+        let file = config_text(self.config.as_deref())?;
+        let resolved = usable(file.as_ref(), &self.given)?;
+        Ok((resolved, file.map(|(path, _)| path)))
     }
+}
+
+/// The settings as a daemon would use them. Places that are read later are absolute.
+fn usable(file: Option<&(PathBuf, String)>, given: &[Given]) -> anyhow::Result<Resolved> {
+    let mut resolved = settings::resolve(file.map(|(path, text)| file_text(path, text)), given);
+    resolved.fit_user(user_dirs());
+    if !resolved.mistakes.is_empty() {
+        let told: Vec<_> = resolved.mistakes.iter().map(ToString::to_string).collect();
+        let from = file.map_or_else(|| "the settings".to_owned(), |(path, _)| path.display().to_string());
+        bail!("cannot use {from}: {}", told.join("; "));
+    }
+    let settings = &mut resolved.settings;
+    let files =
+        [&mut settings.docker_config, &mut settings.credential_providers, &mut settings.credential_provider_bin_dir];
+    let paths = files.into_iter().flatten();
+    let paths = paths.chain([&mut settings.hosts_dir]);
+    for path in paths.chain(&mut settings.registry_secrets).chain(&mut settings.sandbox_read) {
+        *path = std::path::absolute(&*path).context("cannot tell the working directory")?;
+    }
+    Ok(resolved)
 }
 
 /// The config file and its text; `None` if none is named and there is none at the usual place.
@@ -145,17 +147,40 @@ pub(super) fn config_text(named: Option<&Path>) -> anyhow::Result<Option<(PathBu
     }
 }
 
+/// A config file and its text.
+pub(super) fn file_text<'a>(path: &'a Path, text: &'a str) -> ConfigText<'a> {
+    ConfigText { text, dir: path.parent().unwrap_or(Path::new("/")) }
+}
+
 /// The settings as the file has them, for whoever only looks for the daemon: what is wrong in the
 /// file is for the daemon to tell.
 pub(super) fn settings_for_clients(named: Option<&Path>) -> anyhow::Result<Settings> {
-    let text = match config_text(named) {
+    let file = match config_text(named) {
         // Not everybody may read it.
         Err(_) if named.is_none() => None,
-        other => other?.map(|(_, text)| text),
+        other => other?,
     };
-    let mut resolved = settings::resolve(text.as_deref(), &[]);
+    let mut resolved = settings::resolve(file.as_ref().map(|(path, text)| file_text(path, text)), &[]);
     resolved.fit_user(user_dirs());
     Ok(resolved.settings)
+}
+
+/// The settings of a daemon that would be started with this file and this environment, for tools that do what it does.
+///
+/// # Errors
+/// The file cannot be read, or something is wrong in the settings: all of it is told.
+pub(super) fn settings_for_tools(named: Option<&Path>) -> anyhow::Result<Settings> {
+    let set = |setting: &'static Setting| {
+        let text = std::env::var_os(setting.env())?.to_string_lossy().into_owned();
+        Some(Given { key: setting.key, text, origin: Origin::Environment })
+    };
+    let file = match config_text(named) {
+        // Not everybody may read it.
+        Err(_) if named.is_none() => None,
+        other => other?,
+    };
+    let given: Vec<_> = TABLE.iter().filter_map(set).collect();
+    Ok(usable(file.as_ref(), &given)?.settings)
 }
 
 #[cfg(test)]

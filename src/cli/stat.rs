@@ -4,18 +4,21 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
+use super::opened::RegistryArgs;
 use super::print_json;
 use crate::base::ByteSize;
-use crate::reader::bootstrap;
 use crate::tools::stat::{self, ImageStat, Report};
 
 /// Count what is in images, and what several of them share
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct StatArgs {
-    /// Bootstraps to look into, or blobs that hold theirs
+    /// Bootstraps to look into, blobs that hold theirs, or docker://HOST/REPOSITORY:TAG
     #[arg(value_name = "IMAGE", required = true)]
     images: Vec<PathBuf>,
+
+    #[command(flatten)]
+    registry: RegistryArgs,
 
     /// Print the numbers as JSON
     #[arg(long)]
@@ -26,6 +29,7 @@ const EXAMPLES: &str = "\
 Examples:
   rafsd stat image/bootstrap
   rafsd stat base/bootstrap app/bootstrap --json
+  rafsd stat docker://registry.example/team/app:1.1-nydus docker://registry.example/team/app:1.2-nydus
 
 Exit status: 0 if everything was counted, 1 if an image cannot be read or is damaged.";
 
@@ -34,7 +38,7 @@ Exit status: 0 if everything was counted, 1 if an image cannot be read or is dam
 /// # Errors
 /// If an image cannot be read or is damaged.
 pub(super) fn run(args: &StatArgs) -> anyhow::Result<ExitCode> {
-    let open = |path: &PathBuf| Ok((path.display().to_string(), bootstrap::open(path)?));
+    let open = |path: &PathBuf| Ok((path.display().to_string(), args.registry.image(path)?));
     let images = args.images.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
     let report = stat::stat(&images).context("an image is damaged; `rafsd check` tells more")?;
     if args.json {

@@ -16,7 +16,7 @@ use crate::tools::unpack::{self, UnpackOptions, UnpackReport};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct UnpackArgs {
-    /// Bootstrap of the image, or a blob that holds it
+    /// Bootstrap of the image, a blob that holds it, or docker://HOST/REPOSITORY:TAG
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
 
@@ -56,7 +56,8 @@ Exit status:
 
 Examples:
   rafsd unpack image/bootstrap -o rootfs/
-  rafsd unpack image/bootstrap --blobs https://blobs.example/image --tar - | tar -t";
+  rafsd unpack image/bootstrap --blobs https://blobs.example/image --tar - | tar -t
+  rafsd unpack docker://registry.example/team/app:1.2-nydus -o rootfs/";
 
 /// Exit status: 0 when everything is written and on disk.
 ///

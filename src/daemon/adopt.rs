@@ -37,6 +37,7 @@ use crate::base::{Chain, Digest};
 use crate::cache::{Store, StoreOptions};
 use crate::export::cachefiles::FsId;
 use crate::export::{BackendKind, MountWatch, WatchId};
+use crate::source::Network;
 use crate::sys::fanotify::{Answer, Group};
 use crate::sys::faultpoint;
 use crate::sys::files::{InodeId, inode_id_at};
@@ -112,7 +113,7 @@ impl Daemon {
         let backends = Backends::new(&options, legacy, &keepers, telemetry.clone())?;
         sweep(&options.cache);
         let objects = Arc::new(Objects::new(options.cache.join("cachefiles-maps")));
-        let origins = Origins::new(telemetry.clone(), options.hosts_dir.clone(), options.credentials.keychain());
+        let origins = Origins::new(Network::new(options.network(), telemetry.clone()));
         let references = References::new(options.cache.join("references"));
         let daemon = Arc::new(Self {
             options,

@@ -5,24 +5,18 @@
 //! image's own manifest names it, or if it was said that blobs are kept elsewhere: a bootstrap cannot name what its
 //! manifest does not.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::api::{ImageSpec, SpecError, Whereabouts};
 use super::prepare::{Layer, Named, Prepared, Wanted};
 use super::references::References;
 use super::turns::Queue;
-use super::{Daemon, DaemonError};
-use crate::base::Digest;
-use crate::blob::BlobTables;
+use super::{Daemon, DaemonError, remote};
 use crate::cache::StoreError;
-use crate::image::Image;
-use crate::oci::bootstrap::{LayerError, MAX_LAYER, unpack};
-use crate::oci::{self, FetchError, Layout, OciError, Platform, Reference, Registry, Resolved, Version};
+use crate::oci::{self, FetchError, OciError, Platform, Reference, Registry, Resolved, Version};
 
 /// How long finding out what a reference means may take.
 const LOOK_UP: Duration = Duration::from_secs(30);
@@ -121,7 +115,7 @@ impl Daemon {
             Found::File(path) => return self.prepare_from(&Wanted::File(path), &source),
             Found::Image(resolved) => resolved,
         };
-        let image = servable(resolved)?;
+        let image = remote::servable(resolved)?;
         let digest = image.bootstrap.sha256().map_err(|cause| OciError::Document {
             repository: resolved.reference.repository().to_string(),
             what: "the manifest".to_owned(),
@@ -132,7 +126,7 @@ impl Daemon {
             digest,
             shown: &shown,
             fetch: &|| self.fetch_bootstrap(spec, resolved),
-            admit: &|image| if spec.blobs.is_empty() { ensure_named(resolved, image) } else { Ok(()) },
+            admit: &|image| if spec.blobs.is_empty() { remote::ensure_named(resolved, image) } else { Ok(()) },
         };
         let mut prepared = self.prepare_from(&Wanted::Layer(&layer), &source)?;
         let (reference, manifest) = (resolved.reference.to_string(), resolved.manifest_digest);
@@ -143,27 +137,20 @@ impl Daemon {
     /// The bootstrap of an image, out of its layer, which is checked before anything looks into it.
     fn fetch_bootstrap(&self, spec: &ImageSpec, resolved: &Resolved) -> Result<Vec<u8>, DaemonError> {
         let reference = &resolved.reference;
-        let unusable = |cause| OciError::Bootstrap { reference: reference.clone(), cause: Arc::new(cause) };
         if spec.offline {
             return Err(OciError::Unknown { reference: reference.clone() }.into());
         }
-        let layer = &resolved.image()?.bootstrap;
-        if layer.size > MAX_LAYER {
-            return Err(unusable(LayerError::TooLong { size: layer.size }).into());
-        }
-        let mut scratch = self.scratch().map_err(|cause| self.unwritten(&cause))?;
-        let repository = reference.repository();
-        let fetch = self.origins.registry(repository.host(), spec.ca.as_deref(), Instant::now() + FETCH_LAYER);
+        let dir = self.store.shelves().bootstraps().dir();
+        let scratch = DirBuilder::new().recursive(true).mode(0o700).create(dir).and_then(|()| remote::scratch(dir));
+        let scratch = scratch.map_err(|cause| self.unwritten(&cause))?;
+        let fetch =
+            self.origins.registry(reference.repository().host(), spec.ca.as_deref(), Instant::now() + FETCH_LAYER);
         let fetch = fetch.map_err(DaemonError::SourceSpec)?;
-        let mut take = |piece: &[u8]| scratch.write_all(piece);
-        let registry = Registry::new(&fetch, repository);
-        self.runtime.block_on(registry.blob(layer, "the bootstrap layer", &mut take)).map_err(|error| match error {
+        remote::bootstrap(&self.runtime, &fetch, resolved, scratch).map_err(|error| match error {
             // Our own disk is nobody else's fault, and there may be room to be made.
             OciError::Fetch(FetchError::Taking { cause, .. }) => self.unwritten(&cause),
             other => other.into(),
-        })?;
-        scratch.seek(SeekFrom::Start(0)).map_err(|cause| unusable(LayerError::Scratch(cause)))?;
-        Ok(unpack(scratch).map_err(unusable)?)
+        })
     }
 
     fn unwritten(&self, cause: &std::io::Error) -> DaemonError {
@@ -171,23 +158,6 @@ impl Daemon {
         let path = self.store.shelves().bootstraps().dir().to_owned();
         DaemonError::Store(StoreError::Io { path, cause })
     }
-
-    /// A file in the cache that nobody else sees.
-    fn scratch(&self) -> std::io::Result<File> {
-        let dir = self.store.shelves().bootstraps().dir();
-        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(dir)
-    }
-}
-
-/// The image, if its manifest has nothing that this version cannot serve.
-pub(super) fn servable(resolved: &Resolved) -> Result<&oci::Image, OciError> {
-    let image = resolved.image()?;
-    if image.layout == Layout::Zran {
-        let why = "its data is in gzip layers of an ordinary image, which this version cannot serve".to_owned();
-        return Err(OciError::Unsupported { reference: resolved.reference.clone(), why });
-    }
-    Ok(image)
 }
 
 /// Tells of `--offline` where it would help.
@@ -198,23 +168,6 @@ fn hint(error: DaemonError, reference: &Reference, is_known: bool) -> DaemonErro
         }
         error => error,
     }
-}
-
-/// Every blob that `image` leads to is one that its manifest names.
-fn ensure_named(resolved: &Resolved, image: &Image) -> Result<(), DaemonError> {
-    let named = &resolved.image()?.named;
-    let is_named = |id: &str| Digest::from_hex(id).is_some_and(|digest| named.contains(&digest));
-    for device in image.devices() {
-        let tables = BlobTables::new(&device.entry).map_err(DaemonError::Tables)?;
-        let own = device.blob.as_str();
-        let wanted = [own, tables.home().as_str()];
-        // Of a blob without tables of its own there is nothing to fetch from anywhere else.
-        let stranger = wanted.into_iter().take(if tables.stored().is_empty() { 1 } else { 2 }).find(|id| !is_named(id));
-        if let Some(blob) = stranger {
-            return Err(OciError::Stranger { reference: resolved.reference.clone(), blob: blob.to_owned() }.into());
-        }
-    }
-    Ok(())
 }
 
 /// The reference of `spec`, which must be an image of a registry.

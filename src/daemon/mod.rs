@@ -5,6 +5,7 @@
 //!   threads.
 //! * [`stock`] is the cache as people see it: what is there, which images use it, what may go.
 //! * [`control`] puts it behind a Unix socket, [`client`] is the other end.
+//! * [`remote`] is the way from a reference to an image, also for tools that need no daemon.
 //! * [`keeper`] are the processes that hold the kernel descriptors, so that a killed daemon leaves
 //!   readers waiting, for the next daemon, instead of showing them zeros. `records` tells it what was
 //!   mounted, `adopt` takes it over.
@@ -34,6 +35,7 @@ mod records;
 mod references;
 mod registered;
 mod registry;
+pub mod remote;
 mod served;
 mod serving;
 pub mod settings;

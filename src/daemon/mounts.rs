@@ -32,6 +32,7 @@ use crate::cache::{Engine, Store, StoreOptions};
 use crate::credentials::Credentials;
 use crate::export::cachefiles::FsId;
 use crate::export::{BackendKind, MountWatch, WatchId, fuse};
+use crate::net::hosts::Registries;
 use crate::source::BlobSource;
 use crate::sys::mount::{detach, unmount};
 use crate::sys::sandbox::Sandbox;
@@ -51,6 +52,8 @@ pub struct Options {
     pub backends: Vec<BackendKind>,
     /// Directory with a `hosts.toml` for each registry.
     pub hosts_dir: PathBuf,
+    /// Hosts of registries that go before it.
+    pub registries: Registries,
     /// Who it is to registries.
     pub credentials: Credentials,
     /// The way out of the sandbox that the daemon is started in.

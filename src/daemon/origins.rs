@@ -7,18 +7,22 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use super::api::ImageSpec;
-use crate::net::auth::{Keychain, Login};
-use crate::oci::{self, Endpoints, Repository};
-use crate::source::{AbsentSource, BlobSource, Network, NetworkOptions, OpenError};
-use crate::telemetry::Telemetry;
+use super::mounts::Options;
+use super::remote;
+use crate::net::auth::Login;
+use crate::oci::{Endpoints, Repository};
+use crate::source::{AbsentSource, BlobSource, Grounds, Network, NetworkOptions, OpenError};
 
 /// What a source is opened from.
 type Spec = (Vec<String>, Option<PathBuf>);
 
+/// An open source, and what it was made with.
+type Open = (Weak<dyn BlobSource>, Grounds);
+
 /// Open sources. One stays open as long as an image uses it.
 #[derive(Default)]
 pub(super) struct Origins {
-    open: Mutex<HashMap<Spec, Weak<dyn BlobSource>>>,
+    open: Mutex<HashMap<Spec, Open>>,
     network: Network,
 }
 
@@ -28,39 +32,44 @@ impl std::fmt::Debug for Origins {
     }
 }
 
+impl Options {
+    /// How registries are reached.
+    pub(super) fn network(&self) -> NetworkOptions {
+        NetworkOptions {
+            hosts_dir: self.hosts_dir.clone(),
+            registries: self.registries.clone(),
+            keychain: self.credentials.keychain(),
+            ..NetworkOptions::default()
+        }
+    }
+}
+
 impl Origins {
-    /// No source yet; `telemetry` counts what all of them are asked, `keychain` knows who we are to them.
-    pub(super) fn new(telemetry: Telemetry, hosts_dir: PathBuf, keychain: Arc<dyn Keychain>) -> Self {
-        let options = NetworkOptions { hosts_dir, keychain, ..NetworkOptions::default() };
-        Self { network: Network::new(options, telemetry), ..Self::default() }
+    /// No source yet.
+    pub(super) fn new(network: Network) -> Self {
+        Self { network, ..Self::default() }
     }
 
     /// The source that `spec` names: one place, or several of which the first is asked first. Connects to nobody
     /// yet.
     pub(super) fn open(&self, spec: &ImageSpec) -> Result<Arc<dyn BlobSource>, OpenError> {
         let key = (spec.places(), spec.ca.clone());
-        if let Some(open) = self.open.lock().unwrap().get(&key).and_then(Weak::upgrade) {
+        // A mirror may have been added, or a certificate renewed, since.
+        let grounds = self.network.grounds(&key.0, spec.ca.as_deref())?;
+        let open = self.open.lock().unwrap().get(&key).filter(|(_, made)| *made == grounds).cloned();
+        if let Some(open) = open.and_then(|(source, _)| source.upgrade()) {
             return Ok(open);
         }
         let source = self.network.open(&key.0, spec.ca.as_deref())?;
         let mut open = self.open.lock().unwrap();
-        open.retain(|_, source| source.strong_count() > 0);
-        open.insert(key, Arc::downgrade(&source));
+        open.retain(|_, (source, _)| source.strong_count() > 0);
+        open.insert(key, (Arc::downgrade(&source), grounds));
         Ok(source)
     }
 
     /// The registry `host` and its mirrors, for questions that nobody waits for after `until`.
     pub(super) fn registry(&self, host: &str, ca: Option<&Path>, until: Instant) -> Result<Endpoints, OpenError> {
-        let registry = self.network.registry(host, ca)?;
-        let places = registry.servers().iter().map(|server| oci::Place {
-            endpoint: Arc::clone(&server.endpoint),
-            base: server.config.base.clone(),
-            namespace: server.config.namespace(host).map(ToOwned::to_owned),
-            resolves: server.config.resolve,
-            pulls: server.config.pull,
-            health: Arc::clone(&server.health),
-        });
-        Ok(Endpoints::new(host, places.collect(), self.network.policy(), until))
+        remote::endpoints(&self.network, host, ca, until)
     }
 
     /// Where the blobs of `spec` would be fetched from, in order, without secrets.
@@ -112,7 +121,7 @@ mod tests {
         assert!(!Arc::ptr_eq(&first, &origins.open(&spec("http://127.0.0.1:9/b")).unwrap()));
         drop(first);
         origins.open(&spec("http://127.0.0.1:9/c")).unwrap();
-        assert!(origins.open.lock().unwrap().values().filter(|source| source.strong_count() > 0).count() == 0);
+        assert!(origins.open.lock().unwrap().values().filter(|(source, _)| source.strong_count() > 0).count() == 0);
     }
 
     #[test]

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::api::{DocumentReport, LayerReport, ResolveReport, ResolveRequest};
-use super::lookup::{reference_of, servable};
+use super::lookup::reference_of;
+use super::remote::servable;
 use super::{Daemon, DaemonError};
 use crate::oci::document::{Parsed, annotation};
 use crate::oci::{How, Layout, Link, Resolved, Role, Shape};

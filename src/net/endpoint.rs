@@ -18,9 +18,10 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATIO
 use reqwest::{Client, Method, Response, StatusCode, Url};
 
 use super::address::{Bounds, OutOfBounds, same_origin};
-use super::proxy::{Proxied, ProxyOptions};
+use super::outlet::Outlet;
+use super::proxy::ProxyOptions;
 use super::redirects::Redirects;
-use super::{ClientError, ClientOptions, Clock, Proxy, Rate, Slot, Slots, client};
+use super::{ClientError, ClientOptions, Clock, Rate, Slot, Slots, client};
 use crate::base::{Class, Fault, Secret};
 
 /// Says who we are to one registry.
@@ -126,8 +127,8 @@ impl SendError {
 /// One server.
 pub struct Endpoint {
     base: Url,
-    home: Way,
-    foreign: Way,
+    home: Outlet,
+    foreign: Outlet,
     bounds: Bounds,
     options: EndpointOptions,
     /// What the operator wants said with every request to the server itself.
@@ -136,24 +137,6 @@ pub struct Endpoint {
     slots: Option<Slots>,
     rate: Option<Arc<Rate>>,
     clock: Clock,
-}
-
-/// How requests leave this host.
-enum Way {
-    Plain(Client),
-    Proxied(Proxied),
-}
-
-impl Way {
-    async fn send(&self, method: &Method, url: &Url, headers: HeaderMap) -> Result<Response, reqwest::Error> {
-        match self {
-            Self::Plain(client) => client.request(method.clone(), url.clone()).headers(headers).send().await,
-            Self::Proxied(proxied) => {
-                let request = proxied.request(method.clone(), url.clone()).headers(headers).build()?;
-                proxied.execute(request).await.1
-            }
-        }
-    }
 }
 
 /// How an attempt to follow redirects ended.
@@ -171,14 +154,11 @@ impl Endpoint {
     /// No client can be built with these options.
     pub fn new(base: &Url, options: EndpointOptions, clock: Clock) -> Result<Self, ClientError> {
         let bounds = Bounds::of(base, &options.client, &options.redirect_hosts);
-        let way = |build: &dyn Fn(&ClientOptions) -> Result<Client, ClientError>| {
-            let through = build(&options.client)?;
-            let Some(proxy) = options.proxy.clone() else { return Ok(Way::Plain(through)) };
-            let around = build(&ClientOptions { proxy: Proxy::Direct, ..options.client.clone() })?;
-            Ok(Way::Proxied(Proxied::new(through, around, proxy, clock.clone())))
+        let outlet = |build: &dyn Fn(&ClientOptions) -> Result<Client, ClientError>| {
+            Outlet::new(&options.client, options.proxy.as_ref(), &clock, build)
         };
-        let home = way(&|options| client::home(options, base, bounds.home_resolver()))?;
-        let foreign = way(&|options| client::foreign(options, base, bounds.foreign_resolver()))?;
+        let home = outlet(&|options| client::home(options, base, bounds.home_resolver()))?;
+        let foreign = outlet(&|options| client::foreign(options, base, bounds.foreign_resolver()))?;
         let slots = options.concurrency.map(Slots::new);
         let rate = options.bytes_per_second.map(|bytes| Arc::new(Rate::new(bytes, clock.clone())));
         let (headers, redirects) = (said(&options.headers)?, Redirects::default());
@@ -255,8 +235,8 @@ impl Endpoint {
         let mut challenges = if authorization.is_none() { 2 } else { 1 };
         loop {
             let is_home = same_origin(&at, &self.base);
-            let way = if is_home { &self.home } else { &self.foreign };
-            let response = self.once(way, ask, &at, authorization.as_ref().filter(|_| is_home)).await?;
+            let outlet = if is_home { &self.home } else { &self.foreign };
+            let response = self.once(outlet, ask, &at, authorization.as_ref().filter(|_| is_home)).await?;
             if is_home && response.status() == StatusCode::UNAUTHORIZED && challenges > 0 {
                 challenges -= 1;
                 if let Some(better) = self.challenged(ask, response.headers(), authorization.as_ref()).await? {
@@ -323,7 +303,7 @@ impl Endpoint {
     /// One request to `url`, until the head of its answer.
     async fn once(
         &self,
-        way: &Way,
+        outlet: &Outlet,
         ask: &Ask<'_>,
         url: &Url,
         authorization: Option<&HeaderValue>,
@@ -336,9 +316,10 @@ impl Endpoint {
             }
         }
         let idle = self.options.client.idle_timeout;
-        let sent = patient(&self.clock, idle, ask.until, way.send(&ask.method, url, headers)).await;
-        if let (Err(SendError::Silent(_)), Way::Proxied(proxied)) = (&sent, way) {
-            proxied.was_silent();
+        let request = outlet.request(ask.method.clone(), url.clone()).headers(headers).build().map_err(transport)?;
+        let sent = patient(&self.clock, idle, ask.until, outlet.execute(request)).await;
+        if matches!(sent, Err(SendError::Silent(_))) {
+            outlet.was_silent();
         }
         sent?.map_err(transport)
     }

@@ -1,10 +1,12 @@
 //! Where a registry is to be asked: mirrors and their order, in the form of containerd's `hosts.toml`.
 //!
-//! It is read from containerd's own directory, where what is not understood is containerd's business and only told. A
-//! table `rafsd` in a host's table has what containerd does not
-//! know. The result is data: nobody is connected to, and no certificate is looked at.
+//! It is read from containerd's own directory, where what is not understood is containerd's business and only told, and
+//! from our own config ([`Registries`]), where that is a mistake. A table `rafsd` in a host's table has what containerd
+//! does not know. The result is data: nobody is connected to, and no certificate is looked at.
 
+mod registries;
 mod table;
+mod written;
 
 use std::fmt;
 use std::fs::File;
@@ -19,8 +21,15 @@ use reqwest::header::HeaderName;
 use super::IdentityFiles;
 use crate::base::Secret;
 
+pub use registries::Registries;
+pub(crate) use table::web;
+pub use written::Headers;
+
 /// Where containerd looks.
 pub const DEFAULT_DIR: &str = "/etc/containerd/certs.d";
+
+/// What stands for all registries in the place of a name.
+const ALL: &str = "_default";
 
 /// Longest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -91,6 +100,12 @@ impl HostConfig {
         }
     }
 
+    /// The files that it names.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let clients = self.clients.iter().flat_map(|pair| std::iter::once(&pair.cert).chain(&pair.key));
+        self.ca.iter().chain(clients).map(PathBuf::as_path)
+    }
+
     /// What a host that is asked for another one's images is told in the query `ns`.
     pub fn namespace<'a>(&self, registry: &'a str) -> Option<&'a str> {
         let own = authority(&self.base);
@@ -157,20 +172,34 @@ impl fmt::Display for Note {
     }
 }
 
-/// The hosts of `registry` as `dir` has them. A `dir` that does not exist has none.
+/// The hosts of `registry` as `own` or `dir` has them. A `dir` that does not exist has none.
+///
+/// What is about this very registry goes before what is about all, and in each `own` before `dir`.
 ///
 /// # Errors
 /// The file of the registry cannot be read, or something in it is wrong: all of it is told.
-pub fn load(dir: &Path, registry: &str) -> Result<RegistryHosts, HostsError> {
+pub fn find(own: &Registries, dir: &Path, registry: &str) -> Result<RegistryHosts, HostsError> {
     let plain = RegistryHosts::plain(registry)?;
-    let Some(folder) = folders(dir, registry).into_iter().find(|folder| folder.is_dir()) else { return Ok(plain) };
+    if let Some(named) = own.named(registry) {
+        return Ok(named.clone());
+    }
+    let folder = folders(dir, registry).into_iter().find(|folder| folder.is_dir());
+    let is_named = folder.as_ref().is_some_and(|folder| !folder.ends_with(ALL));
+    match folder {
+        Some(folder) if is_named || !own.has_all() => in_folder(&folder, registry, plain),
+        _ => Ok(own.as_one_of_all(plain)),
+    }
+}
+
+/// The hosts of `registry`, whose settings are in `folder`.
+fn in_folder(folder: &Path, registry: &str, plain: RegistryHosts) -> Result<RegistryHosts, HostsError> {
     let file = folder.join("hosts.toml");
     let text = match read_file(&file) {
         Ok(text) => text,
-        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(with_certificates(plain, &folder)),
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(with_certificates(plain, folder)),
         Err(cause) => return Err(HostsError::Read { file, cause: Arc::new(cause) }),
     };
-    let read = table::read_text(&text, registry, &folder)?;
+    let read = table::read_text(&text, registry, folder)?;
     for note in &read.unknown {
         tracing::warn!(file = %file.display(), "{note}");
     }
@@ -187,7 +216,7 @@ fn folders(dir: &Path, registry: &str) -> Vec<PathBuf> {
         return Vec::new();
     }
     let port = registry.rsplit_once(':').map(|(host, port)| format!("{host}_{port}_"));
-    let names = port.into_iter().chain([registry.to_owned(), "_default".to_owned()]);
+    let names = port.into_iter().chain([registry.to_owned(), ALL.to_owned()]);
     names.map(|name| dir.join(name)).collect()
 }
 

@@ -15,6 +15,7 @@ mod endpoint;
 mod health;
 pub mod hosts;
 mod limit;
+mod outlet;
 pub mod proxy;
 mod redirects;
 mod retry;

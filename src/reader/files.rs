@@ -57,11 +57,14 @@ pub enum Piece<'a> {
 }
 
 impl Files {
-    /// Opens the bootstrap at `bootstrap`, or in the blob that lies there, and fetches the tables of
-    /// its blobs from `source`. Plain tar layers have none, and are read as a whole instead: nothing
-    /// else tells whether their units are right. Blocks; runs all its reads on `runtime` and must not be called from a thread of it.
+    /// The image at `bootstrap`, or in the blob that lies there: see [`Files::of`].
     pub fn open(bootstrap: &Path, source: Arc<dyn BlobSource>, runtime: Handle) -> Result<Self, OpenError> {
-        let image = super::bootstrap::open(bootstrap)?;
+        Self::of(super::bootstrap::open(bootstrap)?, source, runtime)
+    }
+
+    /// Fetches the tables of an image's blobs from `source`. Plain tar layers have none, and are read as a whole instead: nothing
+    /// else tells whether their units are right. Blocks; runs all its reads on `runtime` and must not be called from a thread of it.
+    pub fn of(image: Image, source: Arc<dyn BlobSource>, runtime: Handle) -> Result<Self, OpenError> {
         let (mut maps, mut windows) = (Vec::new(), Vec::new());
         for device in image.devices() {
             let mut mapped = super::maps::map(device, &image, source.as_ref(), &runtime)?;

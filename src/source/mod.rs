@@ -21,7 +21,7 @@ pub use absent::AbsentSource;
 pub use http::HttpUpstream;
 pub use local::LocalSource;
 pub use localdisk::{BadDisk, BadTable, LocalDisk};
-pub use network::{Network, NetworkOptions, Registry, Server};
+pub use network::{Grounds, Network, NetworkOptions, Registry, Server};
 pub use object::{BadPlace, ObjectUpstream};
 pub use tiers::{Tier, Tiers};
 pub use upstream::{Failure, Upstream};

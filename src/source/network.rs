@@ -2,9 +2,11 @@
 //! server of a registry, whoever asks it and however many images come from there.
 
 use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use reqwest::Url;
 
@@ -15,7 +17,7 @@ use super::{
 };
 use crate::base::Secret;
 use crate::net::auth::{Keychain, Nobody, TokenOptions, Tokens};
-use crate::net::hosts::{self, HostConfig, ProxyUse, RegistryHosts};
+use crate::net::hosts::{self, HostConfig, ProxyUse, Registries, RegistryHosts};
 use crate::net::proxy::ProxyOptions;
 use crate::net::{ClientOptions, Clock, Endpoint, EndpointOptions, Health, Proxy, RetryPolicy};
 use crate::telemetry::Telemetry;
@@ -29,6 +31,8 @@ pub struct NetworkOptions {
     pub policy: RetryPolicy,
     /// Directory of `hosts.toml` files, in containerd's form; it need not exist.
     pub hosts_dir: PathBuf,
+    /// Hosts of registries that go before those of the directory.
+    pub registries: Registries,
     /// Who we are to registries.
     pub keychain: Arc<dyn Keychain>,
     /// The time.
@@ -42,6 +46,7 @@ impl Default for NetworkOptions {
             client: ClientOptions::default(),
             policy: RetryPolicy::default(),
             hosts_dir: hosts::DEFAULT_DIR.into(),
+            registries: Registries::default(),
             keychain: Arc::new(Nobody),
             clock: Clock::default(),
         }
@@ -52,7 +57,40 @@ impl Default for NetworkOptions {
 #[derive(Debug)]
 pub struct Registry {
     hosts: RegistryHosts,
+    /// The files that the servers' clients were made with.
+    files: Vec<Stamp>,
     servers: Vec<Server>,
+}
+
+/// A file as it was once. Certificates are renewed in their place, under the same name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Stamp {
+    path: PathBuf,
+    /// Number, length and time of change; `None` if it could not be looked at.
+    facts: Option<(u64, u64, SystemTime)>,
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Self {
+        let facts = fs::metadata(path).and_then(|meta| Ok((meta.ino(), meta.len(), meta.modified()?)));
+        Self { path: path.to_owned(), facts: facts.ok() }
+    }
+}
+
+/// What sources of some places are made with. A source that was made with an equal one is as good as a new one.
+#[derive(Clone, Debug)]
+pub struct Grounds {
+    registries: Vec<Arc<Registry>>,
+    ca: Option<Stamp>,
+}
+
+impl PartialEq for Grounds {
+    fn eq(&self, other: &Self) -> bool {
+        let is_same = |(one, other): (&Arc<Registry>, &Arc<Registry>)| Arc::ptr_eq(one, other);
+        self.ca == other.ca
+            && self.registries.len() == other.registries.len()
+            && self.registries.iter().zip(&other.registries).all(is_same)
+    }
 }
 
 /// One server of a registry.
@@ -101,24 +139,27 @@ impl Network {
     }
 
     /// The servers of `registry`, which is `HOST[:PORT]`, as its settings are at this moment; `ca` is trusted
-    /// besides. As long as those do not change, everybody gets the same ones.
+    /// besides. As long as those and the files that they name do not change, everybody gets the same ones.
     ///
     /// # Errors
     /// The settings of a host are wrong, or a file that they name cannot be used.
     pub fn registry(&self, registry: &str, ca: Option<&Path>) -> Result<Arc<Registry>, OpenError> {
-        let mut hosts = hosts::load(&self.options.hosts_dir, registry)?;
+        let mut hosts = hosts::find(&self.options.registries, &self.options.hosts_dir, registry)?;
         if ca.is_some() && hosts == RegistryHosts::plain(registry)? {
             // Who names an authority means TLS, for a registry on this very host too.
             hosts.hosts.iter_mut().for_each(|host| host.base.set_scheme("https").unwrap_or_default());
         }
         let key = (registry.to_owned(), ca.map(Path::to_owned));
-        if let Some(known) = self.registries.lock().unwrap().get(&key).filter(|known| known.hosts == hosts) {
+        // Before they are read: what changes meanwhile is seen the next time.
+        let files: Vec<_> = hosts.hosts.iter().flat_map(HostConfig::files).chain(ca).map(Stamp::of).collect();
+        let is_same = |known: &&Arc<Registry>, hosts: &_, files: &_| known.hosts == *hosts && known.files == *files;
+        if let Some(known) = self.registries.lock().unwrap().get(&key).filter(|known| is_same(known, &hosts, &files)) {
             return Ok(Arc::clone(known));
         }
         let servers = hosts.hosts.iter().map(|config| self.server(registry, config, ca));
-        let made = Arc::new(Registry { servers: servers.collect::<Result<_, _>>()?, hosts });
+        let made = Arc::new(Registry { servers: servers.collect::<Result<_, _>>()?, hosts, files });
         let mut known = self.registries.lock().unwrap();
-        match known.get(&key).filter(|known| known.hosts == made.hosts) {
+        match known.get(&key).filter(|known| is_same(known, &made.hosts, &made.files)) {
             // Somebody was faster, and images go by that one already.
             Some(other) => Ok(Arc::clone(other)),
             None => {
@@ -136,16 +177,20 @@ impl Network {
             None => registry.to_owned(),
             Some(_) => hosts::authority(&config.base),
         };
-        let server = Some(config.base.clone());
-        let options =
-            TokenOptions { client: client.clone(), server, hosts: config.redirects.clone(), ..TokenOptions::default() };
-        let tokens = Tokens::new(of, Arc::clone(&self.options.keychain), options, clock.clone());
         let through = matches!(config.proxy, ProxyUse::Through(_));
         let proxy = through.then(|| ProxyOptions {
             ping: config.proxy_ping.clone(),
             fallback: config.proxy_fallback,
             ..ProxyOptions::default()
         });
+        let options = TokenOptions {
+            client: client.clone(),
+            server: Some(config.base.clone()),
+            hosts: config.redirects.clone(),
+            proxy: proxy.clone(),
+            ..TokenOptions::default()
+        };
+        let tokens = Tokens::new(of, Arc::clone(&self.options.keychain), options, clock.clone());
         let options = EndpointOptions {
             client,
             headers: config.headers.clone(),
@@ -204,6 +249,22 @@ impl Network {
         }
     }
 
+    /// What [`Network::open`] would make a source with at this moment.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn grounds(&self, specs: &[String], ca: Option<&Path>) -> Result<Grounds, OpenError> {
+        let scheme =
+            |spec: &str| spec.split_once("://").map(|(scheme, rest)| (scheme.to_ascii_lowercase(), rest.to_owned()));
+        let mut registries = Vec::new();
+        for (scheme, rest) in specs.iter().filter_map(|spec| scheme(spec)) {
+            if scheme == "docker" {
+                registries.push(self.registry(host_and_repository(&rest)?.0, ca)?);
+            }
+        }
+        Ok(Grounds { registries, ca: ca.map(Stamp::of) })
+    }
+
     /// Where [`Network::open`] would fetch from, in order, without secrets.
     ///
     /// # Errors
@@ -242,15 +303,7 @@ impl Network {
 
     /// The blobs of `HOST[:PORT]/REPOSITORY` at all servers that may be asked for them.
     fn repository(&self, name: &str, ca: Option<&Path>) -> Result<Vec<Tier>, OpenError> {
-        let (host, repository) = name
-            .split_once('/')
-            .filter(|(host, repository)| {
-                // A login has no place there, and must not be repeated.
-                let is_host = !host.is_empty() && !host.contains('@');
-                let known = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-/".contains(c);
-                is_host && !repository.is_empty() && repository.chars().all(known) && !repository.contains("..")
-            })
-            .ok_or(OpenError::Url { detail: "not of the form docker://HOST/REPOSITORY".into() })?;
+        let (host, repository) = host_and_repository(name)?;
         let registry = self.registry(host, ca)?;
         let servers = registry.servers().iter().filter(|server| server.config.pull);
         Ok(servers
@@ -272,6 +325,18 @@ impl Network {
             })
             .collect())
     }
+}
+
+/// The parts of `HOST[:PORT]/REPOSITORY`.
+fn host_and_repository(name: &str) -> Result<(&str, &str), OpenError> {
+    let is_sound = |(host, repository): &(&str, &str)| {
+        // A login has no place there, and must not be repeated.
+        let is_host = !host.is_empty() && !host.contains('@');
+        let known = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-/".contains(c);
+        is_host && !repository.is_empty() && repository.chars().all(known) && !repository.contains("..")
+    };
+    let parts = name.split_once('/').filter(is_sound);
+    parts.ok_or(OpenError::Url { detail: "not of the form docker://HOST/REPOSITORY".into() })
 }
 
 #[cfg(test)]
@@ -320,5 +385,50 @@ mod tests {
             "http://mirror.example/v2/a?ns=reg.example, https://reg.example/v2/a".replace("?ns=reg.example", "")
         );
         assert!(!Arc::ptr_eq(&before, &network.registry("reg.example", None).unwrap()));
+    }
+
+    #[test]
+    fn a_certificate_that_was_renewed_in_its_place_is_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = NetworkOptions { hosts_dir: dir.path().to_owned(), ..NetworkOptions::default() };
+        let network = Network::new(options, Telemetry::default());
+        let folder = dir.path().join("reg.example");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("hosts.toml"), "ca = \"ca.pem\"\nclient = [[\"me.cert\", \"me.key\"]]\n").unwrap();
+        let renew = || {
+            let made = rcgen::generate_simple_self_signed(["reg.example".to_owned()]).unwrap();
+            let files = [
+                ("ca.pem", made.cert.pem()),
+                ("me.cert", made.cert.pem()),
+                ("me.key", made.signing_key.serialize_pem()),
+            ];
+            for (name, text) in files {
+                std::fs::write(folder.join(name), text).unwrap();
+            }
+        };
+        let specs = ["docker://reg.example/a".to_owned()];
+        let registry = || network.registry("reg.example", None).unwrap();
+        let touch = |name: &str| {
+            let file = std::fs::File::options().write(true).open(folder.join(name)).unwrap();
+            file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        };
+        renew();
+        let (before, grounds) = (registry(), network.grounds(&specs, None).unwrap());
+        assert!(Arc::ptr_eq(&before, &registry()));
+        assert!(grounds == network.grounds(&specs, None).unwrap());
+
+        for name in ["ca.pem", "me.cert", "me.key"] {
+            let before = registry();
+            touch(name);
+            assert!(!Arc::ptr_eq(&before, &registry()), "{name}");
+        }
+        assert!(grounds != network.grounds(&specs, None).unwrap());
+        let ca = folder.join("ca.pem");
+        let before = network.registry("reg.example", Some(&ca)).unwrap();
+        assert!(Arc::ptr_eq(&before, &network.registry("reg.example", Some(&ca)).unwrap()));
+        renew();
+        assert!(!Arc::ptr_eq(&before, &network.registry("reg.example", Some(&ca)).unwrap()));
+        std::fs::remove_file(&ca).unwrap();
+        assert!(network.registry("reg.example", None).is_err(), "it is not forgotten that one was there");
     }
 }

@@ -16,6 +16,7 @@ use crate::credentials::Credentials;
 use crate::daemon::settings::Settings;
 use crate::daemon::{Daemon, Options, keeper};
 use crate::net::Clock;
+use crate::net::hosts::Registries;
 use crate::net::server::{BlobServer, ServerOptions, Stats};
 use crate::sys::sandbox::Sandbox;
 use crate::sys::service::Supervisor;
@@ -92,6 +93,7 @@ impl Stage {
             keepers,
             backends: Settings::default().backend,
             hosts_dir: PathBuf::new(),
+            registries: Registries::default(),
             credentials: Credentials::only_given(Clock::default()),
             sandbox: Sandbox::off(),
         };

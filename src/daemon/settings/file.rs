@@ -11,6 +11,11 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::{Raw, Setting, Settings, TABLE, ValueError};
+use crate::base::nearest;
+use crate::net::hosts::{Note, Registries};
+
+/// The key of the tables of registries, the only ones that are no settings by themselves.
+pub const REGISTRY: &str = "registry";
 
 /// Longest config file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -26,6 +31,9 @@ pub enum Mistake {
     Above { key: &'static str, most: &'static str },
     #[error("{0}")]
     Syntax(String),
+    /// In what is said of a registry, which is named.
+    #[error("{0}")]
+    Registry(String),
 }
 
 impl Mistake {
@@ -65,8 +73,17 @@ pub fn read_file(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
+/// The text of a config file and where it is.
+#[derive(Clone, Copy, Debug)]
+pub struct ConfigText<'a> {
+    pub text: &'a str,
+    /// Where relative paths in tables of registries begin: the directory of the file.
+    pub dir: &'a Path,
+}
+
 /// Puts what the file says into `settings`. Gives the keys that it set, and what is wrong.
-pub fn read_text(text: &str, settings: &mut Settings) -> (Vec<&'static str>, Vec<Located>) {
+pub fn read_text(file: ConfigText<'_>, settings: &mut Settings) -> (Vec<&'static str>, Vec<Located>) {
+    let ConfigText { text, dir } = file;
     let (table, errors) = DeTable::parse_recoverable(text);
     let place = |at: usize| Some(1 + text.as_bytes().iter().take(at).filter(|byte| **byte == b'\n').count());
     let mut mistakes: Vec<_> = errors
@@ -79,6 +96,13 @@ pub fn read_text(text: &str, settings: &mut Settings) -> (Vec<&'static str>, Vec
     let mut keys = Vec::new();
     for (key, value) in table.get_ref() {
         let line = place(key.span().start);
+        if let (REGISTRY, DeValue::Table(tables)) = (&**key.get_ref(), value.get_ref()) {
+            let (registries, wrong) = Registries::read(tables, text, dir);
+            settings.registries = registries;
+            let located = |note: Note| Located { line: note.line.or(line), mistake: Mistake::Registry(note.text) };
+            mistakes.extend(wrong.into_iter().map(located));
+            continue;
+        }
         match take(key.get_ref(), value, settings) {
             Ok(key) => keys.push(key),
             // Where the syntax is broken, what is around it means nothing.
@@ -93,7 +117,11 @@ pub fn read_text(text: &str, settings: &mut Settings) -> (Vec<&'static str>, Vec
 
 fn take(key: &str, value: &Spanned<DeValue<'_>>, settings: &mut Settings) -> Result<&'static str, Mistake> {
     let Some(setting) = Setting::named(key) else {
-        return Err(Mistake::Unknown { key: key.to_owned(), nearest: nearest(key) });
+        if key == REGISTRY {
+            return Err(Mistake::Registry(format!("{REGISTRY}: it must be a table")));
+        }
+        let known = TABLE.iter().map(|setting| setting.key).chain([REGISTRY]);
+        return Err(Mistake::Unknown { key: key.to_owned(), nearest: nearest(key, known) });
     };
     let wrong = |cause| Mistake::Value { key: setting.key, cause };
     let wanted = setting.field.wanted();
@@ -127,21 +155,16 @@ fn raw(value: &DeValue<'_>, wanted: &'static str) -> Result<Raw, ValueError> {
     }
 }
 
-/// The known key that looks most like `key`, if one does.
-fn nearest(key: &str) -> Option<&'static str> {
-    let key = key.to_ascii_lowercase().replace('-', "_");
-    let likeness = |known: &str| strsim::jaro_winkler(known, &key);
-    let best = TABLE.iter().map(|setting| setting.key).max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
-    // Below this, other words than the one that was meant come up.
-    (likeness(best) > 0.8).then_some(best)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn read(text: &str, settings: &mut Settings) -> (Vec<&'static str>, Vec<Located>) {
+        read_text(ConfigText { text, dir: Path::new("/etc/rafsd") }, settings)
+    }
+
     fn told(text: &str) -> Vec<String> {
-        let (_, mistakes) = read_text(text, &mut Settings::default());
+        let (_, mistakes) = read(text, &mut Settings::default());
         mistakes.iter().map(ToString::to_string).collect()
     }
 
@@ -183,12 +206,49 @@ mod tests {
     #[test]
     fn numbers_of_every_notation_count_in_bytes_and_seconds() {
         let mut settings = Settings::default();
-        let (keys, mistakes) =
-            read_text("gap = 0x1000\ndeadline = 1_0\nfetches = \"7\"\nsandbox = false\n", &mut settings);
+        let (keys, mistakes) = read("gap = 0x1000\ndeadline = 1_0\nfetches = \"7\"\nsandbox = false\n", &mut settings);
         assert_eq!(mistakes, []);
         assert_eq!(keys.len(), 4);
         let store = &settings.store;
         assert_eq!((store.gap, store.deadline.as_secs(), store.fetches, settings.sandbox), (4096, 10, 7, false));
+    }
+
+    #[test]
+    fn tables_of_registries_are_those_of_hosts_toml_and_begin_at_the_file() {
+        let text = "fetches = 3\n[registry.\"docker.io\"]\nca = \"root.pem\"\n\
+                    [registry.\"docker.io\".host.\"https://m.example\"]\nclient = [[\"me.cert\", \"/k/me.key\"]]\n\
+                    [registry.\"docker.io\".host.\"https://m.example\".rafsd]\nconcurrency = 4\n";
+        let mut settings = Settings::default();
+        let (keys, mistakes) = read(text, &mut settings);
+
+        assert_eq!((keys, mistakes), (vec!["fetches"], vec![]));
+        assert_eq!(settings.registries.len(), 1);
+        let files: Vec<_> = settings.registries.files().map(|file| file.to_str().unwrap().to_owned()).collect();
+        assert_eq!(files, ["/etc/rafsd/me.cert", "/k/me.key", "/etc/rafsd/root.pem"]);
+    }
+
+    #[test]
+    fn mistakes_about_registries_are_told_with_line_registry_and_remedy() {
+        let text = "[registry.\"docker.io\"]\nserve = \"x\"\n[registry.\"docker.io\".host.\"https://m\"]\n\
+                    skip-verify = true\ncapabilitys = []\ndial_timeout = \"soon\"\n\
+                    [registry.\"docker.io\".host.\"https://m\".rafsd]\nalign = \"5KiB\"\n\
+                    [registry.\"u:hunter2@r\"]\n[registry]\nx = 1\n[registry.two.host.\"a\"]\n\
+                    [registry.two.host.\"https://a\"]\n";
+        assert_eq!(
+            told(text),
+            [
+                "line 2: registry \"docker.io\": unknown key \"serve\"; did you mean \"server\"?",
+                "line 4: registry \"docker.io\": unknown key \"skip-verify\"; did you mean \"skip_verify\"?",
+                "line 5: registry \"docker.io\": unknown key \"capabilitys\"; did you mean \"capabilities\"?",
+                "line 6: registry \"docker.io\": dial_timeout must be a length of time such as 3s",
+                "line 8: registry \"docker.io\": align must be a power of two from 4KiB to 64MiB",
+                "line 9: registry \"r\": that is not the name of a registry; write HOST or HOST:PORT",
+                "line 11: registry \"x\": it must be a table",
+                "line 12: registry \"two\": https://a/v2 is told of twice",
+            ]
+        );
+        assert_eq!(told("registry = 1\n"), ["line 1: registry: it must be a table"]);
+        assert_eq!(told("[registries.x]\n"), ["line 1: unknown key \"registries\"; did you mean \"registry\"?"]);
     }
 
     #[test]
@@ -197,7 +257,7 @@ mod tests {
         for text in
             [deep.as_str(), "= = =", "cache = [1, \"x\"]", "a.b.c = 1", "\u{feff}", "fetches = 99999999999999999999"]
         {
-            let (keys, mistakes) = read_text(text, &mut Settings::default());
+            let (keys, mistakes) = read(text, &mut Settings::default());
             assert!(keys.is_empty(), "{keys:?}");
             assert!(!mistakes.is_empty() || text == "\u{feff}");
         }

@@ -5,14 +5,19 @@
 //! and the text of `docs/CONFIG.md`. A flag goes before the environment, the environment before
 //! the file, the file before the default.
 //!
-//! Nothing secret is among the settings, so all of them may be printed.
+//! Beside them the file has tables about registries, `[registry."HOST"]`, which are what containerd has in a
+//! `hosts.toml` for each ([`crate::net::hosts`]).
+//!
+//! Nothing secret is among the settings, so all of them may be printed; values of headers in tables of
+//! registries may be.
 
 mod field;
 mod file;
+pub mod nydusd;
 mod table;
 
 pub use field::{Field, Raw, ValueError};
-pub use file::{Located, Mistake, read_file, read_text};
+pub use file::{ConfigText, Located, Mistake, REGISTRY, read_file, read_text};
 pub use table::TABLE;
 
 use std::net::SocketAddr;
@@ -23,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache::StoreOptions;
 use crate::export::BackendKind;
+use crate::net::hosts::Registries;
 
 /// Where the config file is looked for when nobody names one. It need not exist.
 pub const DEFAULT_FILE: &str = "/etc/rafsd/config.toml";
@@ -88,6 +94,8 @@ pub struct Settings {
     pub store: StoreOptions,
     /// Directory with a `hosts.toml` for each registry.
     pub hosts_dir: PathBuf,
+    /// Hosts of registries, told of in the config file itself; they go before `hosts_dir`.
+    pub registries: Registries,
     /// Logins of docker and its like; `None` for the usual places.
     pub docker_config: Option<PathBuf>,
     /// The kubelet's config file of credential provider plugins.
@@ -121,6 +129,7 @@ impl Default for Settings {
             backend: Vec::new(),
             store: StoreOptions::default(),
             hosts_dir: PathBuf::new(),
+            registries: Registries::default(),
             docker_config: None,
             credential_providers: None,
             credential_provider_bin_dir: None,
@@ -253,8 +262,8 @@ impl Resolved {
     }
 }
 
-/// Puts the text of a config file, if there is one, and `given` over the defaults.
-pub fn resolve(file: Option<&str>, given: &[Given]) -> Resolved {
+/// Puts a config file, if there is one, and `given` over the defaults.
+pub fn resolve(file: Option<ConfigText<'_>>, given: &[Given]) -> Resolved {
     let mut settings = Settings::default();
     let mut origins = vec![Origin::Default; TABLE.len()];
     let mut mistakes = Vec::new();
@@ -263,8 +272,8 @@ pub fn resolve(file: Option<&str>, given: &[Given]) -> Resolved {
             origins[at] = origin;
         }
     };
-    if let Some(text) = file {
-        let (keys, wrong) = read_text(text, &mut settings);
+    if let Some(file) = file {
+        let (keys, wrong) = read_text(file, &mut settings);
         keys.into_iter().for_each(|key| from(key, Origin::File));
         mistakes.extend(wrong);
     }
@@ -283,6 +292,10 @@ pub fn resolve(file: Option<&str>, given: &[Given]) -> Resolved {
 mod tests {
     use super::*;
 
+    fn file(text: &str) -> ConfigText<'_> {
+        ConfigText { text, dir: std::path::Path::new("/etc/rafsd") }
+    }
+
     fn given(key: &'static str, text: &str, origin: Origin) -> Given {
         Given { key, text: text.to_owned(), origin }
     }
@@ -290,7 +303,7 @@ mod tests {
     #[test]
     fn directories_that_nobody_set_are_those_of_the_user() {
         let user = UserDirs { cache: "/home/u/.cache/rafsd".into(), run: "/run/user/7/rafsd".into() };
-        let mut resolved = resolve(Some("run = \"/set\""), &[]);
+        let mut resolved = resolve(Some(file("run = \"/set\"")), &[]);
 
         resolved.fit_user(Some(user.clone()));
 
@@ -346,11 +359,11 @@ mod tests {
 
     #[test]
     fn a_flag_goes_before_the_environment_before_the_file_before_the_default() {
-        let file = "deadline = \"5s\"\nfetches = 5\nmemory = \"256MiB\"\n";
+        let text = "deadline = \"5s\"\nfetches = 5\nmemory = \"256MiB\"\n";
         let environment = [given("deadline", "6s", Origin::Environment), given("fetches", "6", Origin::Environment)];
         let flags = [given("deadline", "7s", Origin::Flag)];
 
-        let resolved = resolve(Some(file), &[&environment[..], &flags].concat());
+        let resolved = resolve(Some(file(text)), &[&environment[..], &flags].concat());
 
         assert_eq!(resolved.mistakes, []);
         let origin = |key| resolved.origins[TABLE.iter().position(|setting| setting.key == key).unwrap()];
@@ -363,7 +376,7 @@ mod tests {
 
     #[test]
     fn what_two_settings_get_wrong_together_names_both() {
-        let resolved = resolve(Some("memory = \"16MiB\""), &[]);
+        let resolved = resolve(Some(file("memory = \"16MiB\"")), &[]);
 
         let told: Vec<_> = resolved.mistakes.iter().map(ToString::to_string).collect();
         assert_eq!(told, ["memory_reserve: it must not be more than memory"]);

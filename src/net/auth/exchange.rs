@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION};
-use reqwest::{Client, Method, Response, Url};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue, LOCATION};
+use reqwest::{Method, Request, Response, Url};
 use serde::Deserialize;
 
 use super::Login;
 use crate::base::Secret;
 use crate::net::address::same_origin;
 use crate::net::endpoint::transport;
+use crate::net::outlet::Outlet;
 use crate::net::{Clock, SendError, retry_after};
 
 /// Most bytes of an answer. Tokens of a few KiB have been seen.
@@ -108,11 +109,11 @@ pub(super) fn may_go(from: &Url, to: &Url) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Asks for a token, and follows redirects. `client` has the one for an address: no server is asked as if it were
+/// Asks for a token, and follows redirects. `outlet` has the one for an address: no server is asked as if it were
 /// another.
 pub(super) async fn ask(
     clock: &Clock,
-    client: &(dyn Fn(&Url) -> Result<Client, Refusal> + Send + Sync),
+    outlet: &(dyn Fn(&Url) -> Result<Outlet, Refusal> + Send + Sync),
     demand: &Demand,
     login: Option<&Login>,
     until: Instant,
@@ -121,9 +122,13 @@ pub(super) async fn ask(
     let mut at = demand.realm.clone();
     for _ in 0..=MOST_REDIRECTS {
         let is_home = same_origin(&at, &demand.realm);
-        let request = request(&client(&at)?, &at, demand, login.filter(|_| is_home));
-        let sent = clock.timeout_at(until, request.send()).await;
-        let response = sent.map_err(|_| unavailable("no answer in time"))??;
+        let outlet = outlet(&at)?;
+        let request = request(&at, demand, login.filter(|_| is_home));
+        let Ok(sent) = clock.timeout_at(until, outlet.execute(request)).await else {
+            outlet.was_silent();
+            return Err(unavailable("no answer in time"));
+        };
+        let response = sent?;
         if !response.status().is_redirection() {
             return granted(clock, response, until).await;
         }
@@ -141,7 +146,7 @@ pub(super) async fn ask(
     Err(Refusal::Untrusted("it redirects too often".to_owned()))
 }
 
-fn request(client: &Client, at: &Url, demand: &Demand, login: Option<&Login>) -> reqwest::RequestBuilder {
+fn request(at: &Url, demand: &Demand, login: Option<&Login>) -> Request {
     let service = demand.service.as_deref().map(|service| ("service", service));
     if let Some(Login::Identity(refresh)) = login {
         let fields = [
@@ -152,26 +157,23 @@ fn request(client: &Client, at: &Url, demand: &Demand, login: Option<&Login>) ->
         ];
         let mut form = Url::parse("form:").expect("a scheme and nothing else");
         form.query_pairs_mut().extend_pairs(fields.into_iter().chain(service));
-        let headers =
-            HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"))]);
-        return client
-            .request(Method::POST, at.clone())
-            .headers(headers)
-            .body(form.query().unwrap_or_default().to_owned());
+        let mut request = Request::new(Method::POST, at.clone());
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
+        *request.body_mut() = Some(form.query().unwrap_or_default().to_owned().into());
+        return request;
     }
     let mut url = at.clone();
     if *at == demand.realm {
         // A redirect says itself what is to be asked.
         url.query_pairs_mut().extend_pairs(service.into_iter().chain([("scope", demand.scope.as_str())]));
     }
-    let request = client.get(url);
-    match login {
-        Some(Login::Basic { user, password }) => match basic(user, password) {
-            Some(value) => request.header(AUTHORIZATION, value),
-            None => request,
-        },
-        Some(Login::Identity(_) | Login::Bearer(_)) | None => request,
+    let mut request = Request::new(Method::GET, url);
+    if let Some(Login::Basic { user, password }) = login
+        && let Some(value) = basic(user, password)
+    {
+        request.headers_mut().insert(AUTHORIZATION, value);
     }
+    request
 }
 
 async fn granted(clock: &Clock, mut response: Response, until: Instant) -> Result<Grant, Refusal> {

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use reqwest::Url;
 use reqwest::header::HeaderValue;
-use reqwest::{Client, Url};
 use tokio::sync::watch;
 
 use super::{AuthError, Login};
+use crate::net::outlet::Outlet;
 
 /// The first pause after a failure; doubled after each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
@@ -33,7 +34,7 @@ pub(super) struct State {
     /// That of the keychain when all this was got from it.
     pub(super) generation: u64,
     /// By scheme, host and port of the token server.
-    pub(super) clients: HashMap<String, Client>,
+    pub(super) outlets: HashMap<String, Outlet>,
 }
 
 /// How a registry wants to be told who asks.

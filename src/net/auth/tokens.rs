@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use reqwest::Url;
 use reqwest::header::{HeaderMap, HeaderValue};
-use reqwest::{Client, Url};
 use tokio::sync::watch;
 
 use super::challenge::{Challenge, challenges};
@@ -27,6 +27,8 @@ use super::passes::{Manner, Outcome, Pass, Repository, State};
 use super::{AuthError, Keychain, Login};
 use crate::net::address::Bounds;
 use crate::net::client::{foreign, home};
+use crate::net::outlet::Outlet;
+use crate::net::proxy::ProxyOptions;
 use crate::net::{Authorize, AuthorizeFuture, ClientOptions, Clock, without_secrets};
 
 /// How token servers are reached.
@@ -41,13 +43,15 @@ pub struct TokenOptions {
     pub hosts: Vec<String>,
     /// The longest that a token server may take, redirects included.
     pub patience: Duration,
+    /// What is done when the proxy of `client` is ill; `None` for asking through it regardless.
+    pub proxy: Option<ProxyOptions>,
 }
 
 impl Default for TokenOptions {
     /// 10 s for a token server, which is reached by TLS as the registry is.
     fn default() -> Self {
         let patience = Duration::from_secs(10);
-        Self { client: ClientOptions::default(), server: None, hosts: Vec::new(), patience }
+        Self { client: ClientOptions::default(), server: None, hosts: Vec::new(), patience, proxy: None }
     }
 }
 
@@ -375,37 +379,35 @@ impl Shared {
         login: Option<&Login>,
         now: Instant,
     ) -> Result<Result<Grant, Refusal>, AuthError> {
-        self.client(&demand.realm)?;
-        let client = |at: &Url| {
+        self.outlet(&demand.realm)?;
+        let outlet = |at: &Url| {
             let told = |error: AuthError| Refusal::Unavailable { detail: error.to_string(), retry_after: None };
-            self.client(at).map_err(told)
+            self.outlet(at).map_err(told)
         };
         let until = now.checked_add(self.options.patience).unwrap_or(now);
-        Ok(exchange::ask(&self.clock, &client, demand, login, until, &|to| self.judge(to)).await)
+        Ok(exchange::ask(&self.clock, &outlet, demand, login, until, &|to| self.judge(to)).await)
     }
 
-    /// The client for a token server, or where one redirects to. It keeps its connections.
-    fn client(&self, realm: &Url) -> Result<Client, AuthError> {
+    /// The way to a token server, or to where one redirects. It keeps its connections.
+    fn outlet(&self, realm: &Url) -> Result<Outlet, AuthError> {
         let key = realm.origin().ascii_serialization();
-        if let Some(client) = self.state.lock().unwrap().clients.get(&key) {
-            return Ok(client.clone());
+        if let Some(outlet) = self.state.lock().unwrap().outlets.get(&key) {
+            return Ok(outlet.clone());
         }
-        let options = &self.options.client;
-        let client = match &self.base {
+        let client = |options: &ClientOptions| match &self.base {
             // The registry itself, by this port or another.
-            Some((base, bounds)) if base.host_str() == realm.host_str() => {
-                home(options, realm, bounds.home_resolver())?
-            }
-            Some((_, bounds)) => foreign(options, realm, bounds.foreign_resolver())?,
-            None => crate::net::client(options, realm)?,
+            Some((base, bounds)) if base.host_str() == realm.host_str() => home(options, realm, bounds.home_resolver()),
+            Some((_, bounds)) => foreign(options, realm, bounds.foreign_resolver()),
+            None => crate::net::client(options, realm),
         };
-        let clients = &mut self.state.lock().unwrap().clients;
-        if clients.len() >= 16 {
+        let outlet = Outlet::new(&self.options.client, self.options.proxy.as_ref(), &self.clock, &client)?;
+        let outlets = &mut self.state.lock().unwrap().outlets;
+        if outlets.len() >= 16 {
             // A registry that names another server each time.
-            clients.clear();
+            outlets.clear();
         }
-        clients.insert(key, client.clone());
-        Ok(client)
+        outlets.insert(key, outlet.clone());
+        Ok(outlet)
     }
 
     /// Finds out in which network the registry is, and with it whom it may name, unless that is known. Without

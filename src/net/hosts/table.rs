@@ -9,11 +9,18 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::{HostConfig, HostsError, Note, ProxyUse, RegistryHosts};
-use crate::base::{ByteSize, Secret, TimeSpan};
+use crate::base::{ByteSize, Secret, TimeSpan, nearest};
 use crate::net::IdentityFiles;
 
 /// Least and most that `align` may be: a page, and what one request should at most be made longer by.
 const ALIGN: [u64; 2] = [4 << 10, 64 << 20];
+
+/// What the table of a host may have.
+const HOST_KEYS: [&str; 8] =
+    ["capabilities", "ca", "client", "skip_verify", "override_path", "header", "dial_timeout", "rafsd"];
+
+/// What the root has besides.
+const ROOT_KEYS: [&str; 2] = ["server", "host"];
 
 /// What a table says.
 #[derive(Debug)]
@@ -124,7 +131,9 @@ impl Reader<'_> {
                     _ => self.wrong(at, "rafsd must be a table"),
                 },
                 other => {
-                    let text = format!("unknown key {other:?}");
+                    let known = HOST_KEYS.into_iter().chain(ROOT_KEYS.into_iter().filter(|_| root));
+                    let meant = nearest(other, known).map(|key| format!("; did you mean {key:?}?"));
+                    let text = format!("unknown key {other:?}{}", meant.unwrap_or_default());
                     self.unknown.push(Note { line: Some(line(self.text, at)), text });
                 }
             }
@@ -293,17 +302,17 @@ fn base(text: &str, overridden: bool) -> Option<Url> {
 }
 
 /// An address of the web without anything in it that would have to be kept secret.
-fn web(text: &str) -> Option<Url> {
+pub(crate) fn web(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;
     let plain = url.username().is_empty() && url.password().is_none() && url.query().is_none();
     (plain && url.fragment().is_none() && matches!(url.scheme(), "http" | "https") && url.has_host()).then_some(url)
 }
 
 /// A host as it may be shown: without a password that does not belong there.
-fn shown(host: &str) -> &str {
+pub(super) fn shown(host: &str) -> &str {
     host.rsplit_once('@').map_or(host, |(_, host)| host)
 }
 
-fn line(text: &str, at: usize) -> usize {
+pub(super) fn line(text: &str, at: usize) -> usize {
     1 + text.as_bytes().iter().take(at).filter(|byte| **byte == b'\n').count()
 }

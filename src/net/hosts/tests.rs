@@ -1,5 +1,9 @@
 use super::*;
 
+fn load(dir: &Path, registry: &str) -> Result<RegistryHosts, HostsError> {
+    find(&Registries::default(), dir, registry)
+}
+
 fn read(registry: &str, text: &str) -> RegistryHosts {
     table::read_text(text, registry, Path::new("/etc/d")).unwrap().hosts.unwrap()
 }
@@ -175,4 +179,70 @@ fn hostile_text_is_refused_and_survived() {
         let read = table::read_text(text, "r.example", Path::new("/")).unwrap();
         assert!(read.hosts.is_err(), "{}", &text[..text.len().min(20)]);
     }
+}
+
+fn own(text: &str) -> Registries {
+    let (table, errors) = toml::de::DeTable::parse_recoverable(text);
+    assert!(errors.is_empty(), "{errors:?}");
+    let (registries, wrong) = Registries::read(table.get_ref(), text, Path::new("/etc/d"));
+    assert_eq!(wrong, []);
+    registries
+}
+
+#[test]
+fn our_own_tables_go_before_the_directory_and_names_before_what_is_for_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let asked = |own: &Registries, registry: &str| -> Vec<_> {
+        let hosts = find(own, dir.path(), registry).unwrap().hosts;
+        hosts.iter().map(|host| host.base.host_str().unwrap().to_owned()).collect()
+    };
+    let all = own("[_default.host.\"https://for.all\"]\n");
+    let named = own("[\"r.example\".host.\"https://own.mirror\"]\n[_default.host.\"https://for.all\"]\n");
+    assert_eq!(asked(&all, "r.example"), ["for.all", "r.example"]);
+
+    for (name, server) in [("_default", "dir.all"), ("r.example", "dir.named")] {
+        std::fs::create_dir_all(dir.path().join(name)).unwrap();
+        std::fs::write(dir.path().join(name).join("hosts.toml"), format!("server = \"{server}\"\n")).unwrap();
+    }
+
+    assert_eq!(asked(&Registries::default(), "r.example"), ["dir.named"]);
+    assert_eq!(asked(&Registries::default(), "other.example"), ["dir.all"]);
+    assert_eq!(asked(&all, "r.example"), ["dir.named"]);
+    assert_eq!(asked(&all, "other.example"), ["for.all", "other.example"]);
+    assert_eq!(asked(&all, "docker.io"), ["for.all", "registry-1.docker.io"]);
+    assert_eq!(asked(&named, "r.example"), ["own.mirror", "r.example"]);
+    assert_eq!(asked(&own("[_default]\nserver = \"https://one\"\n"), "other.example"), ["one"]);
+}
+
+#[test]
+fn what_is_written_is_read_as_the_same_registries() {
+    let text = "[\"docker.io\"]\nca = [\"root.pem\"]\n[\"docker.io\".rafsd]\nproxy = \"none\"\n\
+                [\"docker.io\".host.\"http://z.example:5000/x\"]\ncapabilities = [\"pull\"]\nskip_verify = true\n\
+                client = [[\"c.pem\", \"c \\\"q\\\".key\"], \"both.pem\"]\ndial_timeout = \"250ms\"\noverride_path = true\n\
+                [\"docker.io\".host.\"http://z.example:5000/x\".header]\nx-a = \"hunter2\"\nx-b = [\"1\", \"2\"]\n\
+                [\"docker.io\".host.\"http://z.example:5000/x\".rafsd]\nalign = \"4MiB\"\nconcurrency = 3\n\
+                bandwidth = \"10MiB\"\nredirects = [\"s.lan\"]\nproxy = \"http://p:3128\"\nproxy_ping = \"http://p/ping\"\n\
+                proxy_fallback = false\n[\"docker.io\".host.\"a.example\"]\ncapabilities = [\"push\"]\n\
+                [_default.host.\"https://for.all\"]\ncapabilities = [\"resolve\"]\n";
+    let registries = own(text);
+    let again = |written: String| {
+        let (table, errors) = toml::de::DeTable::parse_recoverable(&written);
+        assert!(errors.is_empty(), "{errors:?} in {written}");
+        let toml::de::DeValue::Table(tables) = table.get_ref().get("registry").unwrap().get_ref() else { panic!() };
+        let (registries, wrong) = Registries::read(tables, &written, Path::new("/elsewhere"));
+        assert_eq!(wrong, []);
+        registries
+    };
+
+    assert_eq!(again(registries.written(Headers::Shown)), registries);
+    let hidden = registries.written(Headers::Hidden);
+    assert!(!hidden.contains("hunter2") && !registries.printed().to_string().contains("hunter2"), "{hidden}");
+    assert_eq!(again(hidden).len(), 2);
+    let printed = &registries.printed()["docker.io"];
+    assert_eq!(
+        (&printed[0]["host"], &printed[0]["rafsd"]["concurrency"]),
+        (&"http://z.example:5000/x".into(), &3.into())
+    );
+    assert_eq!(printed[2]["host"], "https://registry-1.docker.io/v2");
+    assert_eq!(Registries::default().written(Headers::Shown), "");
 }

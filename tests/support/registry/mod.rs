@@ -14,6 +14,7 @@ mod body;
 pub mod content;
 mod dates;
 mod fault;
+mod rafs;
 mod record;
 mod reply;
 mod serve;

@@ -1,0 +1,139 @@
+//! Hosts to TOML: what was read, written so that it is read as the same.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+use toml::de::DeTable;
+
+use super::{HostConfig, ProxyUse, Registries};
+use crate::base::{ByteSize, TimeSpan, toml_json, toml_string, toml_strings};
+
+/// What becomes of the values of headers, which may be secrets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Headers {
+    Shown,
+    /// Stars in their place, and a remark.
+    Hidden,
+}
+
+impl Registries {
+    /// As tables of a config file; nothing if there are none.
+    pub fn written(&self, headers: Headers) -> String {
+        let mut out = String::new();
+        for (name, hosts, has_server) in self.all() {
+            let Some((origin, mirrors)) = hosts.hosts.split_last() else { continue };
+            let table = format!("registry.{}", toml_string(name));
+            let server = if has_server { key("server", &toml_string(origin.base.as_str())) } else { String::new() };
+            out += &host(&table, &server, origin, headers);
+            for mirror in mirrors {
+                out += &host(&format!("{table}.host.{}", toml_string(mirror.base.as_str())), "", mirror, headers);
+            }
+        }
+        out
+    }
+}
+
+impl Registries {
+    /// The same facts as JSON: for each registry its hosts, in the order in which they are asked. Without the values of
+    /// headers.
+    pub fn printed(&self) -> serde_json::Value {
+        let facts = |it: &HostConfig| {
+            let text = host("it", "", it, Headers::Hidden);
+            let table = DeTable::parse(&text).ok();
+            let mut facts =
+                table.and_then(|table| Some(toml_json(table.get_ref().get("it")?.get_ref()))).unwrap_or_default();
+            facts["host"] = it.base.as_str().into();
+            facts
+        };
+        let all = self.all().map(|(name, hosts, _)| (name.to_owned(), hosts.hosts.iter().map(facts).collect()));
+        serde_json::Value::Object(all.collect())
+    }
+}
+
+fn key(key: &str, value: &str) -> String {
+    format!("{key} = {value}\n")
+}
+
+/// One host as a table and those below it, in the same order in which they are documented.
+fn host(table: &str, first: &str, host: &HostConfig, headers: Headers) -> String {
+    let mut out = format!("\n[{table}]\n{first}");
+    let path = |path: &Path| path.to_string_lossy().into_owned();
+    if !(host.pull && host.resolve) {
+        let named = [(host.pull, "pull"), (host.resolve, "resolve")];
+        let may: Vec<_> = named.into_iter().filter(|(may, _)| *may).map(|(_, word)| word).collect();
+        // Without any word it would be all.
+        out += &key("capabilities", &toml_strings(if may.is_empty() { vec!["push"] } else { may }));
+    }
+    if !host.ca.is_empty() {
+        out += &key("ca", &toml_strings(host.ca.iter().map(|file| path(file))));
+    }
+    if !host.clients.is_empty() {
+        let pair = |it: &super::IdentityFiles| {
+            toml_strings([path(&it.cert), it.key.as_deref().map_or_else(String::new, path)])
+        };
+        let pairs: Vec<_> = host.clients.iter().map(pair).collect();
+        out += &key("client", &format!("[{}]", pairs.join(", ")));
+    }
+    if host.skip_verify {
+        out += &key("skip_verify", "true");
+    }
+    if let Some(span) = host.dial_timeout {
+        out += &key("dial_timeout", &toml_string(&TimeSpan(span).to_string()));
+    }
+    if !host.base.path().ends_with("/v2") {
+        out += &key("override_path", "true");
+    }
+    let values = said(host);
+    if !values.is_empty() {
+        write!(out, "\n[{table}.header]\n").expect("a string takes it");
+        for (name, values) in values {
+            out += &match headers {
+                Headers::Shown => key(&toml_string(name), &toml_strings(values)),
+                Headers::Hidden => key(&toml_string(name), "\"***\" # not shown"),
+            };
+        }
+    }
+    let ours = ours(host);
+    if !ours.is_empty() {
+        write!(out, "\n[{table}.rafsd]\n{ours}").expect("a string takes it");
+    }
+    out
+}
+
+fn said(host: &HostConfig) -> BTreeMap<&str, Vec<&str>> {
+    let mut said = BTreeMap::<_, Vec<_>>::new();
+    for (name, value) in &host.headers {
+        said.entry(name.as_str()).or_default().push(value.expose());
+    }
+    said
+}
+
+/// What containerd does not know.
+fn ours(host: &HostConfig) -> String {
+    let mut out = String::new();
+    if let Some(bytes) = host.align {
+        out += &key("align", &toml_string(&ByteSize(bytes).exact()));
+    }
+    if let Some(count) = host.concurrency {
+        out += &key("concurrency", &count.to_string());
+    }
+    if let Some(bytes) = host.bandwidth {
+        out += &key("bandwidth", &toml_string(&ByteSize(bytes).exact()));
+    }
+    if !host.redirects.is_empty() {
+        out += &key("redirects", &toml_strings(&host.redirects));
+    }
+    match &host.proxy {
+        ProxyUse::Environment => {}
+        ProxyUse::Direct => out += &key("proxy", "\"none\""),
+        ProxyUse::Through(url) => out += &key("proxy", &toml_string(url.as_str())),
+    }
+    if let Some(url) = &host.proxy_ping {
+        out += &key("proxy_ping", &toml_string(url.as_str()));
+    }
+    if !host.proxy_fallback {
+        out += &key("proxy_fallback", "false");
+    }
+    out
+}
