@@ -1,5 +1,6 @@
 //! Debian's nginx: a static server of blobs, or a cache in front of another server.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -29,6 +30,10 @@ pub struct Seen {
 pub struct Nginx {
     program: Program,
     secure: bool,
+    /// Where it tells how it is, without TLS.
+    status: u16,
+    /// How often it was asked that since it was started.
+    asked: Cell<u64>,
 }
 
 /// What one should do.
@@ -69,7 +74,7 @@ impl Setup {
 
 impl Nginx {
     pub fn start(setup: &Setup) -> Self {
-        let (dir, port) = (private_dir(), free_port());
+        let (dir, port, status) = (private_dir(), free_port(), free_port());
         let root = dir.path().join("www");
         fs::create_dir(&root).unwrap();
         for (path, bytes) in &setup.files {
@@ -103,14 +108,16 @@ impl Nginx {
                 server {{
                     {listen}
                     root {here}/www;
-                    location = /status {{ stub_status; access_log off; }}
                     {server}
                 }}
+                server {{ listen 127.0.0.1:{status}; stub_status; access_log off; }}
             }}"
         );
         fs::write(dir.path().join("nginx.conf"), config).unwrap();
         let args = ["-p", &here.to_string(), "-c", &format!("{here}/nginx.conf"), "-e", "stderr"].map(str::to_owned);
-        Self { program: Program::start("nginx", args.into(), dir, port), secure: setup.secure }
+        let program = Program::start("nginx", args.into(), dir, port);
+        // One connection so far has found out that it is there.
+        Self { program, secure: setup.secure, status, asked: Cell::new(1) }
     }
 
     /// `HOST:PORT`.
@@ -127,20 +134,29 @@ impl Nginx {
         self.program.dir.path().join("cert.pem")
     }
 
-    /// Everything it was asked so far, `/status` left out, in the order of its answers.
+    /// Everything it was asked so far, in the order of its answers.
     pub fn seen(&self) -> Vec<Seen> {
+        // It is one thread, and has written down what it answered before it answers this. A dead one writes nothing more.
+        let _ = self.ask_status();
         self.program.read("access").lines().map(|line| read_line(line).expect("a line of our form")).collect()
     }
 
-    /// How many connections it took so far, one of which is that of this question. Not for TLS.
+    /// How many connections others than this value made to it since it was started, whatever they were for.
     pub fn accepts(&self) -> u64 {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.program.port)).unwrap();
-        stream.write_all(b"GET /status HTTP/1.0\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
+        let answer = self.ask_status().unwrap();
         // "server accepts handled requests" and below it the numbers.
         let numbers = answer.lines().skip_while(|line| !line.starts_with("server accepts")).nth(1);
-        numbers.and_then(|line| line.split_whitespace().next()?.parse().ok()).expect("a status of nginx")
+        let all: Option<u64> = numbers.and_then(|line| line.split_whitespace().next()?.parse().ok());
+        all.expect("a status of nginx") - self.asked.get()
+    }
+
+    fn ask_status(&self) -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.status))?;
+        self.asked.set(self.asked.get() + 1);
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
     }
 
     pub fn kill(&mut self) {
@@ -149,6 +165,7 @@ impl Nginx {
 
     pub fn start_again(&mut self) {
         self.program.start_again();
+        self.asked.set(1);
     }
 }
 
