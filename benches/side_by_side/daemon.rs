@@ -15,8 +15,8 @@ use rafsd::daemon::api::ImageReport;
 /// How long the daemon may take to start, to end, or to fetch a whole image.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A running `rafsd serve` with a fresh cache and one image mounted. Dropping it unmounts the
-/// image, ends the daemon and removes the cache.
+/// A running `rafsd serve` with a fresh cache, for one image. Dropping it unmounts the image, ends the daemon and
+/// removes the cache.
 #[derive(Debug)]
 pub(crate) struct Daemon {
     child: Child,
@@ -24,8 +24,8 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Starts a daemon below `dir`, which is made, and mounts `image` with its blobs at `url`.
-    pub(crate) fn mount(dir: &Path, image: &Path, url: &str, prefetch: bool) -> anyhow::Result<Self> {
+    /// Starts a daemon below `dir`, which is made.
+    pub(crate) fn start(dir: &Path) -> anyhow::Result<Self> {
         for name in ["run", "cache", "mnt"] {
             fs::create_dir_all(dir.join(name))?;
         }
@@ -37,6 +37,12 @@ impl Daemon {
         let child = command.spawn().context("cannot start the daemon")?;
         let mut daemon = Self { child, dir: dir.to_owned() };
         daemon.await_start()?;
+        Ok(daemon)
+    }
+
+    /// The same, and mounts `image` with its blobs at `url`.
+    pub(crate) fn mount(dir: &Path, image: &Path, url: &str, prefetch: bool) -> anyhow::Result<Self> {
+        let daemon = Self::start(dir)?;
         let (bootstrap, mnt) = (image.join("bootstrap"), daemon.mnt());
         let prefetch = prefetch.then_some("--prefetch");
         let args = ["--backend", "fanotify", "--blobs", url].into_iter().chain(prefetch).map(OsStr::new);
@@ -92,7 +98,8 @@ impl Daemon {
         Ok(())
     }
 
-    fn ask<'a>(&self, what: &str, args: impl IntoIterator<Item = &'a OsStr>) -> anyhow::Result<Output> {
+    /// Runs `rafsd WHAT` with `args` for this daemon.
+    pub(crate) fn ask<'a>(&self, what: &str, args: impl IntoIterator<Item = &'a OsStr>) -> anyhow::Result<Output> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_rafsd"));
         let output = command.arg(what).arg("--run").arg(self.dir.join("run")).args(args).output()?;
         if !output.status.success() {
@@ -121,7 +128,7 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         if let Err(error) = self.end() {
-            eprintln!("side_by_side: {}: {error:#}", self.dir.display());
+            eprintln!("bench: {}: {error:#}", self.dir.display());
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! It runs behind everybody who waits: never while a read for a reader is queued or under way, and
 //! not until readers have been quiet for a moment, because one that walks asks again as soon as it
-//! has its answer. Beside that it may be held to a rate. Pure: times are passed in.
+//! has its answer. What a list names runs beside readers who follow a list ([`super::guides`]). All of it may
+//! be held to a rate. Pure: times are passed in.
 
 use std::time::{Duration, Instant};
 
@@ -19,23 +20,30 @@ pub(super) struct Admission {
     rate: Option<u64>,
     /// When a reader was last seen to wait.
     disturbed: Option<Instant>,
+    /// The same for readers who follow no list.
+    disturbed_by_others: Option<Instant>,
     /// When what was admitted so far will have come at `rate`: a bucket that may owe one read.
     paid: Option<Instant>,
 }
 
 impl Admission {
     pub(super) fn new(calm: Duration, rate: Option<u64>) -> Self {
-        Self { calm, rate: rate.map(|rate| rate.max(1)), disturbed: None, paid: None }
+        Self { calm, rate: rate.map(|rate| rate.max(1)), disturbed: None, disturbed_by_others: None, paid: None }
     }
 
-    /// A reader waits, or has just stopped waiting.
-    pub(super) fn disturb(&mut self, now: Instant) {
+    /// A reader waits, or has just stopped waiting, who `follows` a list or does not.
+    pub(super) fn disturb(&mut self, now: Instant, follows: bool) {
         self.disturbed = self.disturbed.max(Some(now));
+        if !follows {
+            self.disturbed_by_others = self.disturbed_by_others.max(Some(now));
+        }
     }
 
-    /// Admits a read of `bytes`, or says when to ask again. Not to be called while readers wait.
-    pub(super) fn admit(&mut self, bytes: u64, now: Instant) -> Result<(), Instant> {
-        let calm = self.disturbed.map(|disturbed| disturbed + self.calm);
+    /// Admits a read of `bytes` of what is `listed` or is not, or says when to ask again. Not to be called while readers
+    /// wait whom it would disturb.
+    pub(super) fn admit(&mut self, bytes: u64, listed: bool, now: Instant) -> Result<(), Instant> {
+        let disturbed = if listed { self.disturbed_by_others } else { self.disturbed };
+        let calm = disturbed.map(|disturbed| disturbed + self.calm);
         if let Some(later) = calm.max(self.paid).filter(|&later| later > now) {
             return Err(later);
         }
@@ -70,16 +78,30 @@ mod tests {
     #[test]
     fn nothing_begins_until_readers_have_been_quiet() {
         let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, None));
-        assert_eq!(admission.admit(1 << 20, start), Ok(()), "nobody was ever there");
+        assert_eq!(admission.admit(1 << 20, false, start), Ok(()), "nobody was ever there");
 
-        admission.disturb(start + 5 * MS);
-        admission.disturb(start + 3 * MS);
+        admission.disturb(start + 5 * MS, false);
+        admission.disturb(start + 3 * MS, false);
 
-        assert_eq!(admission.admit(1, start + 6 * MS), Err(start + 25 * MS));
-        admission.disturb(start + 24 * MS);
-        assert_eq!(admission.admit(1, start + 25 * MS), Err(start + 44 * MS), "another one came");
-        assert_eq!(admission.admit(1, start + 44 * MS), Ok(()));
-        assert_eq!(admission.admit(1, start + 44 * MS), Ok(()), "no rate, no limit");
+        assert_eq!(admission.admit(1, false, start + 6 * MS), Err(start + 25 * MS));
+        admission.disturb(start + 24 * MS, false);
+        assert_eq!(admission.admit(1, false, start + 25 * MS), Err(start + 44 * MS), "another one came");
+        assert_eq!(admission.admit(1, false, start + 44 * MS), Ok(()));
+        assert_eq!(admission.admit(1, false, start + 44 * MS), Ok(()), "no rate, no limit");
+    }
+
+    #[test]
+    fn who_follows_a_list_holds_up_only_what_is_in_none() {
+        let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, None));
+
+        admission.disturb(start, true);
+        assert_eq!(admission.admit(1, true, start), Ok(()));
+        assert_eq!(admission.admit(1, false, start), Err(start + 20 * MS));
+
+        admission.disturb(start + 5 * MS, false);
+        admission.disturb(start + 9 * MS, true);
+        assert_eq!(admission.admit(1, true, start + 10 * MS), Err(start + 25 * MS));
+        assert_eq!(admission.admit(1, false, start + 10 * MS), Err(start + 29 * MS));
     }
 
     #[test]
@@ -87,7 +109,7 @@ mod tests {
         let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, Some(1000)));
         let (mut now, mut admitted) = (start, 0);
         for bytes in [500, 1, 2000, 250, 250].into_iter().cycle().take(500) {
-            while let Err(later) = admission.admit(bytes, now) {
+            while let Err(later) = admission.admit(bytes, false, now) {
                 assert!(later > now, "asking again at the same moment would never end");
                 now = later;
             }
@@ -101,20 +123,20 @@ mod tests {
     #[test]
     fn an_idle_link_saves_up_nothing_and_what_did_not_come_is_not_paid_for() {
         let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, Some(1000)));
-        assert_eq!(admission.admit(1000, start), Ok(()));
+        assert_eq!(admission.admit(1000, false, start), Ok(()));
 
         let later = start + 9000 * MS;
-        assert_eq!(admission.admit(1000, later), Ok(()));
-        assert_eq!(admission.admit(1000, later), Err(later + 1000 * MS));
+        assert_eq!(admission.admit(1000, false, later), Ok(()));
+        assert_eq!(admission.admit(1000, false, later), Err(later + 1000 * MS));
         admission.refund(750);
-        assert_eq!(admission.admit(1000, later), Err(later + 250 * MS));
+        assert_eq!(admission.admit(1000, false, later), Err(later + 250 * MS));
     }
 
     #[test]
     fn a_rate_of_nothing_and_reads_of_everything_do_not_overflow() {
         let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, Some(0)));
-        assert_eq!(admission.admit(u64::MAX, start), Ok(()));
-        assert!(admission.admit(u64::MAX, start).is_err());
+        assert_eq!(admission.admit(u64::MAX, false, start), Ok(()));
+        assert!(admission.admit(u64::MAX, false, start).is_err());
         admission.refund(u64::MAX);
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Weak};
 
 use super::background::Background;
 use super::engine::Engine;
+use super::guides::Guides;
 use super::inflight::Inflight;
 use super::is_needed;
 use super::ledger::{FlushError, Ledger};
@@ -41,6 +42,8 @@ pub(super) struct Core {
     pub(super) counters: Counters,
     pub(super) completeness: Completeness,
     pub(super) background: Background,
+    /// What lists say will be read soon.
+    pub(super) guides: Guides,
     /// Whether anybody is in `traces`: asked for every read.
     pub(super) is_traced: AtomicBool,
     /// Who wants to know what is read, and which of its devices this is.

@@ -9,6 +9,7 @@ use std::time::Instant;
 use super::background::Background;
 use super::core::{Completeness, Core};
 use super::engine::Engine;
+use super::guides::Guides;
 use super::health::DeviceHealth;
 use super::inflight::{Inflight, Wait};
 use super::ledger::{FlushError, Ledger};
@@ -90,6 +91,7 @@ impl Device {
             counters: Counters::default(),
             completeness: Completeness::default(),
             background: Background::default(),
+            guides: Guides::default(),
             is_traced: AtomicBool::new(false),
             traces: Mutex::default(),
             closed: AtomicBool::new(false),

@@ -93,11 +93,12 @@ impl Fetcher {
 
     /// Lets the work for these units go before prefetch, wherever it is. Their urgency must have been
     /// raised already.
-    pub(super) fn promote(self: &Arc<Self>, device: u64, units: &[UnitIndex], request: RequestId) {
+    pub(super) fn promote(self: &Arc<Self>, core: &Core, units: &[UnitIndex], request: RequestId) {
+        let follows = core.guides.name_any(units.iter().copied());
         let mut state = self.state.lock().unwrap();
-        state.promote(device, units, request);
+        state.promote(core.id, units, request, follows);
         drop(state);
-        units.iter().for_each(|&unit| self.jobs.promote((device, unit)));
+        units.iter().for_each(|&unit| self.jobs.promote((core.id, unit)));
         self.pump();
     }
 
@@ -157,16 +158,19 @@ impl Fetcher {
 
     /// The next read that is behind everything else, or when to look again.
     fn next_bulk(self: &Arc<Self>, state: &mut Queues) -> Option<Turn> {
-        let bytes = state.bulk.front()?.stored.len();
+        // Lists say what is wanted first, and somebody may be following one now.
+        let listed = state.bulk.iter().position(Window::is_listed);
+        let (at, listed) = (listed.unwrap_or(0), listed.is_some());
+        let bytes = state.bulk.get(at)?.stored.len();
         let held = state.running.iter().filter(|running| running.bulk).count();
         if held >= self.options.fetches(Class::Prefetch) {
             return None;
         }
         let now = Instant::now();
-        let admitted = match state.readers_wait(now) {
+        let admitted = match state.readers_wait(listed, now) {
             Some(later) => Err(later),
             None if !state.budget.try_take(Class::Prefetch, bytes) => return None,
-            None => state.admission.admit(bytes, now).inspect_err(|_| state.budget.give_back(bytes)),
+            None => state.admission.admit(bytes, listed, now).inspect_err(|_| state.budget.give_back(bytes)),
         };
         if let Err(later) = admitted {
             let known = state.wake.is_some_and(|wake| wake > now && wake <= later);
@@ -175,7 +179,7 @@ impl Fetcher {
                 Turn::Later(later)
             });
         }
-        let window = state.bulk.pop_front()?;
+        let window = state.bulk.remove(at)?;
         Some(self.begin(state, window, Class::Prefetch))
     }
 
@@ -190,6 +194,7 @@ impl Fetcher {
             units: window.span(),
             class,
             bulk: window.bulk,
+            listed: window.is_listed(),
             urgent: false,
             began: Instant::now(),
             signal: Arc::clone(&signal),

@@ -112,7 +112,7 @@ impl Core {
             }
         }
         if !urgent.is_empty() {
-            self.engine.fetcher.promote(self.id, &urgent, id);
+            self.engine.fetcher.promote(self, &urgent, id);
         }
         self.submit(&map, leads, class, id, None);
         if !hit {
@@ -226,6 +226,10 @@ impl Core {
         let reach = Reach { first: options.readahead_first, most: options.readahead_most };
         let hides = self.ledger.file().is_none() && self.is_traced();
         if units.is_empty() || reach.first == 0 || hides || self.engine.space.is_spent() {
+            return;
+        }
+        // A list knows better what is next than a guess, which would be in its way.
+        if self.guides.name_any(units.clone()) {
             return;
         }
         // A missed observation costs a little speed; waiting would cost a reader its answer.

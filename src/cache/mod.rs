@@ -28,6 +28,7 @@ mod engine;
 mod evictor;
 mod fetch;
 mod flush;
+mod guides;
 mod health;
 mod inflight;
 mod inventory;

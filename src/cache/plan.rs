@@ -38,12 +38,7 @@ pub(super) fn plan(mut missing: Vec<(UnitIndex, Unit)>, limits: PlanLimits) -> V
     reads
 }
 
-/// Whether a read of `read` does best to bring `unit`, which may lie on either side of it, as well.
-pub(super) fn extends(read: ByteRange, unit: ByteRange, limits: PlanLimits) -> bool {
-    let before = read.start().saturating_sub(unit.end());
-    before <= limits.gap && joins(read, unit, limits)
-}
-
+/// Whether a read of `read` does best to bring `unit`, which begins no earlier, as well.
 fn joins(read: ByteRange, unit: ByteRange, limits: PlanLimits) -> bool {
     // What is in the read already costs nothing, however long it is: another member of a batch.
     read.contains(unit)

@@ -6,6 +6,7 @@
 //! [`PrefetchStats`]. It holds devices weakly: when the last owner of a device lets go of it, what
 //! the prefetch wants of it is given up.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
@@ -18,15 +19,20 @@ use super::core::Core;
 use super::device::Device;
 use super::engine::Engine;
 use super::inflight::Wait;
-use super::plan::{PlanLimits, extends};
+use super::plan::{PlanLimits, plan};
 use super::presence::{bit, set_bit, words_for};
 use super::{FillError, Request, is_needed};
 use crate::base::{ByteRange, Chain, Class, Fault, RequestId};
 use crate::blob::UnitIndex;
 
-/// Most units of one read. Each costs memory beside its stored bytes, and a hostile image could
+/// Most units of one lot, and so of one read. Each costs memory beside its stored bytes, and a hostile image could
 /// claim millions of one byte each.
 const MOST_UNITS: usize = 4096;
+
+/// Stored bytes of the first lot of a list and of a large one. Each has twice as many as the one before: what is wanted
+/// first is asked for first, and further on neighbours find each other.
+const FIRST_LOT: u64 = 1 << 20;
+const LARGE_LOT: u64 = 16 << 20;
 
 /// Pauses between attempts while a source cannot be reached.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -93,9 +99,11 @@ pub struct Prefetch {
 struct Shared {
     devices: Vec<Weak<Core>>,
     /// Of each device, which units are wanted.
-    wanted: Vec<Vec<u64>>,
+    wanted: Vec<Arc<Vec<u64>>>,
     /// Devices and units, in order. They may overlap.
     order: Vec<(usize, Range<UnitIndex>)>,
+    /// How many of them somebody named. Behind them are whole devices.
+    listed: usize,
     progress: Mutex<Progress>,
 }
 
@@ -128,6 +136,7 @@ impl Prefetch {
     pub(super) fn start_cores(engine: &Engine, cores: &[Arc<Core>], wants: &[Want], rest: bool) -> Self {
         let covered = |want: &Want| Some((want.device, cores.get(want.device)?.covering(want.decoded)?));
         let mut order: Vec<_> = wants.iter().filter_map(covered).collect();
+        let listed = order.len();
         if rest {
             order.extend(cores.iter().enumerate().map(|(device, core)| (device, 0..core.map().count())));
         }
@@ -137,9 +146,14 @@ impl Prefetch {
             let needed = units.clone().filter(|&unit| is_needed(&map.units()[unit as usize]));
             needed.for_each(|unit| set_bit(&mut wanted[*device], unit));
         }
+        let wanted: Vec<_> = wanted.into_iter().map(Arc::new).collect();
+        if !rest {
+            cores.iter().zip(&wanted).for_each(|(core, wanted)| core.guides.add(wanted));
+        }
         let shared = Arc::new(Shared {
             devices: cores.iter().map(Arc::downgrade).collect(),
             wanted,
+            listed,
             order,
             progress: Mutex::new(Progress {
                 state: PrefetchState::Running,
@@ -237,7 +251,7 @@ impl Shared {
 
     /// Units that are wanted and absent.
     fn absent(&self) -> u64 {
-        let absent = |(core, wanted): (Arc<Core>, &Vec<u64>)| {
+        let absent = |(core, wanted): (Arc<Core>, &Arc<Vec<u64>>)| {
             let present = core.ledger.presence.snapshot();
             wanted
                 .iter()
@@ -259,7 +273,7 @@ impl Shared {
         // Those whose source is away, for this pass.
         let mut away = self.progress.lock().unwrap().given_up.clone();
         let (tx, mut rx) = unbounded_channel();
-        let (mut cursor, mut open, mut interrupted) = (Cursor::default(), 0, false);
+        let (mut cursor, mut open, mut interrupted) = (Cursor::new(), 0, false);
         loop {
             while open < reads
                 && let Some((device, core, units)) = self.next_read(&mut cursor, &limits, &away)
@@ -328,7 +342,7 @@ impl Shared {
 
     /// How reads of each device are gathered: long ones where most of its blob is wanted and absent.
     fn limits(&self) -> Vec<PlanLimits> {
-        let limits = |(core, wanted): (&Weak<Core>, &Vec<u64>)| {
+        let limits = |(core, wanted): (&Weak<Core>, &Arc<Vec<u64>>)| {
             let Some(core) = core.upgrade() else { return PlanLimits { gap: 0, window: 0 } };
             let map = core.map();
             let (mut all, mut absent) = (0u64, 0u64);
@@ -351,12 +365,33 @@ impl Shared {
         limits: &[PlanLimits],
         away: &[bool],
     ) -> Option<(usize, Arc<Core>, Vec<UnitIndex>)> {
-        let mut read: Option<(usize, Arc<Core>, Vec<UnitIndex>)> = None;
-        let mut hull = ByteRange::default();
-        while let Some((device, leg)) = self.order.get(cursor.leg) {
-            if read.as_ref().is_some_and(|(other, ..)| other != device) {
-                break;
+        loop {
+            while let Some((device, mut units)) = cursor.reads.pop_front() {
+                let core = if away[device] { None } else { self.devices[device].upgrade() };
+                let Some(core) = core else { continue };
+                // A reader may have been faster.
+                units.retain(|&index| !core.ledger.presence.get(index));
+                if !units.is_empty() {
+                    return Some((device, core, units));
+                }
             }
+            if !self.gather(cursor, limits, away) {
+                return None;
+            }
+        }
+    }
+
+    /// Walks over the order until there is a lot of absent units, and makes reads of it, ordered by what is wanted first
+    /// of each. `false`: there is nothing left.
+    fn gather(&self, cursor: &mut Cursor, limits: &[PlanLimits], away: &[bool]) -> bool {
+        // By device and unit: its turn.
+        let mut turns: BTreeMap<(usize, UnitIndex), usize> = BTreeMap::new();
+        let mut bytes = 0;
+        let longest = || limits.iter().map(|limits| limits.window).max().unwrap_or(0);
+        let (lot, end) =
+            if cursor.leg < self.listed { (cursor.lot, self.listed) } else { (longest(), self.order.len()) };
+        cursor.lot = (cursor.lot * 2).min(LARGE_LOT);
+        'lot: while let Some((device, leg)) = self.order[..end].get(cursor.leg) {
             let core = if away[*device] { None } else { self.devices[*device].upgrade() };
             let Some(core) = core else {
                 cursor.next_leg();
@@ -366,34 +401,51 @@ impl Shared {
             for index in leg.start + cursor.done..leg.end {
                 let unit = &map.units()[index as usize];
                 if is_needed(unit) && !core.ledger.presence.get(index) {
-                    let (_, _, units) = read.get_or_insert_with(|| (*device, Arc::clone(&core), Vec::new()));
-                    if units.is_empty() {
-                        hull = unit.stored;
-                    } else if units.len() >= MOST_UNITS || !extends(hull, unit.stored, limits[*device]) {
-                        return read;
+                    let turn = turns.len();
+                    let is_more = turn >= MOST_UNITS || bytes + unit.stored.len() > lot;
+                    if is_more && turn > 0 {
+                        break 'lot;
                     }
-                    hull = hull.hull(unit.stored);
-                    units.push(index);
+                    turns.entry((*device, index)).or_insert(turn);
+                    bytes += unit.stored.len();
                 }
                 cursor.done += 1;
             }
             cursor.next_leg();
         }
-        read
+        let mut reads = Vec::new();
+        for (device, core) in self.devices.iter().enumerate() {
+            let Some(core) = core.upgrade() else { continue };
+            let map = core.map();
+            let units = turns.range((device, 0)..(device + 1, 0)).map(|((_, index), _)| *index);
+            let missing = units.map(|index| (index, map.units()[index as usize])).collect();
+            reads.extend(plan(missing, limits[device]).into_iter().map(|read| (device, read.units)));
+        }
+        let first = |units: &[UnitIndex], device| units.iter().filter_map(|unit| turns.get(&(device, *unit))).min();
+        reads.sort_by_key(|(device, units)| first(units, *device));
+        cursor.reads.extend(reads);
+        !turns.is_empty() || cursor.leg < self.order.len()
     }
 }
 
 /// How far a pass has come.
-#[derive(Default)]
 struct Cursor {
     leg: usize,
     /// Units of the leg that were looked at.
     done: UnitIndex,
+    /// Stored bytes of the next lot.
+    lot: u64,
+    /// Of the latest lot, what has not been asked for.
+    reads: VecDeque<(usize, Vec<UnitIndex>)>,
 }
 
 impl Cursor {
+    fn new() -> Self {
+        Self { leg: 0, done: 0, lot: FIRST_LOT, reads: VecDeque::new() }
+    }
+
     fn next_leg(&mut self) {
-        *self = Self { leg: self.leg + 1, done: 0 };
+        (self.leg, self.done) = (self.leg + 1, 0);
     }
 }
 

@@ -41,6 +41,8 @@ pub(super) struct Running {
     pub(super) units: RangeInclusive<UnitIndex>,
     pub(super) class: Class,
     pub(super) bulk: bool,
+    /// A list says that something of it will be read soon.
+    pub(super) listed: bool,
     /// A reader waits for one of its units.
     pub(super) urgent: bool,
     pub(super) began: Instant,
@@ -51,6 +53,11 @@ impl Running {
     /// Whether a reader waits for it, or soon will, so that bulk must not begin.
     fn is_for_readers(&self) -> bool {
         !self.bulk || self.urgent
+    }
+
+    /// Whether bulk must not begin beside it. That of a list goes on beside readers who follow a list.
+    fn holds_up(&self, listed: bool) -> bool {
+        self.is_for_readers() && !(listed && self.listed)
     }
 }
 
@@ -83,6 +90,7 @@ impl Queues {
 
     /// Where a window waits, by its urgency at this moment. Readers make running bulk give way.
     pub(super) fn queue(&mut self, mut window: Window) {
+        let follows = window.is_listed();
         // Read under the lock: a promotion either came before and is seen, or finds the window.
         match window.class() {
             Class::OnDemand => {
@@ -96,13 +104,14 @@ impl Queues {
                 self.prefetch.push_back(window);
             }
         }
-        self.disturb(|_| true);
+        self.disturb(follows, |_| true);
     }
 
-    /// A reader has come: the running bulk that is `meant` gives way.
-    fn disturb(&mut self, meant: impl Fn(&Running) -> bool) {
-        self.admission.disturb(Instant::now());
-        for running in self.running.iter().filter(|running| running.bulk && meant(running)) {
+    /// A reader has come, who follows a list or does not: the running bulk that is `meant` gives way.
+    fn disturb(&mut self, follows: bool, meant: impl Fn(&Running) -> bool) {
+        self.admission.disturb(Instant::now(), follows);
+        let in_the_way = |running: &&Running| running.bulk && !(follows && running.listed) && meant(running);
+        for running in self.running.iter().filter(in_the_way) {
             running.signal.give_way.store(true, Ordering::Release);
             running.signal.told.notify_one();
         }
@@ -110,26 +119,28 @@ impl Queues {
 
     pub(super) fn end(&mut self, ticket: u64) {
         let ended = self.running.iter().position(|running| running.ticket == ticket);
-        if ended.is_some_and(|at| self.running.swap_remove(at).is_for_readers()) {
-            self.admission.disturb(Instant::now());
+        let ended = ended.map(|at| self.running.swap_remove(at)).filter(Running::is_for_readers);
+        if let Some(ended) = ended {
+            self.admission.disturb(Instant::now(), ended.listed);
         }
     }
 
-    /// Until when bulk must not even be considered, if a reader waits.
-    pub(super) fn readers_wait(&self, now: Instant) -> Option<Instant> {
-        let reads = || self.running.iter().filter(|running| running.is_for_readers());
+    /// Until when bulk, of a list or not, must not even be considered, if a reader waits.
+    pub(super) fn readers_wait(&self, listed: bool, now: Instant) -> Option<Instant> {
+        let reads = || self.running.iter().filter(|running| running.holds_up(listed));
         if let Some(youngest) = reads().map(|running| running.began).max() {
             // Bulk of other servers goes on beside readers whose server does not answer.
             return Some(youngest + STUCK).filter(|&later| later > now);
         }
         // They begin at the next turn, or when memory is free; either comes here again.
-        let queued = !self.on_demand.is_empty() || !self.prefetch.is_empty();
+        let holds_up = |window: &Window| !(listed && window.is_listed());
+        let queued = self.on_demand.find(|_, window| holds_up(window)).is_some() || self.prefetch.iter().any(holds_up);
         queued.then_some(now + STUCK)
     }
 
-    /// Lets reads for these units go before prefetch, for `request`. Their urgency must have been raised
-    /// already.
-    pub(super) fn promote(&mut self, device: u64, units: &[UnitIndex], request: RequestId) {
+    /// Lets reads for these units go before prefetch, for `request`, whose reader `follows` a list or does not.
+    /// Their urgency must have been raised already.
+    pub(super) fn promote(&mut self, device: u64, units: &[UnitIndex], request: RequestId, follows: bool) {
         for &unit in units {
             let queued = self.prefetch.iter().position(|window| window.holds(device, unit));
             if let Some(window) = queued.and_then(|at| self.prefetch.remove(at)) {
@@ -150,7 +161,7 @@ impl Queues {
             running.urgent = true;
             running.signal.told.notify_one();
         }
-        self.disturb(|running| !carries(running));
+        self.disturb(follows, |running| !carries(running));
     }
 
     /// Takes out the bulk of a device that no reader has joined, to be dropped outside of the lock, and

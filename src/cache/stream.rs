@@ -22,6 +22,10 @@ use crate::source::{BlobSource, ReadCtx, SourceError};
 /// A reader of a stream's unit waits for the stream if no more than this has to come before the unit.
 const NEAR: u64 = 256 << 10;
 
+/// The same where a list says that everything in the stream will be read: going on costs that reader no more than a
+/// round trip would.
+const NEAR_IN_A_LIST: u64 = 1 << 20;
+
 /// Most bytes of a half arrived unit that are kept when a stream gives way.
 const MOST_KEPT: usize = 1 << 20;
 
@@ -112,6 +116,7 @@ async fn pour_from(
     };
     let mut until = share(*deadline);
     let missing = intake.lock().unwrap().missing();
+    let near = if intake.lock().unwrap().is_listed() { NEAR_IN_A_LIST } else { NEAR };
     core.counters.request();
     let mut take = |piece| intake.lock().unwrap().take(piece);
     let ctx = ReadCtx::new(Class::Prefetch, until);
@@ -135,7 +140,7 @@ async fn pour_from(
                     return End::Abandoned;
                 }
                 let waited_for = intake.lock().unwrap().last_urgent();
-                let far = waited_for.is_some_and(|distance| distance > NEAR);
+                let far = waited_for.is_some_and(|distance| distance > near);
                 if far || slot.signal.give_way.load(Ordering::Acquire) {
                     return End::GaveWay;
                 }
@@ -184,6 +189,10 @@ impl Intake {
 
     fn leds(&self) -> impl Iterator<Item = &Led> {
         self.groups.iter().flatten()
+    }
+
+    fn is_listed(&self) -> bool {
+        self.core.guides.name_any(self.leds().map(|led| led.lead.unit()))
     }
 
     /// First byte that has not come.

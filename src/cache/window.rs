@@ -103,6 +103,11 @@ impl Window {
         }
     }
 
+    /// Whether a list says that something of it will be read soon.
+    pub(super) fn is_listed(&self) -> bool {
+        self.core.guides.name_any(self.units.iter().map(|led| led.lead.unit()))
+    }
+
     pub(super) fn holds(&self, device: u64, unit: UnitIndex) -> bool {
         self.core.id == device && self.units.iter().any(|led| led.lead.unit() == unit)
     }

@@ -42,8 +42,8 @@ pub enum ProxyUse {
     Environment,
     /// Without one.
     Direct,
-    /// Through this one.
-    Through(Url),
+    /// Through this one, whose address may hold a login.
+    Through(Secret),
 }
 
 /// One host.

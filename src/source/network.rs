@@ -15,7 +15,6 @@ use super::counted::Counted;
 use super::{
     BlobSource, HttpUpstream, LocalDisk, LocalSource, ObjectUpstream, OpenError, Tier, Tiers, Upstream, WholeSource,
 };
-use crate::base::Secret;
 use crate::net::auth::{Keychain, Nobody, TokenOptions, Tokens};
 use crate::net::hosts::{self, HostConfig, ProxyUse, Registries, RegistryHosts};
 use crate::net::proxy::ProxyOptions;
@@ -215,7 +214,7 @@ impl Network {
         client.proxy = match &config.proxy {
             ProxyUse::Environment => Proxy::Environment,
             ProxyUse::Direct => Proxy::Direct,
-            ProxyUse::Through(url) => Proxy::Through(Secret::new(url.as_str())),
+            ProxyUse::Through(address) => Proxy::Through(address.clone()),
         };
         client
     }

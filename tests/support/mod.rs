@@ -2,7 +2,7 @@
 //! say in one line per entry what a faithful copy must show.
 //!
 //! Of what makes and lists images, only `building` knows the crate under test, so a fault in it cannot hide
-//! itself in the rest. `clock` is a time that tests move, `registry` a registry in a box,
+//! itself in the rest. `clock` is a time that tests move, `registry` a registry in a box, `servers` programs of others,
 //! `secrets` what must be said nowhere.
 #![allow(dead_code, unreachable_pub, unused_imports, reason = "each test file uses its own part")]
 
@@ -14,6 +14,7 @@ pub mod layers;
 pub mod listing;
 pub mod registry;
 pub mod secrets;
+pub mod servers;
 pub mod tree;
 pub mod v5;
 

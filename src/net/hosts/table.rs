@@ -155,8 +155,8 @@ impl Reader<'_> {
                 "proxy" => match self.text_of("proxy", value) {
                     Some("environment") => host.proxy = ProxyUse::Environment,
                     Some("none") => host.proxy = ProxyUse::Direct,
-                    Some(text) => match web(text) {
-                        Some(url) => host.proxy = ProxyUse::Through(url),
+                    Some(text) => match web_with_login(text) {
+                        Some(url) => host.proxy = ProxyUse::Through(Secret::new(url)),
                         None => self.wrong(at, "proxy must be an http or https URL, environment or none"),
                     },
                     None => {}
@@ -303,9 +303,14 @@ fn base(text: &str, overridden: bool) -> Option<Url> {
 
 /// An address of the web without anything in it that would have to be kept secret.
 pub(crate) fn web(text: &str) -> Option<Url> {
+    web_with_login(text).filter(|url| url.username().is_empty() && url.password().is_none())
+}
+
+/// The same with or without `USER:PASSWORD@`.
+fn web_with_login(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;
-    let plain = url.username().is_empty() && url.password().is_none() && url.query().is_none();
-    (plain && url.fragment().is_none() && matches!(url.scheme(), "http" | "https") && url.has_host()).then_some(url)
+    let bare = url.query().is_none() && url.fragment().is_none() && url.has_host();
+    (bare && matches!(url.scheme(), "http" | "https")).then_some(url)
 }
 
 /// A host as it may be shown: without a password that does not belong there.

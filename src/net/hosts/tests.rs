@@ -64,13 +64,14 @@ fn what_containerd_does_not_know_is_in_a_table_of_its_own() {
     let hosts = read(
         "r.example",
         "[rafsd]\nconcurrency = 8\n[host.\"http://127.0.0.1:65001\".rafsd]\nalign = \"4MiB\"\n\
-         proxy = \"http://p:3128\"\nproxy_fallback = false\nproxy_ping = \"http://p/ping\"\nbandwidth = \"10MiB\"\n",
+         proxy = \"http://u:hunter2@p:3128\"\nproxy_fallback = false\nproxy_ping = \"http://p/ping\"\nbandwidth = \"10MiB\"\n",
     );
 
     let peer = &hosts.hosts[0];
     assert_eq!((peer.align, peer.bandwidth), (Some(4 << 20), Some(10 << 20)));
-    assert_eq!(peer.proxy, ProxyUse::Through(Url::parse("http://p:3128").unwrap()));
+    assert_eq!(peer.proxy, ProxyUse::Through(Secret::new("http://u:hunter2@p:3128/")));
     assert!(!peer.proxy_fallback && peer.proxy_ping.is_some());
+    assert!(!format!("{peer:?}").contains("hunter2"), "a proxy may want a login, which is never shown");
     assert_eq!(hosts.hosts[1].concurrency, Some(8));
 }
 

@@ -1,0 +1,166 @@
+//! A recorded start-up set over a slow line.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use rafsd::base::ByteSize;
+
+use super::daemon::Daemon;
+use super::image::{Image, Piece, reference};
+use super::line::{Line, Shape};
+use super::peer::Nydusd;
+use super::registry::Registry;
+use super::throughput::mount;
+use super::verdict;
+
+/// 200 Mbit/s.
+const BANDWIDTH: f64 = 200e6 / 8.0;
+
+/// Beside the time for the bytes.
+const ROUND_TRIPS: u32 = 2;
+
+/// Seconds of one start.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Start {
+    /// From the command that mounts to the mount.
+    pub(crate) mount: f64,
+    /// From there to the last byte.
+    pub(crate) read: f64,
+}
+
+pub(crate) fn measure(
+    image: &Image,
+    registry: &Registry,
+    scratch: &Path,
+    turns: usize,
+    nydusd: Option<&Path>,
+) -> anyhow::Result<()> {
+    let (pieces, trace) = (image.startup_set(), scratch.join("start.trace"));
+    record(registry, scratch, &pieces, &trace)?;
+    let recorded = image.traced(&fs::read_to_string(&trace)?)?;
+    let needed = image.needed(&recorded)?;
+    println!(
+        "a start-up set of {} pieces, {} stored, of which the kernel's read-ahead made {} in the trace:",
+        pieces.len(),
+        ByteSize(image.needed(&pieces)?),
+        ByteSize(needed)
+    );
+    for round_trip in [5, 20].map(Duration::from_millis) {
+        let line = Line::to(registry.address, Shape { round_trip, bytes_per_second: BANDWIDTH })?;
+        #[expect(clippy::cast_precision_loss, reason = "printed with few digits")]
+        let least = needed as f64 / BANDWIDTH + (round_trip * ROUND_TRIPS).as_secs_f64();
+        println!(
+            "  {} ms and 200 Mbit/s, where the bytes and {ROUND_TRIPS} round trips take {least:.3} s:",
+            round_trip.as_millis()
+        );
+        let dir = scratch.join("start");
+        for (name, way, target) in [
+            ("mounted, traced prefetch with the reader", Way::Beside, Some(1.15)),
+            ("mount with traced prefetch, and read", Way::Mounting, None),
+            ("mounted, no prefetch", Way::None, None),
+        ] {
+            let starts = repeat(turns, || start(&line, &dir, &pieces, &trace, way))?;
+            print(name, starts, least, target);
+            let (asked, most) = (registry.take_asked().len().div_ceil(turns), image.blobs.len() + 8);
+            let target =
+                if way == Way::Mounting { verdict(asked <= most, &format!("<= {most}")) } else { String::new() };
+            println!("      {asked} requests, {} of blobs  {target}", ByteSize(registry.take_sent() / turns as u64));
+        }
+        if let Some(program) = nydusd {
+            let starts = repeat(turns, || {
+                let clock = Instant::now();
+                let nydusd = Nydusd::mount(program, &dir, line.address, &image.bootstrap, &pieces)?;
+                let mounted = clock.elapsed();
+                read(&nydusd.mnt(), &pieces)?;
+                Ok(Start { mount: mounted.as_secs_f64(), read: (clock.elapsed() - mounted).as_secs_f64() })
+            })?;
+            print("nydusd: mount with its prefetch of the files, and read", starts, least, None);
+            let asked = registry.take_asked().len().div_ceil(turns);
+            println!("      {asked} requests, {} of blobs", ByteSize(registry.take_sent() / turns as u64));
+        }
+    }
+    Ok(())
+}
+
+/// When what is in the trace is fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// From when the reader begins.
+    Beside,
+    /// From the mount on.
+    Mounting,
+    /// By the reader alone.
+    None,
+}
+
+/// Reads the set once from a near registry, with `rafsd mount --trace`.
+fn record(registry: &Registry, scratch: &Path, pieces: &[Piece], trace: &Path) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&scratch.join("record"))?;
+    mount(&daemon, registry, &[OsStr::new("--trace"), trace.as_os_str()])?;
+    read(&daemon.mnt(), pieces)?;
+    daemon.ask("umount", [daemon.mnt().as_os_str()])?;
+    ensure!(trace.exists(), "no trace was written");
+    registry.take_asked();
+    registry.take_sent();
+    Ok(())
+}
+
+fn start(line: &Line, dir: &Path, pieces: &[Piece], trace: &Path, way: Way) -> anyhow::Result<Start> {
+    let daemon = Daemon::start(dir)?;
+    let mnt = daemon.mnt();
+    let (image, prefetch) = (reference(line.address), format!("--prefetch={}", trace.display()));
+    let mut args = vec![OsStr::new(&image), mnt.as_os_str(), OsStr::new("--backend"), OsStr::new("fanotify")];
+    args.extend((way == Way::Mounting).then_some(OsStr::new(&prefetch)));
+    let clock = Instant::now();
+    daemon.ask("mount", args)?;
+    let mounted = clock.elapsed();
+    let mut prefetching = None;
+    if way == Way::Beside {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rafsd"));
+        command.arg("prefetch").arg(&mnt).arg("--trace").arg(trace).arg("--run").arg(dir.join("run"));
+        prefetching = Some(command.stdout(Stdio::null()).spawn()?);
+    }
+    read(&mnt, pieces)?;
+    let read = clock.elapsed() - mounted;
+    if let Some(mut prefetching) = prefetching {
+        ensure!(prefetching.wait()?.success(), "rafsd prefetch failed");
+    }
+    Ok(Start { mount: mounted.as_secs_f64(), read: read.as_secs_f64() })
+}
+
+/// Reads the pieces in their order, in parts of 128 KiB.
+pub(crate) fn read(mnt: &Path, pieces: &[Piece]) -> anyhow::Result<()> {
+    let mut buffer = [0; 128 << 10];
+    for piece in pieces {
+        let file = File::open(mnt.join(&piece.path)).with_context(|| piece.path.display().to_string())?;
+        let mut done = 0;
+        while done < piece.len {
+            let want = usize::try_from(piece.len - done)?.min(buffer.len());
+            let got = file.read_at(&mut buffer[..want], piece.at + done)?;
+            ensure!(got > 0, "{} is too short", piece.path.display());
+            done += got as u64;
+        }
+    }
+    Ok(())
+}
+
+/// The start with the median of the reading times.
+fn repeat(turns: usize, mut start: impl FnMut() -> anyhow::Result<Start>) -> anyhow::Result<Start> {
+    let mut starts = (0..turns).map(|_| start()).collect::<anyhow::Result<Vec<_>>>()?;
+    starts.sort_by(|one, other| one.read.total_cmp(&other.read));
+    starts.get(turns / 2).copied().context("at least one turn")
+}
+
+fn print(name: &str, Start { mount, read }: Start, least: f64, target: Option<f64>) {
+    let target = target.map_or(String::new(), |most| verdict(read / least <= most, &format!("<= {most}")));
+    println!(
+        "    {name:<56} mount {mount:.3} s  read {read:.3} s  {:.2} times that, {:.2} with the mount  {target}",
+        read / least,
+        (mount + read) / least
+    );
+}
