@@ -222,7 +222,7 @@ fn what_is_written_is_read_as_the_same_registries() {
                 client = [[\"c.pem\", \"c \\\"q\\\".key\"], \"both.pem\"]\ndial_timeout = \"250ms\"\noverride_path = true\n\
                 [\"docker.io\".host.\"http://z.example:5000/x\".header]\nx-a = \"hunter2\"\nx-b = [\"1\", \"2\"]\n\
                 [\"docker.io\".host.\"http://z.example:5000/x\".rafsd]\nalign = \"4MiB\"\nconcurrency = 3\n\
-                bandwidth = \"10MiB\"\nredirects = [\"s.lan\"]\nproxy = \"http://p:3128\"\nproxy_ping = \"http://p/ping\"\n\
+                bandwidth = \"10MiB\"\nredirects = [\"s.lan\"]\nproxy = \"http://u:hunter2@p:3128\"\nproxy_ping = \"http://p/ping\"\n\
                 proxy_fallback = false\n[\"docker.io\".host.\"a.example\"]\ncapabilities = [\"push\"]\n\
                 [_default.host.\"https://for.all\"]\ncapabilities = [\"resolve\"]\n";
     let registries = own(text);

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
+use reqwest::Url;
 use toml::de::DeTable;
 
 use super::{HostConfig, ProxyUse, Registries};
-use crate::base::{ByteSize, TimeSpan, toml_json, toml_string, toml_strings};
+use crate::base::{ByteSize, Secret, TimeSpan, toml_json, toml_string, toml_strings};
 
-/// What becomes of the values of headers, which may be secrets.
+/// What becomes of the values of headers and of logins, which are secrets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Headers {
     Shown,
@@ -94,7 +95,7 @@ fn host(table: &str, first: &str, host: &HostConfig, headers: Headers) -> String
             };
         }
     }
-    let ours = ours(host);
+    let ours = ours(host, headers);
     if !ours.is_empty() {
         write!(out, "\n[{table}.rafsd]\n{ours}").expect("a string takes it");
     }
@@ -109,8 +110,23 @@ fn said(host: &HostConfig) -> BTreeMap<&str, Vec<&str>> {
     said
 }
 
+/// The address of a proxy, whose login is what has to be hidden.
+fn proxy(address: &Secret, headers: Headers) -> String {
+    let (text, url) = (address.expose(), Url::parse(address.expose()).ok());
+    let is_bare = |url: &Url| url.username().is_empty() && url.password().is_none();
+    match (headers, url) {
+        (Headers::Hidden, Some(mut url)) if !is_bare(&url) => {
+            // A host that can have a login can have another.
+            let _ = url.set_username("***").and_then(|()| url.set_password(None));
+            toml_string(url.as_str()) + " # login not shown"
+        }
+        (Headers::Hidden, None) => "\"***\" # not shown".to_owned(),
+        _ => toml_string(text),
+    }
+}
+
 /// What containerd does not know.
-fn ours(host: &HostConfig) -> String {
+fn ours(host: &HostConfig, headers: Headers) -> String {
     let mut out = String::new();
     if let Some(bytes) = host.align {
         out += &key("align", &toml_string(&ByteSize(bytes).exact()));
@@ -127,7 +143,7 @@ fn ours(host: &HostConfig) -> String {
     match &host.proxy {
         ProxyUse::Environment => {}
         ProxyUse::Direct => out += &key("proxy", "\"none\""),
-        ProxyUse::Through(url) => out += &key("proxy", &toml_string(url.as_str())),
+        ProxyUse::Through(url) => out += &key("proxy", &proxy(url, headers)),
     }
     if let Some(url) = &host.proxy_ping {
         out += &key("proxy_ping", &toml_string(url.as_str()));

@@ -381,7 +381,7 @@ impl Connection {
         host.ca = self.ca.iter().map(Into::into).collect();
         host.dial_timeout = self.dial;
         if let Some(proxy) = &self.proxy {
-            host.proxy = ProxyUse::Through(proxy.clone());
+            host.proxy = ProxyUse::Through(Secret::new(proxy.as_str()));
             host.proxy_ping.clone_from(&self.ping);
             host.proxy_fallback = self.fallback;
         }
