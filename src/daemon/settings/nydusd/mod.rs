@@ -3,7 +3,7 @@
 //!
 //! Both generations are read: JSON of version 1, which nydus-snapshotter writes, and version 2, as TOML or JSON. As
 //! nydusd does, a file is taken for the second if it says `version = 2`. Unknown keys are no mistake to nydusd, so
-//! they are told of and nothing else. Secrets never get into anything that is made here, but for [`Credentials`].
+//! they are told of and nothing else. Secrets never get into anything that is made here, but for what [`Imported::credentials`] gives.
 
 mod backend;
 mod behaviour;
