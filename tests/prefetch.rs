@@ -384,7 +384,7 @@ fn a_list_goes_on_beside_a_reader_who_follows_it() {
     let (bench, source) = (Bench::new(), Gated::new(80, 0, 0));
     let device = bench.device(&source);
     let prefetch = bench.prefetch(&device, &list(), false);
-    eventually("the first reads", || source.log(Class::Prefetch) == list()[..4]);
+    eventually("the first read", || source.log(Class::Prefetch) == list()[..1]);
 
     let reader = read(&device, list()[7]);
     eventually("the reader's request", || source.log(Class::OnDemand) == [list()[7]]);
@@ -407,7 +407,7 @@ fn a_list_gives_way_to_a_reader_of_something_else() {
         let device = bench.device(&source);
         let other = if of_another_image { bench.device(&source) } else { Arc::clone(&device) };
         let prefetch = bench.prefetch(&device, &list(), false);
-        eventually("the first reads", || source.log(Class::Prefetch) == list()[..4]);
+        eventually("the first read", || source.log(Class::Prefetch) == list()[..1]);
 
         let reader = read(&other, units(5, 6));
 
