@@ -374,6 +374,54 @@ fn a_reader_of_what_is_queued_for_later_is_served_now() {
     assert_eq!(source.log(Class::Prefetch), want);
 }
 
+/// A list of single units, so far from each other that each is a read of its own.
+fn list() -> Vec<ByteRange> {
+    (0..8).map(|at| units(70 - at * 10, 71 - at * 10)).collect()
+}
+
+#[test]
+fn a_list_goes_on_beside_a_reader_who_follows_it() {
+    let (bench, source) = (Bench::new(), Gated::new(80, 0, 0));
+    let device = bench.device(&source);
+    let prefetch = bench.prefetch(&device, &list(), false);
+    eventually("the first read", || source.log(Class::Prefetch) == list()[..1]);
+
+    let reader = read(&device, list()[7]);
+    eventually("the reader's request", || source.log(Class::OnDemand) == [list()[7]]);
+    source.streams.add_permits(1000);
+
+    // While it waits, everything else that it is going to read comes.
+    eventually("the list", || list()[..7].iter().all(|range| device.present(*range)));
+    assert!(!device.present(list()[7]));
+    assert_eq!(source.log(Class::Prefetch), list()[..7], "nothing was broken off");
+    source.reads.add_permits(1);
+    assert!(answer(&reader).is_ok());
+    assert_eq!(ended(&prefetch), PrefetchState::Done);
+    assert_eq!(source.log(Class::Prefetch).len(), 7);
+}
+
+#[test]
+fn a_list_gives_way_to_a_reader_of_something_else() {
+    for of_another_image in [false, true] {
+        let (bench, source) = (Bench::new(), Gated::new(80, 0, 0));
+        let device = bench.device(&source);
+        let other = if of_another_image { bench.device(&source) } else { Arc::clone(&device) };
+        let prefetch = bench.prefetch(&device, &list(), false);
+        eventually("the first read", || source.log(Class::Prefetch) == list()[..1]);
+
+        let reader = read(&other, units(5, 6));
+
+        eventually("the reader's request", || source.log(Class::OnDemand) == [units(5, 6)]);
+        source.await_break();
+        source.streams.add_permits(1000);
+        settle();
+        assert!(!list().iter().any(|range| device.present(*range)), "another image: {of_another_image}");
+        source.reads.add_permits(1);
+        assert!(answer(&reader).is_ok());
+        assert_eq!(ended(&prefetch), PrefetchState::Done);
+    }
+}
+
 #[test]
 fn a_source_that_went_away_is_asked_again_and_told_about() {
     let (bench, source) = (Bench::new(), Gated::new(10, 1000, 0));
