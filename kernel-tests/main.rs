@@ -61,6 +61,7 @@ const TABLES: &[&[Case]] = &[
     facts::CASES,
     cases::events::CASES,
     cases::reading::CASES,
+    cases::random::CASES,
     cases::metadata::CASES,
     cases::images::CASES,
     cases::interop::CASES,

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use rafsd::base::Chain;
-use rafsd::build::{self, Base, BuildError, BuildReport, Layer, MergeSpec, Source, Whiteouts};
+use rafsd::build::{self, Base, BuildError, BuildReport, Layer, MergeSpec, MergeVersion, Source, Whiteouts};
 use rafsd::format::rafs::DigestAlgorithm;
 use rafsd::image::Image;
 use support::building::{build, spec};
@@ -154,6 +154,7 @@ fn blobs_of_a_dictionary_follow_the_new_one_and_only_if_used() {
         whiteouts: Whiteouts::None,
         prefetch: None,
         facts: Vec::new(),
+        version: MergeVersion::V6,
         out: out.clone(),
     };
     let dictionary = build::merge(dictionary, &()).unwrap();

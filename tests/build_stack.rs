@@ -7,7 +7,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rafsd::build::{self, BuildError, BuildReport, BuildSpec, Encryption, Layer, MergeSpec, Source, Whiteouts};
+use rafsd::build::{
+    self, BuildError, BuildReport, BuildSpec, Encryption, Layer, MergeSpec, MergeVersion, Source, Whiteouts,
+};
 use rafsd::image::Image;
 use support::building::{output, spec};
 use support::image::{self, Mounted};
@@ -170,6 +172,7 @@ fn stacks_of_sources_look_as_overlayfs_shows_them_and_as_their_merged_images() {
                 whiteouts,
                 prefetch: None,
                 facts: Vec::new(),
+                version: MergeVersion::V6,
                 out: shop.path("merged"),
             };
             build::merge(merge, &()).unwrap();

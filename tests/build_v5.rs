@@ -12,7 +12,7 @@ use std::sync::Arc;
 use rafsd::blob::BlobKey;
 use rafsd::build::{
     self, Base, Batching, BuildError, BuildReport, BuildSpec, Compression, ConvertReport, ConvertSpec, Encryption,
-    Layer, MergeSpec, PrefetchHints, Progress, Source, VerifyError, Version, Whiteouts,
+    Layer, MergeSpec, MergeVersion, PrefetchHints, Progress, Source, VerifyError, Version, Whiteouts,
 };
 use rafsd::codec;
 use rafsd::format::blobfile::features;
@@ -343,6 +343,7 @@ fn layers_of_both_versions_become_one_image_that_can_be_converted() {
             whiteouts: Whiteouts::Oci,
             prefetch: None,
             facts: Vec::new(),
+            version: MergeVersion::V6,
             out: shop.path(name),
         };
         build::merge(spec, &()).unwrap();

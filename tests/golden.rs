@@ -17,8 +17,8 @@ use std::path::Path;
 use generated::member::{Content, Island, Item, Member, Numbers, Style, What, archive};
 use rafsd::blob::BlobKey;
 use rafsd::build::{
-    Batching, BuildReport, BuildSpec, Compression, Encryption, Layer, MergeSpec, Source, Version, Whiteouts, build,
-    merge,
+    Batching, BuildReport, BuildSpec, Compression, Encryption, Layer, MergeSpec, MergeVersion, Source, Version,
+    Whiteouts, build, merge,
 };
 use rafsd::codec;
 use rafsd::format::rafs::DigestAlgorithm;
@@ -256,6 +256,7 @@ fn two_merged_layers_read_as_they_always_did() {
         whiteouts: Whiteouts::Oci,
         prefetch: Some(vec![b"/text".to_vec(), b"/directory".to_vec()]),
         facts: Vec::new(),
+        version: MergeVersion::V6,
         out: dir.path().join("merged"),
     };
 

@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use rafsd::base::{BlobId, Digest};
-use rafsd::build::{self, BlobFacts, BuildError, Layer, MergeReport, MergeSpec, Source, Whiteouts};
+use rafsd::build::{self, BlobFacts, BuildError, Layer, MergeReport, MergeSpec, MergeVersion, Source, Whiteouts};
 use rafsd::image::{Image, Kind};
 use support::building::{build, spec};
 use support::image::{self, Mounted};
@@ -24,6 +24,7 @@ fn merge_spec(layers: &[PathBuf], out: &Path) -> MergeSpec {
         whiteouts: Whiteouts::Oci,
         prefetch: None,
         facts: Vec::new(),
+        version: MergeVersion::V6,
         out: out.to_owned(),
     }
 }

@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, SysconfVar, sysconf};
+use nix::unistd::Pid;
 use rafsd::daemon::api::ImageReport;
+
+use super::measure::cpu_seconds;
 
 /// How long the daemon may take to start, to end, or to fetch a whole image.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -42,10 +44,15 @@ impl Daemon {
 
     /// The same, and mounts `image` with its blobs at `url`.
     pub(crate) fn mount(dir: &Path, image: &Path, url: &str, prefetch: bool) -> anyhow::Result<Self> {
+        Self::mount_by("fanotify", dir, image, url, prefetch)
+    }
+
+    /// The same by another backend.
+    pub(crate) fn mount_by(backend: &str, dir: &Path, image: &Path, url: &str, prefetch: bool) -> anyhow::Result<Self> {
         let daemon = Self::start(dir)?;
         let (bootstrap, mnt) = (image.join("bootstrap"), daemon.mnt());
         let prefetch = prefetch.then_some("--prefetch");
-        let args = ["--backend", "fanotify", "--blobs", url].into_iter().chain(prefetch).map(OsStr::new);
+        let args = ["--backend", backend, "--blobs", url].into_iter().chain(prefetch).map(OsStr::new);
         daemon.ask("mount", args.chain([bootstrap.as_os_str(), mnt.as_os_str()]))?;
         Ok(daemon)
     }
@@ -71,16 +78,25 @@ impl Daemon {
         }
     }
 
-    /// Processor seconds used so far by all threads, in the kernel's ticks of usually 10 ms.
+    /// Mounts `image`, which the daemon has already, once more by another backend.
+    pub(crate) fn mount_again(&self, image: &Path, blobs: &str, backend: &str) -> anyhow::Result<PathBuf> {
+        let mnt = self.dir.join(backend);
+        fs::create_dir_all(&mnt)?;
+        let bootstrap = image.join("bootstrap");
+        let args = ["--backend", backend, "--blobs", blobs].map(OsStr::new);
+        self.ask("mount", args.into_iter().chain([bootstrap.as_os_str(), mnt.as_os_str()]))?;
+        Ok(mnt)
+    }
+
+    /// Processor seconds used so far by all threads.
     pub(crate) fn cpu_seconds(&self) -> anyhow::Result<f64> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
-        // The second field is a name in parentheses, which may hold anything; proc_pid_stat(5).
-        let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-        let ticks = |field: usize| fields.split_whitespace().nth(field - 3).and_then(|text| text.parse::<f64>().ok());
-        let (user, system) = ticks(14).zip(ticks(15)).context("cannot understand /proc/PID/stat")?;
-        let per_second = sysconf(SysconfVar::CLK_TCK)?.context("the system does not tell its ticks")?;
-        #[expect(clippy::cast_precision_loss, reason = "a small number")]
-        Ok((user + system) / per_second as f64)
+        cpu_seconds(self.child.id())
+    }
+
+    /// Process ids of the daemon and of the keepers.
+    pub(crate) fn processes(&self) -> Vec<u32> {
+        let keepers = rafsd::daemon::keeper::statuses(&self.dir.join("run"));
+        [self.child.id()].into_iter().chain(keepers.iter().map(|keeper| keeper.pid)).collect()
     }
 
     fn await_start(&mut self) -> anyhow::Result<()> {

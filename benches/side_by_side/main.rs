@@ -5,6 +5,9 @@
 //! that the kernel serves alone. What is compared is done in turns, so that a busy host slows both;
 //! a row shows the median of the ratios of the turns and, behind it, the smallest and the largest.
 //!
+//! Given nydusd, it reads the image through `fuse-tree` beside that, from full caches; `fuse-device` is read beside
+//! the native mount with all data there when it was mounted. Both programs should be release builds.
+//!
 //! Each row names its target. A missed target is printed and does not fail the run: a loaded host
 //! can miss any of them. The exit status is 1 only if something did not work, wrong bytes included.
 //! In page-cold rows ours can be ahead: the daemon keeps the metadata of mounted images mapped, and
@@ -16,9 +19,11 @@
 mod building;
 mod corpus;
 mod daemon;
+mod fuse;
 mod measure;
 mod merging;
 mod native;
+mod nydusd;
 mod reading;
 mod reference;
 mod report;
@@ -67,6 +72,10 @@ struct Args {
     /// A peer to build and to merge layers with as well: the format's reference builder, nydus-image
     #[arg(long, value_name = "PROGRAM")]
     nydus_image: Option<PathBuf>,
+
+    /// A peer to read over FUSE beside: the program nydusd
+    #[arg(long, value_name = "PROGRAM")]
+    nydusd: Option<PathBuf>,
 
     /// Few files and few turns, to see that everything works
     #[arg(long)]
@@ -144,6 +153,7 @@ fn run(args: &Args, report: &mut Report) -> anyhow::Result<()> {
     merging::measure(scratch.path(), turns, args.nydus_image.as_deref(), &interrupted, report)?;
     let delay = Duration::from_millis(args.delay);
     reading::measure(&corpus, &image, scratch.path(), turns, delay, &interrupted, report)?;
+    fuse::measure(&corpus, &image, scratch.path(), turns, args.nydusd.as_deref(), &interrupted, report)?;
     scratch.close().context("cannot remove the scratch directory")
 }
 

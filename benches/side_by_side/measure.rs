@@ -2,6 +2,7 @@ use std::fs;
 use std::time::Instant;
 
 use anyhow::Context;
+use nix::unistd::{SysconfVar, sysconf};
 
 /// Seconds that two things took, done in turns.
 #[derive(Debug, Default)]
@@ -76,6 +77,26 @@ pub(crate) fn seconds(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Resu
     let clock = Instant::now();
     work()?;
     Ok(clock.elapsed().as_secs_f64())
+}
+
+/// Processor seconds used so far by all threads of a process, in the kernel's ticks of usually 10 ms.
+pub(crate) fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field is a name in parentheses, which may hold anything; proc_pid_stat(5).
+    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let ticks = |field: usize| fields.split_whitespace().nth(field - 3).and_then(|text| text.parse::<f64>().ok());
+    let (user, system) = ticks(14).zip(ticks(15)).context("cannot understand /proc/PID/stat")?;
+    let per_second = sysconf(SysconfVar::CLK_TCK)?.context("the system does not tell its ticks")?;
+    #[expect(clippy::cast_precision_loss, reason = "a small number")]
+    Ok((user + system) / per_second as f64)
+}
+
+/// MiB of the memory of a process that `field` of its status tells, as `VmHWM`.
+pub(crate) fn memory(pid: u32, field: &str) -> anyhow::Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<f64>().ok());
+    Ok(kib.with_context(|| format!("/proc/{pid}/status does not tell {field}"))? / 1024.0)
 }
 
 /// Makes the kernel forget all clean pages, names and inodes, after making them clean.

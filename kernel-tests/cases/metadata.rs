@@ -4,18 +4,16 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{DirEntryExt as _, FileExt as _, MetadataExt as _};
+use std::os::unix::fs::{DirEntryExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, ensure};
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use anyhow::ensure;
 use nix::libc;
-use rafsd::sys::mmap::ReadMap;
 
-use super::fixture::{Fixture, content, drop_caches};
+use super::fixture::{Fixture, drop_caches};
 use crate::host::Need;
 use crate::support::listing;
-use crate::support::tree::{self, Random};
+use crate::support::tree;
 use crate::{Backend, Case, Ctx, Outcome, Place};
 
 const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend];
@@ -26,7 +24,6 @@ const fn case(name: &'static str, place: Place, run: fn(&Ctx) -> Outcome) -> Cas
 
 pub(crate) const CASES: &[Case] = &[
     case("a_wide_directory_lists_every_name_once", Place::Both, a_wide_directory_lists_every_name_once),
-    case("random_reads_and_maps_show_the_bytes", Place::Here, random_reads_and_maps_show_the_bytes),
     case(
         "fuse_shows_what_the_kernels_own_driver_shows",
         Place::Only(Backend::FuseTree),
@@ -171,64 +168,4 @@ fn a_file_system_is_full_and_says_how_large_it_is(ctx: &Ctx) -> Outcome {
     ensure!(stat.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY), "writable: {stat:?}");
     ensure!(stat.name_max() == 255, "{stat:?}");
     fixture.finish()
-}
-
-/// A file of data and holes with an odd end.
-fn sparse(len: usize) -> Vec<u8> {
-    let mut bytes = content(77, len);
-    for (number, piece) in bytes.chunks_mut(150_000).enumerate() {
-        if number % 3 == 1 {
-            piece.fill(0);
-        }
-    }
-    bytes
-}
-
-/// `RAFSD_READS` makes it longer.
-fn random_reads_and_maps_show_the_bytes(ctx: &Ctx) -> Outcome {
-    let reads: usize = std::env::var("RAFSD_READS").ok().and_then(|text| text.parse().ok()).unwrap_or(20_000);
-    let contents = [content(1, 5 << 20), sparse((3 << 20) + 4321), content(2, 4097), content(3, 100), Vec::new()];
-    let fixture = Fixture::with(ctx, &["--chunk-size", "65536"], Default::default(), &[], |dir| {
-        contents.iter().enumerate().try_for_each(|(at, bytes)| fs::write(dir.join(at.to_string()), bytes))
-    })?;
-    let mount = fixture.mount("mnt")?;
-    let files = (0..contents.len()).map(|at| File::open(mount.join(at.to_string()))).collect::<Result<Vec<_>, _>>()?;
-
-    std::thread::scope(|scope| {
-        let (files, contents) = (&files, &contents);
-        let readers: Vec<_> = (0..4)
-            .map(|seed| scope.spawn(move || read_at_random(files, contents, Random::new(seed), reads / 4)))
-            .collect();
-        readers.into_iter().try_for_each(|reader| reader.join().expect("a reader does not panic"))
-    })?;
-
-    drop(files);
-    fixture.finish()
-}
-
-fn read_at_random(files: &[File], contents: &[Vec<u8>], mut random: Random, reads: usize) -> Outcome {
-    let maps = files.iter().map(ReadMap::new).collect::<Result<Vec<_>, _>>()?;
-    let mut buffer = vec![0; 300_000];
-    for turn in 0..reads {
-        let which = usize::try_from(random.below(files.len() as u64))?;
-        let want = &contents[which];
-        let at = usize::try_from(random.below(want.len() as u64 + 5000))?;
-        let most = [100, 5000, buffer.len()][usize::try_from(random.below(3))?];
-        let len = usize::try_from(random.below(most as u64))?;
-        let expected = want.get(at..).unwrap_or_default();
-        let expected = &expected[..expected.len().min(len)];
-        if turn % 100 == 0 {
-            // What the kernel remembers of it is forgotten now and then.
-            posix_fadvise(&files[which], 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
-        }
-        if turn % 3 == 0 {
-            let mapped = maps[which].get(at..at + expected.len()).unwrap_or_default();
-            ensure!(mapped == expected, "{len} bytes at {at} of file {which}, mapped");
-        } else {
-            buffer[..len].fill(0xee);
-            let got = files[which].read_at(&mut buffer[..len], at as u64).context("read")?;
-            ensure!(buffer[..got] == *expected, "{len} bytes at {at} of file {which}: {got} of {}", expected.len());
-        }
-    }
-    Ok(())
 }

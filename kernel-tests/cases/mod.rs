@@ -14,6 +14,7 @@ pub(crate) mod meddling;
 pub(crate) mod metadata;
 pub(crate) mod observing;
 pub(crate) mod prefetch;
+pub(crate) mod random;
 pub(crate) mod reading;
 pub(crate) mod registry;
 pub(crate) mod service;

@@ -8,7 +8,7 @@ use super::{BlobKey, Check, Recipe, Unit, UnitMap, UnitMapError, zran};
 use crate::base::{BLOCK, BlobId, ByteRange, InvalidBlobId};
 use crate::codec::{self, CodecError};
 use crate::format::blobfile::{BatchContext, ChunkInfoV1, ChunkInfoV2, Header, MAGIC, ZranContext, features};
-use crate::format::rafs::{Algorithm, BlobEntry, ChunkRecord, chunk_flags};
+use crate::format::rafs::{Algorithm, BlobEntry, ChunkRecord, DigestAlgorithm, chunk_flags};
 
 /// Where a blob keeps its tables, and how to read them: one checked row of the blob table.
 #[derive(Clone, Debug)]
@@ -89,6 +89,21 @@ impl BlobTables {
     /// Length of the device in bytes, whole blocks.
     pub fn decoded_len(&self) -> u64 {
         self.entry.device_len()
+    }
+
+    /// Chunks lie below this byte of the blob file.
+    pub fn data_end(&self) -> u64 {
+        self.entry.data_end
+    }
+
+    /// What compressed chunks are compressed with.
+    pub fn compression(&self) -> Algorithm {
+        self.entry.compression
+    }
+
+    /// What digests of chunks are made with.
+    pub fn digest(&self) -> DigestAlgorithm {
+        self.entry.digest
     }
 
     /// The bytes of the blob file that [`BlobTables::geometry`] wants: the chunk-info array and

@@ -29,6 +29,8 @@ pub enum BuildError {
     LongEntries,
     #[error("RAFS v5 has no {0}; leave it out, or build RAFS v6 (--fs-version 6)")]
     NotInVersion5(&'static str),
+    #[error("RAFS v5 cannot be made of these layers; make RAFS v6 of them (--fs-version 6)")]
+    NotAsVersion5(#[from] super::v5::NotInVersion5),
     #[error("the system has no random bytes for a key")]
     Random,
     #[error("cannot set up the compressor")]

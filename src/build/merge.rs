@@ -1,12 +1,15 @@
 //! Layers that were built one by one become one image, without touching their data.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use super::blobwriter::TemporaryName;
+use super::chunk::Chunk;
 use super::emit::{Bootstrap, Facts};
 use super::error::BuildError;
 use super::hintedpaths::HintedPaths;
@@ -15,6 +18,7 @@ use super::load::{Agreed, Layer, LoadError, Stock};
 use super::overlay::{self, Whiteouts};
 use super::report::count;
 use super::tree::{Kind, NodeId, Tree};
+use super::v5::{self, Packed};
 use super::verify::Expected;
 use super::{Progress, recheck, stockblobs};
 use crate::base::{BlobId, Digest};
@@ -35,8 +39,19 @@ pub struct MergeSpec {
     pub prefetch: Option<Vec<Vec<u8>>>,
     /// What bootstraps inside of their blobs could not know about them.
     pub facts: Vec<BlobFacts>,
+    pub version: MergeVersion,
     /// Path of the bootstrap to write.
     pub out: PathBuf,
+}
+
+/// Version of the format that layers are merged into.
+#[derive(Debug, Default)]
+pub enum MergeVersion {
+    #[default]
+    V6,
+    /// With what the layers of that version say about their blobs. All blobs must have one compression and
+    /// one kind of digest, and be made of chunks that are stored alone.
+    V5(Packed),
 }
 
 /// What a registry knows about a blob. What is not told stays as the layer says.
@@ -59,6 +74,11 @@ impl BlobFacts {
     /// Nothing but the name.
     pub fn about(blob: BlobId) -> Self {
         Self { blob, size: None, toc_size: None, toc_digest: None, meta_digest: None, meta_size: None }
+    }
+
+    fn tells_of_tables(&self) -> bool {
+        let Self { toc_size, toc_digest, meta_digest, meta_size, .. } = self;
+        toc_size.is_some() || toc_digest.is_some() || meta_digest.is_some() || meta_size.is_some()
     }
 }
 
@@ -101,9 +121,13 @@ pub fn merge(spec: MergeSpec, progress: &dyn Progress) -> Result<MergeReport, Bu
     }
     let borrowed: Vec<&BlobId> = spec.dictionary.iter().chain(&spec.parent).flat_map(blob_ids).collect();
     let layers: Vec<&Layer> = spec.parent.iter().chain(&spec.layers).collect();
+    let mut renamed = HashMap::new();
     for layer in &layers {
         let is_own = |id: &BlobId| !borrowed.contains(&id);
         let added = stock.add(&layer.image, layer.id.as_ref(), is_own).map_err(|cause| layer.error(cause))?;
+        if let Some(id) = &layer.id {
+            renamed.extend(blob_ids(layer).filter(|own| is_own(own)).map(|own| (id.clone(), own.clone())));
+        }
         if let Some((node, problem)) = spec.whiteouts.unresolvable(&stock.tree, added.root) {
             let path = stock.tree.path_of(added.root, node).unwrap_or_default().escape_ascii().to_string();
             return Err(layer.error(LoadError::Entry { path, problem }));
@@ -125,35 +149,96 @@ pub fn merge(spec: MergeSpec, progress: &dyn Progress) -> Result<MergeReport, Bu
         Some(paths) => prefetch_nodes(&tree, paths.iter().filter_map(|path| tree.find(split(path)))),
         None => prefetch_nodes(&tree, wishes.nodes(&tree)),
     };
-    let layout = layout::layout(&tree, agreed.chunk_size)?;
-    let bootstrap = Bootstrap {
-        tree: &tree,
-        layout: &layout,
-        blobs: &rows,
-        chunks: &chunks,
-        chunk_of_cut: &cuts,
-        prefetch: &prefetch,
-        facts: Facts { claim_xattrs: true, ..facts(agreed, last) },
+    let dropped = known.iter().filter(|entry| !rows.iter().any(|row| row.id == entry.id));
+    let dropped_blobs = dropped.map(stockblobs::id_text).collect();
+    let blobs = rows.iter().map(stockblobs::id_text).collect::<Vec<_>>();
+    let facts = Facts { claim_xattrs: true, ..facts(agreed, last) };
+    let merged = Merged { tree: &tree, rows, chunks, cuts: &cuts, prefetch: &prefetch, facts };
+    let bootstrap_bytes = match &spec.version {
+        MergeVersion::V6 => merged.publish(&spec.out)?,
+        MergeVersion::V5(packed) => merged.publish_v5(packed, &renamed, &spec.facts, &spec.out)?,
     };
-    let bytes = bootstrap.bytes()?;
-    let bootstrap_bytes = bytes.len() as u64;
-    publish(&spec.out, bytes, &bootstrap.expected())?;
 
     let counted = count(&tree);
-    let dropped = known.iter().filter(|entry| !rows.iter().any(|row| row.id == entry.id));
     Ok(MergeReport {
         bootstrap: spec.out.display().to_string(),
         bootstrap_bytes,
-        blobs: rows.iter().map(stockblobs::id_text).collect(),
-        dropped_blobs: dropped.map(stockblobs::id_text).collect(),
+        prefetched_paths: if blobs.is_empty() { 0 } else { prefetch.len() as u64 },
+        blobs,
+        dropped_blobs,
         directories: counted.directories,
         files: counted.files,
         symlinks: counted.symlinks,
         specials: counted.specials,
         hard_links: counted.hard_links,
         file_bytes: counted.source_bytes,
-        prefetched_paths: if rows.is_empty() { 0 } else { prefetch.len() as u64 },
     })
+}
+
+/// All of an image before it has a version.
+struct Merged<'a> {
+    tree: &'a Tree,
+    rows: Vec<BlobEntry>,
+    chunks: Vec<Chunk>,
+    cuts: &'a [u32],
+    prefetch: &'a [NodeId],
+    facts: Facts,
+}
+
+impl Merged<'_> {
+    /// Writes the bootstrap and returns its length in bytes.
+    fn publish(&self, out: &Path) -> Result<u64, BuildError> {
+        let layout = layout::layout(self.tree, self.facts.chunk_size)?;
+        let bootstrap = Bootstrap {
+            tree: self.tree,
+            layout: &layout,
+            blobs: &self.rows,
+            chunks: &self.chunks,
+            chunk_of_cut: self.cuts,
+            prefetch: self.prefetch,
+            facts: self.facts,
+        };
+        let bytes = bootstrap.bytes()?;
+        let len = bytes.len() as u64;
+        publish(out, bytes, &bootstrap.expected())?;
+        Ok(len)
+    }
+
+    /// The same in version 5. `renamed` is from what blobs are called to what their layers call them.
+    fn publish_v5(
+        mut self,
+        packed: &Packed,
+        renamed: &HashMap<BlobId, BlobId>,
+        told: &[BlobFacts],
+        out: &Path,
+    ) -> Result<u64, BuildError> {
+        // Nobody relies on the claim here, and the reference builder makes none.
+        let facts = Facts { claim_xattrs: false, ..self.facts };
+        let facts = packed.pack(&mut self.rows, &mut self.chunks, renamed, facts)?;
+        for fact in told {
+            if fact.tells_of_tables() {
+                return Err(BuildError::NotInVersion5("place for tables or contents of a blob (--blob ID,toc-...)"));
+            }
+            let id = fact.blob.to_padded();
+            if let Some((row, size)) = self.rows.iter_mut().find(|row| row.id == id).zip(fact.size) {
+                row.compressed_size = size.into();
+            }
+        }
+        let source = v5::Source {
+            tree: self.tree,
+            blobs: &self.rows,
+            chunks: &self.chunks,
+            chunk_of_cut: self.cuts,
+            prefetch: self.prefetch,
+            head: None,
+            facts,
+        };
+        v5::ensure_lengths(&source)?;
+        let bytes = source.bytes()?;
+        v5::image(&bytes, &source, &[], NonZeroUsize::MIN)?;
+        name(out, &bytes)?;
+        Ok(bytes.len() as u64)
+    }
 }
 
 pub(super) fn blob_ids(layer: &Layer) -> impl Iterator<Item = &BlobId> {
@@ -256,7 +341,11 @@ pub(super) fn prefetch_nodes(tree: &Tree, wanted: impl Iterator<Item = NodeId>) 
 
 /// Writes a bootstrap that has its name only when it was read again, and is complete and synced.
 pub(super) fn publish(path: &Path, bytes: Vec<u8>, expected: &Expected<'_>) -> Result<(), BuildError> {
-    let image = recheck::bootstrap(bytes, expected).map_err(BuildError::Recheck)?;
+    name(path, recheck::bootstrap(bytes, expected).map_err(BuildError::Recheck)?.bytes())
+}
+
+/// Writes a file that has its name only when it is complete and synced.
+fn name(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
     let failed = |source| BuildError::Write { path: path.to_owned(), source };
     let missing = || failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not the name of a file"));
     let file_name: &OsStr = path.file_name().ok_or_else(missing)?;
@@ -265,7 +354,7 @@ pub(super) fn publish(path: &Path, bytes: Vec<u8>, expected: &Expected<'_>) -> R
         _ => Path::new("."),
     };
     let (mut file, mut name) = TemporaryName::create(directory)?;
-    file.write_all(image.bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
     name.rename(file_name)
 }
 

@@ -55,7 +55,7 @@ pub use convert::{ConvertReport, ConvertSpec, NewTable, convert};
 pub use error::{BuildError, Limit, Unfit};
 pub use lift::{LIFT_VERSION, LiftError, is_showable_xattr, lift};
 pub use load::{Layer, LoadError};
-pub use merge::{BlobFacts, MergeReport, MergeSpec, merge};
+pub use merge::{BlobFacts, MergeReport, MergeSpec, MergeVersion, merge};
 pub use optimize::{HotPath, OptimizeReport, OptimizeSpec, Remark, StillNeeded, optimize};
 pub use overlay::Whiteouts;
 pub use pattern::{InvalidPattern, Pattern};
@@ -66,6 +66,7 @@ pub use rewrite::{ChunkBytes, ChunkPlace, ChunkSource, Existing};
 pub use selection::{IdRange, InvalidIdRange, Owners, Selection};
 pub use spec::{Batching, BuildSpec, Encryption, Progress, Source, Version};
 pub use stockblobs::Contradiction;
+pub use v5::{NotInVersion5, Packed};
 pub use verify::VerifyError;
 
 use crate::base::BlobId;

@@ -6,11 +6,11 @@ use std::str::FromStr;
 
 use anyhow::Context;
 
-use super::base::{WhiteoutArg, layer};
+use super::base::WhiteoutArg;
 use super::list;
 use super::progress::Bar;
 use crate::base::{BlobId, ByteSize, Digest};
-use crate::build::{self, BlobFacts, Layer, MAX_HINTS, MergeReport, MergeSpec};
+use crate::build::{self, BlobFacts, Layer, MAX_HINTS, MergeReport, MergeSpec, MergeVersion, Packed};
 use crate::image::Image;
 use crate::reader::bootstrap;
 
@@ -20,8 +20,10 @@ use crate::reader::bootstrap;
 /// Blobs that no file needs any more are not named in it. Whiteouts act as in overlayfs and
 /// vanish, those of the lowest layer too. The same layers give the same bytes.
 ///
-/// The image is of RAFS v6 whatever its layers are. Blobs of RAFS v5 layers have no tables, which
-/// rafsd needs none of; for other readers give the result to rafsd convert.
+/// The image is of RAFS v6 whatever its layers are, unless --fs-version 5 is given. Blobs of RAFS v5 layers
+/// have no tables, which rafsd needs none of; for other readers of RAFS v6 give the result to rafsd
+/// convert. RAFS v5 has one compression and one digest for all blobs, and neither batches nor encryption:
+/// layers that are otherwise are refused.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct MergeArgs {
@@ -41,6 +43,10 @@ pub(super) struct MergeArgs {
     /// Bootstrap of the dictionary that the layers were built with: ID= is not about its blobs
     #[arg(long, value_name = "BOOTSTRAP")]
     chunk_dict: Option<PathBuf>,
+
+    /// Version of the format to write, 5 or 6; layers may be of either
+    #[arg(long, value_name = "5|6", default_value_t = 6, value_parser = clap::value_parser!(u8).range(5..=6))]
+    fs_version: u8,
 
     /// How layers remove what is below them
     #[arg(long, value_enum, value_name = "HOW", default_value_t = WhiteoutArg::Oci)]
@@ -67,7 +73,8 @@ command line.
 
 Examples:
   rafsd merge layers/base layers/app -o image/bootstrap
-  rafsd merge \"$BASE_ID=base.boot\" \"$APP_ID=app.boot\" -o image/bootstrap --json";
+  rafsd merge \"$BASE_ID=base.boot\" \"$APP_ID=app.boot\" -o image/bootstrap --json
+  rafsd merge old/base.boot old/app.boot -o image/bootstrap --fs-version 5";
 
 /// A layer on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,13 +95,33 @@ impl From<std::ffi::OsString> for LayerArg {
     }
 }
 
-impl LayerArg {
-    fn open(self) -> anyhow::Result<Layer> {
-        let loaded = bootstrap::load_as(&self.path, self.id.as_ref())?;
+/// Opens layers, and keeps of those of RAFS v5 what is needed to write that version again.
+struct Opening {
+    version: MergeVersion,
+}
+
+impl Opening {
+    fn new(fs_version: u8) -> Self {
+        Self { version: if fs_version == 5 { MergeVersion::V5(Packed::default()) } else { MergeVersion::V6 } }
+    }
+
+    fn layer(&mut self, LayerArg { id, path }: LayerArg) -> anyhow::Result<Layer> {
+        let found = bootstrap::find(&path, id.as_ref())?;
+        if let MergeVersion::V5(packed) = &mut self.version
+            && found.is_v5()
+        {
+            let cannot = || format!("cannot use {}", path.display());
+            packed.add(&found.v5().with_context(cannot)?).with_context(cannot)?;
+        }
+        let loaded = found.load()?;
         // The blob that a bootstrap was taken out of has its name already; others may be named in it.
-        let id = self.id.filter(|_| loaded.container.is_none());
-        let image = Image::parse(loaded.bytes).with_context(|| format!("cannot use {}", self.path.display()))?;
-        Ok(Layer { name: self.path, image, id })
+        let id = id.filter(|_| loaded.container.is_none());
+        let image = Image::parse(loaded.bytes).with_context(|| format!("cannot use {}", path.display()))?;
+        Ok(Layer { name: path, image, id })
+    }
+
+    fn image(&mut self, path: PathBuf) -> anyhow::Result<Layer> {
+        self.layer(LayerArg { id: None, path })
     }
 }
 
@@ -135,10 +162,12 @@ impl FromStr for FactsArg {
 /// # Errors
 /// Whatever stopped the merge; no bootstrap was made then.
 pub(super) fn run(args: MergeArgs) -> anyhow::Result<ExitCode> {
+    let mut opening = Opening::new(args.fs_version);
     let spec = MergeSpec {
-        layers: args.layers.into_iter().map(LayerArg::open).collect::<anyhow::Result<_>>()?,
-        parent: args.parent.as_deref().map(layer).transpose()?,
-        dictionary: args.chunk_dict.as_deref().map(layer).transpose()?,
+        layers: args.layers.into_iter().map(|layer| opening.layer(layer)).collect::<anyhow::Result<_>>()?,
+        parent: args.parent.map(|path| opening.image(path)).transpose()?,
+        dictionary: args.chunk_dict.map(|path| opening.image(path)).transpose()?,
+        version: opening.version,
         whiteouts: args.whiteouts.into(),
         prefetch: args.prefetch_files.as_deref().map(prefetch_list).transpose()?,
         facts: args.blobs.into_iter().map(|FactsArg(facts)| facts).collect(),

@@ -167,6 +167,11 @@ impl Found {
         Ok(Loaded { bytes, container: self.name.filter(|_| self.taken_out) })
     }
 
+    /// Whether it is of RAFS v5, or of an older version.
+    pub fn is_v5(&self) -> bool {
+        v5::is_bootstrap(&self.bytes)
+    }
+
     /// The RAFS v5 bootstrap that it is, every blob named.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use rafsd::build::{BuildError, Layer, MergeSpec, Whiteouts, merge};
+use rafsd::build::{BuildError, Layer, MergeSpec, MergeVersion, Whiteouts, merge};
 use rafsd::format::erofs::{Dirent, SUPERBLOCK_OFFSET};
 use rafsd::format::rafs::{EXT_SUPERBLOCK_OFFSET, ExtSuperblock};
 use rafsd::image::{Image, Kind};
@@ -31,7 +31,16 @@ fn merged(bootstrap: Vec<u8>) -> (Result<u64, BuildError>, usize) {
     let layers = vec![Layer { name: "layer".into(), image: Image::parse(bootstrap).unwrap(), id: None }];
     let out = dir.path().join("merged");
     let (parent, dictionary, prefetch, facts) = (None, None, None, Vec::new());
-    let spec = MergeSpec { layers, parent, dictionary, whiteouts: Whiteouts::Oci, prefetch, facts, out };
+    let spec = MergeSpec {
+        layers,
+        parent,
+        dictionary,
+        whiteouts: Whiteouts::Oci,
+        prefetch,
+        facts,
+        version: MergeVersion::V6,
+        out,
+    };
     peak_of(|| merge(spec, &()).map(|report| report.prefetched_paths))
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use rafsd::build::{Layer, MergeSpec, Whiteouts, merge};
+use rafsd::build::{Layer, MergeSpec, MergeVersion, Whiteouts, merge};
 use rafsd::image::Image;
 
 use super::allocations::peak_of;
@@ -30,6 +30,7 @@ fn merges(spoilt: &[u8], sound: &[u8], role: u64, out: &std::path::Path) -> bool
         whiteouts: [Whiteouts::Oci, Whiteouts::Overlayfs, Whiteouts::None][usize::try_from(role % 3).unwrap()],
         prefetch: None,
         facts: Vec::new(),
+        version: MergeVersion::V6,
         out: out.to_owned(),
     };
     match role % 4 {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rafsd::build::{
     self, BuildError, BuildReport, BuildSpec, CompactReport, CompactSpec, Existing, HotPath, Layer, MergeSpec,
-    OptimizeReport, OptimizeSpec, Source, Whiteouts,
+    MergeVersion, OptimizeReport, OptimizeSpec, Source, Whiteouts,
 };
 use rafsd::image::{Extent, Image, Inode, Kind};
 use rafsd::reader::Files;
@@ -81,6 +81,7 @@ impl Fixture {
             whiteouts: Whiteouts::Oci,
             prefetch: None,
             facts: Vec::new(),
+            version: MergeVersion::V6,
             out: out.clone(),
         };
         build::merge(spec, &()).unwrap();
