@@ -18,6 +18,9 @@ use crate::sys::sandbox::Sandbox;
 /// How the name of a volume of EROFS begins.
 const VOLUME: &str = "Ierofs,";
 
+/// Told the domain and the name of an object that went.
+pub type OnGone = Box<dyn Fn(&str, &str) + Send + Sync>;
+
 /// The kernel's cache of a bound service.
 pub struct Culling {
     service: Arc<Cachefiles>,
@@ -25,7 +28,7 @@ pub struct Culling {
     volumes: PathBuf,
     sandbox: Sandbox,
     /// Told the domain and the name of each object that went.
-    gone: Box<dyn Fn(&str, &str) + Send + Sync>,
+    gone: OnGone,
 }
 
 impl fmt::Debug for Culling {
@@ -37,12 +40,7 @@ impl fmt::Debug for Culling {
 impl Culling {
     /// For the cache that `service` has bound at `root`. `gone` is told the domain and the name of each object that
     /// went, if they are names that this program gives.
-    pub fn new(
-        service: Arc<Cachefiles>,
-        root: &Path,
-        sandbox: Sandbox,
-        gone: Box<dyn Fn(&str, &str) + Send + Sync>,
-    ) -> Self {
+    pub fn new(service: Arc<Cachefiles>, root: &Path, sandbox: Sandbox, gone: OnGone) -> Self {
         Self { service, volumes: root.join("cache"), sandbox, gone }
     }
 

@@ -12,7 +12,7 @@ mod culling;
 mod object;
 mod service;
 
-pub use culling::Culling;
+pub use culling::{Culling, OnGone};
 pub use object::{ObjectSpec, OpenObject};
 pub use service::{Cachefiles, Registration};
 
