@@ -80,7 +80,7 @@ impl Shop {
 
     /// What is in an image, unpacked.
     fn listing(&self, bootstrap: &Path) -> Vec<listing::Line> {
-        let source = Arc::new(LocalSource::new(&self.path("blobs")).unwrap());
+        let source = Arc::new(LocalSource::new(self.path("blobs")).unwrap());
         let files = Files::open(bootstrap, source, self.runtime.handle().clone()).unwrap_or_else(|e| panic!("{e:?}"));
         let to = self.path("unpacked");
         to_directory(&files, &to, UnpackOptions::default(), &()).unwrap_or_else(|e| panic!("{e:?}"));
@@ -128,8 +128,11 @@ fn refusal(layers: &[PathBuf], out: &Path) -> String {
     rafsd::base::Chain(&error).to_string()
 }
 
-/// What readers are told of each chunk of each file: blob, number and every place.
-fn chunks(bootstrap: &Path) -> BTreeMap<String, Vec<(String, [u64; 6], [u8; 32])>> {
+/// What readers are told of a chunk: blob, number and every place, digest.
+type Told = (String, [u64; 6], [u8; 32]);
+
+/// What readers are told of each chunk of each file.
+fn chunks(bootstrap: &Path) -> BTreeMap<String, Vec<Told>> {
     let bytes = fs::read(bootstrap).unwrap();
     let image = Bootstrap::parse(&bytes).unwrap();
     let mut todo = vec![(String::new(), image.inode(1).unwrap())];
