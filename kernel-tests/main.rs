@@ -17,12 +17,13 @@
 //!
 //! The backends fanotify, fuse-device and fuse-tree are tested on this host, cachefiles in a virtual machine, which
 //! boots once for all of them: this same program, packed with the `rafsd` binary into an initrd,
-//! runs there as `--in-guest` and its report lines are counted here (`guest.rs`). A [`Need`] that
+//! runs there as `--in-guest` and its report lines are counted here (`guest.rs`). Some cases over FUSE run there too, and
+//! more of them on a second machine with Debian's Linux 6.1 (`machine.rs`). A [`Need`] that
 //! is not met skips the case with its reason; so does a missing emulator or kernel.
 //!
 //! # Usage
 //!
-//! `cargo test --test kernel -- [--list] [--backend NAME|all] [--exact] [--skip TEXT]
+//! `cargo test --test kernel -- [--list] [--backend NAME|all] [--machine on-demand|stock] [--exact] [--skip TEXT]
 //! [NAME...]`. Other flags of the usual test harness are accepted and ignored. Environment:
 //! `RAFSD_TEST_KERNEL` names the guest's kernel (else the one `build-kernel` left in its cache),
 //! `RAFSD_TEST_DIR` a directory for scratch files on ext4, XFS or btrfs. The last line is
