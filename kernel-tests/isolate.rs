@@ -80,15 +80,24 @@ fn run_inner(
         Ended::Timeout => Some(format!("timed out after {} s", limit.as_secs())),
         Ended::Interrupt => Some("interrupted".into()),
     };
-    let processes = kill_children().context("kill what the case left running")?;
-    let left = scratch.detach().context("unmount what the case left mounted")?;
+    let cleaned = kill_children().context("kill what the case left running").and_then(|processes| {
+        let left = scratch.detach().context("unmount what the case left mounted")?;
+        Ok((processes, left))
+    });
+    let output = String::from_utf8_lossy(&fs::read(&log).unwrap_or_default()).into_owned();
+    let (processes, left) = match cleaned {
+        Ok(cleaned) => cleaned,
+        Err(error) => {
+            let ended = problem.unwrap_or_else(|| "passed".to_owned());
+            return Ok(Verdict::Failed { reason: format!("{ended}; then: {error:#}"), output });
+        }
+    };
     if problem.is_none() && !processes.is_empty() {
         problem = Some(format!("left processes behind: {}", processes.join(", ")));
     }
     if problem.is_none() && !left.is_empty() {
         problem = Some(format!("left mounts behind: {}", left.join(", ")));
     }
-    let output = String::from_utf8_lossy(&fs::read(&log).unwrap_or_default()).into_owned();
     scratch.remove().context("remove the scratch directory")?;
     Ok(problem.map_or(Verdict::Passed, |reason| Verdict::Failed { reason, output }))
 }

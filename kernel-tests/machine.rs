@@ -38,6 +38,9 @@ const OVER_FUSE: &[&str] = &[
     "what_is_complete_at_the_mount_needs_nobody",
 ];
 
+/// Through loop devices the end of this case waits for the deadline: see "Over FUSE" in `docs/SEMANTICS.md`.
+const WAITS: &str = "a_waiting_reader_can_be_killed";
+
 /// Those of them for the other kernel, which is between the stock one and that of most hosts.
 const OVER_FUSE_THERE: &[&str] =
     &["whole_tree_equals_its_source", "a_waiting_reader_can_be_killed", "readers_survive_a_kill_at_each_step"];
@@ -59,7 +62,8 @@ impl Machine {
             Backend::Cachefiles => self == Self::OnDemand,
             Backend::FuseDevice | Backend::FuseTree => {
                 let names = if self == Self::Stock { OVER_FUSE } else { OVER_FUSE_THERE };
-                names.contains(&case.name)
+                let is_known_to_wait = self == Self::Stock && backend == Backend::FuseDevice && case.name == WAITS;
+                names.contains(&case.name) && !is_known_to_wait
             }
         }
     }

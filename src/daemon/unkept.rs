@@ -15,6 +15,7 @@ use super::{Daemon, DaemonError};
 use crate::export::WatchId;
 use crate::image::Image;
 use crate::sys::files::inode_id;
+use crate::sys::loopdev;
 use crate::sys::mount::{MountInfo, detach, mount_table};
 
 impl Daemon {
@@ -29,15 +30,17 @@ impl Daemon {
         let bootstraps = self.options.cache.join("bootstraps");
         let table = mount_table().map_err(|cause| DaemonError::Start { what: "a look at the mount table", cause })?;
         let cut_off = self.end_cut_off_mounts(&living, &table)?;
-        let ours = |mount: &&MountInfo| {
-            mount.fs_type == "erofs"
-                && Path::new(&mount.source).starts_with(&bootstraps)
-                && !kept(mount)
-                && !cut_off.contains(&mount.target)
+        let ours = |mount: &MountInfo| {
+            if mount.fs_type != "erofs" || kept(mount) || cut_off.contains(&mount.target) {
+                return None;
+            }
+            let source = Path::new(&mount.source);
+            let bootstrap = loopdev::backing_file(source).unwrap_or_else(|| source.to_owned());
+            bootstrap.starts_with(&bootstraps).then_some(bootstrap)
         };
         let mut poisoned = self.forget_the_unkept(&living)?;
-        for mount in table.iter().filter(ours) {
-            let incomplete = self.incomplete_blobs(Path::new(&mount.source));
+        for (mount, bootstrap) in table.iter().filter_map(|mount| Some((mount, ours(mount)?))) {
+            let incomplete = self.incomplete_blobs(&bootstrap);
             let dir = mount.target.display();
             if incomplete.is_empty() {
                 tracing::info!(%dir, "a mount of an earlier daemon is complete and stays as it is");

@@ -101,6 +101,13 @@ impl LoopDevice {
     }
 }
 
+/// The file behind a loop device, as the kernel shows it; `None` for any other path.
+pub fn backing_file(device: &Path) -> Option<PathBuf> {
+    let name = device.strip_prefix("/dev").ok()?.to_str().filter(|name| name.starts_with("loop"))?;
+    let shown = std::fs::read_to_string(Path::new("/sys/block").join(name).join("loop/backing_file")).ok()?;
+    Some(PathBuf::from(shown.trim_end_matches('\n')))
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
