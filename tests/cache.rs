@@ -13,7 +13,8 @@ use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class};
 use rafsd::blob::{Check, DecodeError, Part, Recipe, Unit, UnitIndex, UnitMap};
 use rafsd::cache::{
-    Device, Engine, Fill, FillError, Sink, Store, StoreError, StoreOptions, Trace, Want, fill_blocking,
+    Device, Engine, Fill, FillError, Prefetch, PrefetchState, Sink, Store, StoreError, StoreOptions, Trace, Want,
+    fill_blocking,
 };
 use rafsd::codec::{Compressor, blake3};
 use rafsd::source::{BlobSource, BoxFuture, ReadCtx, SourceError};
@@ -1189,9 +1190,46 @@ impl Blob {
         blob
     }
 
+    /// So many batches, one behind the other.
+    fn batches(count: usize) -> Self {
+        let (members, size) = (16, 512);
+        let mut blob = Self::new(count * members, size, 0);
+        let mut zstd = Compressor::zstd(1).unwrap();
+        blob.stored.clear();
+        for batch in 0..count {
+            let units = batch * members..(batch + 1) * members;
+            let whole: Vec<u8> = units.clone().flat_map(|unit| blob.plain_of(&blob.units[unit]).to_vec()).collect();
+            let stored = zstd.compress(&whole).expect("compressible").to_vec();
+            let range = ByteRange::at(blob.stored.len() as u64, stored.len() as u64).unwrap();
+            blob.stored.extend_from_slice(&stored);
+            for (number, unit) in blob.units[units].iter_mut().enumerate() {
+                let at = u32::try_from(number * size).unwrap();
+                unit.stored = range;
+                unit.part = Some(Part { at, whole: u32::try_from(whole.len()).unwrap() });
+            }
+        }
+        blob
+    }
+
     fn plain_of(&self, unit: &Unit) -> &[u8] {
         &self.plain[usize::try_from(unit.decoded.start()).unwrap()..usize::try_from(unit.decoded.end()).unwrap()]
     }
+}
+
+#[test]
+fn prefetch_brings_many_batches_by_few_reads() {
+    let (bench, blob) = (Bench::new(), Blob::batches(64));
+    let source = Scripted::honest(&blob);
+    let stored = blob.stored.len() as u64;
+    // Room for all of it in eight reads, if each batch is counted once.
+    let store = bench.store(StoreOptions { prefetch_window: stored / 8 + 100, ..quiet() });
+    let device = store.device(blob.map(), source.clone()).unwrap();
+
+    let prefetch = Prefetch::start(store.engine(), &[Arc::clone(&device)], &[], true);
+
+    eventually("all of it", || prefetch.stats().state == PrefetchState::Done);
+    assert!(source.log().len() <= 12, "{} reads for {stored} bytes", source.log().len());
+    assert_bytes(&device, &blob, 0..64 * 16);
 }
 
 #[test]

@@ -2,10 +2,12 @@
 //!
 //! It runs behind everybody who waits: never while a read for a reader is queued or under way, and
 //! not until readers have been quiet for a moment, because one that walks asks again as soon as it
-//! has its answer. What a list names runs beside readers who follow a list ([`super::guides`]). All of it may
+//! has its answer. What a list names runs beside readers who follow the same list ([`super::guides`]). All of it may
 //! be held to a rate. Pure: times are passed in.
 
 use std::time::{Duration, Instant};
+
+use super::guides::ListId;
 
 /// A read that has gone on for this long is in trouble rather than in a hurry: its server does not
 /// answer, and it no longer holds up what comes from others.
@@ -18,31 +20,38 @@ pub(super) struct Admission {
     calm: Duration,
     /// Stored bytes per second; `None` for as many as come.
     rate: Option<u64>,
-    /// When a reader was last seen to wait.
-    disturbed: Option<Instant>,
-    /// The same for readers who follow no list.
-    disturbed_by_others: Option<Instant>,
+    /// When a reader was last seen to wait, and which list it follows.
+    latest: Option<(Instant, Option<ListId>)>,
+    /// When one was that did not follow that one.
+    other: Option<Instant>,
     /// When what was admitted so far will have come at `rate`: a bucket that may owe one read.
     paid: Option<Instant>,
 }
 
 impl Admission {
     pub(super) fn new(calm: Duration, rate: Option<u64>) -> Self {
-        Self { calm, rate: rate.map(|rate| rate.max(1)), disturbed: None, disturbed_by_others: None, paid: None }
+        Self { calm, rate: rate.map(|rate| rate.max(1)), latest: None, other: None, paid: None }
     }
 
-    /// A reader waits, or has just stopped waiting, who `follows` a list or does not.
-    pub(super) fn disturb(&mut self, now: Instant, follows: bool) {
-        self.disturbed = self.disturbed.max(Some(now));
-        if !follows {
-            self.disturbed_by_others = self.disturbed_by_others.max(Some(now));
+    /// A reader waits, or has just stopped waiting, who follows a list or does not.
+    pub(super) fn disturb(&mut self, now: Instant, follows: Option<ListId>) {
+        match self.latest {
+            Some((at, list)) if list == follows => self.latest = Some((at.max(now), list)),
+            // All before the latest one are older.
+            latest => {
+                self.other = latest.map(|(at, _)| at).max(self.other);
+                self.latest = Some((now.max(latest.map_or(now, |(at, _)| at)), follows));
+            }
         }
     }
 
-    /// Admits a read of `bytes` of what is `listed` or is not, or says when to ask again. Not to be called while readers
+    /// Admits a read of `bytes` of what is on a list or on none, or says when to ask again. Not to be called while readers
     /// wait whom it would disturb.
-    pub(super) fn admit(&mut self, bytes: u64, listed: bool, now: Instant) -> Result<(), Instant> {
-        let disturbed = if listed { self.disturbed_by_others } else { self.disturbed };
+    pub(super) fn admit(&mut self, bytes: u64, list: Option<ListId>, now: Instant) -> Result<(), Instant> {
+        let disturbed = match self.latest {
+            Some((_, latest)) if list.is_some() && latest == list => self.other,
+            latest => latest.map(|(at, _)| at),
+        };
         let calm = disturbed.map(|disturbed| disturbed + self.calm);
         if let Some(later) = calm.max(self.paid).filter(|&later| later > now) {
             return Err(later);
@@ -78,30 +87,36 @@ mod tests {
     #[test]
     fn nothing_begins_until_readers_have_been_quiet() {
         let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, None));
-        assert_eq!(admission.admit(1 << 20, false, start), Ok(()), "nobody was ever there");
+        assert_eq!(admission.admit(1 << 20, None, start), Ok(()), "nobody was ever there");
 
-        admission.disturb(start + 5 * MS, false);
-        admission.disturb(start + 3 * MS, false);
+        admission.disturb(start + 5 * MS, None);
+        admission.disturb(start + 3 * MS, None);
 
-        assert_eq!(admission.admit(1, false, start + 6 * MS), Err(start + 25 * MS));
-        admission.disturb(start + 24 * MS, false);
-        assert_eq!(admission.admit(1, false, start + 25 * MS), Err(start + 44 * MS), "another one came");
-        assert_eq!(admission.admit(1, false, start + 44 * MS), Ok(()));
-        assert_eq!(admission.admit(1, false, start + 44 * MS), Ok(()), "no rate, no limit");
+        assert_eq!(admission.admit(1, None, start + 6 * MS), Err(start + 25 * MS));
+        admission.disturb(start + 24 * MS, None);
+        assert_eq!(admission.admit(1, None, start + 25 * MS), Err(start + 44 * MS), "another one came");
+        assert_eq!(admission.admit(1, None, start + 44 * MS), Ok(()));
+        assert_eq!(admission.admit(1, None, start + 44 * MS), Ok(()), "no rate, no limit");
     }
 
     #[test]
-    fn who_follows_a_list_holds_up_only_what_is_in_none() {
+    fn who_follows_a_list_holds_up_only_what_is_not_on_it() {
         let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, None));
+        let (own, foreign) = (Some(ListId::next()), Some(ListId::next()));
 
-        admission.disturb(start, true);
-        assert_eq!(admission.admit(1, true, start), Ok(()));
-        assert_eq!(admission.admit(1, false, start), Err(start + 20 * MS));
+        admission.disturb(start, own);
+        assert_eq!(admission.admit(1, own, start), Ok(()));
+        assert_eq!(admission.admit(1, foreign, start), Err(start + 20 * MS));
+        assert_eq!(admission.admit(1, None, start), Err(start + 20 * MS));
 
-        admission.disturb(start + 5 * MS, false);
-        admission.disturb(start + 9 * MS, true);
-        assert_eq!(admission.admit(1, true, start + 10 * MS), Err(start + 25 * MS));
-        assert_eq!(admission.admit(1, false, start + 10 * MS), Err(start + 29 * MS));
+        admission.disturb(start + 5 * MS, foreign);
+        admission.disturb(start + 9 * MS, own);
+        assert_eq!(admission.admit(1, own, start + 10 * MS), Err(start + 25 * MS));
+        assert_eq!(admission.admit(1, foreign, start + 10 * MS), Err(start + 29 * MS));
+        admission.disturb(start + 30 * MS, None);
+        admission.disturb(start + 31 * MS, None);
+        assert_eq!(admission.admit(1, own, start + 32 * MS), Err(start + 51 * MS));
+        assert_eq!(admission.admit(1, None, start + 32 * MS), Err(start + 51 * MS));
     }
 
     #[test]
@@ -109,7 +124,7 @@ mod tests {
         let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, Some(1000)));
         let (mut now, mut admitted) = (start, 0);
         for bytes in [500, 1, 2000, 250, 250].into_iter().cycle().take(500) {
-            while let Err(later) = admission.admit(bytes, false, now) {
+            while let Err(later) = admission.admit(bytes, None, now) {
                 assert!(later > now, "asking again at the same moment would never end");
                 now = later;
             }
@@ -123,20 +138,20 @@ mod tests {
     #[test]
     fn an_idle_link_saves_up_nothing_and_what_did_not_come_is_not_paid_for() {
         let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, Some(1000)));
-        assert_eq!(admission.admit(1000, false, start), Ok(()));
+        assert_eq!(admission.admit(1000, None, start), Ok(()));
 
         let later = start + 9000 * MS;
-        assert_eq!(admission.admit(1000, false, later), Ok(()));
-        assert_eq!(admission.admit(1000, false, later), Err(later + 1000 * MS));
+        assert_eq!(admission.admit(1000, None, later), Ok(()));
+        assert_eq!(admission.admit(1000, None, later), Err(later + 1000 * MS));
         admission.refund(750);
-        assert_eq!(admission.admit(1000, false, later), Err(later + 250 * MS));
+        assert_eq!(admission.admit(1000, None, later), Err(later + 250 * MS));
     }
 
     #[test]
     fn a_rate_of_nothing_and_reads_of_everything_do_not_overflow() {
         let (start, mut admission) = (Instant::now(), Admission::new(20 * MS, Some(0)));
-        assert_eq!(admission.admit(u64::MAX, false, start), Ok(()));
-        assert!(admission.admit(u64::MAX, false, start).is_err());
+        assert_eq!(admission.admit(u64::MAX, None, start), Ok(()));
+        assert!(admission.admit(u64::MAX, None, start).is_err());
         admission.refund(u64::MAX);
     }
 }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::disk::{Disk, FileFacts, HostDisk};
+use super::shelves::StockError;
 use super::store::{StoreError, at};
 use super::victims::{Lot, LotKind};
 use crate::base::Digest;
@@ -197,9 +198,15 @@ impl Bootstraps {
     }
 
     /// The one copy whose name begins with `text`.
-    pub fn find(&self, text: &str) -> Option<String> {
-        let mut begin = self.lots().into_iter().map(|lot| lot.name).filter(|name| name.starts_with(text));
-        begin.next().filter(|_| !text.is_empty() && begin.next().is_none())
+    pub fn find(&self, text: &str) -> Result<String, StockError> {
+        let names = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+        let mut begin = names.filter(|name| Digest::from_hex(name).is_some() && name.starts_with(text));
+        match (begin.next().filter(|_| !text.is_empty()), begin.next()) {
+            (Some(name), None) => Ok(name),
+            (Some(_), Some(_)) => Err(StockError::Ambiguous(text.to_owned())),
+            (None, _) => Err(StockError::Unknown(text.to_owned())),
+        }
     }
 
     /// Removes one that nobody keeps; tells whether it did.

@@ -115,7 +115,7 @@ impl Work {
     }
 
     fn look_every(&self) -> Duration {
-        if self.shelves.attends_kernel() { LOOK_AT_KERNEL_EVERY } else { LOOK_EVERY }
+        if self.shelves.attends_kernel() && self.space.limit < u64::MAX { LOOK_AT_KERNEL_EVERY } else { LOOK_EVERY }
     }
 
     /// Measures, and removes what must go. Gives the bytes that were freed.

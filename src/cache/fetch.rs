@@ -94,7 +94,7 @@ impl Fetcher {
     /// Lets the work for these units go before prefetch, wherever it is. Their urgency must have been
     /// raised already.
     pub(super) fn promote(self: &Arc<Self>, core: &Core, units: &[UnitIndex], request: RequestId) {
-        let follows = core.guides.name_any(units.iter().copied());
+        let follows = core.guides.list_of(units.iter().copied());
         let mut state = self.state.lock().unwrap();
         state.promote(core.id, units, request, follows);
         drop(state);
@@ -158,19 +158,19 @@ impl Fetcher {
 
     /// The next read that is behind everything else, or when to look again.
     fn next_bulk(self: &Arc<Self>, state: &mut Queues) -> Option<Turn> {
-        // Lists say what is wanted first, and somebody may be following one now.
-        let listed = state.bulk.iter().position(Window::is_listed);
-        let (at, listed) = (listed.unwrap_or(0), listed.is_some());
-        let bytes = state.bulk.get(at)?.stored.len();
         let held = state.running.iter().filter(|running| running.bulk).count();
         if held >= self.options.fetches(Class::Prefetch) {
             return None;
         }
+        // Lists say what is wanted first, and somebody may be following one now.
+        let at = state.bulk.iter().position(|window| window.list.is_some()).unwrap_or(0);
+        let window = state.bulk.get(at)?;
+        let (bytes, list) = (window.stored.len(), window.list);
         let now = Instant::now();
-        let admitted = match state.readers_wait(listed, now) {
+        let admitted = match state.readers_wait(list, now) {
             Some(later) => Err(later),
             None if !state.budget.try_take(Class::Prefetch, bytes) => return None,
-            None => state.admission.admit(bytes, listed, now).inspect_err(|_| state.budget.give_back(bytes)),
+            None => state.admission.admit(bytes, list, now).inspect_err(|_| state.budget.give_back(bytes)),
         };
         if let Err(later) = admitted {
             let known = state.wake.is_some_and(|wake| wake > now && wake <= later);
@@ -194,7 +194,7 @@ impl Fetcher {
             units: window.span(),
             class,
             bulk: window.bulk,
-            listed: window.is_listed(),
+            list: window.list,
             urgent: false,
             began: Instant::now(),
             signal: Arc::clone(&signal),

@@ -42,6 +42,11 @@ impl<T> Lanes<T> {
         next.find(|(device, thing)| wanted(*device, thing))
     }
 
+    /// Whether something that waits, at any place, is `wanted`.
+    pub(super) fn any(&self, wanted: impl Fn(&T) -> bool) -> bool {
+        self.0.iter().any(|lane| lane.waiting.iter().any(&wanted))
+    }
+
     /// Takes the next thing of `device`, whose next turn then comes after everybody else's.
     pub(super) fn take(&mut self, device: u64) -> Option<T> {
         let at = self.0.iter().position(|lane| lane.device == device)?;

@@ -229,7 +229,7 @@ impl Core {
             return;
         }
         // A list knows better what is next than a guess, which would be in its way.
-        if self.guides.name_any(units.clone()) {
+        if self.guides.list_of(units.clone()).is_some() {
             return;
         }
         // A missed observation costs a little speed; waiting would cost a reader its answer.

@@ -18,12 +18,13 @@ use tokio::task::JoinHandle;
 use super::core::Core;
 use super::device::Device;
 use super::engine::Engine;
+use super::guides::{List, ListId};
 use super::inflight::Wait;
 use super::plan::{PlanLimits, plan};
 use super::presence::{bit, set_bit, words_for};
 use super::{FillError, Request, is_needed};
 use crate::base::{ByteRange, Chain, Class, Fault, RequestId};
-use crate::blob::UnitIndex;
+use crate::blob::{Unit, UnitIndex};
 
 /// Most units of one lot, and so of one read. Each costs memory beside its stored bytes, and a hostile image could
 /// claim millions of one byte each.
@@ -147,9 +148,11 @@ impl Prefetch {
             needed.for_each(|unit| set_bit(&mut wanted[*device], unit));
         }
         let wanted: Vec<_> = wanted.into_iter().map(Arc::new).collect();
-        if !rest {
-            cores.iter().zip(&wanted).for_each(|(core, wanted)| core.guides.add(wanted));
-        }
+        // They last as long as the work, however long its outcome is kept.
+        let id = ListId::next();
+        let lists: Vec<_> =
+            wanted.iter().filter(|_| !rest).map(|wanted| Arc::new(List { id, wanted: Arc::clone(wanted) })).collect();
+        cores.iter().zip(&lists).for_each(|(core, list)| core.guides.add(list));
         let shared = Arc::new(Shared {
             devices: cores.iter().map(Arc::downgrade).collect(),
             wanted,
@@ -163,7 +166,14 @@ impl Prefetch {
             }),
         });
         let reads = engine.options.fetches(Class::Prefetch) + 1;
-        Self { shared: Arc::clone(&shared), task: engine.runtime.spawn(shared.work(reads)) }
+        let work = {
+            let shared = Arc::clone(&shared);
+            async move {
+                let _lists = lists;
+                shared.work(reads).await;
+            }
+        };
+        Self { shared, task: engine.runtime.spawn(work) }
     }
 
     /// How it is getting on. Costs a look at each unit that is wanted.
@@ -386,7 +396,7 @@ impl Shared {
     fn gather(&self, cursor: &mut Cursor, limits: &[PlanLimits], away: &[bool]) -> bool {
         // By device and unit: its turn.
         let mut turns: BTreeMap<(usize, UnitIndex), usize> = BTreeMap::new();
-        let mut bytes = 0;
+        let (mut bytes, mut before) = (0, None::<Unit>);
         let longest = || limits.iter().map(|limits| limits.window).max().unwrap_or(0);
         let (lot, end) =
             if cursor.leg < self.listed { (cursor.lot, self.listed) } else { (longest(), self.order.len()) };
@@ -402,12 +412,15 @@ impl Shared {
                 let unit = &map.units()[index as usize];
                 if is_needed(unit) && !core.ledger.presence.get(index) {
                     let turn = turns.len();
-                    let is_more = turn >= MOST_UNITS || bytes + unit.stored.len() > lot;
+                    // Parts of one stored range come by one read.
+                    let is_counted = before.is_some_and(|before| before.shares_with(unit));
+                    let more = if is_counted { 0 } else { unit.stored.len() };
+                    let is_more = turn >= MOST_UNITS || bytes + more > lot;
                     if is_more && turn > 0 {
                         break 'lot;
                     }
                     turns.entry((*device, index)).or_insert(turn);
-                    bytes += unit.stored.len();
+                    (bytes, before) = (bytes + more, Some(*unit));
                 }
                 cursor.done += 1;
             }

@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 use super::admission::{Admission, STUCK};
 use super::budget::Budget;
 use super::engine::StoreOptions;
+use super::guides::ListId;
 use super::lanes::Lanes;
 use super::window::Window;
 use crate::base::{Class, RequestId};
@@ -41,8 +42,8 @@ pub(super) struct Running {
     pub(super) units: RangeInclusive<UnitIndex>,
     pub(super) class: Class,
     pub(super) bulk: bool,
-    /// A list says that something of it will be read soon.
-    pub(super) listed: bool,
+    /// The list that says that something of it will be read soon.
+    pub(super) list: Option<ListId>,
     /// A reader waits for one of its units.
     pub(super) urgent: bool,
     pub(super) began: Instant,
@@ -55,9 +56,9 @@ impl Running {
         !self.bulk || self.urgent
     }
 
-    /// Whether bulk must not begin beside it. That of a list goes on beside readers who follow a list.
-    fn holds_up(&self, listed: bool) -> bool {
-        self.is_for_readers() && !(listed && self.listed)
+    /// Whether bulk must not begin beside it. That of a list goes on beside readers who follow the same.
+    fn holds_up(&self, list: Option<ListId>) -> bool {
+        self.is_for_readers() && !(list.is_some() && list == self.list)
     }
 }
 
@@ -90,7 +91,7 @@ impl Queues {
 
     /// Where a window waits, by its urgency at this moment. Readers make running bulk give way.
     pub(super) fn queue(&mut self, mut window: Window) {
-        let follows = window.is_listed();
+        let follows = window.list;
         // Read under the lock: a promotion either came before and is seen, or finds the window.
         match window.class() {
             Class::OnDemand => {
@@ -108,9 +109,10 @@ impl Queues {
     }
 
     /// A reader has come, who follows a list or does not: the running bulk that is `meant` gives way.
-    fn disturb(&mut self, follows: bool, meant: impl Fn(&Running) -> bool) {
+    fn disturb(&mut self, follows: Option<ListId>, meant: impl Fn(&Running) -> bool) {
         self.admission.disturb(Instant::now(), follows);
-        let in_the_way = |running: &&Running| running.bulk && !(follows && running.listed) && meant(running);
+        let same = |running: &Running| follows.is_some() && follows == running.list;
+        let in_the_way = |running: &&Running| running.bulk && !same(running) && meant(running);
         for running in self.running.iter().filter(in_the_way) {
             running.signal.give_way.store(true, Ordering::Release);
             running.signal.told.notify_one();
@@ -121,26 +123,26 @@ impl Queues {
         let ended = self.running.iter().position(|running| running.ticket == ticket);
         let ended = ended.map(|at| self.running.swap_remove(at)).filter(Running::is_for_readers);
         if let Some(ended) = ended {
-            self.admission.disturb(Instant::now(), ended.listed);
+            self.admission.disturb(Instant::now(), ended.list);
         }
     }
 
     /// Until when bulk, of a list or not, must not even be considered, if a reader waits.
-    pub(super) fn readers_wait(&self, listed: bool, now: Instant) -> Option<Instant> {
-        let reads = || self.running.iter().filter(|running| running.holds_up(listed));
+    pub(super) fn readers_wait(&self, list: Option<ListId>, now: Instant) -> Option<Instant> {
+        let reads = || self.running.iter().filter(|running| running.holds_up(list));
         if let Some(youngest) = reads().map(|running| running.began).max() {
             // Bulk of other servers goes on beside readers whose server does not answer.
             return Some(youngest + STUCK).filter(|&later| later > now);
         }
         // They begin at the next turn, or when memory is free; either comes here again.
-        let holds_up = |window: &Window| !(listed && window.is_listed());
-        let queued = self.on_demand.find(|_, window| holds_up(window)).is_some() || self.prefetch.iter().any(holds_up);
+        let holds_up = |window: &Window| !(list.is_some() && list == window.list);
+        let queued = self.on_demand.any(holds_up) || self.prefetch.iter().any(holds_up);
         queued.then_some(now + STUCK)
     }
 
     /// Lets reads for these units go before prefetch, for `request`, whose reader `follows` a list or does not.
     /// Their urgency must have been raised already.
-    pub(super) fn promote(&mut self, device: u64, units: &[UnitIndex], request: RequestId, follows: bool) {
+    pub(super) fn promote(&mut self, device: u64, units: &[UnitIndex], request: RequestId, follows: Option<ListId>) {
         for &unit in units {
             let queued = self.prefetch.iter().position(|window| window.holds(device, unit));
             if let Some(window) = queued.and_then(|at| self.prefetch.remove(at)) {

@@ -95,9 +95,7 @@ impl StoreError {
 
 /// Whether a failure is one of room.
 pub(super) fn is_full(cause: &io::Error) -> bool {
-    // The kernel's own cache says it in another way (`cachefiles-ondemand.md` section 10).
     matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
-        || cause.raw_os_error() == Some(libc::ENOBUFS)
 }
 
 /// Devices by name in one directory, with the one right to write there.

@@ -22,8 +22,8 @@ use crate::source::{BlobSource, ReadCtx, SourceError};
 /// A reader of a stream's unit waits for the stream if no more than this has to come before the unit.
 const NEAR: u64 = 256 << 10;
 
-/// The same where a list says that everything in the stream will be read: going on costs that reader no more than a
-/// round trip would.
+/// The same where a list says that something in the stream will be read: mostly all of it, and going on costs a reader no more
+/// than a round trip would.
 const NEAR_IN_A_LIST: u64 = 1 << 20;
 
 /// Most bytes of a half arrived unit that are kept when a stream gives way.
@@ -192,7 +192,8 @@ impl Intake {
     }
 
     fn is_listed(&self) -> bool {
-        self.core.guides.name_any(self.leds().map(|led| led.lead.unit()))
+        let units: Vec<_> = self.leds().map(|led| led.lead.unit()).collect();
+        self.core.guides.list_of(units.into_iter()).is_some()
     }
 
     /// First byte that has not come.

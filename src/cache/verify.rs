@@ -9,7 +9,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::Advice;
@@ -126,21 +126,23 @@ impl Shelves {
     /// Reads the copy of a bootstrap with this name, and sees whether that is its digest. One that is spoilt and that
     /// nobody uses is removed: it is copied again when it is mounted. `go_on` as for blobs.
     pub fn verify_bootstrap(&self, name: &str, go_on: &mut dyn FnMut(u64) -> bool) -> Result<VerifyReport, StockError> {
+        // One that a superblock of a predecessor has mounted must be known as in use.
+        if !self.are_uses_known() {
+            return Err(StockError::UsesUnknown);
+        }
         let bootstraps = self.bootstraps();
         let unknown = || StockError::Unknown(name.to_owned());
         let digest = Digest::from_hex(name).ok_or_else(unknown)?;
         let path = bootstraps.dir().join(digest.to_string());
-        let file = match File::open(&path) {
+        let inode = match fs::metadata(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(unknown()),
-            opened => opened.map_err(at(&path))?,
+            meta => meta.map_err(at(&path))?.ino(),
         };
         let mut report = VerifyReport { name: name.to_owned(), units: 1, ..VerifyReport::default() };
-        let found = digest_on_disk(&file, |bytes| {
+        let found = digest_on_disk(&path, inode, |bytes| {
             report.bytes += bytes;
             go_on(bytes)
         });
-        // Closed, or else it would be in use: by us.
-        drop(file);
         let what = match found {
             Ok(None) => {
                 report.cut_short = true;
@@ -236,18 +238,24 @@ fn forget_pages(file: &File, range: ByteRange) {
     let _ = rustix::fs::fadvise(file, range.start(), len, Advice::DontNeed);
 }
 
-/// SHA-256 of a file as it is on the disk; `None` if `go_on` said no.
-fn digest_on_disk(file: &File, mut go_on: impl FnMut(u64) -> bool) -> io::Result<Option<Digest>> {
+/// SHA-256 of a file as it is on the disk; `None` if `go_on` said no, or if it is not the one with this inode any more.
+/// Opened for each piece anew, as blobs are for each unit: it must not be in use for as long as all of it takes.
+fn digest_on_disk(path: &Path, inode: u64, mut go_on: impl FnMut(u64) -> bool) -> io::Result<Option<Digest>> {
     const PIECE: usize = 1 << 20;
     let (mut hasher, mut room, mut start) = (Sha256::new(), vec![0; PIECE], 0);
     loop {
         let piece = ByteRange::new(start, start + PIECE as u64).unwrap_or_default();
-        forget_pages(file, piece);
+        let file = File::open(path)?;
+        if file.metadata()?.ino() != inode {
+            return Ok(None);
+        }
+        forget_pages(&file, piece);
         let len = file.read_at(&mut room, start)?;
         if len == 0 {
             return Ok(Some(hasher.finish()));
         }
-        forget_pages(file, piece);
+        forget_pages(&file, piece);
+        drop(file);
         hasher.update(&room[..len]);
         start += len as u64;
         if !go_on(len as u64) {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 
 use super::core::Core;
+use super::guides::ListId;
 use super::inflight::Lead;
 use crate::base::{ByteRange, Class, RequestId};
 use crate::blob::{Unit, UnitIndex};
@@ -25,6 +26,8 @@ pub(super) struct Window {
     /// Whether it is part of a prefetch that gives way to everything else. No more so once a reader
     /// waits for one of its units.
     pub(super) bulk: bool,
+    /// The list that says that something of it will be read soon.
+    pub(super) list: Option<ListId>,
     /// What has come already of a bulk read that gave way, from the start of `stored` on.
     pub(super) head: BytesMut,
 }
@@ -40,7 +43,8 @@ pub(super) struct Led {
 impl Window {
     /// A read of its own for `units`, for readers or ahead of one.
     pub(super) fn new(core: Arc<Core>, stored: ByteRange, units: Vec<Led>, asked: Option<Instant>) -> Self {
-        Self { core, stored, units, asked, request: RequestId::NONE, bulk: false, head: BytesMut::new() }
+        let list = core.guides.list_of(units.iter().map(|led| led.lead.unit()));
+        Self { core, stored, units, asked, request: RequestId::NONE, bulk: false, list, head: BytesMut::new() }
     }
 
     /// The same for a prefetch behind everybody.
@@ -101,11 +105,6 @@ impl Window {
         if let Some(asked) = self.asked.filter(|_| is_first) {
             telemetry.fills.queue.observe(now.saturating_duration_since(asked));
         }
-    }
-
-    /// Whether a list says that something of it will be read soon.
-    pub(super) fn is_listed(&self) -> bool {
-        self.core.guides.name_any(self.units.iter().map(|led| led.lead.unit()))
     }
 
     pub(super) fn holds(&self, device: u64, unit: UnitIndex) -> bool {

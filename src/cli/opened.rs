@@ -15,10 +15,10 @@ use super::settings::settings_for_tools;
 use crate::daemon::remote;
 use crate::image::Image;
 use crate::net::{ClientOptions, RetryPolicy};
-use crate::oci::{self, Layout, Platform, Reference, Resolved};
+use crate::oci::{self, Platform, Reference, Resolved};
 use crate::reader::bootstrap::Found;
 use crate::reader::{Files, LoadError, bootstrap};
-use crate::source::{self, BlobSource, Network, NetworkOptions};
+use crate::source::{self, BlobSource, Network, NetworkOptions, OnThisHost};
 use crate::sys;
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Telemetry;
@@ -144,14 +144,19 @@ impl BlobsArgs {
     /// Fails if a file that is about to be written is one that is about to be read.
     pub(super) fn refuse_input(&self, place: &Path, bootstrap: &Path, image: &Image) -> anyhow::Result<()> {
         let Ok(place_id) = sys::files::inode_id_at(place) else { return Ok(()) };
-        let blobs = match &self.blobs {
-            Some(spec) if spec.contains("://") => None,
-            Some(spec) => Some(PathBuf::from(spec)),
-            None if matches!(reference(bootstrap), Ok(None)) => Some(beside(bootstrap)),
+        let place_of = match &self.blobs {
+            Some(spec) => source::on_this_host(spec),
+            None if matches!(reference(bootstrap), Ok(None)) => Some(OnThisHost::Directory(beside(bootstrap))),
             None => None,
         };
-        let blobs = blobs.iter().flat_map(|dir| image.devices().iter().map(|device| dir.join(device.blob.as_str())));
-        for input in blobs.chain([bootstrap.to_owned()]) {
+        let blobs = match place_of {
+            Some(OnThisHost::Directory(dir)) => {
+                image.devices().iter().map(|device| dir.join(device.blob.as_str())).collect()
+            }
+            Some(OnThisHost::File(file)) => vec![file],
+            None => Vec::new(),
+        };
+        for input in blobs.into_iter().chain([bootstrap.to_owned()]) {
             if sys::files::inode_id_at(&input).is_ok_and(|id| id == place_id) {
                 anyhow::bail!("{} is a part of the image that is read; write somewhere else", place.display());
             }
@@ -174,12 +179,6 @@ impl BlobsArgs {
             }
             (None, Origin::File(bootstrap)) => Ok(Arc::new(source::LocalSource::new(beside(bootstrap))?)),
             (None, Origin::Registry(network, resolved)) => {
-                if resolved.image()?.layout == Layout::External {
-                    bail!(
-                        "the registry has only the bootstrap of {}; say where its blobs are with --blobs",
-                        resolved.reference
-                    );
-                }
                 Ok(network.open(&[format!("docker://{}", resolved.reference.repository())], ca)?)
             }
         }

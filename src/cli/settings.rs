@@ -174,11 +174,8 @@ pub(super) fn settings_for_tools(named: Option<&Path>) -> anyhow::Result<Setting
         let text = std::env::var_os(setting.env())?.to_string_lossy().into_owned();
         Some(Given { key: setting.key, text, origin: Origin::Environment })
     };
-    let file = match config_text(named) {
-        // Not everybody may read it.
-        Err(_) if named.is_none() => None,
-        other => other?,
-    };
+    // What it says of proxies and trust must not be passed over, because its reader is somebody else.
+    let file = config_text(named).context("the settings of this host count here too; --config names others")?;
     let given: Vec<_> = TABLE.iter().filter_map(set).collect();
     Ok(usable(file.as_ref(), &given)?.settings)
 }

@@ -96,24 +96,34 @@ impl Objects {
         Ok(objects)
     }
 
-    /// The kernel has removed what it had of a blob, so nothing is promised about it any more: unless somebody has
-    /// entered it again by now.
-    pub(super) fn forget(&self, domain: &str, blob: &str) {
-        let Ok(blob) = blob.parse::<BlobId>() else { return };
+    /// Has the kernel remove what it has of a blob, by `cull`, and forgets what was promised about it. Nothing of it
+    /// while somebody has entered the blob, and nobody can meanwhile: the bytes of one promise must never be
+    /// found under another. Tells whether it went.
+    ///
+    /// # Errors
+    /// What `cull` says; a promise that cannot be removed stays and is told in the log.
+    pub(super) fn let_go(
+        &self,
+        domain: &str,
+        blob: &str,
+        cull: &mut dyn FnMut() -> io::Result<bool>,
+    ) -> io::Result<bool> {
+        let Ok(blob) = blob.parse::<BlobId>() else { return cull() };
         let mut known = self.known.lock().unwrap();
         let key = (domain.to_owned(), blob);
         // Nobody can come by another copy without the lock.
-        if known.get(&key).is_some_and(|object| Arc::strong_count(object) > 1) {
-            return;
+        if known.get(&key).is_some_and(|object| Arc::strong_count(object) > 1) || !cull()? {
+            return Ok(false);
         }
         known.remove(&key);
         let path = self.path(domain, &key.1);
-        if let Err(error) = fs::remove_file(&path).or_else(|error| match error.kind() {
-            io::ErrorKind::NotFound => Ok(()),
-            _ => Err(error),
-        }) {
-            tracing::warn!(path = %path.display(), %error, "a promise stays, and nothing is there that it is about");
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %path.display(), %error, "a promise stays, and nothing is there that it is about");
+            }
+            _ => {}
         }
+        Ok(true)
     }
 }
 
@@ -201,21 +211,28 @@ mod tests {
     }
 
     #[test]
-    fn what_has_gone_is_forgotten_unless_somebody_has_entered_it() {
+    fn what_goes_is_forgotten_and_stays_while_somebody_has_entered_it() {
         let dir = tempfile::tempdir().unwrap();
         let source: Arc<dyn BlobSource> = Arc::new(LocalSource::new(dir.path()).unwrap());
         let objects = Objects::new(dir.path().join("maps"));
         let blob = "blob".parse().unwrap();
+        let mut asked = 0;
+        let mut let_go = |domain: &str, name: &str, goes: bool| {
+            objects.let_go(domain, name, &mut || {
+                asked += 1;
+                Ok(goes)
+            })
+        };
         let entered = objects.enter("d", &[map([true, true], false).into()], &source).unwrap();
-        objects.forget("d", "blob");
-        assert!(objects.saved("d", &blob).is_some(), "somebody has it");
-
+        assert!(!let_go("d", "blob", true).unwrap(), "somebody has it");
         drop(entered);
-        objects.forget("another", "blob");
-        objects.forget("d", "../lock");
+        assert!(!let_go("d", "blob", false).unwrap(), "the kernel has it open");
+        assert!(let_go("another", "blob", true).unwrap() && let_go("d", "../lock", true).unwrap());
         assert!(objects.saved("d", &blob).is_some());
-        objects.forget("d", "blob");
-        objects.forget("d", "blob");
+
+        assert!(let_go("d", "blob", true).unwrap() && let_go("d", "blob", true).unwrap());
+
+        assert_eq!(asked, 5, "not about what somebody has");
         assert!(objects.saved("d", &blob).is_none());
         assert!(objects.enter("d", &[map([true, true], true).into()], &source).is_ok(), "it is told anew");
     }

@@ -14,7 +14,7 @@ use super::prepare::{Prepared, bootstrap_as_blob};
 use super::records::RecordId;
 use super::served::{Attachment, Live, Mounted, Served, blob_object};
 use super::{Daemon, DaemonError};
-use crate::export::cachefiles::{self, Culling, FsId, Registration};
+use crate::export::cachefiles::{self, Culling, FsId, ObjectName, Registration};
 use crate::export::{AttachError, BackendKind};
 use crate::sys::mount::unmount;
 
@@ -70,9 +70,11 @@ impl Daemon {
         let service = self.backends.cachefiles(&self.keepers)?;
         self.store.attend_kernel(|| {
             let objects = Arc::clone(&self.objects);
-            let forget = move |domain: &str, blob: &str| objects.forget(domain, blob);
+            let let_go = move |object: &ObjectName<'_>, cull: &mut dyn FnMut() -> _| {
+                objects.let_go(object.domain, object.name, cull)
+            };
             let (root, sandbox) = (self.backends.kernel_cache(), self.options.sandbox.clone());
-            Arc::new(Culling::new(service.clone(), &root, sandbox, Box::new(forget)))
+            Arc::new(Culling::new(service.clone(), &root, sandbox, Box::new(let_go)))
         });
         let engine = self.store.engine();
         let (boot_map, boot_source) = bootstrap_as_blob(&prepared)?;

@@ -24,7 +24,7 @@ impl Daemon {
         let backend = self.backends.choose(request.backend);
         let problem = match (servable(&resolved), &backend) {
             (Ok(image), Ok(_)) if image.layout == Layout::External && spec.blobs.is_empty() => {
-                Some("the registry has only its bootstrap; say where its blobs are with --blobs".to_owned())
+                Some("the registry has only its bootstrap; unless no file of it has data, say where its blobs are with --blobs".to_owned())
             }
             (Ok(_), Ok(_)) => None,
             (Err(error), _) => Some(error.to_string()),

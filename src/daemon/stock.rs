@@ -53,9 +53,9 @@ pub fn drop_blob(shelves: &Shelves, blob: &str) -> Result<Removed, StockError> {
 
 /// Reads a blob, or else the copy of a bootstrap, again and checks it; `go_on` as in [`Shelves::verify`].
 pub fn verify(shelves: &Shelves, name: &str, go_on: &mut dyn FnMut(u64) -> bool) -> Result<VerifyReport, StockError> {
-    match (shelves.find(name), shelves.bootstraps().find(name)) {
-        (Err(StockError::Unknown(_)), Some(name)) => shelves.verify_bootstrap(&name, go_on),
-        (found, _) => shelves.verify(&found?, go_on),
+    match shelves.find(name) {
+        Err(StockError::Unknown(_)) => shelves.verify_bootstrap(&shelves.bootstraps().find(name)?, go_on),
+        found => shelves.verify(&found?, go_on),
     }
 }
 

@@ -34,6 +34,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
+use reqwest::Url;
 
 use crate::base::{BlobId, ByteRange, Class, Fault, RequestId};
 use crate::net::hosts::HostsError;
@@ -94,6 +95,27 @@ pub trait BlobSource: Send + Sync + 'static {
 
     /// What to call this source in messages: a directory or an URL, without secrets.
     fn describe(&self) -> String;
+}
+
+/// Where on this host the blobs of a spec lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OnThisHost {
+    /// As files by their ids.
+    Directory(PathBuf),
+    /// All of them in it.
+    File(PathBuf),
+}
+
+/// Where on this host a spec as of [`open`] leads; `None` if it leads elsewhere, or nowhere.
+pub fn on_this_host(spec: &str) -> Option<OnThisHost> {
+    let Some((scheme, _)) = spec.split_once("://") else { return Some(OnThisHost::Directory(spec.into())) };
+    let url = Url::parse(spec).ok()?;
+    let path = Url::parse(&format!("file://{}", url.path())).ok()?.to_file_path().ok()?;
+    match scheme.to_ascii_lowercase().as_str() {
+        "file" => Some(OnThisHost::Directory(path)),
+        "localdisk" => Some(OnThisHost::File(path)),
+        _ => None,
+    }
 }
 
 /// Why a source could not answer. Cheap to clone: one failed read may answer many readers.
@@ -216,6 +238,18 @@ mod tests {
         assert_eq!(describe(path).unwrap(), path);
         assert_eq!(describe(&format!("file://{path}")).unwrap(), path);
         assert_eq!(describe("HTTP://h/x/").unwrap(), "http://h/x");
+    }
+
+    #[test]
+    fn specs_of_this_host_are_known_by_their_place() {
+        let dir = |path: &str| Some(OnThisHost::Directory(path.into()));
+        assert_eq!(on_this_host("some/dir"), dir("some/dir"));
+        assert_eq!(on_this_host("FILE:///a%20b/c"), dir("/a b/c"));
+        let disk = Some(OnThisHost::File("/img/disk".into()));
+        assert_eq!(on_this_host("localdisk:///img/disk?gpt=false&blob=x"), disk);
+        for elsewhere in ["https://h/x", "docker://h/r", "s3://b/x", "file://h:x:y"] {
+            assert_eq!(on_this_host(elsewhere), None, "{elsewhere}");
+        }
     }
 
     #[test]

@@ -18,8 +18,17 @@ use crate::sys::sandbox::Sandbox;
 /// How the name of a volume of EROFS begins.
 const VOLUME: &str = "Ierofs,";
 
-/// Told the domain and the name of an object that went.
-pub type OnGone = Box<dyn Fn(&str, &str) + Send + Sync>;
+/// What an object is called by whoever mounts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ObjectName<'a> {
+    /// The domain of its volume.
+    pub domain: &'a str,
+    /// The blob's id, or the image's.
+    pub name: &'a str,
+}
+
+/// Asked before an object goes: has it go by the function that is passed, or not. Tells whether it went.
+pub type LetGo = Box<dyn Fn(&ObjectName<'_>, &mut dyn FnMut() -> io::Result<bool>) -> io::Result<bool> + Send + Sync>;
 
 /// The kernel's cache of a bound service.
 pub struct Culling {
@@ -27,8 +36,7 @@ pub struct Culling {
     /// The directory of volumes.
     volumes: PathBuf,
     sandbox: Sandbox,
-    /// Told the domain and the name of each object that went.
-    gone: OnGone,
+    let_go: LetGo,
 }
 
 impl fmt::Debug for Culling {
@@ -38,15 +46,15 @@ impl fmt::Debug for Culling {
 }
 
 impl Culling {
-    /// For the cache that `service` has bound at `root`. `gone` is told the domain and the name of each object that
-    /// went, if they are names that this program gives.
-    pub fn new(service: Arc<Cachefiles>, root: &Path, sandbox: Sandbox, gone: OnGone) -> Self {
-        Self { service, volumes: root.join("cache"), sandbox, gone }
+    /// For the cache that `service` has bound at `root`. `let_go` is asked about each object whose
+    /// name can be one that this program gives.
+    pub fn new(service: Arc<Cachefiles>, root: &Path, sandbox: Sandbox, let_go: LetGo) -> Self {
+        Self { service, volumes: root.join("cache"), sandbox, let_go }
     }
 
     /// Its threads have a working directory of their own, which a confined one may not have.
     fn in_folders<T: Send>(&self, work: impl FnOnce(&Folders<'_>) -> io::Result<T> + Send) -> io::Result<T> {
-        self.sandbox.outside(|| self.service.in_folders(work))
+        self.sandbox.try_outside(|| self.service.in_folders(work))
     }
 }
 
@@ -78,14 +86,18 @@ impl KernelCache for Culling {
 
     fn remove(&self, name: &str) -> io::Result<bool> {
         let Parts { folder, file, told } = Parts::of(name).ok_or(io::ErrorKind::InvalidInput)?;
-        let removed = self.in_folders(|folders| {
-            folders.enter(&self.volumes.join(folder))?;
-            folders.cull(file)
-        })?;
-        if let Some((domain, blob)) = told.filter(|_| removed) {
-            (self.gone)(domain, blob);
+        let mut cull = || {
+            self.in_folders(|folders| {
+                folders.enter(&self.volumes.join(folder))?;
+                folders.cull(file)
+            })
+        };
+        match told {
+            // Somebody may mount it at any moment.
+            Some(object) if self.service.is_registered(&object) => Ok(false),
+            Some(object) => (self.let_go)(&object, &mut cull),
+            None => cull(),
         }
-        Ok(removed)
     }
 }
 
@@ -93,8 +105,8 @@ impl KernelCache for Culling {
 struct Parts<'a> {
     folder: &'a str,
     file: &'a str,
-    /// Its domain and its name, if the kernel wrote it as it is.
-    told: Option<(&'a str, &'a str)>,
+    /// What it is called, if the kernel wrote that as it is.
+    told: Option<ObjectName<'a>>,
 }
 
 impl<'a> Parts<'a> {
@@ -106,7 +118,7 @@ impl<'a> Parts<'a> {
         if !fan.starts_with('@') || fan.contains('/') || file.is_empty() || matches!(domain, "" | "." | "..") {
             return None;
         }
-        Some(Self { folder, file, told: file.strip_prefix('D').map(|blob| (domain, blob)) })
+        Some(Self { folder, file, told: file.strip_prefix('D').map(|name| ObjectName { domain, name }) })
     }
 }
 
@@ -126,7 +138,10 @@ mod tests {
 
     #[test]
     fn paths_of_objects_are_taken_apart_and_others_refused() {
-        let parts = |name| Parts::of(name).map(|parts| (parts.folder, parts.file, parts.told));
+        let parts = |name: &'static str| {
+            let told = |object: ObjectName<'static>| (object.domain, object.name);
+            Parts::of(name).map(|parts| (parts.folder, parts.file, parts.told.map(told)))
+        };
         assert_eq!(parts("Ierofs,rafsd/@5f/Dabc"), Some(("Ierofs,rafsd/@5f", "Dabc", Some(("rafsd", "abc")))));
         assert_eq!(parts("Ierofs,d/@00/E0xZyo"), Some(("Ierofs,d/@00", "E0xZyo", None)));
         for bad in ["", "Dabc", "Ierofs,d/Dabc", "Infs/@00/Dabc", "Ierofs,d/00/x", "Ierofs,d/@00/../x", "Ierofs,/@00/x"]

@@ -12,7 +12,7 @@ mod culling;
 mod object;
 mod service;
 
-pub use culling::{Culling, OnGone};
+pub use culling::{Culling, LetGo, ObjectName};
 pub use object::{ObjectSpec, OpenObject};
 pub use service::{Cachefiles, Registration};
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::FsId;
 use super::object::{Object, ObjectSpec};
+use super::{FsId, ObjectName};
 use crate::base::{BLOCK, ByteRange, Chain, Class};
 use crate::cache::{FillError, Request};
 use crate::export::AttachError;
@@ -97,6 +97,12 @@ impl Cachefiles {
     /// The device, to be held by other processes as well.
     pub fn device(&self) -> io::Result<OwnedFd> {
         self.device.as_fd().try_clone_to_owned()
+    }
+
+    /// Whether a registered image has an object of this name.
+    pub(super) fn is_registered(&self, object: &ObjectName<'_>) -> bool {
+        let key = (format!("erofs,{}", object.domain).into_bytes(), object.name.as_bytes().to_vec());
+        self.known.lock().unwrap().objects.contains_key(&key)
     }
 
     /// Runs `work` where the kernel can be asked about the files of its cache: see [`Device::in_folders`].

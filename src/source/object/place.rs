@@ -98,7 +98,9 @@ impl Place {
         };
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-        if bucket.is_empty() || bucket.contains('@') {
+        // What clouds allow in names, all of them together: the library makes addresses of it without looking.
+        let is_name = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._$".contains(&byte));
+        if bucket.is_empty() || !is_name(bucket) {
             return Err(BadPlace::NoBucket(cloud.scheme()));
         }
         if object_store::path::Path::parse(format!("{prefix}0")).is_err() {
@@ -122,6 +124,10 @@ impl Place {
         for (key, value) in pairs.query_pairs() {
             place.set(&key, &value)?;
         }
+        if !place.region.as_deref().is_none_or(is_name) {
+            return Err(BadPlace::Value { key: "region", wanted: "a name" });
+        }
+        place.look_at_endpoint()?;
         match cloud {
             Cloud::Oss if place.endpoint.is_none() => Err(BadPlace::Missing("oss", "endpoint")),
             Cloud::Azure if place.account.is_none() && place.endpoint.is_none() => {
@@ -129,6 +135,18 @@ impl Place {
             }
             _ => Ok(place),
         }
+    }
+
+    /// The bucket must be able to stand in front of the endpoint's host, if that is where it goes.
+    fn look_at_endpoint(&self) -> Result<(), BadPlace> {
+        let is_in_host = !self.path_style && matches!(self.cloud, Cloud::S3 | Cloud::Oss);
+        let Some(endpoint) = self.endpoint.as_ref().filter(|_| is_in_host) else { return Ok(()) };
+        let is_address = endpoint.domain().is_none();
+        if is_address || Url::parse(&self.bucket_url(endpoint)).is_err() {
+            let wanted = "the name of a host that the bucket's can stand before, or path_style=true";
+            return Err(BadPlace::Value { key: "endpoint", wanted });
+        }
+        Ok(())
     }
 
     fn set(&mut self, key: &str, value: &str) -> Result<(), BadPlace> {
@@ -407,6 +425,17 @@ mod tests {
             ("s3://", "s3 needs the name of a bucket behind ://"),
             ("s3:///x", "s3 needs the name of a bucket behind ://"),
             ("s3://id:key@b/x", "s3 needs the name of a bucket behind ://"),
+            ("s3://b c/p", "s3 needs the name of a bucket behind ://"),
+            ("s3://b%zz/p?endpoint=http://h:1&path_style=false", "s3 needs the name of a bucket behind ://"),
+            ("s3://b/p?region=a%20b", "region must be a name"),
+            (
+                "oss://b/p?endpoint=127.0.0.1:1",
+                "endpoint must be the name of a host that the bucket's can stand before, or path_style=true",
+            ),
+            (
+                "oss://b.c/p?endpoint=http://[::1]:1",
+                "endpoint must be the name of a host that the bucket's can stand before, or path_style=true",
+            ),
             ("s3://b/a//b", "the prefix \"a//b\" cannot begin the name of an object"),
             (
                 "s3://b/?secret=x",

@@ -85,7 +85,18 @@ impl Sandbox {
     /// and starting programs. A panic of `work` goes on in the caller.
     pub fn outside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         match &self.0 {
-            Some(entered) => entered.outside.run(work),
+            Some(entered) => entered.outside.run(work).expect("a thread can be started"),
+            None => work(),
+        }
+    }
+
+    /// The same for who can go on without.
+    ///
+    /// # Errors
+    /// If there is no thread to be had for it; and what `work` says.
+    pub fn try_outside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        match &self.0 {
+            Some(entered) => entered.outside.run(work)?,
             None => work(),
         }
     }

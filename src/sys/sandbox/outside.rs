@@ -29,8 +29,11 @@ impl Outside {
         Ok(Self(jobs))
     }
 
-    /// Runs `work` outside and returns when it is over.
-    pub(super) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+    /// Runs `work` outside and returns when it is over. A panic of `work` goes on here.
+    ///
+    /// # Errors
+    /// If there is no thread to be had for it.
+    pub(super) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         let (tell, told) = channel::<Result<T, Box<dyn Any + Send>>>();
         let job: Box<dyn FnOnce() + Send + '_> = Box::new(move || {
             // The caller waits for this very message.
@@ -45,9 +48,9 @@ impl Outside {
         // A failure hands the job back and drops it here; then nobody answers below.
         let _ = self.0.send(job);
         match told.recv() {
-            Ok(Ok(value)) => value,
+            Ok(Ok(value)) => Ok(value),
             Ok(Err(panic)) => resume_unwind(panic),
-            Err(_) => panic!("no thread could be started outside of the sandbox"),
+            Err(_) => Err(io::Error::other("no thread could be started outside of the sandbox")),
         }
     }
 }
