@@ -22,7 +22,7 @@ use super::IdentityFiles;
 use crate::base::Secret;
 
 pub use registries::Registries;
-pub(crate) use table::web;
+pub(crate) use table::{web, web_with_login};
 pub use written::Headers;
 
 /// Where containerd looks.

@@ -307,7 +307,7 @@ pub(crate) fn web(text: &str) -> Option<Url> {
 }
 
 /// The same with or without `USER:PASSWORD@`.
-fn web_with_login(text: &str) -> Option<Url> {
+pub(crate) fn web_with_login(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;
     let bare = url.query().is_none() && url.fragment().is_none() && url.has_host();
     (bare && matches!(url.scheme(), "http" | "https")).then_some(url)

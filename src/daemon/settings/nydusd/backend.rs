@@ -8,7 +8,7 @@ use reqwest::Url;
 use super::table::Table;
 use super::{Credentials, ImportError, Imported, is_absolute};
 use crate::base::{BlobId, Secret};
-use crate::net::hosts::{HostConfig, ProxyUse, RegistryHosts, web};
+use crate::net::hosts::{HostConfig, ProxyUse, RegistryHosts, web, web_with_login};
 
 /// What `connect_timeout` may at most be to be taken seriously, in seconds.
 const LONGEST: u64 = 3600;
@@ -26,7 +26,8 @@ struct Connection {
     skip_verify: bool,
     ca: Vec<String>,
     dial: Option<Duration>,
-    proxy: Option<Url>,
+    /// The address, which may hold a login.
+    proxy: Option<Secret>,
     ping: Option<Url>,
     fallback: bool,
 }
@@ -255,19 +256,41 @@ impl Imported {
         }
         self.patience(config);
         let mut proxy = config.table("proxy")?;
-        connection.proxy = self.proxy_address(&mut proxy, "url")?;
-        connection.ping = self.proxy_address(&mut proxy, "ping_url")?;
         connection.fallback = proxy.flag("fallback")?.unwrap_or(true);
+        connection.proxy = self.proxy_address(&mut proxy, connection.fallback)?;
+        connection.ping = self.proxy_ping(&mut proxy)?;
         self.proxy_manners(&mut proxy);
         self.unknown(proxy);
         Ok(connection)
     }
 
-    fn proxy_address(&mut self, proxy: &mut Table, key: &str) -> Result<Option<Url>, ImportError> {
-        let Some(text) = proxy.text(key)? else { return Ok(None) };
+    /// Where the proxy is. One that must not be gone around is taken or refused, and never left out.
+    fn proxy_address(&mut self, proxy: &mut Table, fallback: bool) -> Result<Option<Secret>, ImportError> {
+        let key = proxy.full("url");
+        let Some(text) = proxy.text("url")? else { return Ok(None) };
+        let Some(url) = web_with_login(&text) else {
+            if !fallback {
+                let wanted = "an http or https URL without a query, as `fallback` has nothing go around the proxy";
+                return Err(ImportError::Kind { key, wanted });
+            }
+            self.remark(key, "not taken: it must be an http or https URL without a query in it");
+            return Ok(None);
+        };
+        if !url.username().is_empty() || url.password().is_some() {
+            self.remark(
+                key,
+                "its login is not shown; write USER:PASSWORD@ in the place of the stars in `proxy`, for root's eyes only",
+            );
+        }
+        Ok(Some(Secret::new(url)))
+    }
+
+    fn proxy_ping(&mut self, proxy: &mut Table) -> Result<Option<Url>, ImportError> {
+        let Some(text) = proxy.text("ping_url")? else { return Ok(None) };
         let url = web(&text);
         if url.is_none() {
-            self.remark(proxy.full(key), "not taken: it must be an http or https URL without a login or a query in it");
+            let text = "not taken: it must be an http or https URL without a login or a query in it";
+            self.remark(proxy.full("ping_url"), text);
         }
         Ok(url)
     }
@@ -381,7 +404,7 @@ impl Connection {
         host.ca = self.ca.iter().map(Into::into).collect();
         host.dial_timeout = self.dial;
         if let Some(proxy) = &self.proxy {
-            host.proxy = ProxyUse::Through(Secret::new(proxy.as_str()));
+            host.proxy = ProxyUse::Through(proxy.clone());
             host.proxy_ping.clone_from(&self.ping);
             host.proxy_fallback = self.fallback;
         }

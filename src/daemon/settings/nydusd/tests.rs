@@ -106,6 +106,35 @@ fn secrets_are_shown_nowhere_and_kept_where_they_are_looked_for() {
     assert!(imported.remarks[0].text.contains("--registry-token-stdin"));
 }
 
+fn behind(proxy: &str) -> String {
+    backend("registry", &format!(r#"{{"host": "h", "repo": "r", "proxy": {proxy}}}"#))
+}
+
+#[test]
+fn a_proxy_with_a_login_is_taken_and_its_login_left_to_be_written() {
+    let imported = import(&behind(r#"{"url": "http://me:hunter2@p:3128", "fallback": false}"#)).unwrap();
+    let config = imported.config();
+
+    assert!(config.contains("proxy = \"http://***@p:3128/\" # login not shown\nproxy_fallback = false\n"), "{config}");
+    assert_eq!(remarks(&imported), ["device.backend.config.proxy.url", "device.cache.type"]);
+    assert!(imported.remarks[0].text.contains("USER:PASSWORD@"));
+    assert!(!format!("{config}{imported:?}").contains("hunter2"));
+    let written = config.replace("***@", "me:hunter2@");
+    let resolved = resolve(Some(ConfigText { text: &written, dir: Path::new("/etc/rafsd") }), &[]);
+    assert_eq!((resolved.mistakes, resolved.settings.registries), (Vec::new(), imported.registries));
+}
+
+#[test]
+fn a_proxy_that_must_not_be_gone_around_is_never_left_out() {
+    let error = import(&behind(r#"{"url": "socks5://me:hunter2@p:1", "fallback": false}"#)).unwrap_err().to_string();
+    assert!(error.starts_with("device.backend.config.proxy.url must be an http or https URL"), "{error}");
+    assert!(!error.contains("hunter2"));
+
+    let (imported, config) = config(&behind(r#"{"url": "socks5://me:hunter2@p:1"}"#));
+    assert_eq!(remarks(&imported), ["device.backend.config.proxy.url", "device.cache.type"]);
+    assert!(!config.contains("proxy"), "{config}");
+}
+
 #[test]
 fn version_2_is_read_as_toml_and_as_json() {
     let toml = "version = 2\nid = \"x\"\n[backend]\ntype = \"registry\"\n[backend.registry]\nhost = \"index.docker.io\"\n\
