@@ -8,6 +8,7 @@ use reqwest::Url;
 use super::table::Table;
 use super::{Credentials, ImportError, Imported, is_absolute};
 use crate::base::{BlobId, Secret};
+use crate::net::canonical;
 use crate::net::hosts::{HostConfig, ProxyUse, RegistryHosts, web, web_with_login};
 
 /// What `connect_timeout` may at most be to be taken seriously, in seconds.
@@ -175,12 +176,9 @@ impl Imported {
     fn registry(&mut self, config: &mut Table) -> Result<(), ImportError> {
         let (host, repository) = (config.required("host")?, config.required("repo")?);
         let scheme = self.scheme(config)?;
-        let name = match host.as_str() {
-            "registry-1.docker.io" | "index.docker.io" => "docker.io",
-            other => other,
-        };
+        let name = canonical(&host);
         let wrong = |config: &Table, key, wanted| Err(ImportError::Kind { key: config.full(key), wanted });
-        let Ok(plain) = RegistryHosts::plain(name) else { return wrong(config, "host", "HOST or HOST:PORT") };
+        let Ok(plain) = RegistryHosts::plain(&name) else { return wrong(config, "host", "HOST or HOST:PORT") };
         let known = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-/".contains(c);
         if !repository.chars().all(known) || repository.contains("..") || repository.starts_with('/') {
             return wrong(config, "repo", "the name of a repository");
@@ -199,7 +197,7 @@ impl Imported {
         mirrors.iter_mut().for_each(|host| connection.apply(host));
         let hosts = RegistryHosts { hosts: mirrors };
         if hosts != plain {
-            self.registries.insert(name, hosts);
+            self.registries.insert(&name, hosts);
         }
         for key in ["blob_url_scheme", "blob_redirected_host"] {
             self.dropped(config, key, "redirects are followed where they lead; let the names that they say lead to the right host, and name that in `redirects` if it is in a private network");

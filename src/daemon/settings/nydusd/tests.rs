@@ -194,6 +194,7 @@ fn every_backend_becomes_a_place() {
             vec!["s3://b/?region=eu-1&endpoint=http://127.0.0.1:9000"],
         ),
         ("registry", r#"{"host": "registry-1.docker.io", "repo": "a/b"}"#, vec!["docker://docker.io/a/b"]),
+        ("registry", r#"{"host": "R.example:5000", "repo": "a/b"}"#, vec!["docker://r.example:5000/a/b"]),
     ] {
         let (imported, config) = config(&backend(kind, fields));
         assert_eq!(imported.blobs, places, "{kind}");
