@@ -8,6 +8,7 @@ use reqwest::Url;
 use super::table::Table;
 use super::{Credentials, ImportError, Imported, is_absolute};
 use crate::base::{BlobId, Secret};
+use crate::credentials::user_and_password;
 use crate::net::canonical;
 use crate::net::hosts::{HostConfig, ProxyUse, RegistryHosts, web, web_with_login};
 
@@ -213,6 +214,9 @@ impl Imported {
         ];
         for (key, entry, flags) in forms {
             let Some(secret) = config.text(key)? else { continue };
+            if key == "auth" && user_and_password(&secret).is_none() {
+                return Err(ImportError::Kind { key: config.full(key), wanted: "base64 of USER:PASSWORD" });
+            }
             if self.credentials.is_some() {
                 self.remark(config.full(key), "not taken beside `auth`, by which tokens are got as they are needed");
                 continue;

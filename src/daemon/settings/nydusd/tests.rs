@@ -258,6 +258,14 @@ fn what_nydusd_would_not_take_is_refused_with_the_key() {
             &backend("registry", r#"{"host": "h", "repo": "r", "auth": 5}"#),
             "device.backend.config.auth must be a string without control characters",
         ),
+        (
+            &backend("registry", r#"{"host": "h", "repo": "r", "auth": "me:hunter2"}"#),
+            "device.backend.config.auth must be base64 of USER:PASSWORD",
+        ),
+        (
+            &backend("registry", r#"{"host": "h", "repo": "r", "auth": "aHVudGVyMg=="}"#),
+            "device.backend.config.auth must be base64 of USER:PASSWORD",
+        ),
         (&backend("s3", r#"{"bucket_name": "b", "endpoint": "e"}"#), "device.backend.config.region is missing"),
         (
             &backend("oss", r#"{"bucket_name": "b?x=1", "endpoint": "e"}"#),
