@@ -193,7 +193,7 @@ impl Imported {
             // It can be http and https.
             origin.base.set_scheme(&scheme).unwrap_or_default();
         }
-        let mut mirrors = self.mirrors(config)?;
+        let mut mirrors = self.mirrors(config);
         mirrors.append(&mut hosts.hosts);
         mirrors.iter_mut().for_each(|host| connection.apply(host));
         let hosts = RegistryHosts { hosts: mirrors };
@@ -305,14 +305,23 @@ impl Imported {
         self.dropped(proxy, "dragonfly_scheduler_endpoint", "no client of Dragonfly is built in; name its daemon as a host of the registry: [registry.\"HOST\".host.\"http://127.0.0.1:65001\"], with align = \"4MiB\" in its table rafsd");
     }
 
-    fn mirrors(&mut self, config: &mut Table) -> Result<Vec<HostConfig>, ImportError> {
+    fn mirrors(&mut self, config: &mut Table) -> Vec<HostConfig> {
         let mut hosts: Vec<HostConfig> = Vec::new();
         let key = config.full("mirrors");
-        for mut mirror in config.tables("mirrors")? {
-            let text = mirror.required("host")?;
+        for mirror in config.tables("mirrors") {
+            let mut mirror = match mirror {
+                Ok(mirror) => mirror,
+                Err(key) => {
+                    self.remark(key, "not taken: it must be an object in a list; nydusd does not look at it");
+                    continue;
+                }
+            };
+            let text = mirror.text("host").ok().flatten().unwrap_or_default();
             let url = web(&if text.contains("://") { text } else { format!("https://{text}") });
             let Some(mut base) = url else {
-                return Err(ImportError::Kind { key: mirror.full("host"), wanted: "a host or an http or https URL" });
+                let text = "the mirror is not taken: that must be a host or an http or https URL without a login or a query in it; nydusd does not look at it";
+                self.remark(mirror.full("host"), text);
+                continue;
             };
             let path = base.path().trim_end_matches('/').to_owned();
             base.set_path(&format!("{path}/v2"));
@@ -336,7 +345,7 @@ impl Imported {
         if !hosts.is_empty() {
             self.remark(key, "nydusd has done nothing with it since 2025; here it is asked first");
         }
-        Ok(hosts)
+        hosts
     }
 
     /// What of connections has no place where there are no hosts with settings: buckets and plain servers.

@@ -136,6 +136,43 @@ fn a_proxy_that_must_not_be_gone_around_is_never_left_out() {
 }
 
 #[test]
+fn mirrors_that_make_no_sense_are_told_of_and_passed_over() {
+    let remarked = |mirrors: &str| {
+        let text = format!(r#"{{"host": "h", "repo": "r", "mirrors": {mirrors}}}"#);
+        let (imported, config) = config(&backend("registry", &text));
+        assert!(!format!("{config}{imported:?}").contains("hunter2"), "{config}");
+        let mirrors = remarks(&imported).into_iter().filter(|key| key.contains("mirrors"));
+        (mirrors.map(str::to_owned).collect::<Vec<_>>(), config.matches(".host.").count())
+    };
+    let key = |rest: &str| format!("device.backend.config.mirrors{rest}");
+
+    assert_eq!(remarked("null"), (vec![], 0));
+    assert_eq!(remarked("[]"), (vec![], 0));
+    for mirrors in ["{}", "5", r#"{"host": "m"}"#] {
+        assert_eq!(remarked(mirrors), (vec![key("")], 0), "{mirrors}");
+    }
+    for host in [r#""""#, "5", r#""http://me:hunter2@m""#, r#""m?hunter2""#] {
+        let mirrors = format!(r#"[{{"host": {host}, "failure_limit": "x"}}, {{}}, 7, {{"host": "m"}}]"#);
+        let told = vec![key("[0].host"), key("[1].host"), key("[2]"), key("")];
+        assert_eq!(remarked(&mirrors), (told, 1), "{host}");
+    }
+}
+
+#[test]
+fn a_version_beside_a_device_is_what_version_1_does_not_know() {
+    let device = r#""device": {"backend": {"type": "localfs", "config": {"dir": "/b"}}}"#;
+    for version in [r#""1""#, "1", "-1", "null", "{}", "3", r#""2""#] {
+        let imported = import(&format!(r#"{{"version": {version}, {device}}}"#)).unwrap();
+        assert_eq!(
+            (imported.blobs.as_slice(), remarks(&imported)),
+            (&["/b".to_owned()][..], vec!["device.cache.type"])
+        );
+    }
+    let imported = import(&format!(r#"{{"version": 2, {device}}}"#)).unwrap();
+    assert_eq!(remarks(&imported)[0], "backend", "it is the second version");
+}
+
+#[test]
 fn version_2_is_read_as_toml_and_as_json() {
     let toml = "version = 2\nid = \"x\"\n[backend]\ntype = \"registry\"\n[backend.registry]\nhost = \"index.docker.io\"\n\
                 repo = \"library/nginx\"\n[[backend.registry.mirrors]]\nhost = \"http://m.example:5000\"\n\
