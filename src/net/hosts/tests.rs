@@ -235,6 +235,29 @@ fn a_registry_is_found_by_whichever_of_its_names_it_was_told_of() {
 }
 
 #[test]
+fn what_is_about_a_proxy_has_no_effect_without_one() {
+    let told = |ours: &str| {
+        let text = format!("[rafsd]\n{ours}");
+        let read = table::read_text(&text, "r.example", Path::new("/")).unwrap();
+        assert!(read.hosts.is_ok(), "containerd's file is used all the same");
+        let text = format!("[\"r.example\".rafsd]\n{ours}");
+        let (_, wrong) = Registries::read(toml::de::DeTable::parse(&text).unwrap().get_ref(), &text, Path::new("/"));
+        assert_eq!(wrong.len(), read.unknown.len(), "a mistake in our own file: {wrong:?}");
+        read.unknown.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let fallback = |line: u8| format!("line {line}: proxy_fallback has no effect without proxy = \"URL\"");
+
+    assert_eq!(told("proxy_fallback = false\n"), [fallback(2)]);
+    assert_eq!(told("proxy = \"environment\"\nproxy_fallback = false\n"), [fallback(3)]);
+    assert_eq!(
+        told("proxy = \"none\"\nproxy_ping = \"http://p\"\n"),
+        ["line 3: proxy_ping has no effect without proxy = \"URL\""]
+    );
+    assert_eq!(told("proxy_fallback = true\n"), [""; 0]);
+    assert_eq!(told("proxy = \"http://p\"\nproxy_fallback = false\nproxy_ping = \"http://p\"\n"), [""; 0]);
+}
+
+#[test]
 fn two_names_of_one_registry_are_a_mistake() {
     let text = "[\"registry-1.docker.io\"]\n[\"R.example\"]\n[\"docker.io\"]\n[\"r.example\"]\n[_default]\n";
     let table = toml::de::DeTable::parse(text).unwrap();

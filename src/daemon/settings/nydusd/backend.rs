@@ -258,9 +258,15 @@ impl Imported {
         }
         self.patience(config);
         let mut proxy = config.table("proxy")?;
+        let is_named = proxy.says_something("url");
         connection.fallback = proxy.flag("fallback")?.unwrap_or(true);
         connection.proxy = self.proxy_address(&mut proxy, connection.fallback)?;
         connection.ping = self.proxy_ping(&mut proxy)?;
+        // Of one that could not be taken something was told.
+        let said = [("ping_url", connection.ping.is_some()), ("fallback", !connection.fallback)];
+        for (key, _) in said.into_iter().filter(|(_, is_said)| *is_said && !is_named) {
+            self.remark(proxy.full(key), "of no use without `url`, as in nydusd: no proxy is named");
+        }
         self.proxy_manners(&mut proxy);
         self.unknown(proxy);
         Ok(connection)

@@ -117,6 +117,11 @@ impl Table {
         }
     }
 
+    /// Whether there is something under `key`, which stays.
+    pub(super) fn says_something(&self, key: &str) -> bool {
+        self.fields.get(key).is_some_and(|value| !is_nothing(value))
+    }
+
     /// Whether there was something under `key`, which is not looked at.
     pub(super) fn drop(&mut self, key: &str) -> bool {
         self.fields.remove(key).is_some_and(|value| !is_nothing(&value))

@@ -136,6 +136,23 @@ fn a_proxy_that_must_not_be_gone_around_is_never_left_out() {
 }
 
 #[test]
+fn what_is_about_a_proxy_is_told_of_where_none_is_named() {
+    for proxy in [
+        r#"{"url": "", "ping_url": "http://p/ping", "fallback": false}"#,
+        r#"{"ping_url": "http://p/ping", "fallback": false}"#,
+    ] {
+        let (imported, config) = config(&behind(proxy));
+        let key = |key: &str| format!("device.backend.config.proxy.{key}");
+        let told = [key("ping_url"), key("fallback"), "device.cache.type".to_owned()];
+        assert_eq!(remarks(&imported), told, "{proxy}");
+        assert!(!config.contains("proxy"), "{config}");
+    }
+    // As nydus-snapshotter writes it for nobody.
+    let (imported, _) = config(&behind(r#"{"url": "", "ping_url": "", "fallback": true}"#));
+    assert_eq!(remarks(&imported), ["device.cache.type"]);
+}
+
+#[test]
 fn mirrors_that_make_no_sense_are_told_of_and_passed_over() {
     let remarked = |mirrors: &str| {
         let text = format!(r#"{{"host": "h", "repo": "r", "mirrors": {mirrors}}}"#);
