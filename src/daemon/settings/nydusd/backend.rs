@@ -9,8 +9,9 @@ use super::table::Table;
 use super::{Credentials, ImportError, Imported, is_absolute};
 use crate::base::{BlobId, Secret};
 use crate::credentials::user_and_password;
-use crate::net::canonical;
 use crate::net::hosts::{HostConfig, ProxyUse, RegistryHosts, web, web_with_login};
+use crate::net::{ClientOptions, Clock, canonical};
+use crate::source::{BadPlace, ObjectUpstream, OpenError};
 
 /// What `connect_timeout` may at most be to be taken seriously, in seconds.
 const LONGEST: u64 = 3600;
@@ -138,7 +139,9 @@ impl Imported {
             query.push(format!("endpoint={}", quoted(if scheme == "https" { host } else { &url })));
         }
         let query = if query.is_empty() { String::new() } else { format!("?{}", query.join("&")) };
-        self.blobs.push(format!("{kind}://{bucket}/{prefix}{query}"));
+        let place = format!("{kind}://{bucket}/{prefix}{query}");
+        ensure_accepted(&place, config)?;
+        self.blobs.push(place);
         let key = config.full("access_key_secret");
         match (config.text("access_key_id")?, config.text("access_key_secret")?) {
             (Some(id), Some(secret)) => {
@@ -413,6 +416,21 @@ impl Imported {
             );
         }
     }
+}
+
+/// Has a spec of a bucket read by who will have to read it. Nobody is asked, and what the credentials of this
+/// environment are worth is not its business.
+fn ensure_accepted(place: &str, config: &Table) -> Result<(), ImportError> {
+    let opened = ObjectUpstream::new(place, &ClientOptions::default(), Clock::default());
+    let Err(OpenError::Bucket(cause)) = opened else { return Ok(()) };
+    let (key, wanted) = match cause {
+        BadPlace::Credentials { .. } | BadPlace::Builder(_) => return Ok(()),
+        BadPlace::Prefix(_) => ("object_prefix", "what the name of an object can begin with"),
+        // The queries are called as the keys are.
+        BadPlace::Value { key, wanted } => (key, wanted),
+        _ => ("bucket_name", "the name of a bucket"),
+    };
+    Err(ImportError::Kind { key: config.full(key), wanted })
 }
 
 impl Connection {

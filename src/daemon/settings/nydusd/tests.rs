@@ -330,6 +330,14 @@ fn what_nydusd_would_not_take_is_refused_with_the_key() {
             "device.backend.config.ca_cert_files must be a list of strings without control characters",
         ),
         (
+            &backend("oss", r#"{"bucket_name": "b", "endpoint": "e", "object_prefix": "a//b"}"#),
+            "device.backend.config.object_prefix must be what the name of an object can begin with",
+        ),
+        (
+            &backend("s3", r#"{"bucket_name": "b", "region": "r", "object_prefix": "../"}"#),
+            "device.backend.config.object_prefix must be what the name of an object can begin with",
+        ),
+        (
             &backend("localdisk", r#"{"device_path": "vdb"}"#),
             "device.backend.config.device_path must be an absolute path",
         ),
