@@ -235,7 +235,43 @@ fn a_configuration_of_nydusd_becomes_one_of_ours_and_its_secrets_a_file_for_its_
 
     let told = String::from_utf8(rafsd(&args, &[]).stderr).unwrap();
     assert!(told.contains(&format!("cannot write {auth}: File exists")), "nothing is overwritten: {told}");
+    assert!(Path::new(&out).exists() && Path::new(&auth).exists());
     fs::write(&nydusd, "backend: local\n").unwrap();
     let output = rafsd(&["config", "import-nydusd", &nydusd], &[]);
     assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0));
+}
+
+#[test]
+fn an_import_that_fails_leaves_no_file_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (nydusd, out, auth) = (at("nydusd.json"), at("config.toml"), at("auth.json"));
+    let text = r#"{"device": {"backend": {"type": "registry", "config": {"host": "r.example", "repo": "a",
+        "auth": "bWU6aHVudGVyMg=="}}}, "mode": "direct"}"#;
+    fs::write(&nydusd, text).unwrap();
+    let import = |out: &str, auth: &str| {
+        let output = rafsd(&["config", "import-nydusd", &nydusd, "-o", out, "--with-credentials", auth], &[]);
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let names = || {
+        let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+
+    let (code, told) = import(&at("nowhere/config.toml"), &auth);
+    assert_eq!((code, names()), (Some(1), vec!["nydusd.json".into()]), "{told}");
+    assert!(told.contains(&format!("cannot write {}: No such file", at("nowhere/config.toml"))), "{told}");
+
+    let (code, told) = import(&out, &at("./config.toml"));
+    assert_eq!((code, names()), (Some(1), vec!["nydusd.json".into()]), "{told}");
+    assert!(told.contains("--out and --with-credentials name the same file"), "{told}");
+
+    fs::write(&out, "mine").unwrap();
+    assert_eq!(import(&out, &auth).0, Some(1));
+    assert_eq!((fs::read_to_string(&out).unwrap().as_str(), Path::new(&auth).exists()), ("mine", false));
+
+    fs::remove_file(&out).unwrap();
+    assert_eq!(import(&out, &auth).0, Some(0));
+    assert_eq!(names(), ["auth.json", "config.toml", "nydusd.json"]);
 }

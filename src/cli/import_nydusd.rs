@@ -1,13 +1,14 @@
-use std::fs::OpenOptions;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use serde::Serialize;
 
 use super::print_json;
+use crate::base::Secret;
 use crate::daemon::settings::nydusd::{self, Remark};
 use crate::daemon::settings::read_file;
 
@@ -61,16 +62,25 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
     let text = read_file(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
     let imported = nydusd::import(&text);
     let mut imported = imported.with_context(|| format!("cannot use {}", args.file.display()))?;
-    if let (Some(file), Some(secrets)) = (&args.with_credentials, imported.credentials()) {
-        let file = std::path::absolute(file).context("cannot tell the working directory")?;
-        let name = file.to_str().context("the path of --with-credentials is not UTF-8")?;
-        write_new(&file, secrets.expose(), 0o600)?;
-        imported.keep_credentials_in(name);
+    let absolute = |path: &PathBuf| std::path::absolute(path).context("cannot tell the working directory");
+    let out = args.out.as_ref().map(absolute).transpose()?;
+    let auth = args.with_credentials.as_ref().map(absolute).transpose()?;
+    if out.is_some() && out == auth {
+        bail!("--out and --with-credentials name the same file; the secrets need one of their own");
+    }
+    let secrets = auth.zip(imported.credentials());
+    // Both are there before anything is in one of them, and neither if the other cannot be.
+    let mut made = Vec::new();
+    if let Some((auth, secrets)) = secrets {
+        imported.keep_credentials_in(auth.to_str().context("the path of --with-credentials is not UTF-8")?);
+        made.push((NewFile::create(auth, 0o600)?, secrets));
     }
     let config = imported.config();
-    if let Some(out) = &args.out {
-        write_new(out, &config, 0o644)?;
+    if let Some(out) = out {
+        made.push((NewFile::create(out, 0o644)?, Secret::new(config.as_str())));
     }
+    made.iter_mut().try_for_each(|(file, text)| file.write(text.expose()))?;
+    made.into_iter().for_each(|(file, _)| file.keep());
     if args.json {
         print_json(&Printed { config, mount: imported.mount(), remarks: imported.remarks() })?;
         return Ok(ExitCode::SUCCESS);
@@ -84,9 +94,34 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes a file that is not there yet.
-fn write_new(path: &Path, text: &str, mode: u32) -> anyhow::Result<()> {
-    let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
-    let written = file.and_then(|mut file| file.write_all(text.as_bytes()));
-    written.with_context(|| format!("cannot write {}", path.display()))
+/// A file that was not there before, and is not there any more when it is dropped without [`NewFile::keep`].
+struct NewFile {
+    path: PathBuf,
+    file: File,
+    is_kept: bool,
+}
+
+impl NewFile {
+    fn create(path: PathBuf, mode: u32) -> anyhow::Result<Self> {
+        let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&path);
+        let file = file.with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self { path, file, is_kept: false })
+    }
+
+    fn write(&mut self, text: &str) -> anyhow::Result<()> {
+        self.file.write_all(text.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    fn keep(mut self) {
+        self.is_kept = true;
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            // The error that led here is told.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
 }

@@ -30,5 +30,6 @@ pub use given::{Given, GivenEntry, LoginKind};
 pub use helper::Helpers;
 pub use plugin::{Plugins, PluginsError};
 pub use programs::{Output, ProgramError, Programs, Runner};
+pub use record::user_and_password;
 pub use server::Server;
 pub use sources::{Credentials, Sources, SourcesError};

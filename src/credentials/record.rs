@@ -132,8 +132,8 @@ impl Entry {
     }
 }
 
-/// A login from base64 of `USER:PASSWORD`.
-pub(super) fn user_and_password(auth: &str) -> Option<Login> {
+/// A login from base64 of `USER:PASSWORD`, as the `auth` of an entry has it; `None` if it is something else.
+pub fn user_and_password(auth: &str) -> Option<Login> {
     let text = String::from_utf8(BASE64.decode(auth.trim()).ok()?).ok()?;
     let (user, password) = text.split_once(':')?;
     // Old versions of docker filled up with zeros.

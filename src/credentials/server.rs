@@ -1,10 +1,9 @@
 //! Names of servers as places of credentials write them, and whom they mean.
 //!
 //! The same registry is `host`, `https://host`, `https://host/v1/` or `host/path`, and Docker's has four
-//! names. Kubernetes allows `*` in the labels of a host.
+//! names and more. Kubernetes allows `*` in the labels of a host.
 
-/// What Docker's registry is called here, whichever name is used.
-const DOCKER: &str = "docker.io";
+use crate::net::{DOCKER, canonical};
 
 /// What programs call Docker's registry, by long custom.
 const DOCKER_BY_CUSTOM: &str = "https://index.docker.io/v1/";
@@ -80,13 +79,6 @@ impl std::fmt::Display for Server {
 pub(super) fn for_programs(registry: &str) -> String {
     let name = canonical(registry);
     if name == DOCKER { DOCKER_BY_CUSTOM.to_owned() } else { name }
-}
-
-/// One name for each registry.
-pub(super) fn canonical(host: &str) -> String {
-    let host = host.to_ascii_lowercase();
-    let is_docker = matches!(host.as_str(), DOCKER | "index.docker.io" | "registry-1.docker.io" | "registry.docker.io");
-    if is_docker { DOCKER.to_owned() } else { host }
 }
 
 /// Label by label, so that `*.example` is not `a.b.example`; ports must be the same.

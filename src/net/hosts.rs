@@ -18,11 +18,11 @@ use std::time::Duration;
 use reqwest::Url;
 use reqwest::header::HeaderName;
 
-use super::IdentityFiles;
+use super::{DOCKER, IdentityFiles, canonical};
 use crate::base::Secret;
 
 pub use registries::Registries;
-pub(crate) use table::web;
+pub(crate) use table::{web, web_with_login};
 pub use written::Headers;
 
 /// Where containerd looks.
@@ -111,7 +111,7 @@ impl HostConfig {
         let own = authority(&self.base);
         // The usual port may be said or not.
         let named = Url::parse(&format!("{}://{registry}", self.base.scheme())).map(|url| authority(&url));
-        let itself = named.is_ok_and(|named| named == own) || registry == "docker.io" && own == "registry-1.docker.io";
+        let itself = named.is_ok_and(|named| named == own) || canonical(registry) == canonical(&own);
         (!itself).then_some(registry)
     }
 }
@@ -124,12 +124,13 @@ pub struct RegistryHosts {
 
 impl RegistryHosts {
     /// `registry`, which is `HOST[:PORT]`, without mirrors: by https, unless it is this very host at a port of its own. The
-    /// images of `docker.io` are elsewhere.
+    /// images of `docker.io`, by whichever of its names, are elsewhere.
     ///
     /// # Errors
     /// It is not a host.
     pub fn plain(registry: &str) -> Result<Self, HostsError> {
-        let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+        let name = canonical(registry);
+        let host = if name == DOCKER { "registry-1.docker.io" } else { &name };
         let scheme = if is_local(host) { "http" } else { "https" };
         let base = Url::parse(&format!("{scheme}://{host}/v2")).ok();
         // What changes the meaning of the URL is no host.
@@ -172,7 +173,7 @@ impl fmt::Display for Note {
     }
 }
 
-/// The hosts of `registry` as `own` or `dir` has them. A `dir` that does not exist has none.
+/// The hosts of `registry`, a [`canonical`] name, as `own` or `dir` has them. A `dir` that does not exist has none.
 ///
 /// What is about this very registry goes before what is about all, and in each `own` before `dir`.
 ///

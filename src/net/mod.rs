@@ -18,6 +18,7 @@ mod limit;
 mod outlet;
 pub mod proxy;
 mod redirects;
+mod registry;
 mod retry;
 pub mod server;
 
@@ -29,4 +30,5 @@ pub(crate) use endpoint::sorted;
 pub use endpoint::{Ask, Authorize, AuthorizeFuture, Endpoint, EndpointOptions, Reply, SendError, without_secrets};
 pub use health::{Health, Standing};
 pub use limit::{Rate, Slot, Slots};
+pub use registry::{DOCKER, canonical};
 pub use retry::{Attempt, RetryPolicy, retry_after};

@@ -10,15 +10,13 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::base::Digest;
+use crate::net::{DOCKER, canonical};
 
 /// How the names of images in registries begin where a file could be meant as well.
 const SCHEME: &str = "docker://";
 
 /// The registry of names without one.
-const DEFAULT_HOST: &str = "docker.io";
-
-/// Other names of it.
-const ALIASES: &[&str] = &["index.docker.io", "registry-1.docker.io"];
+const DEFAULT_HOST: &str = DOCKER;
 
 /// Longest name of a repository with its host, in bytes: what the reference implementation allows.
 const MAX_NAME: usize = 255;
@@ -120,8 +118,7 @@ impl FromStr for Reference {
         {
             return Err(bad("that is no name of a host, nor an address"));
         }
-        let host = host.map(str::to_ascii_lowercase).filter(|host| !ALIASES.contains(&host.as_str()));
-        let host = host.unwrap_or_else(|| DEFAULT_HOST.to_owned());
+        let host = canonical(host.unwrap_or(DEFAULT_HOST));
         let is_official = host == DEFAULT_HOST && !path.contains('/');
         let path = if is_official { format!("library/{path}") } else { path.to_owned() };
         if !path.split('/').all(is_component) {
@@ -270,6 +267,7 @@ mod tests {
             ("docker://ubuntu:24.04", "docker.io/library/ubuntu:24.04"),
             ("docker.io/ubuntu", "docker.io/library/ubuntu:latest"),
             ("docker://index.docker.io/some/app:1", "docker.io/some/app:1"),
+            ("Registry.docker.io/app", "docker.io/library/app:latest"),
             ("some/app", "docker.io/some/app:latest"),
             ("docker://registry.example/app", "registry.example/app:latest"),
             ("REGISTRY.example/app", "registry.example/app:latest"),

@@ -18,7 +18,7 @@ use super::{
 use crate::net::auth::{Keychain, Nobody, TokenOptions, Tokens};
 use crate::net::hosts::{self, HostConfig, ProxyUse, Registries, RegistryHosts};
 use crate::net::proxy::ProxyOptions;
-use crate::net::{ClientOptions, Clock, Endpoint, EndpointOptions, Health, Proxy, RetryPolicy};
+use crate::net::{ClientOptions, Clock, Endpoint, EndpointOptions, Health, Proxy, RetryPolicy, canonical};
 use crate::telemetry::Telemetry;
 
 /// How the network is used.
@@ -258,7 +258,7 @@ impl Network {
         let mut registries = Vec::new();
         for (scheme, rest) in specs.iter().filter_map(|spec| scheme(spec)) {
             if scheme == "docker" {
-                registries.push(self.registry(host_and_repository(&rest)?.0, ca)?);
+                registries.push(self.registry(&host_and_repository(&rest)?.0, ca)?);
             }
         }
         Ok(Grounds { registries, ca: ca.map(Stamp::of) })
@@ -303,7 +303,7 @@ impl Network {
     /// The blobs of `HOST[:PORT]/REPOSITORY` at all servers that may be asked for them.
     fn repository(&self, name: &str, ca: Option<&Path>) -> Result<Vec<Tier>, OpenError> {
         let (host, repository) = host_and_repository(name)?;
-        let registry = self.registry(host, ca)?;
+        let registry = self.registry(&host, ca)?;
         let servers = registry.servers().iter().filter(|server| server.config.pull);
         Ok(servers
             .map(|server| {
@@ -311,7 +311,7 @@ impl Network {
                 if let Ok(mut path) = base.path_segments_mut() {
                     path.pop_if_empty().extend(repository.split('/'));
                 }
-                if let Some(namespace) = server.config.namespace(host) {
+                if let Some(namespace) = server.config.namespace(&host) {
                     base.query_pairs_mut().append_pair("ns", namespace);
                 }
                 let upstream = HttpUpstream::repository(Arc::clone(&server.endpoint), base, repository);
@@ -326,8 +326,8 @@ impl Network {
     }
 }
 
-/// The parts of `HOST[:PORT]/REPOSITORY`.
-fn host_and_repository(name: &str) -> Result<(&str, &str), OpenError> {
+/// The parts of `HOST[:PORT]/REPOSITORY`, the first as the one name of the registry.
+fn host_and_repository(name: &str) -> Result<(String, &str), OpenError> {
     let is_sound = |(host, repository): &(&str, &str)| {
         // A login has no place there, and must not be repeated.
         let is_host = !host.is_empty() && !host.contains('@');
@@ -335,6 +335,7 @@ fn host_and_repository(name: &str) -> Result<(&str, &str), OpenError> {
         is_host && !repository.is_empty() && repository.chars().all(known) && !repository.contains("..")
     };
     let parts = name.split_once('/').filter(is_sound);
+    let parts = parts.map(|(host, repository)| (canonical(host), repository));
     parts.ok_or(OpenError::Url { detail: "not of the form docker://HOST/REPOSITORY".into() })
 }
 
@@ -361,6 +362,11 @@ mod tests {
             describe(&network, &["docker://docker.io/library/x"]).unwrap(),
             "https://registry-1.docker.io/v2/library/x"
         );
+        for name in ["index.docker.io", "Registry-1.docker.io"] {
+            let source = describe(&network, &[&format!("docker://{name}/library/x")]).unwrap();
+            assert_eq!(source, "https://registry-1.docker.io/v2/library/x", "{name}");
+        }
+        assert_eq!(host_and_repository("LOCALHOST:25510/a").unwrap(), ("localhost:25510".to_owned(), "a"));
         for bad in ["docker://host", "docker:///x", "docker://h/../x", "docker://h/X", "docker://h/a?b", "ftp://h/"] {
             assert!(describe(&network, &[bad]).is_err(), "{bad}");
         }

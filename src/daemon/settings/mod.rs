@@ -8,8 +8,8 @@
 //! Beside them the file has tables about registries, `[registry."HOST"]`, which are what containerd has in a
 //! `hosts.toml` for each ([`crate::net::hosts`]).
 //!
-//! Nothing secret is among the settings, so all of them may be printed; values of headers in tables of
-//! registries may be.
+//! Nothing secret is among the settings, so all of them may be printed. In tables of registries the values of
+//! headers and the logins of proxies are secrets, which are not.
 
 mod field;
 mod file;

@@ -1,15 +1,17 @@
 //! Registries that somebody's own config tells of: for each a table with what its `hosts.toml` would have.
 //!
 //! The tables are read by the code that reads `hosts.toml`. The config is ours alone, so that an unknown key is a
-//! mistake. The name `_default` stands for all registries that are not named.
+//! mistake. The name `_default` stands for all registries that are not named. Registries go by their [`canonical`] names.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use toml::de::{DeTable, DeValue};
+use toml::Spanned;
+use toml::de::{DeString, DeTable, DeValue};
 
 use super::table::{self, shown};
 use super::{ALL, HostConfig, Note, RegistryHosts};
+use crate::net::canonical;
 
 /// What somebody's own config says, by the names of registries.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,7 +34,8 @@ impl Registries {
     pub fn read(tables: &DeTable<'_>, text: &str, folder: &Path) -> (Self, Vec<Note>) {
         let mut registries = Self::default();
         let mut wrong = Vec::new();
-        for (name, value) in tables {
+        let mut names = BTreeMap::new();
+        for (name, value) in in_order(tables) {
             let registry = &**name.get_ref();
             let line = Some(table::line(text, name.span().start));
             let mut about = |line, text: &str| {
@@ -42,8 +45,13 @@ impl Registries {
                 about(line, "it must be a table");
                 continue;
             };
+            let one = canonical(registry);
+            if let Some(other) = names.insert(one.clone(), registry) {
+                about(line, &format!("that is the registry {:?}, which has a table already", shown(other)));
+                continue;
+            }
             // Any name does where all are meant.
-            let asked = if registry == ALL { "default.invalid" } else { registry };
+            let asked = if one == ALL { "default.invalid" } else { &one };
             let read = match table::read_table(value, text, asked, folder) {
                 Ok(read) => read,
                 Err(error) => {
@@ -57,7 +65,7 @@ impl Registries {
             match read.hosts {
                 Ok(hosts) => match twice(&hosts) {
                     Some(host) => about(line, &format!("{} is told of twice", host.base)),
-                    None => registries.put(registry, hosts, value.contains_key("server")),
+                    None => registries.put(one, hosts, value.contains_key("server")),
                 },
                 Err(notes) => notes.iter().for_each(|note| about(note.line, &note.text)),
             }
@@ -65,17 +73,18 @@ impl Registries {
         (registries, wrong)
     }
 
-    fn put(&mut self, name: &str, hosts: RegistryHosts, has_server: bool) {
+    /// `name` is a [`canonical`] one.
+    fn put(&mut self, name: String, hosts: RegistryHosts, has_server: bool) {
         if name == ALL {
             self.all = Some(All { hosts, has_server });
         } else {
-            self.named.insert(name.to_owned(), hosts);
+            self.named.insert(name, hosts);
         }
     }
 
     /// Has `registry` be asked at `hosts`.
     pub fn insert(&mut self, registry: &str, hosts: RegistryHosts) {
-        self.put(registry, hosts, true);
+        self.put(canonical(registry), hosts, true);
     }
 
     /// How many there are.
@@ -101,7 +110,7 @@ impl Registries {
 
     /// What is said of this very registry.
     pub(super) fn named(&self, registry: &str) -> Option<&RegistryHosts> {
-        self.named.get(registry)
+        self.named.get(&canonical(registry))
     }
 
     /// Whether something is said of all registries.
@@ -118,6 +127,13 @@ impl Registries {
         }
         hosts
     }
+}
+
+/// The tables as they come in the file; they are sorted by name.
+fn in_order<'a, 'b>(tables: &'b DeTable<'a>) -> Vec<(&'b Spanned<DeString<'a>>, &'b Spanned<DeValue<'a>>)> {
+    let mut tables: Vec<_> = tables.iter().collect();
+    tables.sort_by_key(|(name, _)| name.span().start);
+    tables
 }
 
 /// A host that comes a second time, such as with and without its scheme.

@@ -27,7 +27,7 @@ const ROOT_KEYS: [&str; 2] = ["server", "host"];
 pub(super) struct Read {
     /// The hosts, or everything that is wrong.
     pub hosts: Result<RegistryHosts, Vec<Note>>,
-    /// Keys that mean nothing here.
+    /// Keys that mean nothing here, or not as the others are.
     pub unknown: Vec<Note>,
 }
 
@@ -183,6 +183,23 @@ impl Reader<'_> {
                 ),
             }
         }
+        self.without_proxy(table);
+    }
+
+    /// Tells what is about a proxy where none is named.
+    fn without_proxy(&mut self, table: &DeTable<'_>) {
+        let proxy = table.get("proxy").map(|value| value.get_ref().as_str());
+        if !matches!(proxy, None | Some(Some("environment" | "none"))) {
+            return;
+        }
+        for key in ["proxy_fallback", "proxy_ping"] {
+            let Some(value) = table.get(key) else { continue };
+            // To fall back is what is done anyway.
+            if value.get_ref().as_bool() != Some(true) {
+                let text = format!("{key} has no effect without proxy = \"URL\"");
+                self.unknown.push(Note { line: Some(line(self.text, value.span().start)), text });
+            }
+        }
     }
 
     fn capabilities(&mut self, value: &Value<'_>, host: &mut HostConfig) {
@@ -307,7 +324,7 @@ pub(crate) fn web(text: &str) -> Option<Url> {
 }
 
 /// The same with or without `USER:PASSWORD@`.
-fn web_with_login(text: &str) -> Option<Url> {
+pub(crate) fn web_with_login(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;
     let bare = url.query().is_none() && url.fragment().is_none() && url.has_host();
     (bare && matches!(url.scheme(), "http" | "https")).then_some(url)

@@ -216,6 +216,66 @@ fn our_own_tables_go_before_the_directory_and_names_before_what_is_for_all() {
 }
 
 #[test]
+fn a_registry_is_found_by_whichever_of_its_names_it_was_told_of() {
+    let text = "[\"registry-1.docker.io\".rafsd]\nproxy = \"http://p:3128\"\nproxy_fallback = false\n\
+                [\"LOCALHOST:25510\".rafsd]\nconcurrency = 3\n";
+    let own = own(text);
+    let origin = |registry: &str| find(&own, Path::new("/nowhere"), registry).unwrap().hosts.pop().unwrap();
+
+    for name in ["docker.io", "index.docker.io", "registry-1.docker.io", "Registry.Docker.io"] {
+        let host = origin(name);
+        assert_eq!(host.base.as_str(), "https://registry-1.docker.io/v2", "{name}");
+        assert_eq!(host.proxy, ProxyUse::Through(Secret::new("http://p:3128/")), "{name}");
+        assert!(!host.proxy_fallback, "{name}");
+        assert_eq!(host.namespace(name), None, "{name}");
+    }
+    assert_eq!(origin("localhost:25510").base.as_str(), "http://localhost:25510/v2");
+    assert_eq!(origin("localhost:25510").concurrency, Some(3));
+    assert!(own.written(Headers::Shown).contains("[registry.\"docker.io\"]"));
+}
+
+#[test]
+fn what_is_about_a_proxy_has_no_effect_without_one() {
+    let told = |ours: &str| {
+        let text = format!("[rafsd]\n{ours}");
+        let read = table::read_text(&text, "r.example", Path::new("/")).unwrap();
+        assert!(read.hosts.is_ok(), "containerd's file is used all the same");
+        let text = format!("[\"r.example\".rafsd]\n{ours}");
+        let (_, wrong) = Registries::read(toml::de::DeTable::parse(&text).unwrap().get_ref(), &text, Path::new("/"));
+        assert_eq!(wrong.len(), read.unknown.len(), "a mistake in our own file: {wrong:?}");
+        read.unknown.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let fallback = |line: u8| format!("line {line}: proxy_fallback has no effect without proxy = \"URL\"");
+
+    assert_eq!(told("proxy_fallback = false\n"), [fallback(2)]);
+    assert_eq!(told("proxy = \"environment\"\nproxy_fallback = false\n"), [fallback(3)]);
+    assert_eq!(
+        told("proxy = \"none\"\nproxy_ping = \"http://p\"\n"),
+        ["line 3: proxy_ping has no effect without proxy = \"URL\""]
+    );
+    assert_eq!(told("proxy_fallback = true\n"), [""; 0]);
+    assert_eq!(told("proxy = \"http://p\"\nproxy_fallback = false\nproxy_ping = \"http://p\"\n"), [""; 0]);
+}
+
+#[test]
+fn two_names_of_one_registry_are_a_mistake() {
+    let text = "[\"registry-1.docker.io\"]\n[\"R.example\"]\n[\"docker.io\"]\n[\"r.example\"]\n[_default]\n";
+    let table = toml::de::DeTable::parse(text).unwrap();
+
+    let (registries, wrong) = Registries::read(table.get_ref(), text, Path::new("/etc/d"));
+
+    let told: Vec<_> = wrong.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        told,
+        [
+            "line 3: registry \"docker.io\": that is the registry \"registry-1.docker.io\", which has a table already",
+            "line 4: registry \"r.example\": that is the registry \"R.example\", which has a table already",
+        ]
+    );
+    assert_eq!(registries.len(), 3);
+}
+
+#[test]
 fn what_is_written_is_read_as_the_same_registries() {
     let text = "[\"docker.io\"]\nca = [\"root.pem\"]\n[\"docker.io\".rafsd]\nproxy = \"none\"\n\
                 [\"docker.io\".host.\"http://z.example:5000/x\"]\ncapabilities = [\"pull\"]\nskip_verify = true\n\

@@ -8,7 +8,10 @@ use reqwest::Url;
 use super::table::Table;
 use super::{Credentials, ImportError, Imported, is_absolute};
 use crate::base::{BlobId, Secret};
-use crate::net::hosts::{HostConfig, ProxyUse, RegistryHosts, web};
+use crate::credentials::user_and_password;
+use crate::net::hosts::{HostConfig, ProxyUse, RegistryHosts, web, web_with_login};
+use crate::net::{ClientOptions, Clock, canonical};
+use crate::source::{BadPlace, ObjectUpstream, OpenError};
 
 /// What `connect_timeout` may at most be to be taken seriously, in seconds.
 const LONGEST: u64 = 3600;
@@ -26,7 +29,8 @@ struct Connection {
     skip_verify: bool,
     ca: Vec<String>,
     dial: Option<Duration>,
-    proxy: Option<Url>,
+    /// The address, which may hold a login.
+    proxy: Option<Secret>,
     ping: Option<Url>,
     fallback: bool,
 }
@@ -135,7 +139,9 @@ impl Imported {
             query.push(format!("endpoint={}", quoted(if scheme == "https" { host } else { &url })));
         }
         let query = if query.is_empty() { String::new() } else { format!("?{}", query.join("&")) };
-        self.blobs.push(format!("{kind}://{bucket}/{prefix}{query}"));
+        let place = format!("{kind}://{bucket}/{prefix}{query}");
+        ensure_accepted(&place, config)?;
+        self.blobs.push(place);
         let key = config.full("access_key_secret");
         match (config.text("access_key_id")?, config.text("access_key_secret")?) {
             (Some(id), Some(secret)) => {
@@ -174,12 +180,9 @@ impl Imported {
     fn registry(&mut self, config: &mut Table) -> Result<(), ImportError> {
         let (host, repository) = (config.required("host")?, config.required("repo")?);
         let scheme = self.scheme(config)?;
-        let name = match host.as_str() {
-            "registry-1.docker.io" | "index.docker.io" => "docker.io",
-            other => other,
-        };
+        let name = canonical(&host);
         let wrong = |config: &Table, key, wanted| Err(ImportError::Kind { key: config.full(key), wanted });
-        let Ok(plain) = RegistryHosts::plain(name) else { return wrong(config, "host", "HOST or HOST:PORT") };
+        let Ok(plain) = RegistryHosts::plain(&name) else { return wrong(config, "host", "HOST or HOST:PORT") };
         let known = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-/".contains(c);
         if !repository.chars().all(known) || repository.contains("..") || repository.starts_with('/') {
             return wrong(config, "repo", "the name of a repository");
@@ -193,12 +196,12 @@ impl Imported {
             // It can be http and https.
             origin.base.set_scheme(&scheme).unwrap_or_default();
         }
-        let mut mirrors = self.mirrors(config)?;
+        let mut mirrors = self.mirrors(config);
         mirrors.append(&mut hosts.hosts);
         mirrors.iter_mut().for_each(|host| connection.apply(host));
         let hosts = RegistryHosts { hosts: mirrors };
         if hosts != plain {
-            self.registries.insert(name, hosts);
+            self.registries.insert(&name, hosts);
         }
         for key in ["blob_url_scheme", "blob_redirected_host"] {
             self.dropped(config, key, "redirects are followed where they lead; let the names that they say lead to the right host, and name that in `redirects` if it is in a private network");
@@ -214,6 +217,9 @@ impl Imported {
         ];
         for (key, entry, flags) in forms {
             let Some(secret) = config.text(key)? else { continue };
+            if key == "auth" && user_and_password(&secret).is_none() {
+                return Err(ImportError::Kind { key: config.full(key), wanted: "base64 of USER:PASSWORD" });
+            }
             if self.credentials.is_some() {
                 self.remark(config.full(key), "not taken beside `auth`, by which tokens are got as they are needed");
                 continue;
@@ -255,19 +261,47 @@ impl Imported {
         }
         self.patience(config);
         let mut proxy = config.table("proxy")?;
-        connection.proxy = self.proxy_address(&mut proxy, "url")?;
-        connection.ping = self.proxy_address(&mut proxy, "ping_url")?;
+        let is_named = proxy.says_something("url");
         connection.fallback = proxy.flag("fallback")?.unwrap_or(true);
+        connection.proxy = self.proxy_address(&mut proxy, connection.fallback)?;
+        connection.ping = self.proxy_ping(&mut proxy)?;
+        // Of one that could not be taken something was told.
+        let said = [("ping_url", connection.ping.is_some()), ("fallback", !connection.fallback)];
+        for (key, _) in said.into_iter().filter(|(_, is_said)| *is_said && !is_named) {
+            self.remark(proxy.full(key), "of no use without `url`, as in nydusd: no proxy is named");
+        }
         self.proxy_manners(&mut proxy);
         self.unknown(proxy);
         Ok(connection)
     }
 
-    fn proxy_address(&mut self, proxy: &mut Table, key: &str) -> Result<Option<Url>, ImportError> {
-        let Some(text) = proxy.text(key)? else { return Ok(None) };
+    /// Where the proxy is. One that must not be gone around is taken or refused, and never left out.
+    fn proxy_address(&mut self, proxy: &mut Table, fallback: bool) -> Result<Option<Secret>, ImportError> {
+        let key = proxy.full("url");
+        let Some(text) = proxy.text("url")? else { return Ok(None) };
+        let Some(url) = web_with_login(&text) else {
+            if !fallback {
+                let wanted = "an http or https URL without a query, as `fallback` has nothing go around the proxy";
+                return Err(ImportError::Kind { key, wanted });
+            }
+            self.remark(key, "not taken: it must be an http or https URL without a query in it");
+            return Ok(None);
+        };
+        if !url.username().is_empty() || url.password().is_some() {
+            self.remark(
+                key,
+                "its login is not shown; write USER:PASSWORD@ in the place of the stars in `proxy`, for root's eyes only",
+            );
+        }
+        Ok(Some(Secret::new(url)))
+    }
+
+    fn proxy_ping(&mut self, proxy: &mut Table) -> Result<Option<Url>, ImportError> {
+        let Some(text) = proxy.text("ping_url")? else { return Ok(None) };
         let url = web(&text);
         if url.is_none() {
-            self.remark(proxy.full(key), "not taken: it must be an http or https URL without a login or a query in it");
+            let text = "not taken: it must be an http or https URL without a login or a query in it";
+            self.remark(proxy.full("ping_url"), text);
         }
         Ok(url)
     }
@@ -280,14 +314,23 @@ impl Imported {
         self.dropped(proxy, "dragonfly_scheduler_endpoint", "no client of Dragonfly is built in; name its daemon as a host of the registry: [registry.\"HOST\".host.\"http://127.0.0.1:65001\"], with align = \"4MiB\" in its table rafsd");
     }
 
-    fn mirrors(&mut self, config: &mut Table) -> Result<Vec<HostConfig>, ImportError> {
+    fn mirrors(&mut self, config: &mut Table) -> Vec<HostConfig> {
         let mut hosts: Vec<HostConfig> = Vec::new();
         let key = config.full("mirrors");
-        for mut mirror in config.tables("mirrors")? {
-            let text = mirror.required("host")?;
+        for mirror in config.tables("mirrors") {
+            let mut mirror = match mirror {
+                Ok(mirror) => mirror,
+                Err(key) => {
+                    self.remark(key, "not taken: it must be an object in a list; nydusd does not look at it");
+                    continue;
+                }
+            };
+            let text = mirror.text("host").ok().flatten().unwrap_or_default();
             let url = web(&if text.contains("://") { text } else { format!("https://{text}") });
             let Some(mut base) = url else {
-                return Err(ImportError::Kind { key: mirror.full("host"), wanted: "a host or an http or https URL" });
+                let text = "the mirror is not taken: that must be a host or an http or https URL without a login or a query in it; nydusd does not look at it";
+                self.remark(mirror.full("host"), text);
+                continue;
             };
             let path = base.path().trim_end_matches('/').to_owned();
             base.set_path(&format!("{path}/v2"));
@@ -311,7 +354,7 @@ impl Imported {
         if !hosts.is_empty() {
             self.remark(key, "nydusd has done nothing with it since 2025; here it is asked first");
         }
-        Ok(hosts)
+        hosts
     }
 
     /// What of connections has no place where there are no hosts with settings: buckets and plain servers.
@@ -375,13 +418,28 @@ impl Imported {
     }
 }
 
+/// Has a spec of a bucket read by who will have to read it. Nobody is asked, and what the credentials of this
+/// environment are worth is not its business.
+fn ensure_accepted(place: &str, config: &Table) -> Result<(), ImportError> {
+    let opened = ObjectUpstream::new(place, &ClientOptions::default(), Clock::default());
+    let Err(OpenError::Bucket(cause)) = opened else { return Ok(()) };
+    let (key, wanted) = match cause {
+        BadPlace::Credentials { .. } | BadPlace::Builder(_) => return Ok(()),
+        BadPlace::Prefix(_) => ("object_prefix", "what the name of an object can begin with"),
+        // The queries are called as the keys are.
+        BadPlace::Value { key, wanted } => (key, wanted),
+        _ => ("bucket_name", "the name of a bucket"),
+    };
+    Err(ImportError::Kind { key: config.full(key), wanted })
+}
+
 impl Connection {
     fn apply(&self, host: &mut HostConfig) {
         host.skip_verify = self.skip_verify && host.base.scheme() == "https";
         host.ca = self.ca.iter().map(Into::into).collect();
         host.dial_timeout = self.dial;
         if let Some(proxy) = &self.proxy {
-            host.proxy = ProxyUse::Through(Secret::new(proxy.as_str()));
+            host.proxy = ProxyUse::Through(proxy.clone());
             host.proxy_ping.clone_from(&self.ping);
             host.proxy_fallback = self.fallback;
         }

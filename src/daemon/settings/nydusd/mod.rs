@@ -107,10 +107,13 @@ fn parse(text: &str) -> Result<serde_json::Value, ImportError> {
 
 impl Table {
     fn version(&mut self) -> Result<u64, ImportError> {
+        if self.has("device") && !self.says("version", 2) {
+            // To nydusd, a key that version 1 does not know, whatever it says.
+            self.drop("version");
+            return Ok(1);
+        }
         match self.number("version")? {
             Some(2) => Ok(2),
-            // To nydusd, a key that version 1 does not know.
-            _ if self.has("device") => Ok(1),
             None => Err(ImportError::NotNydusd),
             Some(other) => Err(ImportError::Version(other.to_string())),
         }

@@ -37,6 +37,11 @@ impl Table {
         self.fields.get(key).and_then(Value::as_str) == Some(text)
     }
 
+    /// Whether `key` is this very number; it stays.
+    pub(super) fn says(&self, key: &str, number: u64) -> bool {
+        self.fields.get(key).and_then(Value::as_u64) == Some(number)
+    }
+
     /// Whether `key` is a switch that is on; it stays.
     pub(super) fn is_on(&self, key: &str) -> bool {
         self.fields.get(key).and_then(Value::as_bool).unwrap_or_default()
@@ -97,18 +102,24 @@ impl Table {
         self.take(key, "an object", read)
     }
 
-    /// A list of tables in it.
-    pub(super) fn tables(&mut self, key: &str) -> Result<Vec<Self>, ImportError> {
+    /// A list of tables in it that nydusd does not look at, so that anything may be there: each table, or the name of
+    /// what is something else.
+    pub(super) fn tables(&mut self, key: &str) -> Vec<Result<Self, String>> {
         let name = self.full(key);
         let table = |(at, value)| match value {
-            Value::Object(fields) => Some(Self { name: format!("{name}[{at}]."), fields }),
-            _ => None,
+            Value::Object(fields) => Ok(Self { name: format!("{name}[{at}]."), fields }),
+            _ => Err(format!("{name}[{at}]")),
         };
-        let read = |value| match value {
-            Value::Array(items) => items.into_iter().enumerate().map(table).collect::<Option<Vec<_>>>(),
-            _ => None,
-        };
-        Ok(self.take(key, "a list of objects", read)?.unwrap_or_default())
+        match self.fields.remove(key) {
+            None | Some(Value::Null) => Vec::new(),
+            Some(Value::Array(items)) => items.into_iter().enumerate().map(table).collect(),
+            Some(_) => vec![Err(name)],
+        }
+    }
+
+    /// Whether there is something under `key`, which stays.
+    pub(super) fn says_something(&self, key: &str) -> bool {
+        self.fields.get(key).is_some_and(|value| !is_nothing(value))
     }
 
     /// Whether there was something under `key`, which is not looked at.

@@ -106,6 +106,89 @@ fn secrets_are_shown_nowhere_and_kept_where_they_are_looked_for() {
     assert!(imported.remarks[0].text.contains("--registry-token-stdin"));
 }
 
+fn behind(proxy: &str) -> String {
+    backend("registry", &format!(r#"{{"host": "h", "repo": "r", "proxy": {proxy}}}"#))
+}
+
+#[test]
+fn a_proxy_with_a_login_is_taken_and_its_login_left_to_be_written() {
+    let imported = import(&behind(r#"{"url": "http://me:hunter2@p:3128", "fallback": false}"#)).unwrap();
+    let config = imported.config();
+
+    assert!(config.contains("proxy = \"http://***@p:3128/\" # login not shown\nproxy_fallback = false\n"), "{config}");
+    assert_eq!(remarks(&imported), ["device.backend.config.proxy.url", "device.cache.type"]);
+    assert!(imported.remarks[0].text.contains("USER:PASSWORD@"));
+    assert!(!format!("{config}{imported:?}").contains("hunter2"));
+    let written = config.replace("***@", "me:hunter2@");
+    let resolved = resolve(Some(ConfigText { text: &written, dir: Path::new("/etc/rafsd") }), &[]);
+    assert_eq!((resolved.mistakes, resolved.settings.registries), (Vec::new(), imported.registries));
+}
+
+#[test]
+fn a_proxy_that_must_not_be_gone_around_is_never_left_out() {
+    let error = import(&behind(r#"{"url": "socks5://me:hunter2@p:1", "fallback": false}"#)).unwrap_err().to_string();
+    assert!(error.starts_with("device.backend.config.proxy.url must be an http or https URL"), "{error}");
+    assert!(!error.contains("hunter2"));
+
+    let (imported, config) = config(&behind(r#"{"url": "socks5://me:hunter2@p:1"}"#));
+    assert_eq!(remarks(&imported), ["device.backend.config.proxy.url", "device.cache.type"]);
+    assert!(!config.contains("proxy"), "{config}");
+}
+
+#[test]
+fn what_is_about_a_proxy_is_told_of_where_none_is_named() {
+    for proxy in [
+        r#"{"url": "", "ping_url": "http://p/ping", "fallback": false}"#,
+        r#"{"ping_url": "http://p/ping", "fallback": false}"#,
+    ] {
+        let (imported, config) = config(&behind(proxy));
+        let key = |key: &str| format!("device.backend.config.proxy.{key}");
+        let told = [key("ping_url"), key("fallback"), "device.cache.type".to_owned()];
+        assert_eq!(remarks(&imported), told, "{proxy}");
+        assert!(!config.contains("proxy"), "{config}");
+    }
+    // As nydus-snapshotter writes it for nobody.
+    let (imported, _) = config(&behind(r#"{"url": "", "ping_url": "", "fallback": true}"#));
+    assert_eq!(remarks(&imported), ["device.cache.type"]);
+}
+
+#[test]
+fn mirrors_that_make_no_sense_are_told_of_and_passed_over() {
+    let remarked = |mirrors: &str| {
+        let text = format!(r#"{{"host": "h", "repo": "r", "mirrors": {mirrors}}}"#);
+        let (imported, config) = config(&backend("registry", &text));
+        assert!(!format!("{config}{imported:?}").contains("hunter2"), "{config}");
+        let mirrors = remarks(&imported).into_iter().filter(|key| key.contains("mirrors"));
+        (mirrors.map(str::to_owned).collect::<Vec<_>>(), config.matches(".host.").count())
+    };
+    let key = |rest: &str| format!("device.backend.config.mirrors{rest}");
+
+    assert_eq!(remarked("null"), (vec![], 0));
+    assert_eq!(remarked("[]"), (vec![], 0));
+    for mirrors in ["{}", "5", r#"{"host": "m"}"#] {
+        assert_eq!(remarked(mirrors), (vec![key("")], 0), "{mirrors}");
+    }
+    for host in [r#""""#, "5", r#""http://me:hunter2@m""#, r#""m?hunter2""#] {
+        let mirrors = format!(r#"[{{"host": {host}, "failure_limit": "x"}}, {{}}, 7, {{"host": "m"}}]"#);
+        let told = vec![key("[0].host"), key("[1].host"), key("[2]"), key("")];
+        assert_eq!(remarked(&mirrors), (told, 1), "{host}");
+    }
+}
+
+#[test]
+fn a_version_beside_a_device_is_what_version_1_does_not_know() {
+    let device = r#""device": {"backend": {"type": "localfs", "config": {"dir": "/b"}}}"#;
+    for version in [r#""1""#, "1", "-1", "null", "{}", "3", r#""2""#] {
+        let imported = import(&format!(r#"{{"version": {version}, {device}}}"#)).unwrap();
+        assert_eq!(
+            (imported.blobs.as_slice(), remarks(&imported)),
+            (&["/b".to_owned()][..], vec!["device.cache.type"])
+        );
+    }
+    let imported = import(&format!(r#"{{"version": 2, {device}}}"#)).unwrap();
+    assert_eq!(remarks(&imported)[0], "backend", "it is the second version");
+}
+
 #[test]
 fn version_2_is_read_as_toml_and_as_json() {
     let toml = "version = 2\nid = \"x\"\n[backend]\ntype = \"registry\"\n[backend.registry]\nhost = \"index.docker.io\"\n\
@@ -165,6 +248,7 @@ fn every_backend_becomes_a_place() {
             vec!["s3://b/?region=eu-1&endpoint=http://127.0.0.1:9000"],
         ),
         ("registry", r#"{"host": "registry-1.docker.io", "repo": "a/b"}"#, vec!["docker://docker.io/a/b"]),
+        ("registry", r#"{"host": "R.example:5000", "repo": "a/b"}"#, vec!["docker://r.example:5000/a/b"]),
     ] {
         let (imported, config) = config(&backend(kind, fields));
         assert_eq!(imported.blobs, places, "{kind}");
@@ -228,6 +312,14 @@ fn what_nydusd_would_not_take_is_refused_with_the_key() {
             &backend("registry", r#"{"host": "h", "repo": "r", "auth": 5}"#),
             "device.backend.config.auth must be a string without control characters",
         ),
+        (
+            &backend("registry", r#"{"host": "h", "repo": "r", "auth": "me:hunter2"}"#),
+            "device.backend.config.auth must be base64 of USER:PASSWORD",
+        ),
+        (
+            &backend("registry", r#"{"host": "h", "repo": "r", "auth": "aHVudGVyMg=="}"#),
+            "device.backend.config.auth must be base64 of USER:PASSWORD",
+        ),
         (&backend("s3", r#"{"bucket_name": "b", "endpoint": "e"}"#), "device.backend.config.region is missing"),
         (
             &backend("oss", r#"{"bucket_name": "b?x=1", "endpoint": "e"}"#),
@@ -236,6 +328,14 @@ fn what_nydusd_would_not_take_is_refused_with_the_key() {
         (
             &backend("oss", r#"{"bucket_name": "b", "endpoint": "e", "timeout": "x", "ca_cert_files": [1]}"#),
             "device.backend.config.ca_cert_files must be a list of strings without control characters",
+        ),
+        (
+            &backend("oss", r#"{"bucket_name": "b", "endpoint": "e", "object_prefix": "a//b"}"#),
+            "device.backend.config.object_prefix must be what the name of an object can begin with",
+        ),
+        (
+            &backend("s3", r#"{"bucket_name": "b", "region": "r", "object_prefix": "../"}"#),
+            "device.backend.config.object_prefix must be what the name of an object can begin with",
         ),
         (
             &backend("localdisk", r#"{"device_path": "vdb"}"#),
