@@ -303,10 +303,18 @@ fn a_failed_read_is_one_line_with_its_request(ctx: &Ctx) -> Outcome {
     read_denied(&mount.join("0"))?;
 
     let said = if ctx.backend == Backend::Cachefiles { "read failed" } else { "read denied" };
-    let denied = denials()?;
-    let log = log_with(&fixture, 0, said, denied)?;
+    // The reader may be gone before the last answer is counted and told.
+    let until = Instant::now() + Duration::from_secs(5);
+    let log = loop {
+        let (log, denied) = (fixture.log(), denials()?);
+        let told = log.lines().filter(|line| line.contains(said)).count();
+        if told == denied && denied > 0 {
+            break log;
+        }
+        ensure!(Instant::now() < until, "{told} lines for {denied} answers:\n{log}");
+        std::thread::sleep(Duration::from_millis(10));
+    };
     let lines = log.lines().filter(|line| line.contains(said)).collect::<Vec<_>>();
-    ensure!(lines.len() == denied && denied > 0, "{} lines for {denied} answers:\n{log}", lines.len());
     let line: Value = serde_json::from_str(lines[0])?;
     let fields = &line["fields"];
     let request = fields["request"].as_u64().context("a request")?;
