@@ -49,7 +49,8 @@ impl Squid {
              tcp_outgoing_address {PEER}\nconnect_timeout 5 seconds\n"
         );
         fs::write(dir.path().join("squid.conf"), config).unwrap();
-        let args = ["-N", "-f", &format!("{here}/squid.conf")].map(str::to_owned);
+        // Its shared memory has the name, and another squid on this host may be another user's.
+        let args = ["-N", "-n", &service(port), "-f", &format!("{here}/squid.conf")].map(str::to_owned);
         Self { program: Program::start("squid", args.into(), dir, port) }
     }
 
@@ -81,6 +82,20 @@ impl Squid {
 
     pub fn start_again(&mut self) {
         self.program.start_again();
+    }
+}
+
+fn service(port: u16) -> String {
+    format!("test{port}")
+}
+
+impl Drop for Squid {
+    fn drop(&mut self) {
+        self.program.kill();
+        for part in ["metadata", "queues", "readers"] {
+            // Killed, it leaves them; not every version makes all of them.
+            let _ = fs::remove_file(format!("/dev/shm/{}-cf__{part}.shm", service(self.program.port)));
+        }
     }
 }
 
