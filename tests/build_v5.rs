@@ -23,7 +23,7 @@ use rafsd::reader::{Files, bootstrap};
 use rafsd::source::LocalSource;
 use rafsd::tools::check::v5::check;
 use rafsd::tools::unpack::{UnpackOptions, to_directory};
-use support::building::{output, spec};
+use support::building::{output, spec, unpacked};
 use support::{listing, skip, tree};
 use tempfile::TempDir;
 
@@ -75,13 +75,7 @@ impl Shop {
 
     /// What is in an image whose blobs are in `blobs`, unpacked.
     fn listing(&self, bootstrap: &Path, blobs: &Path) -> Vec<listing::Line> {
-        let source = Arc::new(LocalSource::new(blobs).unwrap());
-        let files = Files::open(bootstrap, source, self.runtime.handle().clone()).unwrap_or_else(|e| panic!("{e:?}"));
-        let to = self.path("unpacked");
-        to_directory(&files, &to, UnpackOptions::default(), &()).unwrap_or_else(|e| panic!("{e:?}"));
-        let lines = listing::of(&to).unwrap();
-        fs::remove_dir_all(&to).unwrap();
-        lines
+        unpacked(bootstrap, blobs, &self.path("unpacked"), &self.runtime)
     }
 
     fn convert(&self, bootstrap_path: &Path, out: &str) -> Result<ConvertReport, BuildError> {

@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 
 use rafsd::build::{
     self, Batching, BlobFacts, BuildError, BuildSpec, Compression, Encryption, Layer, MergeReport, MergeSpec,
@@ -15,11 +14,9 @@ use rafsd::build::{
 };
 use rafsd::format::rafs::{Algorithm, DigestAlgorithm};
 use rafsd::image::v5::Bootstrap;
-use rafsd::reader::{Files, bootstrap};
-use rafsd::source::LocalSource;
+use rafsd::reader::bootstrap;
 use rafsd::tools::check::v5::check;
-use rafsd::tools::unpack::{UnpackOptions, to_directory};
-use support::building::spec;
+use support::building::{spec, unpacked};
 use support::layers::{self, Form};
 use support::tree::Random;
 use support::v5::{self as by_hand, Item, Writer, noise};
@@ -80,13 +77,7 @@ impl Shop {
 
     /// What is in an image, unpacked.
     fn listing(&self, bootstrap: &Path) -> Vec<listing::Line> {
-        let source = Arc::new(LocalSource::new(self.path("blobs")).unwrap());
-        let files = Files::open(bootstrap, source, self.runtime.handle().clone()).unwrap_or_else(|e| panic!("{e:?}"));
-        let to = self.path("unpacked");
-        to_directory(&files, &to, UnpackOptions::default(), &()).unwrap_or_else(|e| panic!("{e:?}"));
-        let lines = listing::of(&to).unwrap();
-        fs::remove_dir_all(&to).unwrap();
-        lines
+        unpacked(bootstrap, &self.path("blobs"), &self.path("unpacked"), &self.runtime)
     }
 }
 

@@ -5,13 +5,12 @@
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::{Context, ensure};
 
 use super::corpus::{Corpus, read_through, walk};
 use super::daemon::Daemon;
-use super::measure::{Turned, cpu_seconds, drop_caches, memory, seconds};
+use super::measure::{Turned, cpu_seconds, drop_caches, memory, seconds, seconds_each};
 use super::native::Native;
 use super::nydusd::Nydusd;
 use super::report::{Report, Target};
@@ -136,12 +135,7 @@ impl Bench<'_> {
             return seconds(|| self.pass(work, root));
         }
         self.pass(work, root)?;
-        let (clock, mut passes) = (Instant::now(), 0);
-        while clock.elapsed() < self.turns.hot {
-            self.pass(work, root)?;
-            passes += 1;
-        }
-        Ok(clock.elapsed().as_secs_f64() / f64::from(passes))
+        seconds_each(self.turns.hot, || self.pass(work, root))
     }
 
     fn pass(&self, work: Work, root: &Path) -> anyhow::Result<()> {

@@ -1,5 +1,5 @@
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use nix::unistd::{SysconfVar, sysconf};
@@ -77,6 +77,16 @@ pub(crate) fn seconds(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Resu
     let clock = Instant::now();
     work()?;
     Ok(clock.elapsed().as_secs_f64())
+}
+
+/// Seconds that `work` takes each time, done again and again for as long as `least`.
+pub(crate) fn seconds_each(least: Duration, mut work: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
+    let (clock, mut passes) = (Instant::now(), 0);
+    while clock.elapsed() < least {
+        work()?;
+        passes += 1;
+    }
+    Ok(clock.elapsed().as_secs_f64() / f64::from(passes))
 }
 
 /// Processor seconds used so far by all threads of a process, in the kernel's ticks of usually 10 ms.

@@ -2,14 +2,14 @@
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use rafsd::net::server::{BlobServer, ServerOptions};
 
 use super::corpus::{Corpus, read_block, read_through, walk};
 use super::daemon::Daemon;
-use super::measure::{Turned, drop_caches, seconds};
+use super::measure::{Turned, drop_caches, seconds, seconds_each};
 use super::native::Native;
 use super::report::{Report, Target};
 use super::{Interrupted, Turns};
@@ -149,12 +149,7 @@ impl Bench<'_> {
             return seconds(|| self.pass(work, root, &open));
         }
         self.pass(work, root, &open)?;
-        let (clock, mut passes) = (Instant::now(), 0);
-        while clock.elapsed() < self.turns.hot {
-            self.pass(work, root, &open)?;
-            passes += 1;
-        }
-        Ok(clock.elapsed().as_secs_f64() / f64::from(passes))
+        seconds_each(self.turns.hot, || self.pass(work, root, &open))
     }
 
     /// The files of random reads, opened beforehand: opening is what the walk measures.

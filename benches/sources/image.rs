@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
-use std::io::Write as _;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,10 +12,10 @@ use rafsd::base::ByteRange;
 use rafsd::blob::{BlobTables, Unit, UnitMap};
 use rafsd::codec::sha256;
 use rafsd::image::{Extent, Inode};
-use serde_json::json;
 
 use super::corpus::Corpus;
 use super::measure::Rng;
+use super::nydusform;
 use super::registry::{Content, Registry};
 
 const LAYERS: u64 = 3;
@@ -165,24 +164,13 @@ impl Image {
         let mut content = Content::default();
         let mut layers = Vec::new();
         for blob in &self.blobs {
-            let mut layer = content.blob(REPOSITORY, blob.stored.clone());
-            layer["mediaType"] = "application/vnd.oci.image.layer.nydus.blob.v1".into();
-            layer["annotations"] = json!({"containerd.io/snapshot/nydus-blob": "true"});
-            layers.push(layer);
+            layers.push(nydusform::blob_layer(content.blob(REPOSITORY, blob.stored.clone())));
         }
-        let mut layer = content.blob(REPOSITORY, bootstrap_layer(&fs::read(&self.bootstrap)?)?.into());
-        layer["mediaType"] = "application/vnd.oci.image.layer.v1.tar+gzip".into();
-        layer["annotations"] = json!({
-            "containerd.io/snapshot/nydus-bootstrap": "true",
-            "containerd.io/snapshot/nydus-fs-version": "6",
-        });
-        layers.push(layer);
-        let text = json!({"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": []}});
-        let mut config = content.blob(REPOSITORY, text.to_string().into());
-        config["mediaType"] = "application/vnd.oci.image.config.v1+json".into();
-        let kind = "application/vnd.oci.image.manifest.v1+json";
-        let manifest = json!({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": layers});
-        content.manifest(REPOSITORY, "latest", kind, manifest.to_string().into());
+        let bootstrap = nydusform::bootstrap_tar(&fs::read(&self.bootstrap)?)?;
+        layers.push(nydusform::bootstrap_layer(content.blob(REPOSITORY, bootstrap.into())));
+        let config = content.blob(REPOSITORY, nydusform::config().into());
+        let manifest = nydusform::manifest(config, &layers).to_string();
+        content.manifest(REPOSITORY, "latest", nydusform::MANIFEST, manifest.into());
         Ok(Registry::start(content)?)
     }
 }
@@ -201,15 +189,4 @@ pub(crate) fn slice(stored: &[u8], range: ByteRange) -> &[u8] {
 /// `sha256:` and the digits.
 pub(crate) fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", sha256(bytes))
-}
-
-fn bootstrap_layer(bootstrap: &[u8]) -> anyhow::Result<Vec<u8>> {
-    let mut header = tar::Header::new_ustar();
-    header.set_size(bootstrap.len() as u64);
-    header.set_mode(0o644);
-    let mut builder = tar::Builder::new(Vec::new());
-    builder.append_data(&mut header, "image/image.boot", bootstrap)?;
-    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
-    encoder.write_all(&builder.into_inner()?)?;
-    Ok(encoder.finish()?)
 }

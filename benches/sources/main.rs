@@ -23,6 +23,9 @@ mod line;
 #[path = "../side_by_side/measure.rs"]
 mod measure;
 mod misses;
+#[allow(dead_code, unreachable_pub, reason = "shared with tests, which use all of it")]
+#[path = "../../tests/support/nydusform.rs"]
+mod nydusform;
 mod peer;
 mod registry;
 mod startup;

@@ -1,7 +1,6 @@
 //! Debian's `docker-registry`, started for a case, and images put into it.
 
 use std::fs;
-use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -10,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use rafsd::codec::sha256;
 use serde_json::{Value, json};
+
+use crate::support::nydusform;
 
 /// Who may use a registry.
 pub(crate) const USER: &str = "alice";
@@ -203,61 +204,24 @@ impl Pusher<'_> {
         let mut layers = Vec::new();
         for entry in fs::read_dir(dir.join("blobs"))? {
             let bytes = fs::read(entry?.path())?;
-            let mut layer = self.blob(repository, &bytes)?;
-            layer["mediaType"] = "application/vnd.oci.image.layer.nydus.blob.v1".into();
-            layer["annotations"] = json!({"containerd.io/snapshot/nydus-blob": "true"});
+            let mut layer = nydusform::blob_layer(self.blob(repository, &bytes)?);
             if let Some(about) = about {
                 layer["annotations"]["containerd.io/snapshot/nydus-ref"] = about.into();
             }
             layers.push(layer);
         }
-        let mut layer = self.blob(repository, &bootstrap_layer(&fs::read(dir.join("bootstrap"))?)?)?;
-        layer["mediaType"] = "application/vnd.oci.image.layer.v1.tar+gzip".into();
-        layer["annotations"] = json!({
-            "containerd.io/snapshot/nydus-bootstrap": "true",
-            "containerd.io/snapshot/nydus-fs-version": "6",
-        });
-        layers.push(layer);
-        Ok(manifest_of(self.config(repository)?, &layers))
+        let bootstrap = nydusform::bootstrap_tar(&fs::read(dir.join("bootstrap"))?)?;
+        layers.push(nydusform::bootstrap_layer(self.blob(repository, &bootstrap)?));
+        self.over_config(repository, &layers)
     }
 
     /// An image of one layer that is a plain tar, as docker pushes it.
     pub(crate) fn ordinary(&self, repository: &str) -> anyhow::Result<Value> {
-        let mut layer = self.blob(repository, &bootstrap_layer(b"no bootstrap at all")?)?;
-        layer["mediaType"] = "application/vnd.oci.image.layer.v1.tar+gzip".into();
-        Ok(manifest_of(self.config(repository)?, &[layer]))
+        let layer = self.blob(repository, &nydusform::bootstrap_tar(b"no bootstrap at all")?)?;
+        self.over_config(repository, &[nydusform::ordinary_layer(layer)])
     }
 
-    fn config(&self, repository: &str) -> anyhow::Result<Value> {
-        let config = json!({"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": []}});
-        let mut config = self.blob(repository, config.to_string().as_bytes())?;
-        config["mediaType"] = "application/vnd.oci.image.config.v1+json".into();
-        Ok(config)
+    fn over_config(&self, repository: &str, layers: &[Value]) -> anyhow::Result<Value> {
+        Ok(nydusform::manifest(self.blob(repository, nydusform::config().as_bytes())?, layers))
     }
-}
-
-fn manifest_of(config: Value, layers: &[Value]) -> Value {
-    json!({
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": config,
-        "layers": layers,
-    })
-}
-
-/// A bootstrap in a layer.
-fn bootstrap_layer(bootstrap: &[u8]) -> anyhow::Result<Vec<u8>> {
-    let mut builder = tar::Builder::new(Vec::new());
-    let mut add = |path: &str, kind, content: &[u8]| {
-        let mut header = tar::Header::new_ustar();
-        header.set_entry_type(kind);
-        header.set_size(content.len() as u64);
-        header.set_mode(0o755);
-        builder.append_data(&mut header, path, content)
-    };
-    add("image/", tar::EntryType::Directory, b"")?;
-    add("image/image.boot", tar::EntryType::Regular, bootstrap)?;
-    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    encoder.write_all(&builder.into_inner()?)?;
-    Ok(encoder.finish()?)
 }

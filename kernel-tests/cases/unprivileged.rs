@@ -149,11 +149,19 @@ fn a_user_who_is_not_root_mounts_and_is_served(ctx: &Ctx) -> Outcome {
 const INSIDE: &str = r#"set -eu
 pid() {
     for _ in $(seq 200); do
-        found=$(../rafsd status --json 2>/dev/null | grep -o '"pid": *[0-9]*' | head -n 1 | grep -o '[0-9]*' || true)
-        if [ -n "$found" ] && [ "$found" != "${1-}" ]; then echo "$found"; return; fi
+        if found=$(../rafsd status --json 2>/dev/null | grep -o '"pid": *[0-9]*' | head -n 1 | grep -o '[0-9]*') &&
+            [ "$found" != "${1-}" ]; then echo "$found"; return; fi
         sleep 0.1
     done
     echo "no daemon answers" >&2
+    return 1
+}
+# The program is a copy that nobody else runs; what has ended has none.
+rafsd=$(readlink -f ../rafsd)
+runs() {
+    for process in /proc/[0-9]*; do
+        if [ "$(readlink "$process/exe" 2>/dev/null)" = "$rafsd" ]; then return 0; fi
+    done
     return 1
 }
 [ "$(id -u)" = 0 ]
@@ -166,17 +174,10 @@ first=$(pid)
 kill -9 "$first"
 cmp source/2 mnt/2
 second=$(pid "$first")
+runs || { echo "the daemon is not seen to run" >&2; exit 1; }
 ../rafsd umount mnt
 if grep -q "$PWD/mnt " /proc/self/mountinfo; then echo "still mounted" >&2; exit 1; fi
 kill -TERM "$second"
-# The program is a copy that nobody else runs; what has ended has none.
-rafsd=$(readlink -f ../rafsd)
-runs() {
-    for process in /proc/[0-9]*; do
-        [ "$(readlink "$process/exe" 2>/dev/null || true)" != "$rafsd" ] || return 0
-    done
-    return 1
-}
 for _ in $(seq 200); do [ -e runtime/rafsd/rafsd.sock ] || runs || exit 0; sleep 0.1; done
 echo "the daemon does not end" >&2
 exit 1

@@ -8,9 +8,7 @@ use serde::Serialize;
 
 use super::settings::{SettingsArgs, file_text};
 use super::{import_nydusd, print_json};
-use crate::base::{toml_string, toml_strings};
 use crate::daemon::settings::{self, Origin, Raw, Resolved, TABLE};
-use crate::net::hosts::Headers;
 use crate::sys::memory;
 
 /// Check or print the settings of the daemon
@@ -108,7 +106,7 @@ fn print(args: &PrintArgs) -> anyhow::Result<()> {
         writeln!(out, "# file: {}", file.display())?;
     }
     for (setting, origin) in TABLE.iter().zip(&resolved.origins) {
-        let value = toml(&setting.field.show(&resolved.settings));
+        let value = setting.field.show(&resolved.settings).toml();
         if args.defaults {
             writeln!(out, "# {}\n{} = {value}\n", setting.help, setting.key)?;
         } else {
@@ -116,7 +114,7 @@ fn print(args: &PrintArgs) -> anyhow::Result<()> {
         }
     }
     // Only the file has them. Headers may hold logins, which are for nobody who reads this.
-    write!(out, "{}", resolved.settings.registries.written(Headers::Hidden))?;
+    write!(out, "{}", resolved.settings.registries.written())?;
     Ok(())
 }
 
@@ -151,16 +149,6 @@ impl Printed {
     }
 }
 
-/// A value as TOML has it.
-fn toml(value: &Raw) -> String {
-    match value {
-        Raw::Text(text) => toml_string(text),
-        Raw::Whole(number) => number.to_string(),
-        Raw::Switch(on) => on.to_string(),
-        Raw::Items(items) => toml_strings(items),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,9 +167,9 @@ mod tests {
 
         let lines = TABLE
             .iter()
-            .map(|setting| format!("{} = {}\n", setting.key, toml(&setting.field.show(&resolved.settings))));
+            .map(|setting| format!("{} = {}\n", setting.key, setting.field.show(&resolved.settings).toml()));
         let mut again = Settings::default();
-        let printed = lines.collect::<String>() + &resolved.settings.registries.written(Headers::Shown);
+        let printed = lines.collect::<String>() + &resolved.settings.registries.written();
         let (keys, mistakes) = read_text(file(&printed), &mut again);
 
         assert_eq!((mistakes, keys.len()), (vec![], TABLE.len()));

@@ -5,14 +5,14 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use tokio::runtime::Runtime;
 
 use super::serve;
 use super::settings::settings_for_tools;
-use crate::daemon::remote;
+use crate::daemon::remote::{self, FETCH_LAYER, LOOK_UP};
 use crate::image::Image;
 use crate::net::{ClientOptions, RetryPolicy};
 use crate::oci::{self, Platform, Reference, Resolved};
@@ -22,12 +22,6 @@ use crate::source::{self, BlobSource, Network, NetworkOptions, OnThisHost};
 use crate::sys;
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Telemetry;
-
-/// How long finding out what a reference means may take.
-const LOOK_UP: Duration = Duration::from_secs(30);
-
-/// How long a layer with a bootstrap may take, of up to 512 MiB.
-const FETCH_LAYER: Duration = Duration::from_secs(600);
 
 /// How registries are asked.
 #[derive(Debug, clap::Args)]

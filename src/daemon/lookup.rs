@@ -8,21 +8,16 @@
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::api::{ImageSpec, SpecError, Whereabouts};
 use super::prepare::{Layer, Named, Prepared, Wanted};
 use super::references::References;
+use super::remote::{FETCH_LAYER, LOOK_UP};
 use super::turns::Queue;
 use super::{Daemon, DaemonError, remote};
 use crate::cache::StoreError;
 use crate::oci::{self, FetchError, OciError, Platform, Reference, Registry, Resolved, Version};
-
-/// How long finding out what a reference means may take.
-const LOOK_UP: Duration = Duration::from_secs(30);
-
-/// How long a layer with a bootstrap may take, of up to 512 MiB.
-pub(super) const FETCH_LAYER: Duration = Duration::from_secs(600);
 
 /// What is known of an image before its bootstrap is.
 #[derive(Debug)]

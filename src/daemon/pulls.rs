@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::api::{PrefetchOrder, PullReport, PullRequest};
-use super::lookup::{FETCH_LAYER, Found};
+use super::lookup::Found;
 use super::order::plan;
 use super::prepare::Prepared;
+use super::remote::FETCH_LAYER;
 use super::{Daemon, DaemonError};
 use crate::cache::{Device, Prefetch, PrefetchStats};
 

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::api::{BackendChoice, ImageReport, MountRequest, PrefetchOrder, RegisterRequest};
-use super::lookup::FETCH_LAYER;
 use super::mounts::DOMAIN;
 use super::objects::Object;
 use super::order::plan;
 use super::prefetch::devices;
 use super::prepare::{Prepared, bootstrap_as_blob};
 use super::records::RecordId;
+use super::remote::FETCH_LAYER;
 use super::served::{Attachment, Live, Mounted, Served, blob_object};
 use super::{Daemon, DaemonError};
 use crate::export::cachefiles::{self, Culling, FsId, ObjectName, Registration};

@@ -8,7 +8,7 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
@@ -19,6 +19,12 @@ use crate::image::Image;
 use crate::oci::bootstrap::{LayerError, MAX_LAYER, unpack};
 use crate::oci::{self, Endpoints, Layout, OciError, Registry, Resolved};
 use crate::source::{Network, OpenError};
+
+/// How long finding out what a reference means may take.
+pub const LOOK_UP: Duration = Duration::from_secs(30);
+
+/// How long a layer with a bootstrap may take, of up to 512 MiB.
+pub const FETCH_LAYER: Duration = Duration::from_secs(600);
 
 /// The registry `host` of `network` and its mirrors, for questions that nobody waits for after `until`. `ca` is trusted
 /// besides.

@@ -23,7 +23,6 @@ use crate::base::Secret;
 
 pub use registries::Registries;
 pub(crate) use table::{web, web_with_login};
-pub use written::Headers;
 
 /// Where containerd looks.
 pub const DEFAULT_DIR: &str = "/etc/containerd/certs.d";

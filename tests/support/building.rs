@@ -3,8 +3,13 @@
 use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rafsd::build::{self, BuildError, BuildReport, BuildSpec, Progress, Source};
+use rafsd::reader::Files;
+use rafsd::source::LocalSource;
+use rafsd::tools::unpack::{UnpackOptions, to_directory};
+use tokio::runtime::Runtime;
 
 use super::{image, listing};
 
@@ -44,6 +49,18 @@ pub fn mount(report: &BuildReport, scratch: &Path) -> image::Mounted {
     let at = scratch.join("mnt");
     fs::create_dir_all(&at).unwrap();
     image::Mounted::new(Path::new(&report.bootstrap), &devices, &at).unwrap()
+}
+
+/// What is in the image of `bootstrap` with its blobs in the directory `blobs`: unpacked to `to`, which is made and
+/// removed.
+#[track_caller]
+pub fn unpacked(bootstrap: &Path, blobs: &Path, to: &Path, runtime: &Runtime) -> Vec<listing::Line> {
+    let source = Arc::new(LocalSource::new(blobs).unwrap());
+    let files = Files::open(bootstrap, source, runtime.handle().clone()).unwrap_or_else(|e| panic!("{e:?}"));
+    to_directory(&files, to, UnpackOptions::default(), &()).unwrap_or_else(|e| panic!("{e:?}"));
+    let lines = listing::of(to).unwrap();
+    fs::remove_dir_all(to).unwrap();
+    lines
 }
 
 /// Names and content of everything in an output directory, sorted.

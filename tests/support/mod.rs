@@ -12,6 +12,7 @@ pub mod image;
 pub mod interop;
 pub mod layers;
 pub mod listing;
+pub mod nydusform;
 pub mod registry;
 pub mod secrets;
 pub mod servers;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{LogFormat, Restart, Settings};
-use crate::base::{ByteSize, TimeSpan};
+use crate::base::{ByteSize, TimeSpan, toml_string, toml_strings};
 use crate::export::BackendKind;
 use crate::telemetry::logging;
 
@@ -54,6 +54,18 @@ pub enum Raw {
     Whole(i64),
     Switch(bool),
     Items(Vec<String>),
+}
+
+impl Raw {
+    /// As TOML has it.
+    pub fn toml(&self) -> String {
+        match self {
+            Self::Text(text) => toml_string(text),
+            Self::Whole(number) => number.to_string(),
+            Self::Switch(on) => on.to_string(),
+            Self::Items(items) => toml_strings(items),
+        }
+    }
 }
 
 /// Why a value is refused.

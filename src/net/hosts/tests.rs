@@ -231,7 +231,7 @@ fn a_registry_is_found_by_whichever_of_its_names_it_was_told_of() {
     }
     assert_eq!(origin("localhost:25510").base.as_str(), "http://localhost:25510/v2");
     assert_eq!(origin("localhost:25510").concurrency, Some(3));
-    assert!(own.written(Headers::Shown).contains("[registry.\"docker.io\"]"));
+    assert!(own.written_whole().contains("[registry.\"docker.io\"]"));
 }
 
 #[test]
@@ -295,8 +295,8 @@ fn what_is_written_is_read_as_the_same_registries() {
         registries
     };
 
-    assert_eq!(again(registries.written(Headers::Shown)), registries);
-    let hidden = registries.written(Headers::Hidden);
+    assert_eq!(again(registries.written_whole()), registries);
+    let hidden = registries.written();
     assert!(!hidden.contains("hunter2") && !registries.printed().to_string().contains("hunter2"), "{hidden}");
     assert_eq!(again(hidden).len(), 2);
     let printed = &registries.printed()["docker.io"];
@@ -305,5 +305,7 @@ fn what_is_written_is_read_as_the_same_registries() {
         (&"http://z.example:5000/x".into(), &3.into())
     );
     assert_eq!(printed[2]["host"], "https://registry-1.docker.io/v2");
-    assert_eq!(Registries::default().written(Headers::Shown), "");
+    let all = &registries.printed()["_default"];
+    assert_eq!((&all[0]["host"], &all[1]["host"]), (&"https://for.all/v2".into(), &serde_json::Value::Null));
+    assert_eq!(Registries::default().written_whole(), "");
 }

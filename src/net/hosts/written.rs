@@ -10,44 +10,47 @@ use toml::de::DeTable;
 use super::{HostConfig, ProxyUse, Registries};
 use crate::base::{ByteSize, Secret, TimeSpan, toml_json, toml_string, toml_strings};
 
-/// What becomes of the values of headers and of logins, which are secrets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Headers {
-    Shown,
-    /// Stars in their place, and a remark.
-    Hidden,
-}
-
 impl Registries {
-    /// As tables of a config file; nothing if there are none.
-    pub fn written(&self, headers: Headers) -> String {
+    /// As tables of a config file, secrets left out; nothing if there are none.
+    pub fn written(&self) -> String {
+        self.all_written(false)
+    }
+
+    /// The same with everything that was read.
+    #[cfg(test)]
+    pub(super) fn written_whole(&self) -> String {
+        self.all_written(true)
+    }
+
+    fn all_written(&self, shows_secrets: bool) -> String {
         let mut out = String::new();
         for (name, hosts, has_server) in self.all() {
             let Some((origin, mirrors)) = hosts.hosts.split_last() else { continue };
             let table = format!("registry.{}", toml_string(name));
             let server = if has_server { key("server", &toml_string(origin.base.as_str())) } else { String::new() };
-            out += &host(&table, &server, origin, headers);
+            out += &host(&table, &server, origin, shows_secrets);
             for mirror in mirrors {
-                out += &host(&format!("{table}.host.{}", toml_string(mirror.base.as_str())), "", mirror, headers);
+                out += &host(&format!("{table}.host.{}", toml_string(mirror.base.as_str())), "", mirror, shows_secrets);
             }
         }
         out
     }
-}
 
-impl Registries {
-    /// The same facts as JSON: for each registry its hosts, in the order in which they are asked. Without the values of
-    /// headers.
+    /// The same facts as JSON: for each registry its hosts, in the order in which they are asked. Without secrets. The
+    /// last one is the registry itself, which has no address where all are meant.
     pub fn printed(&self) -> serde_json::Value {
-        let facts = |it: &HostConfig| {
-            let text = host("it", "", it, Headers::Hidden);
-            let table = DeTable::parse(&text).ok();
-            let mut facts =
-                table.and_then(|table| Some(toml_json(table.get_ref().get("it")?.get_ref()))).unwrap_or_default();
-            facts["host"] = it.base.as_str().into();
+        let facts = |it: &HostConfig, is_known: bool| {
+            let text = host("it", "", it, false);
+            let table = DeTable::parse(&text).expect("what is written is TOML");
+            let mut facts = toml_json(table.get_ref().get("it").expect("it was just written").get_ref());
+            facts["host"] = if is_known { it.base.as_str().into() } else { serde_json::Value::Null };
             facts
         };
-        let all = self.all().map(|(name, hosts, _)| (name.to_owned(), hosts.hosts.iter().map(facts).collect()));
+        let all = self.all().map(|(name, hosts, has_server)| {
+            let last = hosts.hosts.len().saturating_sub(1);
+            let hosts = hosts.hosts.iter().enumerate();
+            (name.to_owned(), hosts.map(|(at, host)| facts(host, has_server || at < last)).collect())
+        });
         serde_json::Value::Object(all.collect())
     }
 }
@@ -57,7 +60,7 @@ fn key(key: &str, value: &str) -> String {
 }
 
 /// One host as a table and those below it, in the same order in which they are documented.
-fn host(table: &str, first: &str, host: &HostConfig, headers: Headers) -> String {
+fn host(table: &str, first: &str, host: &HostConfig, shows_secrets: bool) -> String {
     let mut out = format!("\n[{table}]\n{first}");
     let path = |path: &Path| path.to_string_lossy().into_owned();
     if !(host.pull && host.resolve) {
@@ -89,13 +92,11 @@ fn host(table: &str, first: &str, host: &HostConfig, headers: Headers) -> String
     if !values.is_empty() {
         write!(out, "\n[{table}.header]\n").expect("a string takes it");
         for (name, values) in values {
-            out += &match headers {
-                Headers::Shown => key(&toml_string(name), &toml_strings(values)),
-                Headers::Hidden => key(&toml_string(name), "\"***\" # not shown"),
-            };
+            let value = if shows_secrets { toml_strings(values) } else { "\"***\" # not shown".to_owned() };
+            out += &key(&toml_string(name), &value);
         }
     }
-    let ours = ours(host, headers);
+    let ours = ours(host, shows_secrets);
     if !ours.is_empty() {
         write!(out, "\n[{table}.rafsd]\n{ours}").expect("a string takes it");
     }
@@ -111,22 +112,22 @@ fn said(host: &HostConfig) -> BTreeMap<&str, Vec<&str>> {
 }
 
 /// The address of a proxy, whose login is what has to be hidden.
-fn proxy(address: &Secret, headers: Headers) -> String {
+fn proxy(address: &Secret, shows_secrets: bool) -> String {
     let (text, url) = (address.expose(), Url::parse(address.expose()).ok());
     let is_bare = |url: &Url| url.username().is_empty() && url.password().is_none();
-    match (headers, url) {
-        (Headers::Hidden, Some(mut url)) if !is_bare(&url) => {
+    match (shows_secrets, url) {
+        (false, Some(mut url)) if !is_bare(&url) => {
             // A host that can have a login can have another.
             let _ = url.set_username("***").and_then(|()| url.set_password(None));
             toml_string(url.as_str()) + " # login not shown"
         }
-        (Headers::Hidden, None) => "\"***\" # not shown".to_owned(),
+        (false, None) => "\"***\" # not shown".to_owned(),
         _ => toml_string(text),
     }
 }
 
 /// What containerd does not know.
-fn ours(host: &HostConfig, headers: Headers) -> String {
+fn ours(host: &HostConfig, shows_secrets: bool) -> String {
     let mut out = String::new();
     if let Some(bytes) = host.align {
         out += &key("align", &toml_string(&ByteSize(bytes).exact()));
@@ -143,7 +144,7 @@ fn ours(host: &HostConfig, headers: Headers) -> String {
     match &host.proxy {
         ProxyUse::Environment => {}
         ProxyUse::Direct => out += &key("proxy", "\"none\""),
-        ProxyUse::Through(url) => out += &key("proxy", &proxy(url, headers)),
+        ProxyUse::Through(url) => out += &key("proxy", &proxy(url, shows_secrets)),
     }
     if let Some(url) = &host.proxy_ping {
         out += &key("proxy_ping", &toml_string(url.as_str()));

@@ -23,7 +23,7 @@ impl Filter {
     }
 
     /// With `SECCOMP_FILTER_FLAG_LOG`: Linux 4.14 (`seccomp(2)`).
-    fn apply_logged(&self) -> bool {
+    pub(super) fn apply_logged(&self) -> bool {
         let Ok(len) = libc::c_ushort::try_from(self.0.len()) else { return false };
         // Both are the kernel's `struct sock_filter`, which it only reads.
         let program = libc::sock_fprog { len, filter: self.0.as_ptr().cast_mut().cast() };

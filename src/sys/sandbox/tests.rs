@@ -104,6 +104,22 @@ fn a_confined_thread_starts_no_programs_and_mounts_nothing_but_hands_both_out() 
     });
 }
 
+/// Refusals are in the kernel's log where it takes filters with that wish: all that this program supports.
+#[test]
+fn filters_have_the_kernel_tell_its_log_of_what_they_refuse() {
+    if !calls::is_available() {
+        return eprintln!("skipped: this kernel has no filters");
+    }
+    let (logged, outcome) = thread::spawn(|| {
+        let logged = calls::wide().unwrap().apply_logged();
+        (logged, rustix::mount::fsopen("tmpfs", rustix::mount::FsOpenFlags::FSOPEN_CLOEXEC).map(drop))
+    })
+    .join()
+    .unwrap();
+    assert!(logged);
+    assert_eq!(outcome, Err(rustix::io::Errno::PERM));
+}
+
 /// The facts of the kernel for which mounting is done outside, with landlock alone.
 #[test]
 fn landlock_takes_mounts_away_whatever_its_rules_say() {

@@ -18,8 +18,8 @@ use toml::de::{DeTable, DeValue};
 
 use self::table::Table;
 use super::{Raw, Setting, Settings};
-use crate::base::{Secret, toml_json, toml_string, toml_strings};
-use crate::net::hosts::{Headers, Registries};
+use crate::base::{Secret, toml_json};
+use crate::net::hosts::Registries;
 
 /// Why a file is not understood.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -288,15 +288,9 @@ impl Imported {
     pub fn config(&self) -> String {
         let mut out = format!("# {}\n", self.command());
         for setting in self.keys.iter().filter_map(|key| Setting::named(key)) {
-            let value = match setting.field.show(&self.settings) {
-                Raw::Text(text) => toml_string(&text),
-                Raw::Whole(number) => number.to_string(),
-                Raw::Switch(on) => on.to_string(),
-                Raw::Items(items) => toml_strings(items),
-            };
-            out += &format!("{} = {value}\n", setting.key);
+            out += &format!("{} = {}\n", setting.key, setting.field.show(&self.settings).toml());
         }
-        out + &self.registries.written(Headers::Hidden)
+        out + &self.registries.written()
     }
 }
 
