@@ -118,7 +118,7 @@ impl BlobTables {
     /// they have no digest or cannot be decoded yet.
     pub fn ensure_servable(&self) -> Result<(), TablesError> {
         match self.entry.kind {
-            BlobKind::Native | BlobKind::Listed => Ok(()),
+            BlobKind::Native | BlobKind::Listed | BlobKind::Tarfs => Ok(()),
             kind => Err(TablesError::Unsupported { blob: self.entry.blob.clone(), kind: kind.name() }),
         }
     }
