@@ -12,6 +12,7 @@ pub mod faultpoint;
 pub mod fdpass;
 pub mod files;
 pub mod fuse;
+pub mod handle;
 pub mod inotify;
 pub mod journal;
 pub mod loopdev;
