@@ -174,7 +174,7 @@ fn state(image: &ImageReport) -> String {
         (ImageState::Complete, BackendKind::FuseDevice) => {
             "complete: all of it is in the cache; what was missing at the mount is read through the daemon"
         }
-        (ImageState::Complete, BackendKind::FuseTree) => "complete: all of it is in the cache, and the daemon reads it",
+        (ImageState::Complete, BackendKind::FuseTree | BackendKind::Blobfs) => "complete: all of it is in the cache, and the daemon reads it",
         (ImageState::Degraded, _) => "degraded: data is missing, and the last attempt to get some failed",
     };
     how.to_owned()

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 
 use super::api::observe::{Activity, LogRules};
 use super::api::{
-    Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, PullReport, PullRequest,
+    BlobfsRequest, Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, PullReport, PullRequest,
     RegisterRequest, ResolveReport, ResolveRequest, TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted,
     UnregisterRequest, UpgradeRequest,
 };
@@ -80,6 +80,11 @@ impl Client {
     /// Mounts an image; returns when it is usable.
     pub async fn mount(&self, request: &MountRequest) -> Result<ImageReport, ClientError> {
         self.call(Method::POST, "mounts", request).await
+    }
+
+    /// Shows a directory with blobs in it; returns when it is usable, and what is served there.
+    pub async fn mount_blobfs(&self, request: &BlobfsRequest) -> Result<Vec<ImageReport>, ClientError> {
+        self.call(Method::POST, "blobfs", request).await
     }
 
     /// Unmounts.
