@@ -220,7 +220,8 @@ impl Daemon {
     /// What a mount that was taken over still wants to have fetched.
     fn wanted_prefetch(&self, record: &Record) -> Vec<(PathBuf, Served, WatchId, PrefetchOrder)> {
         let state = self.state.lock().unwrap();
-        let mounted = record.dir.as_ref().filter(|_| !record.lingering).and_then(|dir| Some((dir, state.mounts.get(dir)?)));
+        let mounted =
+            record.dir.as_ref().filter(|_| !record.lingering).and_then(|dir| Some((dir, state.mounts.get(dir)?)));
         let Some((dir, Some(mounted))) = mounted else { return Vec::new() };
         let further = record.blobfs.iter().flat_map(Shown::further_prefetches);
         let orders = std::iter::once(&record.spec.prefetch).chain(further);

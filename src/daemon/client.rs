@@ -10,9 +10,9 @@ use serde::de::DeserializeOwned;
 
 use super::api::observe::{Activity, LogRules};
 use super::api::{
-    BlobfsRequest, Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, PullReport, PullRequest,
-    RegisterRequest, ResolveReport, ResolveRequest, TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted,
-    UnregisterRequest, UpgradeRequest,
+    BlobfsRequest, Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget,
+    PullReport, PullRequest, RegisterRequest, ResolveReport, ResolveRequest, TraceReport, TraceRequest, TraceResult,
+    UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest,
 };
 use super::control::SOCKET;
 

@@ -213,8 +213,8 @@ impl Daemon {
     pub(super) fn all_served(&self) -> Vec<(Option<PathBuf>, Served)> {
         let state = self.state.lock().unwrap();
         let mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, mounted.as_ref()?)));
-        let mounted = mounted
-            .flat_map(|(dir, mounted)| mounted.all().map(|served| (Some(dir.clone()), served.clone())));
+        let mounted =
+            mounted.flat_map(|(dir, mounted)| mounted.all().map(|served| (Some(dir.clone()), served.clone())));
         let lingering = state.lingering.iter().flat_map(Mounted::all).map(|served| (None, served.clone()));
         mounted.chain(lingering).chain(state.registered.values().map(|(served, _)| (None, served.clone()))).collect()
     }
@@ -246,8 +246,7 @@ impl Daemon {
     pub(super) fn served(&self) -> Vec<(Option<PathBuf>, Served)> {
         let state = self.state.lock().unwrap();
         let mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, mounted.as_ref()?)));
-        let mounts = mounted
-            .flat_map(|(dir, mounted)| mounted.all().map(|served| (Some(dir.clone()), served.clone())));
+        let mounts = mounted.flat_map(|(dir, mounted)| mounted.all().map(|served| (Some(dir.clone()), served.clone())));
         mounts.chain(state.registered.values().map(|(served, _)| (None, served.clone()))).collect()
     }
 

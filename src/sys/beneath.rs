@@ -13,8 +13,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, Statx, StatxFlags, StatxTimestamp, fstatvfs, getxattr, listxattr,
-    open, openat2, readlinkat, seek, statx,
+    AtFlags, FileType, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, Statx, StatxFlags, StatxTimestamp, fstatvfs,
+    getxattr, listxattr, open, openat2, readlinkat, seek, statx,
 };
 use rustix::io::Errno;
 

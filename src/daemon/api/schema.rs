@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 
 use super::observe::{Activity, LogRules};
 use super::{
-    BlobRequest, BlobfsRequest, CacheReport, CredentialsReport, CredentialsRequest, CredentialsTarget, Failure, GcReport, GcRequest,
-    ImageReport, ImageUsage, Info, MountRequest, PinRequest, PrefetchReport, PrefetchRequest, PrefetchTarget,
-    PullReport, PullRequest, RegisterRequest, ResolveReport, ResolveRequest, TraceReport, TraceRequest, TraceResult,
-    UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest, samples,
+    BlobRequest, BlobfsRequest, CacheReport, CredentialsReport, CredentialsRequest, CredentialsTarget, Failure,
+    GcReport, GcRequest, ImageReport, ImageUsage, Info, MountRequest, PinRequest, PrefetchReport, PrefetchRequest,
+    PrefetchTarget, PullReport, PullRequest, RegisterRequest, ResolveReport, ResolveRequest, TraceReport, TraceRequest,
+    TraceResult, UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest, samples,
 };
 
 /// The schema of all types, each below `$defs`.

@@ -98,7 +98,8 @@ impl Fuse {
         keep: &dyn Keep,
         sandbox: &Sandbox,
     ) -> Result<(DetachedMount, Connected, Lasting), AttachError> {
-        let options = Options { root_mode: libc::S_IFDIR | 0o500, allow_other: false, max_read: MAX_READ, is_foreign: false };
+        let options =
+            Options { root_mode: libc::S_IFDIR | 0o500, allow_other: false, max_read: MAX_READ, is_foreign: false };
         self.mount_lasting(tree.clone(), Backend::FuseDevice, options, keep, sandbox)
     }
 

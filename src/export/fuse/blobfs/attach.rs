@@ -106,8 +106,7 @@ impl Fuse {
         let tree = Arc::new(tree.map_err(|cause| AttachError::Io { path: target.to_owned(), cause })?);
         let root_mode = tree.root_mode().map_err(AttachError::Tree)?;
         let options = Options { root_mode, allow_other: true, max_read: MAX_READ, is_foreign: true };
-        let (mount, connected, lasting) =
-            self.mount_lasting(tree.clone(), Backend::Blobfs, options, keep, sandbox)?;
+        let (mount, connected, lasting) = self.mount_lasting(tree.clone(), Backend::Blobfs, options, keep, sandbox)?;
         open_once(&tree, &mount, sandbox);
         let at_target = |cause| AttachError::Target { target: target.to_owned(), cause };
         let finish = || {

@@ -77,12 +77,7 @@ impl fmt::Debug for BlobTree {
 impl BlobTree {
     /// The tree of `host` with the blobs and bootstraps of `images`, in the directory `blob_dir` of its root or else
     /// in the root. A blob that several images have is the first one's.
-    pub(super) fn new(
-        host: Beneath,
-        names: Names,
-        images: &[LiveImage],
-        blob_dir: Option<&str>,
-    ) -> io::Result<Self> {
+    pub(super) fn new(host: Beneath, names: Names, images: &[LiveImage], blob_dir: Option<&str>) -> io::Result<Self> {
         let mut this = Self {
             host,
             names,
@@ -227,7 +222,9 @@ impl BlobTree {
     /// Lists what is ours in the directory `id` from the `from`th name on, then `dots` if the host lists none.
     fn list_own(&self, id: NodeId, from: u64, dots: &[(&'static [u8], NodeId)], visit: &mut Visit<'_>) {
         let mut all: Vec<(&[u8], NodeId, u8)> = Vec::new();
-        if id == ROOT && let Some(name) = &self.blob_dir {
+        if id == ROOT
+            && let Some(name) = &self.blob_dir
+        {
             all.push((name, BLOBS, libc::DT_DIR));
         }
         if self.is_blob_dir(id) {
@@ -416,6 +413,115 @@ impl Tree for BlobTree {
     fn forget(&self, id: NodeId, told: u64) {
         if self.names.forget(id, told) {
             self.files.forget(id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+
+    fn tree(dir: &Path) -> BlobTree {
+        let mut tree =
+            BlobTree::new(Beneath::open(dir).unwrap(), Names::create().unwrap(), &[], Some("blobs")).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        fs::write(dir.join("bootstrap"), "").unwrap();
+        tree.add("ours", Content::Bootstrap(file, 0));
+        tree
+    }
+
+    /// All names of a directory, asked for one by one.
+    fn names(tree: &BlobTree, id: NodeId) -> Vec<String> {
+        let (mut all, mut from) = (Vec::new(), 0);
+        loop {
+            let mut next = None;
+            let visit = &mut |listed: &Listed<'_>, _: Option<&Node>| {
+                if next.is_some() {
+                    return ControlFlow::Break(());
+                }
+                all.push(String::from_utf8(listed.name.to_vec()).unwrap());
+                next = Some(listed.next);
+                ControlFlow::Continue(())
+            };
+            tree.list(id, from, false, visit).unwrap();
+            match next {
+                Some(next) => from = next,
+                None => break,
+            }
+        }
+        all.sort();
+        all
+    }
+
+    #[test]
+    fn our_names_are_there_whether_the_host_has_them_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = tree(dir.path());
+        assert_eq!(names(&tree, ROOT), [".", "..", "blobs", "bootstrap"]);
+        assert_eq!(names(&tree, BLOBS), [".", "..", "ours"]);
+        assert_eq!(tree.find(ROOT, b"blobs").unwrap().unwrap().id, BLOBS);
+        assert_eq!(tree.find(BLOBS, b"theirs"), Ok(None));
+
+        fs::create_dir(dir.path().join("blobs")).unwrap();
+        for name in ["ours", "theirs"] {
+            fs::write(dir.path().join("blobs").join(name), "text").unwrap();
+        }
+
+        assert_eq!(names(&tree, ROOT), [".", "..", "blobs", "bootstrap"]);
+        assert_eq!(names(&tree, BLOBS), [".", "..", "ours", "theirs"]);
+        assert_eq!(tree.find(BLOBS, b"ours").unwrap().unwrap().size, 0);
+        assert_eq!(tree.find(BLOBS, b"theirs").unwrap().unwrap().size, 4);
+    }
+
+    #[test]
+    fn who_has_a_file_open_reads_on_and_all_others_find_the_new_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = tree(dir.path());
+        let put = |text: &str| {
+            fs::write(dir.path().join("new"), text).unwrap();
+            fs::rename(dir.path().join("new"), dir.path().join("file")).unwrap();
+        };
+        put("old");
+        let old = tree.find(ROOT, b"file").unwrap().unwrap().id;
+        assert_eq!(tree.open(old), Ok(false));
+        put("newer");
+
+        let new = tree.find(ROOT, b"file").unwrap().unwrap();
+
+        assert!(new.id != old && new.size == 5);
+        assert_eq!(tree.node(old).map(|node| (node.size, node.nlink)), Ok((3, 0)));
+        tree.close(old);
+        assert_eq!(tree.node(old), Err(TreeError::Gone));
+        assert_eq!(tree.open(old), Err(TreeError::Gone));
+        tree.forget(old, 1);
+        assert_eq!(tree.node(old), Err(TreeError::NoNode));
+    }
+
+    #[test]
+    fn any_number_and_any_place_is_answered() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = tree(dir.path());
+        let known = tree.find(ROOT, b"bootstrap").unwrap().unwrap().id;
+        let ids = [0, ROOT, BLOBS, FIRST, FIRST + 1, super::super::names::FIRST, known, known + 1, u64::MAX];
+        let places = [0, 1, OWN_PLACES, OWN_PLACES + 1, OWN_PLACES + 9, 1 << 63, u64::MAX];
+        for id in ids {
+            let range = ByteRange::at(u64::MAX - 9, 9).unwrap();
+            let _ =
+                (tree.find(id, b"x"), tree.node(id), tree.link(id), tree.xattr(id, b"user.x"), tree.xattrs(id, true));
+            let _ = (tree.open(id), tree.pieces(id, range, &mut |_| {}));
+            for from in places {
+                let mut count = 0;
+                let _ = tree.list(id, from, true, &mut |_, _| {
+                    count += 1;
+                    ControlFlow::Continue(())
+                });
+                assert!(count <= 4, "{id} from {from}");
+            }
+            tree.close(id);
+            tree.forget(id, u64::MAX);
         }
     }
 }
