@@ -13,8 +13,8 @@ use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class};
 use rafsd::blob::{Check, DecodeError, Part, Recipe, Unit, UnitIndex, UnitMap};
 use rafsd::cache::{
-    Device, Engine, Fill, FillError, Prefetch, PrefetchState, Sink, Store, StoreError, StoreOptions, Trace, Want,
-    fill_blocking,
+    Device, Engine, Fill, FillError, ImageKey, Prefetch, PrefetchState, Sink, Store, StoreError, StoreOptions, Trace,
+    Want, fill_blocking,
 };
 use rafsd::codec::{Compressor, blake3};
 use rafsd::source::{BlobSource, BoxFuture, ReadCtx, SourceError};
@@ -498,6 +498,52 @@ fn a_dead_source_does_not_hold_up_another_device() {
 
     assert_eq!(dead.log().len(), 2, "the others wait for the first two");
     assert!(stuck_readers.try_recv().is_err());
+}
+
+#[test]
+fn an_image_has_no_more_reads_under_way_than_it_may_and_holds_up_no_other() {
+    let (bench, blob) = (Bench::new(), Blob::new(40, 64, 1));
+    let engine = bench.engine(StoreOptions { image_fetches: 3, ..apart() });
+    let device = |source: &Arc<Scripted>, image| {
+        let device = Device::with_sink(blob.map(), source.clone(), Box::new(Memory::default()), &[], engine.clone());
+        device.is_used_by(ImageKey(image));
+        // Only the first image that uses it counts.
+        device.is_used_by(ImageKey(7));
+        device
+    };
+    let (busy, other) = (Scripted::new(&blob, |_, _| Act::Hang), Scripted::honest(&blob));
+    let (lower, upper, single) = (device(&busy, 1), device(&busy, 1), device(&other, 2));
+    let below = start(&lower, (0..20).map(|unit| blob.one(unit)), Class::OnDemand);
+    let above = start(&upper, (0..20).map(|unit| blob.one(unit)), Class::OnDemand);
+    eventually("the image has all it may", || busy.log().len() == 3);
+
+    let readers = start(&single, (0..40).map(|unit| blob.one(unit)), Class::OnDemand);
+    (0..40).for_each(|_| next(&readers).unwrap());
+
+    assert_eq!(busy.log().len(), 3, "both of its blobs together");
+    assert!(below.try_recv().is_err() && above.try_recv().is_err());
+}
+
+#[test]
+fn readers_of_an_image_get_its_rate_and_those_of_another_do_not_wait() {
+    let (bench, blob) = (Bench::new(), Blob::new(8, 5000, 0));
+    let stored = blob.stored.len() as u64;
+    let engine = bench.engine(StoreOptions { image_rate: Some(stored), ..apart() });
+    let source = Scripted::honest(&blob);
+    let device = |image| {
+        let device = Device::with_sink(blob.map(), source.clone(), Box::new(Memory::default()), &[], engine.clone());
+        device.is_used_by(ImageKey(image));
+        device
+    };
+    let (slow, other) = (device(1), device(2));
+    let clock = Instant::now();
+    let readers = start(&slow, (0..8).map(|unit| blob.one(unit)), Class::OnDemand);
+
+    next(&start(&other, [blob.one(0)], Class::OnDemand)).unwrap();
+    (0..8).for_each(|_| next(&readers).unwrap());
+
+    // A second's worth, of which a quarter comes at once, and the last read is not waited for.
+    assert!(clock.elapsed() > Duration::from_millis(550), "{:?}", clock.elapsed());
 }
 
 #[test]

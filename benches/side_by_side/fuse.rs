@@ -89,7 +89,7 @@ impl Bench<'_> {
         let (ours_s, theirs_s) = (cpu(&ours)? - before.0, cpu(&theirs)? - before.1);
         let share = Turned::of(vec![ours_s], vec![theirs_s]).ratio();
         report.compare("fuse-tree, processor time of the rows above", (ours_s, theirs_s, "s"), share, Target::None);
-        for (field, name) in [("VmRSS", "memory"), ("VmHWM", "most memory")] {
+        for (field, name) in [("Pss", "memory"), ("VmHWM", "most memory, by each process")] {
             let all = |processes: &[u32]| processes.iter().map(|pid| memory(*pid, field)).sum::<anyhow::Result<f64>>();
             let (ours, theirs) = (all(&ours)?, all(&theirs)?);
             let ratio = Turned::of(vec![ours], vec![theirs]).ratio();

@@ -101,12 +101,14 @@ pub(crate) fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
     Ok((user + system) / per_second as f64)
 }
 
-/// MiB of the memory of a process that `field` of its status tells, as `VmHWM`.
+/// MiB of the memory of a process that `field` of its status tells, as `VmHWM`; `Pss` is what it has in memory now, a page
+/// that several processes share by halves, thirds and so on.
 pub(crate) fn memory(pid: u32, field: &str) -> anyhow::Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let file = format!("/proc/{pid}/{}", if field == "Pss" { "smaps_rollup" } else { "status" });
+    let status = fs::read_to_string(&file)?;
     let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<f64>().ok());
-    Ok(kib.with_context(|| format!("/proc/{pid}/status does not tell {field}"))? / 1024.0)
+    Ok(kib.with_context(|| format!("{file} does not tell {field}"))? / 1024.0)
 }
 
 /// Makes the kernel forget all clean pages, names and inodes, after making them clean.

@@ -62,15 +62,27 @@ impl Image {
             files.extend(corpus.files.into_iter().filter(|(_, len)| *len > 0));
         }
         let out = dir.join("image");
-        let built = build.arg("-o").arg(&out).output()?;
-        if !built.status.success() {
-            bail!("rafsd build: {}", String::from_utf8_lossy(&built.stderr).trim());
-        }
-        let bootstrap = out.join("bootstrap");
-        let parsed = rafsd::image::Image::open(&bootstrap)?;
+        run(build.arg("-o").arg(&out))?;
+        Self::open(&out.join("bootstrap"), &[out.join("blobs")], files.into_iter().collect(), seed)
+    }
+
+    /// The same with a hot blob of what `trace` names, made below `dir`.
+    pub(crate) fn optimized(&self, trace: &Path, dir: &Path) -> anyhow::Result<Self> {
+        let out = dir.join("optimized");
+        let mut optimize = Command::new(env!("CARGO_BIN_EXE_rafsd"));
+        run(optimize.arg("optimize").arg(&self.bootstrap).arg("--paths").arg(trace).arg("-o").arg(&out))?;
+        let before = self.bootstrap.with_file_name("blobs");
+        Self::open(&out.join("bootstrap"), &[out.join("blobs"), before], self.files.clone(), self.seed)
+    }
+
+    /// The image of `bootstrap`, each of whose blobs is in one of `dirs`.
+    fn open(bootstrap: &Path, dirs: &[PathBuf], files: Vec<(PathBuf, u64)>, seed: u64) -> anyhow::Result<Self> {
+        let parsed = rafsd::image::Image::open(bootstrap)?;
         let mut blobs = Vec::new();
         for device in parsed.devices() {
-            let stored = Bytes::from(fs::read(out.join("blobs").join(device.blob.as_str()))?);
+            let mut places = dirs.iter().map(|dir| dir.join(device.blob.as_str()));
+            let place = places.find(|place| place.exists()).with_context(|| format!("no blob {}", device.blob))?;
+            let stored = Bytes::from(fs::read(place)?);
             let tables = BlobTables::new(&device.entry)?;
             let geometry = tables.geometry(slice(&stored, tables.stored()))?;
             blobs.push(Blob { map: tables.with_digests(&geometry, parsed.chunk_records().iter())?, stored });
@@ -80,7 +92,7 @@ impl Image {
             let entry = entry?;
             inodes.insert(PathBuf::from(String::from_utf8_lossy(&entry.path).into_owned()), entry.inode);
         }
-        Ok(Self { files: files.into_iter().collect(), blobs, bootstrap, parsed, inodes, seed })
+        Ok(Self { files, blobs, bootstrap: bootstrap.to_owned(), parsed, inodes, seed })
     }
 
     /// Bytes of all files.
@@ -173,6 +185,14 @@ impl Image {
         content.manifest(REPOSITORY, "latest", nydusform::MANIFEST, manifest.into());
         Ok(Registry::start(content)?)
     }
+}
+
+fn run(command: &mut Command) -> anyhow::Result<()> {
+    let done = command.output()?;
+    if !done.status.success() {
+        bail!("{command:?}: {}", String::from_utf8_lossy(&done.stderr).trim());
+    }
+    Ok(())
 }
 
 /// What the registry at `host` calls the image.

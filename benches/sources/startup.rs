@@ -50,8 +50,10 @@ pub(crate) fn measure(
         ByteSize(image.needed(&pieces)?),
         ByteSize(needed)
     );
+    let optimized = image.optimized(&trace, scratch)?;
+    let optimized_registry = optimized.registry()?;
     for round_trip in [5, 20].map(Duration::from_millis) {
-        let line = Line::to(registry.address, Shape { round_trip, bytes_per_second: BANDWIDTH })?;
+        let shape = Shape { round_trip, bytes_per_second: BANDWIDTH };
         #[expect(clippy::cast_precision_loss, reason = "printed with few digits")]
         let least = needed as f64 / BANDWIDTH + (round_trip * ROUND_TRIPS).as_secs_f64();
         println!(
@@ -59,19 +61,18 @@ pub(crate) fn measure(
             round_trip.as_millis()
         );
         let dir = scratch.join("start");
-        for (name, way, target) in [
-            ("mounted, traced prefetch with the reader", Way::Beside, Some(1.15)),
-            ("mount with traced prefetch, and read", Way::Mounting, None),
-            ("mounted, no prefetch", Way::None, None),
-        ] {
+        for way in [Way::Optimized, Way::Beside, Way::Mounting, Way::None] {
+            let (image, registry) =
+                if way == Way::Optimized { (&optimized, &optimized_registry) } else { (image, registry) };
+            let line = Line::to(registry.address, shape)?;
             let starts = repeat(turns, || start(&line, &dir, &pieces, &trace, way))?;
-            print(name, starts, least, target);
-            let (asked, most) = (registry.take_asked().len().div_ceil(turns), image.blobs.len() + 8);
-            let target =
-                if way == Way::Mounting { verdict(asked <= most, &format!("<= {most}")) } else { String::new() };
-            println!("      {asked} requests, {} of blobs  {target}", ByteSize(registry.take_sent() / turns as u64));
+            let has_target = matches!(way, Way::Optimized | Way::Beside);
+            print(way.name(), starts, least, has_target.then_some(1.15));
+            let most = (way != Way::None).then_some(image.blobs.len() + 8);
+            print_asked(registry, turns, most);
         }
         if let Some(program) = nydusd {
+            let line = Line::to(registry.address, shape)?;
             let starts = repeat(turns, || {
                 let clock = Instant::now();
                 let nydusd = Nydusd::mount(program, &dir, line.address, &image.bootstrap, &pieces)?;
@@ -80,22 +81,41 @@ pub(crate) fn measure(
                 Ok(Start { mount: mounted.as_secs_f64(), read: (clock.elapsed() - mounted).as_secs_f64() })
             })?;
             print("nydusd: mount with its prefetch of the files, and read", starts, least, None);
-            let asked = registry.take_asked().len().div_ceil(turns);
-            println!("      {asked} requests, {} of blobs", ByteSize(registry.take_sent() / turns as u64));
+            print_asked(registry, turns, None);
         }
     }
     Ok(())
 }
 
+/// Requests and bytes of one of `turns`, and whether there were at most so many.
+fn print_asked(registry: &Registry, turns: usize, most: Option<usize>) {
+    let asked = registry.take_asked().len().div_ceil(turns);
+    let target = most.map_or(String::new(), |most| verdict(asked <= most, &format!("<= {most}")));
+    println!("      {asked} requests, {} of blobs  {target}", ByteSize(registry.take_sent() / turns as u64));
+}
+
 /// When what is in the trace is fetched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
+    /// From the mount on, of an image that `rafsd optimize` made by the trace.
+    Optimized,
     /// From when the reader begins.
     Beside,
     /// From the mount on.
     Mounting,
     /// By the reader alone.
     None,
+}
+
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Optimized => "optimized by the trace, mount and read",
+            Self::Beside => "mounted, traced prefetch with the reader",
+            Self::Mounting => "mount with traced prefetch, and read",
+            Self::None => "mounted, no prefetch",
+        }
+    }
 }
 
 /// Reads the set once from a near registry, with `rafsd mount --trace`.
@@ -115,7 +135,12 @@ fn start(line: &Line, dir: &Path, pieces: &[Piece], trace: &Path, way: Way) -> a
     let mnt = daemon.mnt();
     let (image, prefetch) = (reference(line.address), format!("--prefetch={}", trace.display()));
     let mut args = vec![OsStr::new(&image), mnt.as_os_str(), OsStr::new("--backend"), OsStr::new("fanotify")];
-    args.extend((way == Way::Mounting).then_some(OsStr::new(&prefetch)));
+    args.extend(match way {
+        Way::Mounting => Some(OsStr::new(&prefetch)),
+        // What the image itself hints at.
+        Way::Optimized => None,
+        Way::Beside | Way::None => Some(OsStr::new("--prefetch=none")),
+    });
     let clock = Instant::now();
     daemon.ask("mount", args)?;
     let mounted = clock.elapsed();

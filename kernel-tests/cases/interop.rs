@@ -36,11 +36,14 @@ fn images_of_nydus_show_what_their_listing_says(ctx: &Ctx) -> Outcome {
     fs::create_dir(&target)?;
     let at = target.to_str().context("UTF-8")?;
 
-    for name in IMAGES {
+    for name in IMAGES.into_iter().chain(["v6-zran"]) {
         let image = folder.join(name);
         let (bootstrap, blobs) = (bootstrap_of(&image)?, image.join("blobs"));
         let (bootstrap, blobs) = (bootstrap.to_str().context("UTF-8")?, blobs.to_str().context("UTF-8")?);
-        fixture.must(&["mount", bootstrap, at, "--blobs", blobs, "--backend", ctx.backend.name()])?;
+        let layers = layers_of(&image, &ctx.dir.join("layers"))?;
+        let layers = layers.iter().flat_map(|dir| ["--blobs", dir]);
+        let args = ["mount", bootstrap, at, "--blobs", blobs, "--backend", ctx.backend.name()];
+        fixture.must(&args.into_iter().chain(layers).collect::<Vec<_>>())?;
         let got = list(&target).with_context(|| name.to_owned());
         fixture.umount(&target)?;
 
@@ -60,6 +63,18 @@ fn bootstrap_of(image: &Path) -> anyhow::Result<PathBuf> {
     }
     let mut blobs = fs::read_dir(image.join("blobs"))?;
     Ok(blobs.next().context("an image has a blob")??.path())
+}
+
+/// A directory in which the gzip layer that an image is an index into has the name of its digest, made at `dir`.
+fn layers_of(image: &Path, dir: &Path) -> anyhow::Result<Option<String>> {
+    let layer = image.join("layer.tar.gz");
+    if !layer.exists() {
+        return Ok(None);
+    }
+    fs::create_dir(dir)?;
+    let bytes = fs::read(layer)?;
+    fs::write(dir.join(sha256(&bytes).to_string()), bytes)?;
+    Ok(Some(dir.to_str().context("UTF-8")?.to_owned()))
 }
 
 /// Facts about each entry of a tree, by path.

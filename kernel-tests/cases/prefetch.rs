@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -35,6 +36,7 @@ pub(crate) const CASES: &[Case] = &[
         a_list_is_fetched_in_its_order_and_nothing_else_is,
     ),
     case("a_mount_fetches_what_its_image_hints_at", Place::Both, a_mount_fetches_what_its_image_hints_at),
+    case("a_mount_fetches_the_hot_blob_of_its_image", Place::Both, a_mount_fetches_the_hot_blob_of_its_image),
     case("a_prefetch_waits_for_a_source_that_went_away", Place::Both, a_prefetch_waits_for_a_source_that_went_away),
     case(
         "a_trace_says_what_was_read_first_and_is_taken_as_it_is",
@@ -145,6 +147,34 @@ fn a_mount_fetches_what_its_image_hints_at(ctx: &Ctx) -> Outcome {
         }
         fixture.umount(&dir)?;
     }
+    fixture.finish()
+}
+
+/// The list names a part of a file. The prefetch table of the image can only name the file.
+fn a_mount_fetches_the_hot_blob_of_its_image(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 3)?;
+    let (list, out, blobs) = (ctx.dir.join("list"), ctx.dir.join("hot"), ctx.dir.join("image/blobs"));
+    fs::write(&list, "/2:0+1\n")?;
+    let mut optimize = Command::new(&ctx.rafsd);
+    optimize.arg("optimize").arg(fixture.bootstrap()).arg("--paths").arg(&list).arg("-o").arg(&out);
+    let made = optimize.output()?;
+    ensure!(made.status.success(), "optimize: {}", String::from_utf8_lossy(&made.stderr));
+    for blob in fs::read_dir(out.join("blobs"))? {
+        let blob = blob?;
+        fs::copy(blob.path(), blobs.join(blob.file_name()))?;
+    }
+    fs::rename(out.join("bootstrap"), fixture.bootstrap())?;
+
+    let dir = fixture.mount_with("mnt", &[])?;
+
+    let is_complete = |device: &&Value| device["stats"]["complete"] == true;
+    let count = |devices: &Value| devices.as_array().map_or(0, |all| all.iter().filter(is_complete).count());
+    fixture.wait_for_list("the hot blob is complete", |images| count(&images[0]["devices"]) == 1)?;
+    fixture.server.set_fault(Fault::Status { code: 404, retry_after: None });
+    ensure!(read_byte(&dir.join("2"), 0) == Ok(content(2, FILE)[0]), "what was listed");
+    let end = FILE as u64 - 1;
+    ensure!(read_byte(&dir.join("2"), end).is_err(), "the rest of the file is not hot");
+    ensure!(read_byte(&dir.join("0"), 0).is_err(), "nor is another one");
     fixture.finish()
 }
 

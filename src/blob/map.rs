@@ -2,9 +2,10 @@ mod saved;
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use super::{BlobKey, Check, MAX_UNIT, Recipe, Unit, UnitIndex};
+use super::zran::Contexts;
+use super::{BlobKey, Check, Decoder, MAX_UNIT, Recipe, Unit, UnitIndex};
 use crate::base::{BLOCK, BlobId, ByteRange, Digest};
 
 /// Every unit of one blob, ordered by decoded offset.
@@ -22,6 +23,8 @@ pub struct UnitMap {
     decoded_len: u64,
     units: Vec<Unit>,
     key: Option<BlobKey>,
+    /// How the blob is entered, if it is a gzip file that somebody else made.
+    contexts: Option<Arc<Contexts>>,
     layout: Memo,
     is_listed: bool,
 }
@@ -92,7 +95,23 @@ impl UnitMap {
         units: Vec<Unit>,
         key: Option<BlobKey>,
     ) -> Result<Self, UnitMapError> {
-        Self { blob, decoded_len, units, key, is_listed: false, layout: Memo::default() }.checked()
+        Self { blob, decoded_len, units, key, contexts: None, is_listed: false, layout: Memo::default() }.checked()
+    }
+
+    /// The same units of a blob that is entered through `contexts`, if it is a gzip file.
+    #[must_use]
+    pub fn entered(self, contexts: Option<Arc<Contexts>>) -> Self {
+        Self { contexts, layout: Memo::default(), ..self }
+    }
+
+    /// What [`UnitMap::entered`] was told.
+    pub fn contexts(&self) -> Option<&Arc<Contexts>> {
+        self.contexts.as_ref()
+    }
+
+    /// A decoder for units of this blob.
+    pub fn decoder(&self) -> Decoder {
+        self.contexts.as_ref().map_or_else(Decoder::new, |contexts| Decoder::with_windows(Arc::clone(contexts)))
     }
 
     /// A map of `count` units of which only the `known` are listed so far, by their numbers. A number
@@ -113,12 +132,12 @@ impl UnitMap {
             }
         }
         place_vacant(&mut units);
-        Self { blob, decoded_len, units, key: None, is_listed: true, layout: Memo::default() }.checked()
+        Self { blob, decoded_len, units, key: None, contexts: None, is_listed: true, layout: Memo::default() }.checked()
     }
 
     /// Checks every rule and rounds the length up to whole blocks.
     fn checked(self) -> Result<Self, UnitMapError> {
-        let Self { blob, decoded_len, units, key, is_listed, layout } = self;
+        let Self { blob, decoded_len, units, key, contexts, is_listed, layout } = self;
         if units.len() > MAX_UNITS {
             return Err(UnitMapError::TooMany(units.len()));
         }
@@ -156,7 +175,7 @@ impl UnitMap {
         if !in_order {
             check_shared(&units)?;
         }
-        Ok(Self { blob, decoded_len, units, key, is_listed, layout })
+        Ok(Self { blob, decoded_len, units, key, contexts, is_listed, layout })
     }
 
     /// Whether units may be vacant now and known later.
@@ -227,7 +246,11 @@ impl UnitMap {
     /// not share a cache.
     pub fn merge(&self, other: &Self) -> Option<Self> {
         let same_blob = self.blob == other.blob && self.decoded_len == other.decoded_len && self.key == other.key;
-        if !same_blob || self.units.len() != other.units.len() || self.is_listed != other.is_listed {
+        let same_entrances = match (&self.contexts, &other.contexts) {
+            (Some(mine), Some(theirs)) => Arc::ptr_eq(mine, theirs) || mine == theirs,
+            (mine, theirs) => mine.is_none() && theirs.is_none(),
+        };
+        if !same_blob || !same_entrances || self.units.len() != other.units.len() || self.is_listed != other.is_listed {
             return None;
         }
         let mut merged = self.clone();

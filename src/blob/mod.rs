@@ -121,7 +121,7 @@ pub enum Recipe {
     Zstd,
     /// One gzip member.
     Gzip,
-    /// The middle of a gzip file, entered through a [`zran::Context`], which only tools do.
+    /// The middle of a gzip file, entered through a [`zran::Context`].
     GzipWindow,
 }
 

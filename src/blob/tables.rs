@@ -1,5 +1,7 @@
 //! The tables of a blob: from chunk-info bytes and digests to a [`UnitMap`].
 
+use std::sync::Arc;
+
 use zerocopy::FromBytes;
 
 use super::batch::Batches;
@@ -118,7 +120,7 @@ impl BlobTables {
     /// they have no digest or cannot be decoded yet.
     pub fn ensure_servable(&self) -> Result<(), TablesError> {
         match self.entry.kind {
-            BlobKind::Native | BlobKind::Listed => Ok(()),
+            BlobKind::Native | BlobKind::Zran | BlobKind::Listed => Ok(()),
             kind => Err(TablesError::Unsupported { blob: self.entry.blob.clone(), kind: kind.name() }),
         }
     }
@@ -127,21 +129,12 @@ impl BlobTables {
     /// the blob itself carries one (a CRC); [`BlobTables::with_digests`] adds the image's. A blob
     /// without tables has no units yet.
     pub fn geometry(&self, stored: &[u8]) -> Result<UnitMap, TablesError> {
-        let units = match self.entry.kind {
-            BlobKind::Tarfs => self.tar_units(),
-            BlobKind::Listed => Vec::new(),
-            _ => self.chunk_units(&self.open(stored)?)?,
-        };
-        self.map(units)
-    }
-
-    /// The contexts and dictionaries of a blob of [`BlobKind::Zran`], from the bytes of
-    /// [`BlobTables::stored`]; `None` for any other kind.
-    pub fn zran(&self, stored: &[u8]) -> Result<Option<zran::Contexts>, TablesError> {
-        if self.entry.kind != BlobKind::Zran {
-            return Ok(None);
+        match self.entry.kind {
+            BlobKind::Tarfs => self.map(self.tar_units()),
+            BlobKind::Listed => self.map(Vec::new()),
+            _ if self.entry.has(features::ZRAN) => self.gzip_map(&self.open(stored)?),
+            _ => self.map(self.chunk_units(&self.open(stored)?)?),
         }
-        self.contexts(&self.open(stored)?).map(Some)
     }
 
     /// Adds to `map` the digests that the image's chunk table names for this blob. Rows of other
@@ -182,7 +175,7 @@ impl BlobTables {
                 unit.check = check;
             }
         }
-        self.map(units)
+        Ok(self.map(units)?.entered(map.contexts().cloned()))
     }
 
     fn map(&self, units: Vec<Unit>) -> Result<UnitMap, TablesError> {
@@ -307,12 +300,16 @@ impl BlobTables {
             return self.rows::<ChunkInfoV1>(entries)?.iter().map(|row| self.short_unit(row)).collect();
         }
         let rows = self.rows::<ChunkInfoV2>(entries)?.iter();
-        if entry.has(features::ZRAN) {
-            let contexts = self.contexts(plain)?;
-            return rows.map(|row| self.zran_unit(row, &contexts)).collect();
-        }
         let mut batches = Batches::new(self.rows::<BatchContext>(&plain.bytes[plain.entries..plain.contexts])?);
         rows.map(|row| self.long_unit(row, &mut batches)).collect()
+    }
+
+    /// Of a blob that is an index into a gzip file.
+    fn gzip_map(&self, plain: &Plain) -> Result<UnitMap, TablesError> {
+        let contexts = self.contexts(plain)?;
+        let rows = self.rows::<ChunkInfoV2>(&plain.bytes[..plain.entries])?;
+        let units = rows.iter().map(|row| self.zran_unit(row, &contexts)).collect::<Result<_, _>>()?;
+        Ok(self.map(units)?.entered(Some(Arc::new(contexts))))
     }
 
     fn short_unit(&self, row: &ChunkInfoV1) -> Result<Unit, TablesError> {

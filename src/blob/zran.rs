@@ -7,6 +7,9 @@
 //! file ends on the way, its 8 bytes of trailer and the header of the next are skipped and raw
 //! inflate goes on. The tables are parsed and checked here; [`Decoder`](super::Decoder) decompresses.
 
+use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
 use super::{MAX_UNIT, Part};
 use crate::base::ByteRange;
 use crate::format::blobfile::{ChunkInfoV2, ZranContext};
@@ -53,6 +56,36 @@ impl Contexts {
         let mut by_place: Vec<u32> = (0..count).collect();
         by_place.sort_by_key(|&number| contexts[number as usize].place());
         Ok(Self { contexts, by_place, dictionaries: dictionaries.to_vec() })
+    }
+
+    /// Appends them to `out` as [`Contexts::saved`] understands them: how many there are, a row for each, and the
+    /// dictionaries.
+    pub(super) fn save(&self, out: &mut Vec<u8>) {
+        let count = u32::try_from(self.contexts.len()).expect("checked when they were made");
+        out.extend_from_slice(U32::new(count).as_bytes());
+        let narrow = |len: u64| u32::try_from(len).expect("a row had 32 bits for it");
+        for context in &self.contexts {
+            let (from, to) = context.dictionary;
+            let mut row = ZranContext::new_zeroed();
+            row.in_offset = context.stored.start().into();
+            row.in_len = narrow(context.stored.len()).into();
+            row.out_len = context.out_len.into();
+            row.dict_offset = (from as u64).into();
+            row.dict_size = narrow((to - from) as u64).into();
+            (row.ctx_byte, row.ctx_bits) = (context.byte, context.bits);
+            out.extend_from_slice(row.as_bytes());
+        }
+        out.extend_from_slice(&self.dictionaries);
+    }
+
+    /// Reads what [`Contexts::save`] wrote.
+    pub(super) fn saved(bytes: &[u8]) -> Result<Self, &'static str> {
+        let cut = |_| "too short for its contexts";
+        let (count, rest) = U32::read_from_prefix(bytes).map_err(|_| "too short for its contexts")?;
+        let (rows, dictionaries) =
+            <[ZranContext]>::ref_from_prefix_with_elems(rest, count.get() as usize).map_err(cut)?;
+        // Where the gzip file ends was compared when the tables came.
+        Self::new(rows, dictionaries, u64::MAX)
     }
 
     /// The context that turns the bytes at `stored` into `out_len` plain bytes. Of several, which only
@@ -114,7 +147,6 @@ fn check(row: &ZranContext, dictionaries: usize, data_end: u64) -> Result<Contex
 #[cfg(test)]
 mod tests {
     use super::*;
-    use zerocopy::FromZeros;
 
     fn row() -> ZranContext {
         let mut row = ZranContext::new_zeroed();
@@ -151,6 +183,18 @@ mod tests {
         let area: Vec<u8> = (0..32).collect();
         let contexts = Contexts::new(&[row()], &area, 150).unwrap();
         assert_eq!(contexts.dictionary(&contexts.all()[0]), &area[8..]);
+    }
+
+    #[test]
+    fn contexts_are_saved_whole() {
+        let contexts = Contexts::new(&[row(), row()], &[7; 32], 150).unwrap();
+        let mut bytes = Vec::new();
+        contexts.save(&mut bytes);
+
+        assert_eq!(Contexts::saved(&bytes), Ok(contexts));
+        for len in 0..84 {
+            assert!(Contexts::saved(&bytes[..len]).is_err(), "{len} bytes");
+        }
     }
 
     #[test]

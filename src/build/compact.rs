@@ -106,7 +106,7 @@ pub fn compact(spec: &CompactSpec<'_>, progress: &dyn Progress) -> Result<Compac
     if !bins.is_empty() {
         let blobs_dir = make_blobs_dir(spec.out_dir)?;
         for ((form, _), chunks) in bins.iter().zip(&live) {
-            rewrite.copy(chunks, *form, &blobs_dir, progress)?;
+            rewrite.copy(chunks, *form, 0, &blobs_dir, progress)?;
         }
     }
     let encoded_chunks = rewrite.encoded_chunks;

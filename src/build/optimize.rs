@@ -9,6 +9,7 @@ use super::error::BuildError;
 use super::rewrite::{Existing, Form, Rewrite, make_blobs_dir};
 use super::tree::{Kind, NodeId, Tree};
 use super::{BlobReport, Progress, merge, stockblobs};
+use crate::format::blobfile::features;
 
 /// What to put into the hot blob.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,7 +94,7 @@ pub fn optimize(spec: &OptimizeSpec<'_>, progress: &dyn Progress) -> Result<Opti
     progress.total(0, chosen.iter().map(|&chunk| u64::from(rewrite.stock.chunks[chunk as usize].plain_len)).sum());
     let blobs_dir = make_blobs_dir(spec.out_dir)?;
     let before = rewrite.stock.blobs.rows().to_vec();
-    rewrite.copy(&chosen, form, &blobs_dir, progress)?;
+    rewrite.copy(&chosen, form, features::IS_SEPARATED_WITH_PREFETCH_FILES, &blobs_dir, progress)?;
 
     let usage = rewrite.usage();
     let others = before.iter().zip(&usage).map(|(entry, usage)| StillNeeded {

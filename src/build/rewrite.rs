@@ -188,11 +188,13 @@ impl<'a> Rewrite<'a> {
     }
 
     /// Copies `wanted`, positions of chunks of the image, into one new blob in this order, and
-    /// leads every file that uses them there. Chunks of the same digest become one.
+    /// leads every file that uses them there. Chunks of the same digest become one. The blob's row of the
+    /// table gets the features `marks` beside those that say how it is stored.
     pub(super) fn copy(
         &mut self,
         wanted: &[u32],
         form: Form,
+        marks: u32,
         blobs_dir: &Path,
         progress: &dyn Progress,
     ) -> Result<(), BuildError> {
@@ -203,7 +205,8 @@ impl<'a> Rewrite<'a> {
         self.encoded_chunks += encoded;
         let entry = blob.entry.expect("a blob with chunks has a row");
         let first = u32::try_from(self.stock.chunks.len()).expect("checked as they came");
-        self.stock.add_blob(&entry, &blob.chunks)?;
+        let row = self.stock.add_blob(&entry, &blob.chunks)?;
+        self.stock.blobs.rows_mut()[usize::from(row)].features |= marks;
         for (&position, copy) in wanted.iter().zip(copy_of) {
             self.chunk_of_cut[position as usize] = first + copy;
         }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::chunk::Chunk;
 use super::tree::{Kind, Tree};
 use crate::base::BlobId;
+use crate::format::blobfile::features;
 use crate::format::rafs::BlobEntry;
 
 /// Two images tell different things about one blob.
@@ -44,6 +45,8 @@ impl BlobRows {
         if let Some(&row) = self.by_id.get(&entry.id) {
             let before = &mut self.rows[usize::from(row)];
             compare(&entry, before)?;
+            // What is hot for one image is hot for all that are made of it.
+            before.features |= entry.features.get() & features::IS_SEPARATED_WITH_PREFETCH_FILES;
             // Only some images know of a table of contents; all zeros means "not told".
             if before.toc_size.get() == 0 {
                 (before.toc_size, before.toc_digest) = (entry.toc_size, entry.toc_digest);
@@ -102,7 +105,7 @@ fn compare(new: &BlobEntry, old: &BlobEntry) -> Result<(), Contradiction> {
             ("chunk count", entry.chunk_count.get().into()),
             ("compression", entry.compression.get().into()),
             ("digest algorithm", entry.digest.get().into()),
-            ("features", entry.features.get().into()),
+            ("features", (entry.features.get() & !features::IS_SEPARATED_WITH_PREFETCH_FILES).into()),
             ("stored size", entry.compressed_size.get()),
             ("decoded size", entry.uncompressed_size.get()),
             ("compression of the chunk-info array", entry.ci_compression.get().into()),

@@ -4,8 +4,9 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
+use super::allowances::ImageKey;
 use super::background::Background;
 use super::engine::Engine;
 use super::guides::Guides;
@@ -44,6 +45,8 @@ pub(super) struct Core {
     pub(super) background: Background,
     /// What lists say will be read soon.
     pub(super) guides: Guides,
+    /// Whose limits its readers are under: those of the first image that uses it.
+    pub(super) image: OnceLock<ImageKey>,
     /// Whether anybody is in `traces`: asked for every read.
     pub(super) is_traced: AtomicBool,
     /// Who wants to know what is read, and which of its devices this is.

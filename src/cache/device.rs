@@ -2,10 +2,11 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use super::allowances::ImageKey;
 use super::background::Background;
 use super::core::{Completeness, Core};
 use super::engine::Engine;
@@ -92,6 +93,7 @@ impl Device {
             completeness: Completeness::default(),
             background: Background::default(),
             guides: Guides::default(),
+            image: OnceLock::new(),
             is_traced: AtomicBool::new(false),
             traces: Mutex::default(),
             closed: AtomicBool::new(false),
@@ -217,6 +219,11 @@ impl Device {
     /// not ask.
     pub fn is_settled(&self) -> bool {
         self.is_complete_durable() && !self.core.is_traced()
+    }
+
+    /// Puts its readers under the limits of `image`, unless it is under those of another one already.
+    pub fn is_used_by(&self, image: ImageKey) {
+        let _ = self.core.image.set(image);
     }
 
     /// Tells `trace` of all reads from now on, as those of its device `number`.

@@ -40,7 +40,11 @@ pub struct StoreOptions {
     pub fetches: usize,
     /// Ranged reads of prefetch that run at once, and as many ahead of readers. Default 4.
     pub prefetch_fetches: usize,
-    /// How long a reader may wait, queues included. Default 60 s.
+    /// Ranged reads for waiting readers of one image that run at once; 0, the default, for no limit of its own. A blob
+    /// that several images share counts for the one that came first.
+    pub image_fetches: usize,
+    /// Stored bytes per second for waiting readers of one image; `None`, the default, for as many as come.
+    pub image_rate: Option<u64>,
     /// Longest read of a prefetch that wants most of a blob. Its units are decoded as they arrive, and
     /// it gives way to readers. Default 16 MiB.
     pub stream: u64,
@@ -49,6 +53,7 @@ pub struct StoreOptions {
     pub prefetch_rate: Option<u64>,
     /// How long no reader must have waited before prefetch goes on. Default 20 ms.
     pub prefetch_calm: Duration,
+    /// How long a reader may wait, queues included. Default 60 s.
     pub deadline: Duration,
     /// How long one prefetch read may take once it runs. Default 120 s.
     pub prefetch_deadline: Duration,
@@ -87,6 +92,8 @@ impl Default for StoreOptions {
             gap: 64 << 10,
             fetches: 16,
             prefetch_fetches: 4,
+            image_fetches: 0,
+            image_rate: None,
             deadline: Duration::from_secs(60),
             stream: 16 * MIB,
             prefetch_rate: None,

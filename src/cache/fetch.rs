@@ -45,6 +45,17 @@ enum Turn {
     Later(Instant),
 }
 
+impl Queues {
+    /// Has somebody look again at `later`, unless somebody will anyhow.
+    fn wake_at(&mut self, later: Instant, now: Instant) -> Option<Turn> {
+        let known = self.wake.is_some_and(|wake| wake > now && wake <= later);
+        (!known).then(|| {
+            self.wake = Some(later);
+            Turn::Later(later)
+        })
+    }
+}
+
 impl Fetcher {
     pub(super) fn new(
         options: Arc<StoreOptions>,
@@ -145,7 +156,10 @@ impl Fetcher {
         if let Some(device) = late {
             return state.on_demand.take(device).map(Turn::Expired);
         }
-        let Some((class, device, bytes)) = state.choose(&self.options) else { return self.next_bulk(state) };
+        let (now, mut later) = (Instant::now(), None);
+        let Some((class, device, bytes)) = state.choose(&self.options, now, &mut later) else {
+            return self.next_bulk(state).or_else(|| state.wake_at(later?, now));
+        };
         if !state.budget.try_take(class, bytes) {
             return None;
         }
@@ -173,11 +187,7 @@ impl Fetcher {
             None => state.admission.admit(bytes, list, now).inspect_err(|_| state.budget.give_back(bytes)),
         };
         if let Err(later) = admitted {
-            let known = state.wake.is_some_and(|wake| wake > now && wake <= later);
-            return (!known).then(|| {
-                state.wake = Some(later);
-                Turn::Later(later)
-            });
+            return state.wake_at(later, now);
         }
         let window = state.bulk.remove(at)?;
         Some(self.begin(state, window, Class::Prefetch))
@@ -186,11 +196,16 @@ impl Fetcher {
     /// Gives a window a slot; its memory has been taken.
     fn begin(self: &Arc<Self>, state: &mut Queues, window: Window, class: Class) -> Turn {
         let signal = Arc::<Signal>::default();
+        let image = window.core.image.get().copied();
+        if let (Some(image), Class::OnDemand) = (image, class) {
+            state.allowances.charge(image, window.stored.len(), Instant::now());
+        }
         let ticket = state.next_ticket;
         state.next_ticket += 1;
         state.running.push(Running {
             ticket,
             device: window.core.id,
+            image,
             units: window.span(),
             class,
             bulk: window.bulk,

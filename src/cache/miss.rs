@@ -263,7 +263,7 @@ impl Core {
         stored: &[u8],
         scratch: &mut Scratch,
     ) {
-        let mut decoder = Decoder::new();
+        let mut decoder = self.first.decoder();
         let damaged: Vec<Led> =
             group.into_iter().filter_map(|led| self.land_one(led, stored, &mut decoder, scratch)).collect();
         if !damaged.is_empty() {

@@ -16,6 +16,7 @@
 //! so that `copy` spares fetching them.
 
 mod admission;
+mod allowances;
 mod background;
 mod bits;
 mod bootstraps;
@@ -61,6 +62,7 @@ mod verify;
 mod victims;
 mod window;
 
+pub use allowances::ImageKey;
 pub use bootstraps::{BootstrapStamp, Bootstraps, KeptBootstrap};
 pub use device::Device;
 pub use disk::{Disk, DiskFile, FileFacts, FileSink, HostDisk};

@@ -11,6 +11,7 @@ use std::time::Instant;
 use tokio::sync::Notify;
 
 use super::admission::{Admission, STUCK};
+use super::allowances::{Allowances, ImageKey, Wait};
 use super::budget::Budget;
 use super::engine::StoreOptions;
 use super::guides::ListId;
@@ -27,6 +28,7 @@ pub(super) struct Queues {
     pub(super) running: Vec<Running>,
     pub(super) budget: Budget,
     pub(super) admission: Admission,
+    pub(super) allowances: Allowances,
     /// When somebody will look again whether bulk may begin.
     pub(super) wake: Option<Instant>,
     pub(super) next_ticket: u64,
@@ -39,6 +41,7 @@ pub(super) struct Queues {
 pub(super) struct Running {
     pub(super) ticket: u64,
     pub(super) device: u64,
+    pub(super) image: Option<ImageKey>,
     pub(super) units: RangeInclusive<UnitIndex>,
     pub(super) class: Class,
     pub(super) bulk: bool,
@@ -82,6 +85,7 @@ impl Queues {
             running: Vec::new(),
             budget: Budget::new(options.memory, options.memory_reserve),
             admission: Admission::new(options.prefetch_calm, options.prefetch_rate),
+            allowances: Allowances::new(options),
             wake: None,
             next_ticket: 0,
             pumping: false,
@@ -194,8 +198,14 @@ impl Queues {
         removed
     }
 
-    /// Whose turn it is, if there is a slot for it, and how many bytes it wants.
-    pub(super) fn choose(&self, options: &StoreOptions) -> Option<(Class, u64, u64)> {
+    /// Whose turn it is, if there is a slot for it, and how many bytes it wants; `later` becomes the moment from which
+    /// somebody may go who was passed over, unless it is before.
+    pub(super) fn choose(
+        &self,
+        options: &StoreOptions,
+        now: Instant,
+        later: &mut Option<Instant>,
+    ) -> Option<(Class, u64, u64)> {
         let held = |class| self.running.iter().filter(move |running| running.class == class && !running.bulk);
         let free = |class| held(class).count() < options.fetches(class);
         if !self.on_demand.is_empty() {
@@ -203,8 +213,9 @@ impl Queues {
                 return None;
             }
             let most = options.fetches_per_device();
-            let may = |device| held(Class::OnDemand).filter(|running| running.device == device).count() < most;
-            if let Some((device, window)) = self.on_demand.find(|device, _| may(device)) {
+            let of = |device| held(Class::OnDemand).filter(move |running| running.device == device).count();
+            let mut may = |device, window: &Window| of(device) < most && self.may_image(window, now, later);
+            if let Some((device, window)) = self.on_demand.find(|device, window| may(device, window)) {
                 return Some((Class::OnDemand, device, window.stored.len()));
             }
         }
@@ -212,6 +223,22 @@ impl Queues {
         let device = window.core.id;
         // Readers who wait for one of their own device's slots still go before its prefetch.
         (!self.on_demand.has(device)).then_some((Class::Prefetch, device, window.stored.len()))
+    }
+}
+
+impl Queues {
+    /// Whether the limits of its image let a read for readers begin; as for `later`, see [`Queues::choose`].
+    fn may_image(&self, window: &Window, now: Instant, later: &mut Option<Instant>) -> bool {
+        let Some(&image) = window.core.image.get() else { return true };
+        let same = |running: &&Running| running.class == Class::OnDemand && running.image == Some(image);
+        match self.allowances.may(image, || self.running.iter().filter(same).count(), now) {
+            Ok(()) => true,
+            Err(Wait::ForItself) => false,
+            Err(Wait::Until(at)) => {
+                *later = Some(later.map_or(at, |later| later.min(at)));
+                false
+            }
+        }
     }
 }
 

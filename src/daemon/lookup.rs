@@ -110,7 +110,7 @@ impl Daemon {
             Found::File(path) => return self.prepare_from(&Wanted::File(path), &source),
             Found::Image(resolved) => resolved,
         };
-        let image = remote::servable(resolved)?;
+        let image = resolved.image()?;
         let digest = image.bootstrap.sha256().map_err(|cause| OciError::Document {
             repository: resolved.reference.repository().to_string(),
             what: "the manifest".to_owned(),

@@ -42,7 +42,13 @@ pub(super) fn plan(image: &Image, order: &PrefetchOrder) -> Plan {
 }
 
 impl Plan {
+    /// What the image itself wants first: its hot blobs, which have just that, or else the files of its prefetch table.
     fn add_hints(&mut self, image: &Image) {
+        let hot = image.devices().iter().enumerate().filter(|(_, device)| device.is_hot());
+        self.wants.extend(hot.filter_map(|(device, hot)| Some(Want { device, decoded: ByteRange::new(0, hot.len)? })));
+        if !self.wants.is_empty() {
+            return;
+        }
         for nid in image.prefetch() {
             let added = self.add_tree(image, nid);
             self.note(added, || format!("inode {nid} of the prefetch table"));

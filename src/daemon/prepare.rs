@@ -9,7 +9,7 @@ use super::DaemonError;
 use super::known::{Known, KnownImages, Origin};
 use crate::base::{BLOCK, BlobId, Digest};
 use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
-use crate::cache::{Bootstraps, KeptBootstrap};
+use crate::cache::{Bootstraps, ImageKey, KeptBootstrap};
 use crate::export::{Backing, LiveImage};
 use crate::image::{Device, Image};
 use crate::reader::bootstrap::{Found, layer_key};
@@ -114,6 +114,12 @@ impl Prepared {
     pub(super) fn again(kept: KeptBootstrap, image: Arc<Image>, source: Arc<dyn BlobSource>) -> Self {
         let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
         Self { image, key, bootstrap, maps: Vec::new(), source, origin: None, named: None, kept }
+    }
+
+    /// Under whose limits its readers are.
+    pub(super) fn limits_key(&self) -> ImageKey {
+        let (first, _) = self.key.0.split_first_chunk().expect("a digest has more bytes");
+        ImageKey(u64::from_le_bytes(*first))
     }
 
     /// What is worth knowing when the same image is mounted again. `maps` are its own, shared with whoever

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use super::api::{DocumentReport, LayerReport, ResolveReport, ResolveRequest};
 use super::lookup::reference_of;
-use super::remote::servable;
 use super::{Daemon, DaemonError};
 use crate::oci::document::{Parsed, annotation};
 use crate::oci::{How, Layout, Link, Resolved, Role, Shape};
@@ -22,7 +21,7 @@ impl Daemon {
         let platform = spec.wanted_platform()?;
         let resolved = self.resolve_now(spec, &reference, platform.as_ref())?;
         let backend = self.backends.choose(request.backend);
-        let problem = match (servable(&resolved), &backend) {
+        let problem = match (resolved.image(), &backend) {
             (Ok(image), Ok(_)) if image.layout == Layout::External && spec.blobs.is_empty() => {
                 Some("the registry has only its bootstrap; unless no file of it has data, say where its blobs are with --blobs".to_owned())
             }

@@ -17,7 +17,7 @@ use crate::base::Digest;
 use crate::blob::BlobTables;
 use crate::image::Image;
 use crate::oci::bootstrap::{LayerError, MAX_LAYER, unpack};
-use crate::oci::{self, Endpoints, Layout, OciError, Registry, Resolved};
+use crate::oci::{self, Endpoints, OciError, Registry, Resolved};
 use crate::source::{Network, OpenError};
 
 /// How long finding out what a reference means may take.
@@ -74,16 +74,6 @@ pub fn bootstrap(
     runtime.block_on(registry.blob(layer, "the bootstrap layer", &mut take))?;
     scratch.seek(SeekFrom::Start(0)).map_err(|cause| unusable(LayerError::Scratch(cause)))?;
     unpack(scratch).map_err(unusable)
-}
-
-/// The image, if its manifest has nothing that this version cannot serve.
-pub(super) fn servable(resolved: &Resolved) -> Result<&oci::Image, OciError> {
-    let image = resolved.image()?;
-    if image.layout == Layout::Zran {
-        let why = "its data is in gzip layers of an ordinary image, which this version cannot serve".to_owned();
-        return Err(OciError::Unsupported { reference: resolved.reference.clone(), why });
-    }
-    Ok(image)
 }
 
 /// Every blob that `image` leads to is one that its manifest names.

@@ -12,7 +12,7 @@ use super::prepare::Prepared;
 use super::records::{CacheName, DeviceFile, Record, RecordId};
 use crate::base::ByteRange;
 use crate::blob::UnitMap;
-use crate::cache::{Device, Engine, Fill};
+use crate::cache::{Device, Engine, Fill, ImageKey};
 use crate::export::cachefiles::{ObjectSpec, Registration};
 use crate::export::{BackendKind, WatchId, fanotify, fuse};
 use crate::sys::files::inode_id;
@@ -212,11 +212,12 @@ impl ImageReport {
 
 /// An object of the kernel's cache of `size` bytes.
 ///
-/// Once the kernel reads it, `wants` are fetched, in order, and then all of it if it is `eager`.
+/// Its readers are under the limits of `image`, if it is given. Once the kernel reads it, `wants` are fetched, in order, and then all of it if it is `eager`.
 pub(super) fn blob_object(
     object: Arc<Object>,
     size: u64,
     engine: &Arc<Engine>,
+    image: Option<ImageKey>,
     wants: Vec<ByteRange>,
     eager: bool,
 ) -> ObjectSpec {
@@ -226,6 +227,7 @@ pub(super) fn blob_object(
         open: Box::new(move |sink, present| {
             let (map, source) = object.known();
             let device = Device::with_sink(map, source, sink, present, engine.clone());
+            image.into_iter().for_each(|image| device.is_used_by(image));
             object.opened(&device);
             if eager || !wants.is_empty() {
                 device.fetch_in_background(&wants, eager);

@@ -71,6 +71,7 @@ impl Daemon {
         // One copy of each map, whatever the number of images that share it.
         let own = std::mem::replace(&mut prepared.maps, devices.iter().map(|device| device.map()).collect());
         self.remember(prepared, own);
+        devices.iter().for_each(|device| device.is_used_by(prepared.limits_key()));
         Ok(devices)
     }
 
@@ -88,6 +89,7 @@ impl Daemon {
         if devices.len() != image.image.devices().len() {
             return Err(DaemonError::Record { what: "it names other devices than the image has".to_owned() });
         }
+        devices.iter().for_each(|device| device.is_used_by(image.limits_key()));
         image.maps = devices.iter().map(|device| device.map()).collect();
         let mut served = Served::stored(record.backend, Arc::new(image), &devices, record.why.clone());
         served.straight.clone_from(&record.straight);

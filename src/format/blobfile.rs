@@ -20,12 +20,14 @@ pub mod features {
     pub const BATCH: u32 = 0x80;
     pub const ENCRYPTED: u32 = 0x100;
     pub const IS_CHUNKDICT_GENERATED: u32 = 0x200;
+    /// A hot blob: all of it is wanted first, in its order.
+    pub const IS_SEPARATED_WITH_PREFETCH_FILES: u32 = 0x400;
     pub const EXTERNAL: u32 = 0x800;
     pub const HAS_TAR_HEADER: u32 = 0x1000_0000;
     pub const HAS_TOC: u32 = 0x2000_0000;
     pub const CAP_TAR_TOC: u32 = 0x4000_0000;
     /// Bits with the names that the reference tools give them.
-    pub const NAMES: [(u32, &str); 14] = [
+    pub const NAMES: [(u32, &str); 15] = [
         (ALIGNED, "aligned"),
         (INLINED_FS_META, "inlined-fs-meta"),
         (CHUNK_INFO_V2, "chunk-info-v2"),
@@ -36,6 +38,7 @@ pub mod features {
         (BATCH, "batch"),
         (ENCRYPTED, "encrypted"),
         (IS_CHUNKDICT_GENERATED, "chunkdict-generated"),
+        (IS_SEPARATED_WITH_PREFETCH_FILES, "separated-with-prefetch-files"),
         (EXTERNAL, "external"),
         (HAS_TAR_HEADER, "has-tar-header"),
         (HAS_TOC, "has-toc"),

@@ -38,6 +38,7 @@ use std::path::Path;
 use zerocopy::little_endian::U32;
 
 use crate::base::BlobId;
+use crate::format::blobfile::features;
 use crate::format::rafs::{BlobEntry, ChunkRecord};
 use crate::sys::mmap::ReadMap;
 
@@ -62,6 +63,13 @@ pub struct Device {
     pub len: u64,
     /// The blob's row of the blob table.
     pub entry: BlobEntry,
+}
+
+impl Device {
+    /// Whether its blob was made of what is needed first, in the order in which it is needed (`blob.md` section 5).
+    pub fn is_hot(&self) -> bool {
+        self.entry.features.get() & features::IS_SEPARATED_WITH_PREFETCH_FILES != 0
+    }
 }
 
 impl Image {

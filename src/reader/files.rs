@@ -12,7 +12,6 @@ use super::tarfile::{self, TarFileError};
 use super::units::{ReadError, UnitReader, UnitRef};
 use super::{LoadError, MapError};
 use crate::base::ByteRange;
-use crate::blob::zran::Contexts;
 use crate::blob::{BlobKind, UnitIndex, UnitMap};
 use crate::image::{Extent, Image, Inode, Kind, Walk};
 use crate::source::BlobSource;
@@ -21,8 +20,6 @@ use crate::source::BlobSource;
 pub struct Files {
     image: Image,
     maps: Vec<UnitMap>,
-    /// For each device, how it is entered.
-    windows: Vec<Option<Arc<Contexts>>>,
     source: Arc<dyn BlobSource>,
     runtime: Handle,
 }
@@ -65,16 +62,15 @@ impl Files {
     /// Fetches the tables of an image's blobs from `source`. Plain tar layers have none, and are read as a whole instead: nothing
     /// else tells whether their units are right. Blocks; runs all its reads on `runtime` and must not be called from a thread of it.
     pub fn of(image: Image, source: Arc<dyn BlobSource>, runtime: Handle) -> Result<Self, OpenError> {
-        let (mut maps, mut windows) = (Vec::new(), Vec::new());
+        let mut maps = Vec::new();
         for device in image.devices() {
             let mut mapped = super::maps::map(device, &image, source.as_ref(), &runtime)?;
             if mapped.kind == BlobKind::Tarfs {
                 mapped.map = tarfile::digested(&mapped.map, source.as_ref(), &runtime, &|_| ())?;
             }
             maps.push(mapped.map);
-            windows.push(mapped.windows);
         }
-        Ok(Self { image, maps, windows, source, runtime })
+        Ok(Self { image, maps, source, runtime })
     }
 
     /// The image.
@@ -101,7 +97,7 @@ impl Files {
 
     /// A reader for whole units, which it fetches ahead in the order of `coming`.
     pub fn units<'a>(&'a self, coming: Box<dyn Iterator<Item = UnitRef> + 'a>) -> UnitReader<'a> {
-        UnitReader::new((&self.maps, &self.windows), Arc::clone(&self.source), self.runtime.clone(), coming)
+        UnitReader::new(&self.maps, Arc::clone(&self.source), self.runtime.clone(), coming)
     }
 
     /// Writes the content of one regular file to `out`. For many files, [`Files::reader`] asks

@@ -1,11 +1,9 @@
 //! From a row of the blob table to a unit map: the blob's own tables and the image's digests.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::base::{BlobId, Class};
-use crate::blob::zran::Contexts;
-use crate::blob::{BlobKind, BlobTables, Decoder, TablesError, UnitMap};
+use crate::blob::{BlobKind, BlobTables, TablesError, UnitMap};
 use crate::image::{Device, Image};
 use crate::source::{BlobSource, ReadCtx, SourceError};
 
@@ -32,8 +30,6 @@ pub enum MapError {
 pub struct Mapped {
     /// Where the units are, and what they must be.
     pub map: UnitMap,
-    /// How the blob is entered, if it is a gzip file that somebody else made.
-    pub windows: Option<Arc<Contexts>>,
     pub kind: BlobKind,
 }
 
@@ -42,13 +38,8 @@ impl Mapped {
     pub fn new(tables: &BlobTables, stored: &[u8], image: &Image) -> Result<Self, TablesError> {
         let map = tables.geometry(stored)?;
         let map = tables.with_digests(&map, image.chunk_records().iter())?;
-        Ok(Self { map, windows: tables.zran(stored)?.map(Arc::new), kind: tables.kind() })
+        Ok(Self { map, kind: tables.kind() })
     }
-}
-
-/// A decoder for a blob that is entered through `windows`, if it is one of that kind.
-pub fn decoder(windows: Option<&Arc<Contexts>>) -> Decoder {
-    windows.map_or_else(Decoder::new, |windows| Decoder::with_windows(Arc::clone(windows)))
 }
 
 /// The unit map of one device of `image`: fetches the blob's tables, which takes up to 30 seconds,

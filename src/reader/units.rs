@@ -10,9 +10,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use super::lot::{Fetcher, Lot};
-use super::maps;
 use crate::base::{BlobId, ByteRange};
-use crate::blob::zran::Contexts;
 use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};
 use crate::image::ImageError;
 use crate::source::{BlobSource, SourceError};
@@ -61,7 +59,6 @@ pub enum ReadError {
 /// on a thread of the runtime it fetches on.
 pub struct UnitReader<'a> {
     maps: &'a [UnitMap],
-    windows: &'a [Option<Arc<Contexts>>],
     fetcher: Fetcher,
     coming: Peekable<Box<dyn Iterator<Item = UnitRef> + 'a>>,
     current: Lot,
@@ -82,11 +79,10 @@ impl std::fmt::Debug for UnitReader<'_> {
 }
 
 impl<'a> UnitReader<'a> {
-    /// A reader of the devices that `maps` are the maps of, and that are entered through `windows`
-    /// where they are gzip files: one of each for every device. `coming` says what will be asked for,
-    /// in that order; whatever else is asked for costs a read of its own.
+    /// A reader of the devices that `maps` are the maps of. `coming` says what will be asked for, in that order;
+    /// whatever else is asked for costs a read of its own.
     pub fn new(
-        (maps, windows): (&'a [UnitMap], &'a [Option<Arc<Contexts>>]),
+        maps: &'a [UnitMap],
         source: Arc<dyn BlobSource>,
         runtime: Handle,
         coming: Box<dyn Iterator<Item = UnitRef> + 'a>,
@@ -96,7 +92,6 @@ impl<'a> UnitReader<'a> {
         let next = Lot::start(&mut coming, maps, &fetcher);
         Self {
             maps,
-            windows,
             fetcher,
             coming,
             current: Lot::default(),
@@ -170,7 +165,7 @@ impl<'a> UnitReader<'a> {
         self.plain.resize(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"), 0);
         let decoder = match self.decoder.take() {
             Some(last) if last.0 == at.device => last,
-            _ => (at.device, maps::decoder(self.windows[at.device].as_ref())),
+            _ => (at.device, map.decoder()),
         };
         let decoded = self.decoder.insert(decoder).1.decode(map.key(), unit, &stored, &mut self.plain);
         decoded.map_err(|cause| ReadError::Damaged { blob: blob.clone(), chunk: at.index, cause })?;

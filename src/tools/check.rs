@@ -17,7 +17,7 @@ use crate::build::Progress;
 use crate::image::check::{self, Code};
 use crate::image::{Device, Image};
 use crate::reader::tarfile::{self, TarFileError};
-use crate::reader::{Mapped, ensure_checkable, maps};
+use crate::reader::{Mapped, ensure_checkable};
 use crate::source::{BlobSource, ReadCtx, SourceError};
 
 /// How long one read may take.
@@ -278,7 +278,7 @@ fn data(
     progress: &dyn Progress,
 ) -> Result<(), CheckError> {
     let (map, units) = (&mapped.map, promised(mapped));
-    let (mut plain, mut decoder) = (Vec::new(), maps::decoder(mapped.windows.as_ref()));
+    let (mut plain, mut decoder) = (Vec::new(), map.decoder());
     let mut last = ByteRange::default();
     let mut rest = units.as_slice();
     while let Some((_, first)) = rest.first() {

@@ -52,7 +52,9 @@ fn hot_paths_are_read_from_the_hot_blob_alone() {
     let (bootstrap, report) = fixture.optimize(&image, &hot(&["/dir", "/link"]), "hot");
 
     let files = fixture.open(&bootstrap);
-    for device in files.image().devices().iter().filter(|device| device.blob.as_str() != report.blob.id) {
+    let devices = files.image().devices();
+    assert!(devices.iter().all(|device| device.is_hot() == (device.blob.as_str() == report.blob.id)));
+    for device in devices.iter().filter(|device| device.blob.as_str() != report.blob.id) {
         destroy_data(&fixture.path("all").join(device.blob.as_str()), device.entry.ci_offset.get());
     }
     let files = fixture.open(&bootstrap);

@@ -1,10 +1,13 @@
 //! A map as it lies in a cache directory: our own format, guarded by a checksum.
 
+use std::sync::Arc;
+
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{UnitMap, UnitMapError};
 use crate::base::{BlobId, ByteRange};
+use crate::blob::zran::Contexts;
 use crate::blob::{BlobKey, Check, Part, Recipe, Unit};
 use crate::codec::xts::{IV_LEN, KEY_LEN};
 
@@ -19,13 +22,19 @@ impl UnitMap {
             id,
             decoded_len: self.decoded_len.into(),
             count: self.count().into(),
-            flags: (if self.key.is_some() { HAS_KEY } else { 0 } | if self.is_listed { IS_LISTED } else { 0 }).into(),
+            flags: (if self.key.is_some() { HAS_KEY } else { 0 }
+                | if self.is_listed { IS_LISTED } else { 0 }
+                | if self.contexts.is_some() { HAS_CONTEXTS } else { 0 })
+            .into(),
             key: self.key.as_ref().map_or([0; KEY_LEN], |key| *key.key()),
             iv: self.key.as_ref().map_or([0; IV_LEN], |key| *key.iv()),
         };
         let mut out = head.as_bytes().to_vec();
         for unit in &self.units {
             out.extend_from_slice(SavedUnit::from(unit).as_bytes());
+        }
+        if let Some(contexts) = &self.contexts {
+            contexts.save(&mut out);
         }
         let sum = blake3::hash(&out);
         out.extend_from_slice(sum.as_bytes());
@@ -43,10 +52,8 @@ impl UnitMap {
         if head.magic != SAVED_MAGIC {
             return Err(UnitMapError::Saved("unknown version"));
         }
-        let units = <[SavedUnit]>::ref_from_bytes(rest).map_err(|_| UnitMapError::Saved("ragged records"))?;
-        if units.len() != head.count.get() as usize {
-            return Err(UnitMapError::Saved("wrong number of records"));
-        }
+        let (units, rest) = <[SavedUnit]>::ref_from_prefix_with_elems(rest, head.count.get() as usize)
+            .map_err(|_| UnitMapError::Saved("too short for its records"))?;
         let id_len = head.id.iter().position(|&b| b == 0).unwrap_or(head.id.len());
         let blob = std::str::from_utf8(&head.id[..id_len])
             .ok()
@@ -57,14 +64,18 @@ impl UnitMap {
             .map(|saved| Unit::try_from(saved).map_err(UnitMapError::Saved))
             .collect::<Result<Vec<_>, _>>()?;
         let flags = head.flags.get();
-        if flags & !(HAS_KEY | IS_LISTED) != 0 {
+        if flags & !(HAS_KEY | IS_LISTED | HAS_CONTEXTS) != 0 {
             return Err(UnitMapError::Saved("unknown flags"));
         }
         let key = BlobKey::new(head.key, head.iv).map_err(|_| UnitMapError::Saved("impossible key"));
         let key = if flags & HAS_KEY == 0 { None } else { Some(key?) };
-        let is_listed = flags & IS_LISTED != 0;
-        Self { blob, decoded_len: head.decoded_len.get(), units, key, is_listed, layout: super::Memo::default() }
-            .checked()
+        let contexts = match (flags & HAS_CONTEXTS != 0, rest.is_empty()) {
+            (true, _) => Some(Arc::new(Contexts::saved(rest).map_err(UnitMapError::Saved)?)),
+            (false, true) => None,
+            (false, false) => return Err(UnitMapError::Saved("too long")),
+        };
+        let (decoded_len, is_listed) = (head.decoded_len.get(), flags & IS_LISTED != 0);
+        Self { blob, decoded_len, units, key, contexts, is_listed, layout: super::Memo::default() }.checked()
     }
 }
 
@@ -73,6 +84,8 @@ const SAVED_MAGIC: [u8; 8] = *b"rafsdum2";
 const HAS_KEY: u32 = 0x1;
 /// Bit of [`SavedHead::flags`]: units may be vacant.
 const IS_LISTED: u32 = 0x2;
+/// Bit of [`SavedHead::flags`]: behind the units come the contexts of a gzip file.
+const HAS_CONTEXTS: u32 = 0x4;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -81,7 +94,7 @@ struct SavedHead {
     id: [u8; 64],
     decoded_len: U64,
     count: U32,
-    /// [`HAS_KEY`], [`IS_LISTED`].
+    /// [`HAS_KEY`], [`IS_LISTED`], [`HAS_CONTEXTS`].
     flags: U32,
     key: [u8; KEY_LEN],
     iv: [u8; IV_LEN],

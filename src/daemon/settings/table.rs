@@ -55,6 +55,18 @@ pub const TABLE: &[Setting] = &[
         "Bytes per second that prefetch may fetch, what is fetched ahead of readers aside",
     ),
     setting(
+        "image_fetches",
+        Field::Count(Range(0, 1024), |s| &mut s.store.image_fetches),
+        "0",
+        "Ranged reads for waiting readers of one image that run at once, its shared blobs counted for the first image; 0 for no limit",
+    ),
+    setting(
+        "image_rate",
+        Field::SizeOrNone(Range(KIB, 1024 * GIB), |s| &mut s.store.image_rate),
+        "none",
+        "Bytes per second that are fetched for waiting readers of one image",
+    ),
+    setting(
         "window",
         Field::Size(Range(4 * KIB, GIB), |s| &mut s.store.window),
         "4MiB",
