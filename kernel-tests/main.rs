@@ -82,6 +82,7 @@ const TABLES: &[&[Case]] = &[
     cases::prefetch::CASES,
     cases::observing::CASES,
     cases::fuse::CASES,
+    cases::blobfs::CASES,
     cases::registry::CASES,
 ];
 

@@ -2,7 +2,7 @@
 //! name of one that looks something up becomes an entry of a listing.
 
 use rafsd::export::fuse::negotiation::{MAJOR, MINOR, OLDEST_MINOR, Reaction, Wishes, negotiate};
-use rafsd::export::fuse::reply::{HEAD, Listed, Listing, Node};
+use rafsd::export::fuse::reply::{HEAD, Listed, Listing, Node, Times, Trust};
 use rafsd::export::fuse::wire::{Question, Request, WireError};
 
 /// The input for requests.
@@ -46,7 +46,7 @@ pub fn read(bytes: &[u8]) -> bool {
     assert_eq!(Some(request.unique), unique);
     match request.question {
         Question::Init(offered) => {
-            for wishes in [Wishes::default(), Wishes { posix_acl: true, idmap: true, handles: true }] {
+            for wishes in [Wishes::default(), Wishes { posix_acl: true, idmap: true, handles: true, changing: true }] {
                 if let Reaction::Agree(out, agreed) = negotiate(&offered, wishes) {
                     assert_eq!((out.major, out.minor), (MAJOR, agreed.minor));
                     assert!((OLDEST_MINOR..=MINOR).contains(&agreed.minor), "{agreed:?}");
@@ -58,7 +58,13 @@ pub fn read(bytes: &[u8]) -> bool {
             assert!(!name.is_empty() && !name.contains(&0) && !name.contains(&b'/'));
             list(name, usize::try_from(request.node % 4096).expect("small"));
         }
-        Question::Forget | Question::Interrupt { .. } => assert!(!request.question.wants_answer()),
+        Question::Forget(forgotten) => {
+            assert!(!request.question.wants_answer());
+            let mut nodes = 0;
+            forgotten.each(request.node, |_, _| nodes += 1);
+            assert!(nodes * 16 <= bytes.len().max(16), "{nodes} nodes in {} bytes", bytes.len());
+        }
+        Question::Interrupt { .. } => assert!(!request.question.wants_answer()),
         _ => {}
     }
     true
@@ -77,7 +83,8 @@ fn list(name: &[u8], size: usize) {
         size: 5,
         blocks: 8,
         block_size: 4096,
-        time: (1, 2),
+        times: Times::all((1, 2)),
+        trust: Trust::SHORT,
     };
     let entry = Listed { name, ino: 8, kind: 8, next: 1 };
     for with_nodes in [false, true] {

@@ -1,6 +1,7 @@
 //! Cases that run the daemon, and the facts it rests on.
 
 pub(crate) mod baddays;
+pub(crate) mod blobfs;
 mod dockerregistry;
 pub(crate) mod events;
 pub(crate) mod faults;

@@ -5,6 +5,7 @@
 //! command adds to that is in its help.
 
 mod base;
+mod blobfs;
 pub mod build;
 mod cache;
 mod check;
@@ -101,6 +102,7 @@ enum Command {
     Inspect(inspect::InspectArgs),
     Stat(stat::StatArgs),
     Mount(mount::MountArgs),
+    Blobfs(blobfs::BlobfsArgs),
     #[command(visible_alias = "unmount")]
     Umount(mount::UmountArgs),
     #[command(visible_alias = "ls")]
@@ -150,6 +152,7 @@ pub fn run() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Stat(args) => stat::run(&args),
         Command::Mount(args) => mount::mount(args),
+        Command::Blobfs(args) => blobfs::run(args),
         Command::Umount(args) => mount::umount(args),
         Command::List(args) => mount::list(args),
         Command::Pull(args) => pull::run(args),

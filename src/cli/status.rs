@@ -98,8 +98,9 @@ fn exit(fine: bool) -> ExitCode {
 /// The image mounted at `name`, or all mounts of the image whose digest begins with it.
 fn find<'a>(images: &'a [ImageReport], name: &str) -> anyhow::Result<Vec<&'a ImageReport>> {
     let dir = Path::new(name).canonicalize().ok();
-    if let Some(image) = images.iter().find(|image| image.dir.is_some() && image.dir == dir) {
-        return Ok(vec![image]);
+    let there: Vec<_> = images.iter().filter(|image| image.dir.is_some() && image.dir == dir).collect();
+    if !there.is_empty() {
+        return Ok(there);
     }
     let is_digest = name.len() >= 4 && name.bytes().all(|digit| digit.is_ascii_hexdigit());
     let digest = name.to_ascii_lowercase();
@@ -115,7 +116,11 @@ fn find<'a>(images: &'a [ImageReport], name: &str) -> anyhow::Result<Vec<&'a Ima
 
 fn status<'a>(image: &'a ImageReport, info: &Info) -> Status<'a> {
     let other = |backend| Other { backend, why_not: why_not(backend, info) };
-    let others = BackendKind::ALL.into_iter().filter(|backend| *backend != image.backend).map(other).collect();
+    // What is shown for others to mount cannot be shown in another way, nor an image in that one.
+    let is_other = |backend: &BackendKind| {
+        ![image.backend, BackendKind::Blobfs].contains(backend) && image.backend != BackendKind::Blobfs
+    };
+    let others = BackendKind::ALL.into_iter().filter(is_other).map(other).collect();
     Status { image, others, keeper_alive: info.keeper_alive }
 }
 
@@ -139,6 +144,9 @@ fn text(status: &Status<'_>) -> String {
     let (needed, present) = totals(image);
     line("state", &state(image));
     line("kernel path", &format!("{}: {}", image.backend, image.why));
+    if let Some(shown) = &image.shows {
+        line("shows", &shown.display().to_string());
+    }
     for other in &status.others {
         line(&format!("not {}", other.backend), &other.why_not);
     }
@@ -174,7 +182,9 @@ fn state(image: &ImageReport) -> String {
         (ImageState::Complete, BackendKind::FuseDevice) => {
             "complete: all of it is in the cache; what was missing at the mount is read through the daemon"
         }
-        (ImageState::Complete, BackendKind::FuseTree) => "complete: all of it is in the cache, and the daemon reads it",
+        (ImageState::Complete, BackendKind::FuseTree | BackendKind::Blobfs) => {
+            "complete: all of it is in the cache, and the daemon reads it"
+        }
         (ImageState::Degraded, _) => "degraded: data is missing, and the last attempt to get some failed",
     };
     how.to_owned()

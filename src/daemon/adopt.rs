@@ -17,6 +17,7 @@ use tokio::runtime::Handle;
 
 use super::DaemonError;
 use super::api::PrefetchOrder;
+use super::blobfs::Shown;
 use super::connections::Connections;
 use super::keeper::{Inheritance, Keepers, Kind, Name};
 use super::known::KnownImages;
@@ -217,11 +218,15 @@ impl Daemon {
     }
 
     /// What a mount that was taken over still wants to have fetched.
-    fn wanted_prefetch(&self, record: &Record) -> Option<(PathBuf, Served, WatchId, PrefetchOrder)> {
-        let dir = record.dir.clone().filter(|_| !record.lingering)?;
+    fn wanted_prefetch(&self, record: &Record) -> Vec<(PathBuf, Served, WatchId, PrefetchOrder)> {
         let state = self.state.lock().unwrap();
-        let mounted = state.mounts.get(&dir)?.as_ref()?;
-        Some((dir, mounted.served.clone(), mounted.watch, record.spec.prefetch.clone()))
+        let mounted =
+            record.dir.as_ref().filter(|_| !record.lingering).and_then(|dir| Some((dir, state.mounts.get(dir)?)));
+        let Some((dir, Some(mounted))) = mounted else { return Vec::new() };
+        let further = record.blobfs.iter().flat_map(Shown::further_prefetches);
+        let orders = std::iter::once(&record.spec.prefetch).chain(further);
+        let each = mounted.all().zip(orders);
+        each.map(|(served, order)| (dir.clone(), served.clone(), mounted.watch, order.clone())).collect()
     }
 
     /// Superblocks of which nothing is known may read any of these files: they stay marked, so that
@@ -265,25 +270,24 @@ impl Daemon {
 
     fn take_over_one(self: &Arc<Self>, id: RecordId, record: &Record, left: &mut Left) -> Result<(), DaemonError> {
         let damaged = |what: &str| DaemonError::Record { what: what.to_owned() };
-        let key = Digest::from_hex(&record.key).ok_or_else(|| damaged("no digest"))?;
-        let source = self.origins.open_or_absent(&record.spec);
-        let kept = self.store.shelves().bootstraps().keep_known(key);
-        let mut image = match left.prepared.get(&key) {
-            Some(image) => Prepared::again(kept, image.clone(), source.clone()),
-            None => resume(kept, source.clone())?,
-        };
-        left.prepared.insert(key, image.image.clone());
-        image.named = record
-            .manifest
-            .as_deref()
-            .and_then(Digest::from_hex)
-            .zip(record.spec.reference.clone())
-            .map(|(manifest, reference)| Named { reference: shown(&reference), manifest });
         let watch = record.superblock.map(WatchId::from);
+        if record.backend == BackendKind::Blobfs {
+            let watch = watch.ok_or_else(|| damaged("no superblock"))?;
+            self.watch.adopt(watch);
+            let legacy = left.connections.take(id, record);
+            let resume = &mut |of: &Record| {
+                let image = self.resume_one(of, left)?;
+                self.adopt_stored(of, image, &|it| left.open(self, of.backend, it))
+            };
+            let mounted = self.adopt_blobfs((id, record), watch, legacy, resume)?;
+            self.note_adopted(record, mounted);
+            return Ok(());
+        }
+        let mut image = self.resume_one(record, left)?;
         // Nobody else holds them until they are marked.
         let mut devices = Vec::new();
         let served = match record.backend {
-            BackendKind::Fanotify | BackendKind::FuseDevice | BackendKind::FuseTree => {
+            BackendKind::Fanotify | BackendKind::FuseDevice | BackendKind::FuseTree | BackendKind::Blobfs => {
                 let served;
                 (served, devices) = self.adopt_stored(record, image, &|it| left.open(self, record.backend, it))?;
                 served
@@ -316,19 +320,42 @@ impl Daemon {
                 let service = self.backends.fanotify(&self.keepers)?;
                 Attachment::Fanotify(service.adopt(&served.prepared.live(&devices), watch)?)
             }
-            BackendKind::FuseDevice | BackendKind::FuseTree => {
+            BackendKind::FuseDevice | BackendKind::FuseTree | BackendKind::Blobfs => {
                 let live = served.prepared.live(&devices);
                 self.adopt_connection((id, record), &live, watch, &mut left.connections)?
             }
             BackendKind::Cachefiles => Attachment::Cachefiles,
         };
-        let mounted = Mounted { watch, record: id, served, attachment };
+        self.note_adopted(record, Mounted { watch, record: id, served, further: Vec::new(), attachment });
+        Ok(())
+    }
+
+    fn note_adopted(&self, record: &Record, mounted: Mounted) {
         let mut state = self.state.lock().unwrap();
         match &record.dir {
             Some(dir) if !record.lingering => drop(state.mounts.insert(dir.clone(), Some(mounted))),
             _ => state.lingering.push(mounted),
         }
-        Ok(())
+    }
+
+    /// The image of a record, whose devices are not there yet.
+    fn resume_one(&self, record: &Record, left: &mut Left) -> Result<Prepared, DaemonError> {
+        let key = Digest::from_hex(&record.key);
+        let key = key.ok_or_else(|| DaemonError::Record { what: "no digest".to_owned() })?;
+        let source = self.origins.open_or_absent(&record.spec);
+        let kept = self.store.shelves().bootstraps().keep_known(key);
+        let mut image = match left.prepared.get(&key) {
+            Some(image) => Prepared::again(kept, image.clone(), source),
+            None => resume(kept, source)?,
+        };
+        left.prepared.insert(key, image.image.clone());
+        image.named = record
+            .manifest
+            .as_deref()
+            .and_then(Digest::from_hex)
+            .zip(record.spec.reference.clone())
+            .map(|(manifest, reference)| Named { reference: shown(&reference), manifest });
+        Ok(image)
     }
 }
 

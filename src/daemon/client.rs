@@ -10,9 +10,9 @@ use serde::de::DeserializeOwned;
 
 use super::api::observe::{Activity, LogRules};
 use super::api::{
-    Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget, PullReport, PullRequest,
-    RegisterRequest, ResolveReport, ResolveRequest, TraceReport, TraceRequest, TraceResult, UnmountRequest, Unmounted,
-    UnregisterRequest, UpgradeRequest,
+    BlobfsRequest, Failure, ImageReport, Info, MountRequest, PrefetchReport, PrefetchRequest, PrefetchTarget,
+    PullReport, PullRequest, RegisterRequest, ResolveReport, ResolveRequest, TraceReport, TraceRequest, TraceResult,
+    UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest,
 };
 use super::control::SOCKET;
 
@@ -80,6 +80,11 @@ impl Client {
     /// Mounts an image; returns when it is usable.
     pub async fn mount(&self, request: &MountRequest) -> Result<ImageReport, ClientError> {
         self.call(Method::POST, "mounts", request).await
+    }
+
+    /// Shows a directory with blobs in it; returns when it is usable, and what is served there.
+    pub async fn mount_blobfs(&self, request: &BlobfsRequest) -> Result<Vec<ImageReport>, ClientError> {
+        self.call(Method::POST, "blobfs", request).await
     }
 
     /// Unmounts.

@@ -11,7 +11,7 @@ use super::records::{Record, RecordId};
 use crate::export::fuse::{Keep, Legacy, Part};
 
 /// The parts of one connection, as the keepers number them.
-const PARTS: [Part; 2] = [Part::Device, Part::Requests];
+const PARTS: [Part; 4] = [Part::Device, Part::Requests, Part::Names, Part::Directory];
 
 /// The keepers, for the connection of one mount.
 #[derive(Debug)]
@@ -45,8 +45,9 @@ impl Connections {
     pub(super) fn take(&mut self, id: RecordId, record: &Record) -> Option<Legacy> {
         let lasting = record.fuse?;
         let device = self.0.remove(&name(id.number(), Part::Device))?;
-        let requests = self.0.remove(&name(id.number(), Part::Requests));
-        Some(Legacy { device, requests, lasting })
+        let mut other = |part| self.0.remove(&name(id.number(), part));
+        let (requests, names, directory) = (other(Part::Requests), other(Part::Names), other(Part::Directory));
+        Some(Legacy { device, requests, names, directory, lasting })
     }
 }
 

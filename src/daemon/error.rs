@@ -6,6 +6,7 @@ use crate::base::BlobId;
 use crate::blob::TablesError;
 use crate::cache::{StockError, StoreError};
 use crate::export::AttachError;
+use crate::export::fuse::BlobfsError;
 use crate::image::{ImageError, OpenError as ImageOpenError};
 use crate::oci::OciError;
 use crate::reader::tarfile::TarFileError;
@@ -87,6 +88,18 @@ pub enum DaemonError {
     SeveralImages(String),
     #[error("an image is named either by its mount point or by its digest")]
     NoTarget,
+    #[error("several images are served at {}; name one by its digest", .0.display())]
+    SeveralAt(PathBuf),
+    #[error("it must be said whose blobs are to be shown")]
+    NoImages,
+    #[error("{} cannot be shown with blobs in it", source_dir.display())]
+    Blobfs {
+        source_dir: PathBuf,
+        #[source]
+        cause: BlobfsError,
+    },
+    #[error("the images promise different bytes for blob {0}; mount them apart")]
+    BlobTwice(BlobId),
     #[error("the kernel does not have blob {0} open")]
     NotOpen(BlobId),
     #[error("there are too many prefetches for {} under way; cancel them, or wait", .0.display())]

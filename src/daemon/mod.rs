@@ -14,6 +14,7 @@ mod adopt;
 mod alive;
 pub mod api;
 mod attribution;
+mod blobfs;
 pub mod client;
 mod connections;
 pub mod control;

@@ -154,7 +154,7 @@ impl Daemon {
         }
     }
 
-    fn reserve<'a>(&'a self, dir: &'a Path) -> Result<Reservation<'a>, DaemonError> {
+    pub(super) fn reserve<'a>(&'a self, dir: &'a Path) -> Result<Reservation<'a>, DaemonError> {
         let mut state = self.state.lock().unwrap();
         if state.stopping {
             return Err(DaemonError::Stopping);
@@ -184,7 +184,7 @@ impl Daemon {
                 self.remember(&mut prepared, own);
                 self.mount_cachefiles(request, Arc::new(prepared), why, record)
             }
-            BackendKind::Fanotify | BackendKind::FuseDevice | BackendKind::FuseTree => {
+            BackendKind::Fanotify | BackendKind::FuseDevice | BackendKind::FuseTree | BackendKind::Blobfs => {
                 self.mount_stored(kind, request, prepared, why, record)
             }
         };
@@ -214,8 +214,9 @@ impl Daemon {
     pub(super) fn all_served(&self) -> Vec<(Option<PathBuf>, Served)> {
         let state = self.state.lock().unwrap();
         let mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, mounted.as_ref()?)));
-        let mounted = mounted.map(|(dir, mounted)| (Some(dir.clone()), mounted.served.clone()));
-        let lingering = state.lingering.iter().map(|mounted| (None, mounted.served.clone()));
+        let mounted =
+            mounted.flat_map(|(dir, mounted)| mounted.all().map(|served| (Some(dir.clone()), served.clone())));
+        let lingering = state.lingering.iter().flat_map(Mounted::all).map(|served| (None, served.clone()));
         mounted.chain(lingering).chain(state.registered.values().map(|(served, _)| (None, served.clone()))).collect()
     }
 
@@ -246,17 +247,22 @@ impl Daemon {
     pub(super) fn served(&self) -> Vec<(Option<PathBuf>, Served)> {
         let state = self.state.lock().unwrap();
         let mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, mounted.as_ref()?)));
-        let mounts = mounted.map(|(dir, mounted)| (Some(dir.clone()), mounted.served.clone()));
+        let mounts = mounted.flat_map(|(dir, mounted)| mounted.all().map(|served| (Some(dir.clone()), served.clone())));
         mounts.chain(state.registered.values().map(|(served, _)| (None, served.clone()))).collect()
     }
 
     /// The mounted image that is meant, and where it is mounted.
     pub(super) fn find(&self, target: &PrefetchTarget) -> Result<(PathBuf, Served), DaemonError> {
         let state = self.state.lock().unwrap();
-        let mut mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, &mounted.as_ref()?.served)));
+        let mounted = state.mounts.iter().filter_map(|(dir, mounted)| Some((dir, mounted.as_ref()?)));
+        let mounted = mounted.flat_map(|(dir, mounted)| mounted.all().map(move |served| (dir, served)));
         match (&target.dir, &target.image) {
             (Some(dir), None) => {
-                let found = mounted.find(|(at, _)| *at == dir).ok_or_else(|| DaemonError::NotMounted(dir.clone()))?;
+                let mut there = mounted.filter(|(at, _)| *at == dir);
+                let found = there.next().ok_or_else(|| DaemonError::NotMounted(dir.clone()))?;
+                if there.next().is_some() {
+                    return Err(DaemonError::SeveralAt(dir.clone()));
+                }
                 Ok((found.0.clone(), found.1.clone()))
             }
             (None, Some(digits)) => {
@@ -384,14 +390,14 @@ fn take_down(dir: &Path, lazy: bool) -> Result<(), DaemonError> {
 }
 
 /// A mount point that a mount is being made for. Dropping it frees the place unless it was used.
-struct Reservation<'a> {
+pub(super) struct Reservation<'a> {
     daemon: &'a Daemon,
     dir: &'a Path,
 }
 
 impl Reservation<'_> {
     /// Puts the mount into its place. From then on it may be gone, and the place another one's.
-    fn fill(self, mounted: Mounted) {
+    pub(super) fn fill(self, mounted: Mounted) {
         self.daemon.state.lock().unwrap().mounts.insert(self.dir.to_owned(), Some(mounted));
         std::mem::forget(self);
     }

@@ -153,6 +153,7 @@ fn label(kind: BackendKind) -> Backend {
         BackendKind::Cachefiles => Backend::Cachefiles,
         BackendKind::FuseDevice => Backend::FuseDevice,
         BackendKind::FuseTree => Backend::FuseTree,
+        BackendKind::Blobfs => Backend::Blobfs,
     }
 }
 

@@ -13,13 +13,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::api::ImageSpec;
+use super::blobfs::Shown;
 use crate::export::fuse::Lasting;
 use crate::export::{BackendKind, WatchId};
 use crate::sys::files::InodeId;
 
 /// The newest version. A change that an older release would misread raises it; every version that
 /// was ever released is read, and each record is written as the oldest that can say what is in it.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// One served image.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,12 +53,20 @@ pub(super) struct Record {
     /// SHA-256 of the manifest that the reference led to; for images of registries.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) manifest: Option<String>,
+    /// The directory that is shown with the image's blobs in it; for blobfs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) blobfs: Option<Shown>,
 }
 
 impl Record {
-    /// The oldest version that has words for it: 2 is what knows references and several places of blobs.
+    /// The oldest version that has words for it: 2 is what knows references and several places of blobs, 3
+    /// directories with blobs in them.
     fn version(&self) -> u32 {
-        if self.spec.is_new() { 2 } else { 1 }
+        match &self.blobfs {
+            Some(_) => 3,
+            None if self.spec.is_new() => 2,
+            None => 1,
+        }
     }
 }
 
@@ -237,6 +246,7 @@ mod tests {
             fuse: None,
             straight: Vec::new(),
             manifest: None,
+            blobfs: None,
         }
     }
 
@@ -265,7 +275,7 @@ mod tests {
         let records = Records::open(dir.path()).unwrap();
         let id = records.reserve();
         records.write(id, &record()).unwrap();
-        fs::write(dir.path().join("served/8.json"), br#"{"version": 3, "record": {"anything": 1}}"#).unwrap();
+        fs::write(dir.path().join("served/8.json"), br#"{"version": 4, "record": {"anything": 1}}"#).unwrap();
         fs::write(dir.path().join("served/9.json"), b"{").unwrap();
 
         let loaded = records.load().unwrap();

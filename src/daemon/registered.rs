@@ -58,7 +58,7 @@ impl Daemon {
             // Nobody has been told of the mount yet.
             devices(&served).and_then(trace).inspect_err(|_| drop(undo()))?;
         }
-        Ok(Mounted { watch, record, served, attachment: Attachment::Cachefiles })
+        Ok(Mounted { watch, record, served, further: Vec::new(), attachment: Attachment::Cachefiles })
     }
 
     pub(super) fn serve_cachefiles(
@@ -100,6 +100,7 @@ impl Daemon {
             devices,
             registration: registered,
             straight: Vec::new(),
+            shows: None,
         };
         Ok((served, registration))
     }

@@ -25,6 +25,8 @@ pub(super) struct Mounted {
     /// What a successor would read of it.
     pub(super) record: RecordId,
     pub(super) served: Served,
+    /// Images that are served in the same mount.
+    pub(super) further: Vec<Served>,
     pub(super) attachment: Attachment,
 }
 
@@ -38,6 +40,11 @@ pub(super) enum Attachment {
 }
 
 impl Mounted {
+    /// All images that are served in it.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Served> {
+        std::iter::once(&self.served).chain(&self.further)
+    }
+
     /// Lets go of everything, after the superblock has gone.
     pub(super) fn release(self) {
         match self.attachment {
@@ -60,6 +67,8 @@ pub(super) struct Served {
     pub(super) registration: Option<Arc<Registration>>,
     /// For devices over FUSE: of each, whether the kernel reads its file without asking, as decided at the mount.
     pub(super) straight: Vec<bool>,
+    /// The directory that is shown with its blobs in it, if it is not the image itself that is mounted.
+    pub(super) shows: Option<PathBuf>,
 }
 
 /// The device behind a blob: there from the start with fanotify, from the first read on with
@@ -84,7 +93,7 @@ impl Served {
     /// An image whose devices lie in the store, served by `backend`.
     pub(super) fn stored(backend: BackendKind, prepared: Arc<Prepared>, devices: &[Arc<Device>], why: String) -> Self {
         let devices = devices.iter().map(|device| Live::Stored(Arc::downgrade(device))).collect();
-        Self { backend, why, prepared, devices, registration: None, straight: Vec::new() }
+        Self { backend, why, prepared, devices, registration: None, straight: Vec::new(), shows: None }
     }
 
     /// Its devices that lie in the store.
@@ -116,6 +125,7 @@ impl Served {
             fuse: None,
             straight: self.straight.clone(),
             manifest: self.prepared.named.as_ref().map(|named| named.manifest.to_string()),
+            blobfs: None,
         }
     }
 
@@ -142,6 +152,7 @@ impl Served {
         let devices = prepared.maps.iter().zip(&self.devices).map(&mut device).collect();
         ImageReport {
             dir: dir.cloned(),
+            shows: self.shows.clone(),
             backend: self.backend,
             why: self.why.clone(),
             state: self.state(),
@@ -177,7 +188,7 @@ impl Served {
         match self.backend {
             BackendKind::Fanotify | BackendKind::Cachefiles => !self.is_complete(),
             BackendKind::FuseDevice => self.straight.contains(&false),
-            BackendKind::FuseTree => true,
+            BackendKind::FuseTree | BackendKind::Blobfs => true,
         }
     }
 

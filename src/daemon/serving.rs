@@ -171,10 +171,11 @@ impl Backends {
                     BackendKind::FuseDevice => {
                         "EROFS can read through FUSE, and there are neither pre-content events nor cachefiles"
                     }
-                    BackendKind::FuseTree if BackendKind::ALL.iter().any(|it| *it != kind && host.can(*it)) => {
+                    BackendKind::FuseTree if self.order.iter().any(|it| *it != kind && host.can(*it)) => {
                         "FUSE works, and the settings prefer it"
                     }
                     BackendKind::FuseTree => "FUSE works, and nothing faster does",
+                    BackendKind::Blobfs => unreachable!("no setting names it"),
                 };
                 return Ok((kind, why.to_owned()));
             }

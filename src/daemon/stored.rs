@@ -11,6 +11,7 @@ use super::prepare::Prepared;
 use super::records::{DeviceFile, Record, RecordId};
 use super::served::{Attachment, Mounted, Served};
 use super::{Daemon, DaemonError};
+use crate::blob::UnitMap;
 use crate::cache::Device;
 use crate::export::fuse::{Lasting, Over};
 use crate::export::{BackendKind, LiveImage, WatchId};
@@ -25,15 +26,7 @@ impl Daemon {
         why: String,
         record: RecordId,
     ) -> Result<Mounted, DaemonError> {
-        let devices = prepared
-            .maps
-            .iter()
-            .map(|map| self.store.device(map.clone(), prepared.source.clone()))
-            .collect::<Result<Vec<_>, _>>()?;
-        // One copy of each map, whatever the number of images that share it.
-        let own = std::mem::replace(&mut prepared.maps, devices.iter().map(|device| device.map()).collect());
-        self.remember(&mut prepared, own);
-        devices.iter().for_each(|device| device.is_used_by(prepared.limits_key()));
+        let devices = self.devices_of(&mut prepared)?;
         let image = prepared.live(&devices);
         if let Some(output) = &request.trace {
             // Before any mark, so that complete blobs get one too.
@@ -50,7 +43,7 @@ impl Daemon {
         let (dir, watch, sandbox) = (&request.dir, &self.watch, &self.options.sandbox);
         let keep = Kept { keepers: &self.keepers, record };
         let (watch, attachment) = match kind {
-            BackendKind::Cachefiles => unreachable!("its devices lie in the kernel's own cache"),
+            BackendKind::Cachefiles | BackendKind::Blobfs => unreachable!("they are mounted another way"),
             BackendKind::Fanotify => {
                 let service = self.backends.fanotify(&self.keepers)?;
                 let attachment = service.attach(&image, dir, watch, &|watch| announce(watch, None), sandbox)?;
@@ -68,7 +61,18 @@ impl Daemon {
                 (attachment.watch, Attachment::Fuse(attachment))
             }
         };
-        Ok(Mounted { watch, record, served, attachment })
+        Ok(Mounted { watch, record, served, further: Vec::new(), attachment })
+    }
+
+    /// The devices of an image, shared with all that agree with it.
+    pub(super) fn devices_of(&self, prepared: &mut Prepared) -> Result<Vec<Arc<Device>>, DaemonError> {
+        let device = |map: &Arc<UnitMap>| self.store.device(map.clone(), prepared.source.clone());
+        let devices = prepared.maps.iter().map(device).collect::<Result<Vec<_>, _>>()?;
+        // One copy of each map, whatever the number of images that share it.
+        let own = std::mem::replace(&mut prepared.maps, devices.iter().map(|device| device.map()).collect());
+        self.remember(prepared, own);
+        devices.iter().for_each(|device| device.is_used_by(prepared.limits_key()));
+        Ok(devices)
     }
 
     /// The devices of a dead daemon's image. `open` gives the file of each.

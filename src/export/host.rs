@@ -83,7 +83,7 @@ impl Host {
             BackendKind::Fanotify => &["pre-content-events"],
             BackendKind::Cachefiles => &["cachefiles", "erofs-on-demand"],
             BackendKind::FuseDevice => &["fuse-device"],
-            BackendKind::FuseTree => &["fuse"],
+            BackendKind::FuseTree | BackendKind::Blobfs => &["fuse"],
         };
         needed.iter().all(|name| self.findings.iter().any(|finding| finding.name == *name && finding.works))
     }
@@ -94,7 +94,7 @@ impl Host {
             BackendKind::Fanotify => &["file-backed-erofs", "pre-content-events"],
             BackendKind::Cachefiles => &["cachefiles", "erofs-on-demand"],
             BackendKind::FuseDevice => &["fuse", "fuse-device"],
-            BackendKind::FuseTree => &["fuse"],
+            BackendKind::FuseTree | BackendKind::Blobfs => &["fuse"],
         };
         let failed = self.findings.iter().filter(|finding| names.contains(&finding.name.as_str()) && !finding.works);
         let say = |finding: &Finding| format!("{}: {}", finding.detail, finding.remedy.as_deref().unwrap_or_default());

@@ -50,11 +50,13 @@ pub enum BackendKind {
     FuseDevice,
     /// A FUSE file system that shows the image's tree.
     FuseTree,
+    /// A FUSE file system that shows a directory of the host with the image's blobs in it, for others to mount.
+    Blobfs,
 }
 
 impl BackendKind {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Fanotify, Self::Cachefiles, Self::FuseDevice, Self::FuseTree];
+    pub const ALL: [Self; 5] = [Self::Fanotify, Self::Cachefiles, Self::FuseDevice, Self::FuseTree, Self::Blobfs];
 }
 
 impl std::fmt::Display for BackendKind {
@@ -64,6 +66,7 @@ impl std::fmt::Display for BackendKind {
             Self::Cachefiles => "cachefiles",
             Self::FuseDevice => "fuse-device",
             Self::FuseTree => "fuse-tree",
+            Self::Blobfs => "blobfs",
         })
     }
 }
@@ -165,8 +168,8 @@ pub enum AttachError {
     /// The mount reads its device behind our back: holes would be read as zeros.
     #[error("reads of {} raise no events, so missing data would be read as zeros; the mount was undone", path.display())]
     Bypassed { path: PathBuf },
-    /// The root of the image makes no sense.
-    #[error("the image cannot be served as a tree")]
+    /// The root of the tree makes no sense.
+    #[error("the tree cannot be served")]
     Tree(#[source] fuse::TreeError),
     /// The kernel did not take up the connection.
     #[error("the kernel and this program found no common FUSE protocol")]

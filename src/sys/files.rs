@@ -139,6 +139,9 @@ pub fn clone_range(from: BorrowedFd<'_>, range: ByteRange, to: BorrowedFd<'_>, a
     }
 }
 
+/// `EROFS_SUPER_MAGIC_V1` of `linux/magic.h`.
+const EROFS_SUPER_MAGIC: libc::c_long = 0xe0f5_e1e2;
+
 /// The name of the file system that holds `file`, or its magic number in hexadecimal.
 pub fn file_system(file: impl AsFd) -> io::Result<String> {
     let magic = nix::sys::statfs::fstatfs(file)?.filesystem_type().0;
@@ -150,6 +153,7 @@ pub fn file_system(file: impl AsFd) -> io::Result<String> {
         (libc::OVERLAYFS_SUPER_MAGIC, "overlay"),
         (libc::NFS_SUPER_MAGIC, "nfs"),
         (libc::FUSE_SUPER_MAGIC, "fuse"),
+        (EROFS_SUPER_MAGIC, "erofs"),
     ];
     let name = known.iter().find(|(number, _)| *number == magic);
     Ok(name.map_or_else(|| format!("{magic:#x}"), |(_, name)| (*name).to_owned()))

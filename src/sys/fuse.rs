@@ -37,6 +37,8 @@ pub struct Options {
     pub allow_other: bool,
     /// Most bytes of one read.
     pub max_read: u32,
+    /// Whether what is shown may be anybody's: set-id bits and devices in it mean nothing then.
+    pub is_foreign: bool,
 }
 
 /// The device, or one end of a socket in its place for tests. All clones are one open file: whoever has one
@@ -117,7 +119,8 @@ impl Device {
         if options.allow_other {
             context.set_flag("allow_other")?;
         }
-        context.mount(MountAttrFlags::empty())
+        let foreign = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+        context.mount(if options.is_foreign { foreign } else { MountAttrFlags::empty() })
     }
 }
 

@@ -6,6 +6,7 @@
 
 #![expect(unsafe_code, reason = "the one layer that talks to the kernel directly")]
 
+pub mod beneath;
 pub mod cachefiles;
 pub mod fanotify;
 pub mod faultpoint;

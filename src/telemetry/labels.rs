@@ -45,6 +45,7 @@ label! {
         Cachefiles = "cachefiles",
         FuseDevice = "fuse-device",
         FuseTree = "fuse-tree",
+        Blobfs = "blobfs",
     }
 }
 

@@ -1,5 +1,6 @@
 //! What goes over the control socket, as JSON.
 
+mod blobfs;
 mod credentials;
 mod image;
 pub mod observe;
@@ -11,6 +12,7 @@ pub(crate) mod samples;
 mod schema;
 mod trace;
 
+pub use blobfs::{BLOB_DIR, BlobfsRequest};
 pub use credentials::{CredentialKind, CredentialsReport, CredentialsRequest, CredentialsTarget, Hidden, LoginRequest};
 pub use image::{Blobs, ImageSpec, SpecError, Whereabouts};
 pub use prefetch::{FileRanges, PrefetchOrder, PrefetchReport, PrefetchRequest, PrefetchTarget};
@@ -137,6 +139,9 @@ pub struct DeviceReport {
 pub struct ImageReport {
     /// Mount point; absent for an image that is only registered.
     pub dir: Option<PathBuf>,
+    /// The directory that is shown there with the blobs of the image in it; absent where the image itself is.
+    #[serde(default)]
+    pub shows: Option<PathBuf>,
     pub backend: BackendKind,
     /// Why this backend.
     pub why: String,

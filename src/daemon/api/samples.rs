@@ -44,6 +44,7 @@ pub(crate) fn image() -> ImageReport {
     let source = "https://blobs.example/image".to_owned();
     ImageReport {
         dir: Some("/mnt".into()),
+        shows: None,
         backend: BackendKind::Fanotify,
         why: "pre-content events passed their self test, and there is no cachefiles".to_owned(),
         state: ImageState::Lazy,

@@ -6,16 +6,17 @@ use serde_json::{Value, json};
 
 use super::observe::{Activity, LogRules};
 use super::{
-    BlobRequest, CacheReport, CredentialsReport, CredentialsRequest, CredentialsTarget, Failure, GcReport, GcRequest,
-    ImageReport, ImageUsage, Info, MountRequest, PinRequest, PrefetchReport, PrefetchRequest, PrefetchTarget,
-    PullReport, PullRequest, RegisterRequest, ResolveReport, ResolveRequest, TraceReport, TraceRequest, TraceResult,
-    UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest, samples,
+    BlobRequest, BlobfsRequest, CacheReport, CredentialsReport, CredentialsRequest, CredentialsTarget, Failure,
+    GcReport, GcRequest, ImageReport, ImageUsage, Info, MountRequest, PinRequest, PrefetchReport, PrefetchRequest,
+    PrefetchTarget, PullReport, PullRequest, RegisterRequest, ResolveReport, ResolveRequest, TraceReport, TraceRequest,
+    TraceResult, UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest, samples,
 };
 
 /// The schema of all types, each below `$defs`.
 fn schema() -> Value {
     let mut generator = SchemaSettings::draft2020_12().into_generator();
     request::<MountRequest>(&mut generator);
+    request::<BlobfsRequest>(&mut generator);
     request::<UnmountRequest>(&mut generator);
     request::<RegisterRequest>(&mut generator);
     request::<UnregisterRequest>(&mut generator);

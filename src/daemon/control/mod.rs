@@ -1,5 +1,6 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
+mod blobfs;
 mod credentials;
 mod observe;
 mod peer;
@@ -143,6 +144,7 @@ impl Control {
             .route("/v1/stop", post(request_stop))
             .route("/v1/upgrade", post(upgrade))
             .merge(observe::routes())
+            .merge(blobfs::routes())
             .merge(prefetch::routes())
             .merge(trace::routes())
             .merge(registry::routes())
@@ -230,6 +232,8 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::Attach(AttachError::Taken(_))
         | DaemonError::Contradiction { .. }
         | DaemonError::SeveralImages(_)
+        | DaemonError::SeveralAt(_)
+        | DaemonError::BlobTwice(_)
         | DaemonError::NotOpen(_)
         | DaemonError::TooManyPrefetches(_)
         | DaemonError::Traced(_)
@@ -241,6 +245,8 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::BadLogin(_)
         | DaemonError::Relative(_)
         | DaemonError::NoTarget
+        | DaemonError::NoImages
+        | DaemonError::Blobfs { .. }
         | DaemonError::Image(_)
         | DaemonError::Attach(AttachError::Name { .. })
         | DaemonError::Bootstrap(_)

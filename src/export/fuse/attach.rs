@@ -72,7 +72,7 @@ impl Fuse {
     ) -> Result<Attachment, AttachError> {
         let tree = Arc::new(ImageTree::new(image));
         let root_mode = tree.root_mode().map_err(AttachError::Tree)?;
-        let options = Options { root_mode, allow_other: true, max_read: MAX_READ };
+        let options = Options { root_mode, allow_other: true, max_read: MAX_READ, is_foreign: false };
         let mounted = self.mount_lasting(tree.clone(), Backend::FuseTree, options, keep, sandbox);
         let (mount, connected, lasting) = match mounted {
             Ok(mounted) => mounted,

@@ -14,7 +14,7 @@ use super::duty::Duty;
 use super::interrupts::Interrupts;
 use super::negotiation::{Negotiated, Reaction, flag, negotiate};
 use super::read::Buffers;
-use super::reply::{self, Listing, Node, XattrOut, no_entry, opened};
+use super::reply::{self, Listing, XattrOut, no_entry, opened};
 use super::wire::{InitIn, NodeId, Question, Request, WireError};
 use super::{Tree, TreeError, read};
 use crate::base::Chain;
@@ -203,11 +203,16 @@ impl Connection {
         let request = match Request::parse(bytes) {
             Ok(request) if request.question.wants_answer() => request,
             other => {
+                let is_new = before.is_none();
                 if let (Some(log), Some(Before { slot: Some(slot) })) = (self.requests.get(), before) {
                     log.strike_out(slot);
                 }
                 return match other {
                     Ok(Request { question: Question::Interrupt { unique }, .. }) => self.interrupts.signalled(unique),
+                    // One that a dead process had taken may have been heeded: better one node too many is known.
+                    Ok(Request { question: Question::Forget(forgotten), node, .. }) if is_new => {
+                        forgotten.each(node, |node, told| self.tree.forget(node, told));
+                    }
                     Ok(_) => {}
                     Err(error) => self.refuse(error),
                 };
@@ -235,13 +240,18 @@ impl Connection {
         match request.question {
             Question::Lookup(name) => {
                 let found = tree.find(node, name);
-                self.settle(duty, found.map(|found| found.as_ref().map_or_else(no_entry, Node::entry)));
+                let absent = || no_entry(tree.trust_in_absence());
+                self.settle(duty, found.map(|found| found.map_or_else(absent, |node| node.entry())));
             }
             Question::Attributes => self.settle(duty, tree.node(node).map(|node| node.attributes())),
             Question::Link => self.settle_bytes(duty, tree.link(node)),
-            Question::Open => self.open(duty, flag::NO_OPEN_SUPPORT, false),
-            Question::OpenDirectory => self.open(duty, flag::NO_OPENDIR_SUPPORT, true),
-            Question::Release | Question::Destroy => duty.answer(&[0u8; 0]),
+            Question::Open => self.open(duty, node, flag::NO_OPEN_SUPPORT, false),
+            Question::OpenDirectory => self.open(duty, node, flag::NO_OPENDIR_SUPPORT, true),
+            Question::Release => {
+                tree.close(node);
+                duty.answer(&[0u8; 0]);
+            }
+            Question::Destroy => duty.answer(&[0u8; 0]),
             Question::List { from, size, with_nodes } => self.list(duty, node, from, (size, with_nodes)),
             Question::Statistics => duty.answer(&tree.statistics().answer()),
             Question::Xattr { name, size } => self.xattr(duty, tree.xattr(node, name), size),
@@ -252,16 +262,19 @@ impl Connection {
             Question::Change => duty.fail(libc::EROFS),
             // The kernel remembers most of these, and does without.
             Question::Other { .. } => duty.fail(libc::ENOSYS),
-            Question::Init(_) | Question::Read { .. } | Question::Forget | Question::Interrupt { .. } => {
+            Question::Init(_) | Question::Read { .. } | Question::Forget(_) | Question::Interrupt { .. } => {
                 unreachable!("answered elsewhere, or not at all")
             }
         }
     }
 
     /// Where the kernel takes it, it is told once that opens need no asking; it keeps its caches then.
-    fn open(&self, duty: Duty, unasked: u64, is_directory: bool) {
+    fn open(&self, duty: Duty, node: NodeId, unasked: u64, is_directory: bool) {
         let flags = self.state.lock().unwrap().agreed.map_or(0, |agreed| agreed.flags);
-        if flags & unasked != 0 { duty.fail(libc::ENOSYS) } else { duty.answer(&opened(is_directory)) }
+        if flags & unasked != 0 {
+            return duty.fail(libc::ENOSYS);
+        }
+        self.settle(duty, self.tree.open(node).map(|is_stable| opened(is_directory, is_stable)));
     }
 
     fn list(&self, duty: Duty, node: NodeId, from: u64, (size, with_nodes): (u32, bool)) {

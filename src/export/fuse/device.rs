@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::attach::READ_AHEAD_KIB;
 use super::lasting::{AnnounceLasting, Keep, Lasting, Legacy, Part};
 use super::negotiation::MAX_READ;
-use super::reply::{Listed, Node, Statistics};
+use super::reply::{Listed, Node, Statistics, Times, Trust};
 use super::wire::{NodeId, ROOT};
 use super::{Attachment, Connected, Fuse, Piece, Tree, TreeError, Visit, Wishes};
 use crate::base::{BLOCK, ByteRange};
@@ -98,7 +98,8 @@ impl Fuse {
         keep: &dyn Keep,
         sandbox: &Sandbox,
     ) -> Result<(DetachedMount, Connected, Lasting), AttachError> {
-        let options = Options { root_mode: libc::S_IFDIR | 0o500, allow_other: false, max_read: MAX_READ };
+        let options =
+            Options { root_mode: libc::S_IFDIR | 0o500, allow_other: false, max_read: MAX_READ, is_foreign: false };
         self.mount_lasting(tree.clone(), Backend::FuseDevice, options, keep, sandbox)
     }
 
@@ -288,7 +289,8 @@ impl Tree for DeviceTree {
             size,
             blocks: size.div_ceil(512),
             block_size: u32::try_from(BLOCK).expect("4096"),
-            time: (0, 0),
+            times: Times::default(),
+            trust: Trust::FOR_EVER,
         })
     }
 

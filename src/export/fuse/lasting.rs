@@ -46,6 +46,10 @@ pub enum Part {
     Device,
     /// The requests that were taken and not answered, where the kernel does not send them again.
     Requests,
+    /// The numbers that the kernel knows files of the host by.
+    Names,
+    /// The directory of the host that is shown.
+    Directory,
 }
 
 /// Who keeps what one connection needs to go on in another process.
@@ -59,6 +63,8 @@ pub trait Keep: Send + Sync {
 pub struct Legacy {
     pub device: OwnedFd,
     pub requests: Option<OwnedFd>,
+    pub names: Option<OwnedFd>,
+    pub directory: Option<OwnedFd>,
     pub lasting: Lasting,
 }
 
@@ -92,7 +98,7 @@ impl Fuse {
     /// Goes on with a connection of a process that has certainly died, and with whoever waits for an answer of
     /// it. Waits for no data.
     pub fn go_on(self: &Arc<Self>, legacy: Legacy, tree: Arc<dyn Tree>, backend: Backend) -> io::Result<Connected> {
-        let Legacy { device, requests, lasting } = legacy;
+        let Legacy { device, requests, lasting, .. } = legacy;
         let device = Device::from_fd(device)?;
         let taken = requests.map(RequestLog::take_over).transpose();
         // Not read before what was left is seen to: a request must have somewhere to be written down, and must be

@@ -7,12 +7,14 @@
 //! No thread waits for data: a read that misses is handed to [`Fill`](crate::cache::Fill) together with the
 //! duty to answer it, and whoever completes the fill answers. There are no handles, and numbers of nodes are a
 //! pure function of what they name, so nothing needs to be known about what the kernel has looked up: a
-//! connection can go on in another process with the device, the tree, and what was [`Negotiated`].
+//! connection can go on in another process with the device, the tree, and what was [`Negotiated`]. Only a tree
+//! that changes while it is shown, [`blobfs`], has to write its numbers down.
 //!
 //! All threads read one descriptor. A clone of it would take its unanswered requests with it when the process
 //! dies (`fuse-notes.md` section 6).
 
 mod attach;
+mod blobfs;
 mod connection;
 mod device;
 mod duty;
@@ -27,6 +29,7 @@ pub mod tree;
 pub mod wire;
 
 pub use attach::{Attachment, unmount_unprivileged};
+pub use blobfs::{Blobfs, BlobfsError, Place};
 pub use connection::Connection;
 pub use device::Over;
 pub(in crate::export) use device::{TryError, try_device};
@@ -35,10 +38,11 @@ pub use negotiation::{Negotiated, Wishes};
 pub use server::{Connected, Fuse};
 
 use std::borrow::Cow;
+use std::fs::File;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use self::reply::{Listed, Node, Statistics};
+use self::reply::{Listed, Node, Statistics, Trust};
 use self::wire::NodeId;
 use super::Backing;
 use crate::base::ByteRange;
@@ -50,7 +54,7 @@ pub trait Tree: Send + Sync {
     fn wishes(&self) -> Wishes;
 
     /// What is called `name` in the directory `parent`; `None` if nothing is. `.` and `..` are asked for by who
-    /// has a handle of a file, and only of trees that wish for that.
+    /// has a handle of a file, and only of trees that wish for that. The kernel is told of it: see [`Tree::forget`].
     fn find(&self, parent: NodeId, name: &[u8]) -> Result<Option<Node>, TreeError>;
 
     /// What `id` names.
@@ -76,6 +80,23 @@ pub trait Tree: Send + Sync {
 
     /// Facts about the whole.
     fn statistics(&self) -> Statistics;
+
+    /// How long it may be believed that a directory has no such name.
+    fn trust_in_absence(&self) -> Trust {
+        Trust::FOR_EVER
+    }
+
+    /// Somebody opens `id`, of a tree that may change. Tells whether what the kernel knows of it still holds.
+    fn open(&self, _id: NodeId) -> Result<bool, TreeError> {
+        Ok(true)
+    }
+
+    /// One who had opened `id` has closed it.
+    fn close(&self, _id: NodeId) {}
+
+    /// The kernel has dropped `id`, of which [`Tree::find`] has told it as often as `told` says, if it was not
+    /// told again since.
+    fn forget(&self, _id: NodeId, _told: u64) {}
 }
 
 /// Told of one name of a directory.
@@ -90,6 +111,8 @@ pub enum Piece<'a> {
     Bytes(&'a [u8]),
     /// A range of a device.
     Device(&'a Arc<dyn Backing>, ByteRange),
+    /// A range of a file that is there, as far as it goes: nothing may follow.
+    File(&'a File, ByteRange),
 }
 
 impl std::fmt::Debug for Piece<'_> {
@@ -98,6 +121,7 @@ impl std::fmt::Debug for Piece<'_> {
             Self::Zeros(len) => f.debug_tuple("Zeros").field(len).finish(),
             Self::Bytes(bytes) => f.debug_tuple("Bytes").field(&bytes.len()).finish(),
             Self::Device(_, decoded) => f.debug_tuple("Device").field(decoded).finish(),
+            Self::File(_, range) => f.debug_tuple("File").field(range).finish(),
         }
     }
 }
@@ -124,6 +148,12 @@ pub enum TreeError {
     NoXattrs,
     #[error("the image is damaged")]
     Damaged(#[source] ImageError),
+    /// What was there when the kernel was told of it is there no more.
+    #[error("it was removed, renamed or replaced")]
+    Gone,
+    /// The file system below says so.
+    #[error("the host's file cannot be used")]
+    Host(#[source] rustix::io::Errno),
     /// Asked by this process itself, which wants to know that it is asked.
     #[error("nothing is read while the way is tried out")]
     Probed,
@@ -133,7 +163,7 @@ impl TreeError {
     /// What whoever asks is told. The only place where a refusal turns into a number.
     pub fn errno(&self) -> i32 {
         match self {
-            Self::NoNode => libc::ESTALE,
+            Self::NoNode | Self::Gone => libc::ESTALE,
             Self::NotADirectory => libc::ENOTDIR,
             Self::IsADirectory => libc::EISDIR,
             Self::OtherKind => libc::EINVAL,
@@ -143,6 +173,9 @@ impl TreeError {
             Self::NoXattrs => libc::ENOSYS,
             // As EROFS itself.
             Self::Damaged(_) => libc::EUCLEAN,
+            // By this the kernel would learn that nothing of the kind is ever answered.
+            Self::Host(rustix::io::Errno::NOSYS) => libc::EOPNOTSUPP,
+            Self::Host(errno) => errno.raw_os_error(),
             Self::Probed => libc::EIO,
         }
     }

@@ -31,6 +31,7 @@ const CONGESTED: u16 = MAX_BACKGROUND / 4 * 3;
 pub mod flag {
     pub const ASYNC_READ: u64 = 1 << 0;
     pub const EXPORT_SUPPORT: u64 = 1 << 4;
+    pub const AUTO_INVAL_DATA: u64 = 1 << 12;
     pub const DO_READDIRPLUS: u64 = 1 << 13;
     pub const READDIRPLUS_AUTO: u64 = 1 << 14;
     pub const ASYNC_DIO: u64 = 1 << 15;
@@ -48,9 +49,10 @@ pub mod flag {
     pub const OVER_IO_URING: u64 = 1 << 41;
 
     /// Flags by the names that people find in the kernel's header.
-    pub const NAMES: [(u64, &str); 17] = [
+    pub const NAMES: [(u64, &str); 18] = [
         (ASYNC_READ, "ASYNC_READ"),
         (EXPORT_SUPPORT, "EXPORT_SUPPORT"),
+        (AUTO_INVAL_DATA, "AUTO_INVAL_DATA"),
         (DO_READDIRPLUS, "DO_READDIRPLUS"),
         (READDIRPLUS_AUTO, "READDIRPLUS_AUTO"),
         (ASYNC_DIO, "ASYNC_DIO"),
@@ -69,7 +71,7 @@ pub mod flag {
     ];
 }
 
-/// What is always wanted where it is offered.
+/// What is wanted where it is offered.
 const WANTED: u64 = flag::ASYNC_READ
     | flag::DO_READDIRPLUS
     | flag::READDIRPLUS_AUTO
@@ -84,6 +86,15 @@ const WANTED: u64 = flag::ASYNC_READ
     | flag::INIT_EXT
     | flag::HAS_RESEND;
 
+/// What is not wanted for a tree that changes: that opens are not asked for, that links are remembered, that
+/// listings tell of nodes, each of which would have to be remembered here whether anybody wants it or not.
+const ONLY_UNCHANGING: u64 = flag::NO_OPEN_SUPPORT
+    | flag::NO_OPENDIR_SUPPORT
+    | flag::CACHE_SYMLINKS
+    | flag::EXPLICIT_INVAL_DATA
+    | flag::DO_READDIRPLUS
+    | flag::READDIRPLUS_AUTO;
+
 /// What one connection wants beyond what all want.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wishes {
@@ -94,6 +105,9 @@ pub struct Wishes {
     /// Nodes are found by number alone, with `.` for the node and `..` for the directory above one: a handle
     /// of a file is good for ever, also when the kernel has forgotten the file.
     pub handles: bool,
+    /// Somebody else may change what is shown: the kernel is to ask at each open, and to drop what it knows of a
+    /// file whose length or time it finds changed.
+    pub changing: bool,
 }
 
 /// What was agreed upon. A successor goes on by it.
@@ -146,6 +160,9 @@ pub fn negotiate(offered: &InitIn, wishes: Wishes) -> Reaction {
     let has_second = offered.flags & low(flag::INIT_EXT) != 0;
     let all = u64::from(offered.flags) | if has_second { u64::from(offered.flags2) << 32 } else { 0 };
     let mut wanted = WANTED;
+    if wishes.changing {
+        wanted = wanted & !ONLY_UNCHANGING | flag::AUTO_INVAL_DATA;
+    }
     for (wished, flags) in
         [(wishes.posix_acl, flag::POSIX_ACL), (wishes.idmap, flag::ALLOW_IDMAP), (wishes.handles, flag::EXPORT_SUPPORT)]
     {
@@ -202,7 +219,7 @@ pub(super) mod tests {
     #[test]
     fn nothing_is_answered_that_was_not_offered() {
         for flags in [0, u64::MAX, 0x73ff_fffb, flag::MAX_PAGES | flag::POSIX_ACL] {
-            let wishes = Wishes { posix_acl: true, idmap: true, handles: true };
+            let wishes = Wishes { posix_acl: true, idmap: true, handles: true, changing: false };
             let (out, negotiated) = agreed(&offer(45, flags), wishes);
             assert_eq!(negotiated.flags & !flags, 0);
             assert_eq!(u64::from(out.flags) | u64::from(out.flags2) << 32, negotiated.flags);
@@ -226,7 +243,15 @@ pub(super) mod tests {
         assert_eq!(flags(Wishes { posix_acl: true, ..none }), flag::POSIX_ACL);
         assert_eq!(flags(Wishes { idmap: true, ..none }), flag::ALLOW_IDMAP);
         assert_eq!(flags(Wishes { handles: true, ..none }), flag::EXPORT_SUPPORT);
-        assert_eq!(flags(Wishes { posix_acl: true, idmap: true, handles: true }), wished);
+        assert_eq!(flags(Wishes { posix_acl: true, idmap: true, handles: true, ..none }), wished);
+    }
+
+    #[test]
+    fn of_what_changes_the_kernel_keeps_nothing_unasked() {
+        let flags = |changing| agreed(&offer(45, u64::MAX), Wishes { changing, ..Wishes::default() }).1.flags;
+        assert_eq!(flags(true) & ONLY_UNCHANGING, 0);
+        assert_eq!(flags(false) & ONLY_UNCHANGING, ONLY_UNCHANGING);
+        assert_eq!(flags(false) ^ flags(true), ONLY_UNCHANGING | flag::AUTO_INVAL_DATA);
     }
 
     #[test]

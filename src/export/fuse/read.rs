@@ -1,6 +1,7 @@
 //! The way of a read: at once if everything is there, else when the fill completes.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -169,7 +170,7 @@ fn copy(piece: Piece<'_>, answer: &mut [u8], end: &mut usize) -> io::Result<()> 
     let len = match &piece {
         Piece::Zeros(len) => *len,
         Piece::Bytes(bytes) => bytes.len() as u64,
-        Piece::Device(_, decoded) => decoded.len(),
+        Piece::Device(_, decoded) | Piece::File(_, decoded) => decoded.len(),
     };
     let too_long = || io::Error::other("more bytes than were asked for");
     let len = usize::try_from(len).map_err(|_| too_long())?;
@@ -181,9 +182,27 @@ fn copy(piece: Piece<'_>, answer: &mut [u8], end: &mut usize) -> io::Result<()> 
             device.file().read_exact_at(rest, decoded.start())?;
         }
         Piece::Device(_, decoded) => return Err(io::Error::other(format!("{decoded} of a device was lost"))),
+        Piece::File(file, range) => {
+            *end += read_there(file, rest, range.start())?;
+            return Ok(());
+        }
     }
     *end += len;
     Ok(())
+}
+
+/// Reads what a file has there, which may be less than was asked for: its end.
+fn read_there(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match file.read_at(&mut bytes[done..], at + done as u64) {
+            Ok(0) => break,
+            Ok(more) => done += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
 }
 
 /// One read over several fills: answered when all have come, failed with the first that does not.

@@ -10,9 +10,16 @@ use super::wire::NodeId;
 /// Length of the head of an answer.
 pub const HEAD: usize = size_of::<ReplyHead>();
 
-/// How long the kernel may believe what it was told, in seconds: images do not change. Ten years, as some
-/// kernels compute with it.
-const FOR_EVER: u64 = 10 * 365 * 24 * 60 * 60;
+/// How long the kernel may believe what it was told, in seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trust(u64);
+
+impl Trust {
+    /// Of what never changes, as images do not. Ten years, as some kernels compute with it.
+    pub const FOR_EVER: Self = Self(10 * 365 * 24 * 60 * 60);
+    /// Of what somebody else may change at any time.
+    pub const SHORT: Self = Self(1);
+}
 
 /// What every answer begins with (`struct fuse_out_header`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -58,8 +65,27 @@ pub struct Node {
     pub blocks: u64,
     /// `st_blksize`.
     pub block_size: u32,
-    /// Of all three times: seconds and nanoseconds since 1970.
-    pub time: (i64, u32),
+    pub times: Times,
+    /// In its name and in all of the above.
+    pub trust: Trust,
+}
+
+/// Seconds and nanoseconds since 1970.
+pub type Time = (i64, u32);
+
+/// The times of a node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Times {
+    pub access: Time,
+    pub data: Time,
+    pub change: Time,
+}
+
+impl Times {
+    /// All the same.
+    pub fn all(time: Time) -> Self {
+        Self { access: time, data: time, change: time }
+    }
 }
 
 /// Facts about a whole tree, in units of `block_size` bytes.
@@ -172,17 +198,17 @@ const _: () = assert!(size_of::<Dirent>() == 24);
 
 impl Node {
     fn attr(&self) -> Attr {
-        let (seconds, nanos) = (self.time.0.cast_unsigned(), self.time.1);
+        let Times { access, data, change } = self.times;
         Attr {
             ino: self.ino,
             size: self.size,
             blocks: self.blocks,
-            atime: seconds,
-            mtime: seconds,
-            ctime: seconds,
-            atimensec: nanos,
-            mtimensec: nanos,
-            ctimensec: nanos,
+            atime: access.0.cast_unsigned(),
+            mtime: data.0.cast_unsigned(),
+            ctime: change.0.cast_unsigned(),
+            atimensec: access.1,
+            mtimensec: data.1,
+            ctimensec: change.1,
             mode: self.mode,
             nlink: self.nlink,
             uid: self.uid,
@@ -195,31 +221,33 @@ impl Node {
 
     /// The answer to who asked for the node by its number.
     pub fn attributes(&self) -> AttrOut {
-        AttrOut { attr_valid: FOR_EVER, attr_valid_nsec: 0, dummy: 0, attr: self.attr() }
+        AttrOut { attr_valid: self.trust.0, attr_valid_nsec: 0, dummy: 0, attr: self.attr() }
     }
 
     /// The answer to who asked for it by its name.
     pub fn entry(&self) -> EntryOut {
         EntryOut {
             nodeid: self.id,
-            entry_valid: FOR_EVER,
-            attr_valid: FOR_EVER,
+            entry_valid: self.trust.0,
+            attr_valid: self.trust.0,
             attr: self.attr(),
             ..EntryOut::default()
         }
     }
 }
 
-/// The answer that there is no such name, and never will be.
-pub fn no_entry() -> EntryOut {
-    EntryOut { entry_valid: FOR_EVER, ..EntryOut::default() }
+/// The answer that there is no such name.
+pub fn no_entry(trust: Trust) -> EntryOut {
+    EntryOut { entry_valid: trust.0, ..EntryOut::default() }
 }
 
-/// The answer to an open, of a kernel that asks.
-pub fn opened(is_directory: bool) -> OpenOut {
+/// The answer to an open, of a kernel that asks. What is `stable` stays in the kernel's memory from one open to
+/// the next.
+pub fn opened(is_directory: bool, is_stable: bool) -> OpenOut {
     const KEEP_CACHE: u32 = 1 << 1;
     const CACHE_DIR: u32 = 1 << 3;
-    OpenOut { fh: 0, open_flags: KEEP_CACHE | if is_directory { CACHE_DIR } else { 0 }, backing_id: 0 }
+    let kept = KEEP_CACHE | if is_directory { CACHE_DIR } else { 0 };
+    OpenOut { fh: 0, open_flags: if is_stable { kept } else { 0 }, backing_id: 0 }
 }
 
 impl Statistics {
@@ -312,7 +340,8 @@ mod tests {
             size: 5000,
             blocks: 16,
             block_size: 4096,
-            time: (-1, 5),
+            times: Times { access: (1, 2), data: (-1, 5), change: (3, 4) },
+            trust: Trust::SHORT,
         }
     }
 
@@ -323,8 +352,10 @@ mod tests {
         let long = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
         let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
         assert_eq!((long(0), long(40), long(48), long(56)), (9, 7, 5000, 16));
+        assert_eq!((long(16), long(24)), (1, 1));
         // Before 1970: the kernel takes the same bits.
-        assert_eq!((long(72), word(40 + 52)), (u64::MAX, 5));
+        assert_eq!((long(64), long(72), long(80)), (1, u64::MAX, 3));
+        assert_eq!((word(40 + 48), word(40 + 52), word(40 + 56)), (2, 5, 4));
         assert_eq!((word(40 + 60), word(40 + 64), word(40 + 68), word(40 + 72)), (0o100_644, 2, 1000, 1001));
         assert_eq!(attributes.as_bytes()[16..], bytes[40..]);
     }

@@ -61,7 +61,8 @@ impl fmt::Display for Offer {
 /// Mounts a file system for a moment and reads what the kernel offers. Nothing stays behind; a scratch
 /// directory in `cache`, which exists, is used where `fusermount3` has to mount.
 pub(in crate::export) fn offer(cache: &Path) -> Result<Offer, FuseTestError> {
-    let options = Options { root_mode: libc::S_IFDIR | 0o755, allow_other: false, max_read: MAX_READ };
+    let options =
+        Options { root_mode: libc::S_IFDIR | 0o755, allow_other: false, max_read: MAX_READ, is_foreign: false };
     let device = Device::open().map_err(FuseTestError::Open)?;
     match device.mount(options) {
         // Dropped at the end of this arm: the mount is in no tree.

@@ -8,7 +8,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::reply::{Listed, Node, Statistics, put_name};
+use super::reply::{Listed, Node, Statistics, Times, Trust, put_name};
 use super::wire::{NodeId, ROOT};
 use super::{Piece, Tree, TreeError, Visit, Wishes};
 use crate::base::ByteRange;
@@ -99,7 +99,8 @@ impl ImageTree {
             // As EROFS counts them, whatever lies on disk.
             blocks: inode.size.div_ceil(block_size).saturating_mul(block_size) / 512,
             block_size: u32::try_from(block_size).expect("512 or 4096"),
-            time: inode.mtime,
+            times: Times::all(inode.mtime),
+            trust: Trust::FOR_EVER,
         }
     }
 
@@ -118,7 +119,7 @@ impl ImageTree {
 impl Tree for ImageTree {
     fn wishes(&self) -> Wishes {
         // The kernel checks permissions, and asks for no mapping where it would have to.
-        Wishes { posix_acl: self.has_lists, idmap: true, handles: true }
+        Wishes { posix_acl: self.has_lists, idmap: true, handles: true, changing: false }
     }
 
     fn find(&self, parent: NodeId, name: &[u8]) -> Result<Option<Node>, TreeError> {

@@ -189,7 +189,7 @@ pub enum Question<'a> {
         size: u32,
     },
     /// The kernel drops what it knew. No answer.
-    Forget,
+    Forget(Forgotten<'a>),
     /// Somebody who waits for the answer to the request `unique` was sent a signal. No answer.
     Interrupt {
         unique: u64,
@@ -204,10 +204,33 @@ pub enum Question<'a> {
     },
 }
 
+/// Nodes that the kernel drops, each with how often it had been told of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forgotten<'a> {
+    /// The node that the question is about.
+    One { told: u64 },
+    /// So many as there are pairs of number and count in these bytes.
+    Many(&'a [u8]),
+}
+
+impl Forgotten<'_> {
+    /// Number and count of each, in a question about `node`.
+    pub fn each(&self, node: NodeId, mut visit: impl FnMut(NodeId, u64)) {
+        match self {
+            Self::One { told } => visit(node, *told),
+            Self::Many(pairs) => {
+                let (pairs, _) = pairs.as_chunks::<{ size_of::<[u64; 2]>() }>();
+                let word = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));
+                pairs.iter().for_each(|pair| visit(word(&pair[..8]), word(&pair[8..])));
+            }
+        }
+    }
+}
+
 impl Question<'_> {
     /// Whether the kernel waits for an answer.
     pub fn wants_answer(&self) -> bool {
-        !matches!(self, Self::Forget | Self::Interrupt { .. })
+        !matches!(self, Self::Forget(_) | Self::Interrupt { .. })
     }
 }
 
@@ -276,7 +299,13 @@ fn question(opcode: u32, body: &[u8]) -> Result<Question<'_>, &'static str> {
             Question::Xattr { name: text(rest)?, size: xattr.size }
         }
         opcode::LISTXATTR => Question::Xattrs { size: record::<XattrIn>(body)?.0.size },
-        opcode::FORGET | opcode::BATCH_FORGET => Question::Forget,
+        opcode::FORGET => Question::Forget(Forgotten::One { told: record::<u64>(body)?.0 }),
+        opcode::BATCH_FORGET => {
+            let (head, pairs) = record::<BatchForgetIn>(body)?;
+            let len = usize::try_from(head.count).ok().and_then(|count| count.checked_mul(size_of::<[u64; 2]>()));
+            let pairs = len.and_then(|len| pairs.get(..len)).ok_or("has fewer nodes than it claims")?;
+            Question::Forget(Forgotten::Many(pairs))
+        }
         opcode::INTERRUPT => Question::Interrupt { unique: record::<InterruptIn>(body)?.0.unique },
         opcode::DESTROY => Question::Destroy,
         opcode::SETATTR
@@ -354,7 +383,7 @@ pub(super) mod tests {
             (opcode::READDIRPLUS, read_body(0, 4096), Question::List { from: 0, size: 4096, with_nodes: true }),
             (opcode::GETXATTR, xattr, Question::Xattr { name: b"user.a", size: 4 }),
             (opcode::LISTXATTR, vec![0; 8], Question::Xattrs { size: 0 }),
-            (opcode::FORGET, vec![0; 8], Question::Forget),
+            (opcode::FORGET, vec![1; 8], Question::Forget(Forgotten::One { told: 0x0101_0101_0101_0101 })),
             (opcode::MKDIR, b"anything".to_vec(), Question::Change),
             (opcode::STATFS, vec![], Question::Statistics),
             (4711, vec![1; 100], Question::Other { opcode: 4711 }),
@@ -364,6 +393,24 @@ pub(super) mod tests {
             let expected = Request { unique: 42, node: 7, uid: 0, pid: 1, question };
             assert_eq!(Request::parse(&bytes), Ok(expected), "{opcode}");
         }
+    }
+
+    #[test]
+    fn many_nodes_are_forgotten_at_once() {
+        let words = [2u64, 11, 1, 12, 3];
+        let mut body: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let forgotten = |body: &[u8]| {
+            let bytes = request(opcode::BATCH_FORGET, 9, 0, body);
+            let Question::Forget(forgotten) = Request::parse(&bytes)?.question else { panic!("something else") };
+            let mut each = Vec::new();
+            forgotten.each(7, |node, told| each.push((node, told)));
+            Ok::<_, WireError>(each)
+        };
+        assert_eq!(forgotten(&body).unwrap(), [(11, 1), (12, 3)]);
+        body[0] = 1;
+        assert_eq!(forgotten(&body).unwrap(), [(11, 1)], "what follows is none of it");
+        body[0] = 3;
+        assert_eq!(forgotten(&body).unwrap_err().owed_to(), None);
     }
 
     #[test]
