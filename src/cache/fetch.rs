@@ -19,7 +19,7 @@ use tokio::runtime::Handle;
 use super::core::Core;
 use super::engine::StoreOptions;
 use super::pool::{Job, Queue};
-use super::queues::{Queues, Running, Signal};
+use super::queues::{Choice, Queues, Running, Signal};
 use super::stream;
 use super::window::{Led, Window, groups};
 use crate::base::{Class, Fault, RequestId};
@@ -157,15 +157,19 @@ impl Fetcher {
             return state.on_demand.take(device).map(Turn::Expired);
         }
         let (now, mut later) = (Instant::now(), None);
-        let Some((class, device, bytes)) = state.choose(&self.options, now, &mut later) else {
+        let Some(choice) = state.choose(&self.options, now, &mut later) else {
             return self.next_bulk(state).or_else(|| state.wake_at(later?, now));
+        };
+        let (class, bytes) = match choice {
+            Choice::OnDemand { bytes, .. } => (Class::OnDemand, bytes),
+            Choice::Prefetch { bytes, .. } => (Class::Prefetch, bytes),
         };
         if !state.budget.try_take(class, bytes) {
             return None;
         }
-        let window = match class {
-            Class::OnDemand => state.on_demand.take(device)?,
-            Class::Prefetch => state.prefetch.pop_front()?,
+        let window = match choice {
+            Choice::OnDemand { device, .. } => state.on_demand.take(device)?,
+            Choice::Prefetch { at, .. } => state.prefetch.remove(at)?,
         };
         Some(self.begin(state, window, class))
     }
@@ -197,7 +201,8 @@ impl Fetcher {
     fn begin(self: &Arc<Self>, state: &mut Queues, window: Window, class: Class) -> Turn {
         let signal = Arc::<Signal>::default();
         let image = window.core.image.get().copied();
-        if let (Some(image), Class::OnDemand) = (image, class) {
+        // What is fetched ahead of readers is for them as well.
+        if let Some(image) = image.filter(|_| !window.bulk) {
             state.allowances.charge(image, window.stored.len(), Instant::now());
         }
         let ticket = state.next_ticket;

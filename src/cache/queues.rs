@@ -140,7 +140,10 @@ impl Queues {
         }
         // They begin at the next turn, or when memory is free; either comes here again.
         let holds_up = |window: &Window| !(list.is_some() && list == window.list);
-        let queued = self.on_demand.any(holds_up) || self.prefetch.iter().any(holds_up);
+        // Whoever waits for the limits of an image leaves the line to others.
+        let may = |window: &Window| self.may_image(window, now).is_ok();
+        let queued = self.on_demand.any(|window| holds_up(window) && may(window))
+            || self.prefetch.iter().any(|window| holds_up(window) && may(window));
         queued.then_some(now + STUCK)
     }
 
@@ -200,12 +203,17 @@ impl Queues {
 
     /// Whose turn it is, if there is a slot for it, and how many bytes it wants; `later` becomes the moment from which
     /// somebody may go who was passed over, unless it is before.
-    pub(super) fn choose(
-        &self,
-        options: &StoreOptions,
-        now: Instant,
-        later: &mut Option<Instant>,
-    ) -> Option<(Class, u64, u64)> {
+    pub(super) fn choose(&self, options: &StoreOptions, now: Instant, later: &mut Option<Instant>) -> Option<Choice> {
+        let mut may = |window: &Window| {
+            let outcome = self.may_image(window, now);
+            if let Err(Wait::Until(at)) = outcome {
+                // Whoever has waited too long by then is told so.
+                let late = window.asked.and_then(|asked| asked.checked_add(options.deadline));
+                let at = late.map_or(at, |late| at.min(late));
+                *later = Some(later.map_or(at, |later| later.min(at)));
+            }
+            outcome.is_ok()
+        };
         let held = |class| self.running.iter().filter(move |running| running.class == class && !running.bulk);
         let free = |class| held(class).count() < options.fetches(class);
         if !self.on_demand.is_empty() {
@@ -214,31 +222,35 @@ impl Queues {
             }
             let most = options.fetches_per_device();
             let of = |device| held(Class::OnDemand).filter(move |running| running.device == device).count();
-            let mut may = |device, window: &Window| of(device) < most && self.may_image(window, now, later);
-            if let Some((device, window)) = self.on_demand.find(|device, window| may(device, window)) {
-                return Some((Class::OnDemand, device, window.stored.len()));
+            if let Some((device, window)) = self.on_demand.find(|device, window| of(device) < most && may(window)) {
+                return Some(Choice::OnDemand { device, bytes: window.stored.len() });
             }
         }
-        let window = self.prefetch.front().filter(|_| free(Class::Prefetch))?;
-        let device = window.core.id;
+        if !free(Class::Prefetch) {
+            return None;
+        }
         // Readers who wait for one of their own device's slots still go before its prefetch.
-        (!self.on_demand.has(device)).then_some((Class::Prefetch, device, window.stored.len()))
+        let may = |window: &Window| !self.on_demand.has(window.core.id) && may(window);
+        let at = self.prefetch.iter().position(may)?;
+        Some(Choice::Prefetch { at, bytes: self.prefetch[at].stored.len() })
     }
 }
 
+/// Whose turn it is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Choice {
+    /// The next read for readers of this device.
+    OnDemand { device: u64, bytes: u64 },
+    /// What is fetched ahead, at this place of the queue.
+    Prefetch { at: usize, bytes: u64 },
+}
+
 impl Queues {
-    /// Whether the limits of its image let a read for readers begin; as for `later`, see [`Queues::choose`].
-    fn may_image(&self, window: &Window, now: Instant, later: &mut Option<Instant>) -> bool {
-        let Some(&image) = window.core.image.get() else { return true };
+    /// Whether the limits of its image let a read begin that readers wait for, or soon will.
+    fn may_image(&self, window: &Window, now: Instant) -> Result<(), Wait> {
+        let Some(&image) = window.core.image.get() else { return Ok(()) };
         let same = |running: &&Running| running.class == Class::OnDemand && running.image == Some(image);
-        match self.allowances.may(image, || self.running.iter().filter(same).count(), now) {
-            Ok(()) => true,
-            Err(Wait::ForItself) => false,
-            Err(Wait::Until(at)) => {
-                *later = Some(later.map_or(at, |later| later.min(at)));
-                false
-            }
-        }
+        self.allowances.may(image, || self.running.iter().filter(same).count(), now)
     }
 }
 

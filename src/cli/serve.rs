@@ -126,7 +126,7 @@ fn serve(
         let _inside = runtime.enter();
         let control = match supervisor.take(CONTROL_NAME) {
             Some(socket) => Control::adopt(socket).context("cannot use the control socket")?,
-            None => Control::bind(&settings.run)?,
+            None => Control::bind(&settings.run, inherited.is_some())?,
         };
         let control = control.with_log(log).with_metrics(metrics_listener(&settings, inherited.is_some())?);
         // Before anything is mounted: from here on a signal is an orderly stop.

@@ -71,15 +71,17 @@ impl Daemon {
     ) -> Result<HashSet<PathBuf>, DaemonError> {
         let records = self.records.load();
         let records = records.map_err(|cause| DaemonError::Start { what: "the records of served images", cause })?;
-        let superblocks = records.into_iter().filter_map(|(_, record)| record.ok()).filter_map(|record| {
+        let is_kind = |mount: &MountInfo| mount.fs_type == "erofs" || mount.fs_type == "fuse.rafsd";
+        let gone = records.into_iter().filter_map(|(_, record)| record.ok()).filter_map(|record| {
             record.fuse?;
-            record.superblock.map(WatchId::from).filter(|watch| !living.contains(watch))
+            let watch = record.superblock.map(WatchId::from).filter(|watch| !living.contains(watch))?;
+            let device = format!("{}:{}", watch.device.0, watch.device.1);
+            // The number alone may be another daemon's by now.
+            let is_there = |mount: &MountInfo| Some(&mount.target) == record.dir.as_ref() && mount.device == device;
+            table.iter().any(|mount| is_kind(mount) && is_there(mount)).then_some(device)
         });
-        let devices: HashSet<_> = superblocks.map(|watch| format!("{}:{}", watch.device.0, watch.device.1)).collect();
-        let is_ours = |mount: &&MountInfo| {
-            // The number alone may be another file system's by now.
-            devices.contains(&mount.device) && (mount.fs_type == "erofs" || mount.fs_type == "fuse.rafsd")
-        };
+        let devices: HashSet<_> = gone.collect();
+        let is_ours = |mount: &&MountInfo| devices.contains(&mount.device) && is_kind(mount);
         let mut ended = HashSet::new();
         for mount in table.iter().filter(is_ours) {
             let dir = mount.target.display();

@@ -13,6 +13,9 @@ use rustix::net::{
     listen as listen_socket, recvmsg, sendmsg, socket_with, socketpair,
 };
 
+/// How long connecting may wait behind others.
+const QUEUE: Duration = Duration::from_secs(1);
+
 /// Two connected sockets that keep message boundaries, both close-on-exec.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
@@ -37,10 +40,13 @@ pub fn listen(path: &Path) -> io::Result<OwnedFd> {
 /// Connects to who listens at `path`.
 ///
 /// # Errors
-/// `NotFound` or `ConnectionRefused` if nobody does.
+/// `NotFound` or `ConnectionRefused` if nobody does, `WouldBlock` if whoever does has taken no connection for long.
 pub fn connect(path: &Path) -> io::Result<OwnedFd> {
     let socket = socket()?;
+    // It bounds the wait for room in the listener's queue as well.
+    set_socket_timeout(&socket, Timeout::Send, Some(QUEUE))?;
     connect_socket(&socket, &SocketAddrUnix::new(path)?)?;
+    set_socket_timeout(&socket, Timeout::Send, None)?;
     Ok(socket)
 }
 

@@ -78,13 +78,14 @@ struct Shared {
 }
 
 impl Control {
-    /// Listens below `run`, for root only. Must be called on the runtime.
+    /// Listens below `run`, for root only. Must be called on the runtime. Whoever succeeds a daemon knows
+    /// that it has gone: what still answers are the descriptors of a process that is being ended.
     ///
     /// # Errors
     /// `AddrInUse` if another daemon answers there.
-    pub fn bind(run: &Path) -> io::Result<Self> {
+    pub fn bind(run: &Path, succeeds: bool) -> io::Result<Self> {
         let path = run.join(SOCKET);
-        if std::os::unix::net::UnixStream::connect(&path).is_ok() {
+        if !succeeds && std::os::unix::net::UnixStream::connect(&path).is_ok() {
             let text = format!("a daemon answers at {} already", path.display());
             return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
         }

@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 /// Pauses before a daemon is started again: the first at once, then doubling with each start.
@@ -105,13 +105,11 @@ impl Absence {
         self.wants_successor = false;
     }
 
-    /// Forgets the one that was started last, if it has died.
-    pub(super) fn reap(&mut self) {
-        if let Some(child) = self.child
-            && waitpid(child, Some(WaitPidFlag::WNOHANG)).is_ok_and(|status| status.pid().is_some())
-        {
-            self.child = None;
-        }
+    /// Forgets the one that was started last, if it has died, and tells whether it has.
+    pub(super) fn reap(&mut self) -> bool {
+        let died =
+            |child| waitpid(child, Some(WaitPidFlag::WNOHANG)).is_ok_and(|status: WaitStatus| status.pid().is_some());
+        self.child.take_if(|child| died(*child)).is_some()
     }
 
     /// Whether to start one now.

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use super::post::socket_path;
 use super::wire::{Kind, Name, Op, Word};
-use super::{End, PATIENCE, RANKS};
+use super::{End, RANKS, STUCK, bury};
 use crate::sys::journal::{Journal, Outstanding};
 use crate::sys::{fdpass, process};
 
@@ -50,18 +50,23 @@ pub fn inherit(run: &Path, handed: Vec<(String, OwnedFd)>) -> io::Result<Option<
         events: Vec::new(),
         journal: None,
     };
+    let mut stuck = None;
     for rank in 0..RANKS {
         let socket = match fdpass::connect(&socket_path(run, rank)) {
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => continue,
             other => other?,
         };
-        fdpass::set_timeout(socket.as_fd(), Some(PATIENCE))?;
+        fdpass::set_timeout(socket.as_fd(), Some(STUCK))?;
+        let (pid, _) = fdpass::peer(socket.as_fd())?;
         let held = match Word::new(Op::Attach).send(&socket, None).and_then(|()| all.receive(&socket)) {
             // It was killed, and its socket was still there.
             Err(error) if has_gone(&error) => continue,
+            Err(error) if error.kind() == ErrorKind::WouldBlock && stuck.is_none() => {
+                stuck = Some((End { socket, pid, child: None }, error));
+                continue;
+            }
             other => other?,
         };
-        let (pid, _) = fdpass::peer(socket.as_fd())?;
         all.ends[rank] = Some(End { socket, pid, child: None });
         // The dead daemon may have told one of them something that it did not tell the other.
         let known: Vec<Name> = all.held.keys().copied().filter(|name| !held.contains(name)).collect();
@@ -69,6 +74,16 @@ pub fn inherit(run: &Path, handed: Vec<(String, OwnedFd)>) -> io::Result<Option<
             let end = all.ends[rank].as_ref().expect("just set");
             end.tell(Word::about(Op::Hold, name), all.held.get(&name).map(|fd| fd as _))?;
         }
+    }
+    match (stuck, all.ends.iter().any(Option::is_some)) {
+        (Some((end, _)), true) => {
+            tracing::error!(pid = end.pid, "a keeper does not answer, and another one has everything: it is ended");
+            // Were it to go on later, it would deny readers of a daemon that serves.
+            bury(Some(end));
+        }
+        // The last that has anything must live.
+        (Some((_, error)), false) => return Err(error),
+        (None, _) => {}
     }
     if let [Some(first), Some(_)] = &all.ends {
         // What only the second knew.

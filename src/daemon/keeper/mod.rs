@@ -64,6 +64,9 @@ const DENYING: u64 = 2;
 /// How long a keeper may take to start and to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// From when on a keeper that should answer is taken for one that will not. Readers wait meanwhile.
+const STUCK: Duration = Duration::from_secs(8);
+
 /// What a keeper says about itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Status {

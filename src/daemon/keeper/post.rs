@@ -15,7 +15,7 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -23,7 +23,7 @@ use super::absence::Absence;
 use super::door::Door;
 use super::hands::Hands;
 use super::wire::{Kind, Name, Op, Word};
-use super::{DENYING, ORPHANED, socket_name};
+use super::{DENYING, ORPHANED, STUCK, socket_name};
 use crate::sys::fanotify::{Answer, Group};
 use crate::sys::inotify::each_watch;
 use crate::sys::journal::Journal;
@@ -36,6 +36,9 @@ const MOST_HELD: usize = 32 << 10;
 const TICK: Duration = Duration::from_millis(100);
 /// How long another process may take to say or hear a word.
 const WORD: Duration = Duration::from_secs(5);
+
+/// For how long the other keeper is not asked again after it did not answer.
+const PASSED_OVER: Duration = Duration::from_secs(10);
 
 /// What a keeper is told when it is started.
 #[derive(Debug)]
@@ -94,6 +97,8 @@ struct Post {
     denying: bool,
     /// Whether the events that a dead daemon had taken have been denied.
     denied_taken: bool,
+    /// Until when the other keeper is not asked, because it did not answer.
+    passed_over: Option<Instant>,
 }
 
 impl Post {
@@ -112,6 +117,7 @@ impl Post {
             absence: Absence::new(starts_daemons),
             denying: false,
             denied_taken: false,
+            passed_over: None,
         }
     }
 
@@ -325,7 +331,10 @@ impl Post {
         if self.is_replaced() {
             return true;
         }
-        self.absence.reap();
+        if self.absence.reap() {
+            // What was to be started in place of the usual program dies of its start.
+            self.held.retain(|(name, _)| name.kind != Kind::Program);
+        }
         let late = self.absence.has_lasted(self.orders.patience);
         let is_needed = self.alive() > 0;
         if !is_needed && (late || !self.absence.wants_successor() && self.get(Kind::Cachefiles).is_none()) {
@@ -349,9 +358,21 @@ impl Post {
         false
     }
 
-    /// Whether the other keeper lives, and has precedence.
-    fn steps_back(&self) -> bool {
-        self.orders.rank > 0 && fdpass::connect(&self.sibling).is_ok()
+    /// Whether the other keeper lives and answers, and has precedence.
+    fn steps_back(&mut self) -> bool {
+        if self.orders.rank == 0 || self.passed_over.is_some_and(|until| Instant::now() < until) {
+            return false;
+        }
+        let asked = fdpass::connect(&self.sibling).and_then(|socket| {
+            fdpass::set_timeout(socket.as_fd(), Some(STUCK))?;
+            Word::new(Op::Status).send(&socket, None)?;
+            Word::receive(&socket)
+        });
+        if asked.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+            tracing::error!("the keeper that has precedence does not answer and is passed over");
+            self.passed_over = Instant::now().checked_add(PASSED_OVER);
+        }
+        asked.is_ok()
     }
 
     fn start_successor(&mut self) {
