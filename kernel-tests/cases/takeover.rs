@@ -35,6 +35,7 @@ pub(crate) const CASES: &[Case] = &[
     case("readers_survive_a_kill_at_each_step", Place::Both, readers_survive_a_kill_at_each_step),
     case("keepers_start_another_daemon", Place::Both, keepers_start_another_daemon),
     case("any_one_of_three_puts_the_others_back", Place::Here, any_one_of_three_puts_the_others_back),
+    case("a_stopped_keeper_holds_nobody_up", Place::Host, a_stopped_keeper_holds_nobody_up),
     case("an_upgrade_is_not_noticed_by_readers", Place::Both, an_upgrade_is_not_noticed_by_readers),
     case("keepers_go_by_the_settings_of_the_daemon_that_serves", Place::Both, keepers_go_by_the_settings_of_the_daemon),
     case("a_kill_while_keepers_are_replaced_is_survived", Place::Both, a_kill_while_keepers_are_replaced_is_survived),
@@ -349,6 +350,35 @@ fn keepers_start_another_daemon(ctx: &Ctx) -> Outcome {
     }
     siege.stop_readers()?;
     ensure!(siege.errors().is_empty(), "{:?}", siege.errors());
+    stop_by_command(siege)
+}
+
+/// Stopped, it lives and answers nothing: neither the other keeper nor the next daemon may wait for it.
+fn a_stopped_keeper_holds_nobody_up(ctx: &Ctx) -> Outcome {
+    let mut siege = Siege::begin(ctx, &["--restart", "keepers"])?;
+    siege.start_readers(2);
+    let (run, mut daemon) = (siege.fixture.run(), siege.fixture.pid());
+    for rank in [0, 1] {
+        siege.wait_for_reads(5)?;
+        let stopped = keeper::statuses(&run).get(rank).context("two keepers")?.pid;
+        kill(Pid::from_raw(i32::try_from(stopped)?), Signal::SIGSTOP)?;
+        kill(Pid::from_raw(i32::try_from(daemon)?), Signal::SIGKILL)?;
+        siege.fixture.forget_daemon()?;
+
+        daemon = another_daemon(&siege.fixture, daemon).with_context(|| format!("keeper {rank} stopped"))?;
+
+        siege.wait_for_reads(5)?;
+        let until = Instant::now() + Duration::from_secs(20);
+        while keeper::statuses(&run).iter().filter(|it| it.pid != stopped).count() < 2 {
+            ensure!(Instant::now() < until, "keeper {rank}: nobody took its place");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // Gone on, it would take the daemon for dead and deny readers.
+        let _ = kill(Pid::from_raw(i32::try_from(stopped)?), Signal::SIGCONT);
+        siege.wait_for_reads(5)?;
+    }
+    siege.stop_readers()?;
+    ensure!(siege.errors().is_empty(), "{:?}\n{}", siege.errors(), siege.fixture.log());
     stop_by_command(siege)
 }
 
