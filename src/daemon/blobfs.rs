@@ -62,6 +62,9 @@ impl Further {
     }
 }
 
+/// Gives the image of a record, with its devices.
+type Resume<'a> = &'a mut dyn FnMut(&Record) -> Result<(Served, Vec<Arc<Device>>), DaemonError>;
+
 /// An image with its devices.
 struct Ready {
     served: Served,
@@ -154,7 +157,7 @@ impl Daemon {
         (id, record): (RecordId, &Record),
         watch: WatchId,
         legacy: Option<fuse::Legacy>,
-        resume: &mut dyn FnMut(&Record) -> Result<(Served, Vec<Arc<Device>>), DaemonError>,
+        resume: Resume<'_>,
     ) -> Result<Mounted, DaemonError> {
         let damaged = |what: &str| DaemonError::Record { what: what.to_owned() };
         let shown = record.blobfs.as_ref().ok_or_else(|| damaged("it does not say what it shows"))?;

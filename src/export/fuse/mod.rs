@@ -8,7 +8,7 @@
 //! duty to answer it, and whoever completes the fill answers. There are no handles, and numbers of nodes are a
 //! pure function of what they name, so nothing needs to be known about what the kernel has looked up: a
 //! connection can go on in another process with the device, the tree, and what was [`Negotiated`]. Only a tree
-//! that changes while it is shown, [`blobfs`], has to write its numbers down.
+//! that changes while it is shown, `blobfs`, has to write its numbers down.
 //!
 //! All threads read one descriptor. A clone of it would take its unanswered requests with it when the process
 //! dies (`fuse-notes.md` section 6).

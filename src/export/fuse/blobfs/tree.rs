@@ -323,7 +323,7 @@ impl Tree for BlobTree {
         let dir = match dir {
             Some(dir) if !own_places.contains(&from) => dir,
             _ => {
-                self.list_own(id, from.checked_sub(OWN_PLACES).unwrap_or(0), dots, visit);
+                self.list_own(id, from.saturating_sub(OWN_PLACES), dots, visit);
                 return Ok(());
             }
         };
