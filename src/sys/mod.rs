@@ -12,6 +12,8 @@ pub mod faultpoint;
 pub mod fdpass;
 pub mod files;
 pub mod fuse;
+pub mod fusering;
+pub mod fuseslots;
 pub mod inotify;
 pub mod journal;
 pub mod loopdev;
