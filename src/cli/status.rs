@@ -139,6 +139,9 @@ fn text(status: &Status<'_>) -> String {
     let (needed, present) = totals(image);
     line("state", &state(image));
     line("kernel path", &format!("{}: {}", image.backend, image.why));
+    if let Some(transport) = &image.transport {
+        line("FUSE requests", &format!("{}: {}", transport.used, transport.why));
+    }
     for other in &status.others {
         line(&format!("not {}", other.backend), &other.why_not);
     }

@@ -282,7 +282,7 @@ impl Daemon {
         let watch = record.superblock.map(WatchId::from);
         // Nobody else holds them until they are marked.
         let mut devices = Vec::new();
-        let served = match record.backend {
+        let mut served = match record.backend {
             BackendKind::Fanotify | BackendKind::FuseDevice | BackendKind::FuseTree => {
                 let served;
                 (served, devices) = self.adopt_stored(record, image, &|it| left.open(self, record.backend, it))?;
@@ -322,6 +322,7 @@ impl Daemon {
             }
             BackendKind::Cachefiles => Attachment::Cachefiles,
         };
+        served.transport = self.transport_of(&attachment);
         let mounted = Mounted { watch, record: id, served, attachment };
         let mut state = self.state.lock().unwrap();
         match &record.dir {

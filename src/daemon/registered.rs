@@ -99,6 +99,7 @@ impl Daemon {
             devices,
             registration: registered,
             straight: Vec::new(),
+            transport: None,
         };
         Ok((served, registration))
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use super::api::observe::ImageState;
-use super::api::{DeviceReport, ImageReport, ImageSpec};
+use super::api::{DeviceReport, ImageReport, ImageSpec, TransportReport};
 use super::objects::Object;
 use super::observe::source_reports;
 use super::prepare::Prepared;
@@ -60,6 +60,8 @@ pub(super) struct Served {
     pub(super) registration: Option<Arc<Registration>>,
     /// For devices over FUSE: of each, whether the kernel reads its file without asking, as decided at the mount.
     pub(super) straight: Vec<bool>,
+    /// How requests of FUSE come, if any do.
+    pub(super) transport: Option<TransportReport>,
 }
 
 /// The device behind a blob: there from the start with fanotify, from the first read on with
@@ -84,7 +86,7 @@ impl Served {
     /// An image whose devices lie in the store, served by `backend`.
     pub(super) fn stored(backend: BackendKind, prepared: Arc<Prepared>, devices: &[Arc<Device>], why: String) -> Self {
         let devices = devices.iter().map(|device| Live::Stored(Arc::downgrade(device))).collect();
-        Self { backend, why, prepared, devices, registration: None, straight: Vec::new() }
+        Self { backend, why, prepared, devices, registration: None, straight: Vec::new(), transport: None }
     }
 
     /// Its devices that lie in the store.
@@ -144,6 +146,7 @@ impl Served {
             dir: dir.cloned(),
             backend: self.backend,
             why: self.why.clone(),
+            transport: self.transport.clone(),
             state: self.state(),
             image: prepared.key.to_string(),
             reference: prepared.named.as_ref().map(|named| named.reference.clone()),
