@@ -66,6 +66,8 @@ const TABLES: &[&[Case]] = &[
     cases::reading::CASES,
     cases::random::CASES,
     cases::metadata::CASES,
+    cases::posix::CASES,
+    cases::idmap::CASES,
     cases::images::CASES,
     cases::interop::CASES,
     cases::sharing::CASES,

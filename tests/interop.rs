@@ -209,8 +209,8 @@ fn the_index_of_a_gzip_layer_is_checked() {
 }
 
 #[test]
-fn a_tar_layer_has_a_map_without_digests_and_is_not_served() {
-    let Some(folder) = folder("a_tar_layer_has_a_map_without_digests_and_is_not_served") else { return };
+fn a_tar_layer_has_a_map_without_digests() {
+    let Some(folder) = folder("a_tar_layer_has_a_map_without_digests") else { return };
     // The table alone: the rest of the bootstrap has blocks of another size.
     let bytes = fs::read(folder.join("v6-tarfs/bootstrap")).expect("bootstrap");
     let ext: &ExtSuperblock = record_at(&bytes, 1152, "extended superblock").unwrap();
@@ -224,8 +224,8 @@ fn a_tar_layer_has_a_map_without_digests_and_is_not_served() {
     assert_eq!(end, row.uncompressed_size.get());
     assert!(map.covering(rafsd::base::ByteRange::new(0, end).unwrap()).is_some(), "no gaps");
     assert!(map.units().iter().all(|unit| unit.decoded == unit.stored && unit.check == Check::Unknown));
-    let refused = tables.ensure_servable().unwrap_err().to_string();
-    assert!(refused.contains("plain tar layer"), "{refused}");
+    // Its own name is what it is checked by.
+    tables.ensure_servable().unwrap();
 }
 
 #[test]

@@ -7,22 +7,31 @@ use std::fs::{self, DirEntry};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, ensure};
 use rafsd::base::hex;
 use rafsd::codec::sha256;
 use serde_json::{Map, Value, json};
 
-use super::fixture::Fixture;
+use super::fixture::{Fixture, drop_caches};
 use crate::host::{Need, interop};
-use crate::{Case, Ctx, Outcome, Place};
+use crate::{Backend, Case, Ctx, Outcome, Place};
 
-pub(crate) const CASES: &[Case] = &[Case {
-    name: "images_of_nydus_show_what_their_listing_says",
-    needs: &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend, Need::Interop],
-    place: Place::Both,
-    run: images_of_nydus_show_what_their_listing_says,
-}];
+pub(crate) const CASES: &[Case] = &[
+    Case {
+        name: "images_of_nydus_show_what_their_listing_says",
+        needs: &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend, Need::Interop],
+        place: Place::Both,
+        run: images_of_nydus_show_what_their_listing_says,
+    },
+    Case {
+        name: "an_image_over_a_plain_tar_is_for_fuse_tree",
+        needs: &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend, Need::Interop, Need::Program("gunzip")],
+        place: Place::Here,
+        run: an_image_over_a_plain_tar_is_for_fuse_tree,
+    },
+];
 
 pub(crate) use crate::support::interop::SERVED as IMAGES;
 
@@ -52,6 +61,77 @@ fn images_of_nydus_show_what_their_listing_says(ctx: &Ctx) -> Outcome {
         let first = want.iter().zip(&got).find(|(want, got)| want != got);
         ensure!(want.len() > 10 && first.is_none() && want.len() == got.len(), "{name} differs: {first:?}");
     }
+    fixture.finish()
+}
+
+/// Longest link target that the reference writer does not spoil in blocks of 512 bytes.
+const LONGEST_TARGET: usize = 512;
+
+/// Its blocks are no pages, and its only digest is the name of the layer.
+fn an_image_over_a_plain_tar_is_for_fuse_tree(ctx: &Ctx) -> Outcome {
+    let folder = interop(ctx.in_guest).context("a need of this case")?;
+    let image = folder.join("v6-tarfs");
+    let mut fixture = Fixture::files(ctx, 1)?;
+    let (target, blobs) = (ctx.dir.join("mnt"), ctx.dir.join("layers"));
+    fs::create_dir(&target)?;
+    fs::create_dir(&blobs)?;
+    let layer = Command::new("gunzip").arg("-c").arg(image.join("layer.tar.gz")).output()?.stdout;
+    let name = sha256(&layer).to_string();
+    fs::write(blobs.join(&name), &layer)?;
+    let texts = [&image.join("bootstrap"), &target, &blobs].map(|path| path.to_str().unwrap_or_default().to_owned());
+    let mount = |fixture: &Fixture<'_>, backend: &str| {
+        fixture.command(&["mount", &texts[0], &texts[1], "--blobs", &texts[2], "--backend", backend])
+    };
+    let listing = fs::read_to_string(image.join("expect"))?;
+    let is_whole = |row: &Value| row["target"].as_str().is_none_or(|target| target.len() <= LONGEST_TARGET);
+    let mut want = read_listing(&folder.join(listing.trim()))?;
+    want.retain(|_, row| is_whole(row));
+    let ensure_same = |root: &Path| {
+        let got = list(root)?;
+        let first = want.iter().find(|(path, row)| got.get(*path) != Some(*row));
+        ensure!(want.len() > 500 && first.is_none(), "differs: {first:?}, which is {:?}", first.map(|it| &got[it.0]));
+        anyhow::Ok(())
+    };
+
+    let asked = mount(&fixture, ctx.backend.name())?;
+    if ctx.backend == Backend::FuseTree {
+        ensure!(asked.status.success(), "{asked:?}");
+        ensure_same(&target)?;
+        fixture.kill()?;
+        fixture.start(&[])?;
+        drop_caches()?;
+        ensure_same(&target).context("after a takeover")?;
+        fixture.umount(&target)?;
+        // Another layer under its name, for a daemon that remembers nothing.
+        fixture.restart(&[])?;
+        let mut other = layer.clone();
+        *other.last_mut().context("a layer")? ^= 1;
+        fs::write(blobs.join(&name), &other)?;
+        let refused = mount(&fixture, ctx.backend.name())?;
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        ensure!(!refused.status.success() && said.contains("plain tar layer with the SHA-256"), "{said}");
+        return fixture.finish();
+    }
+    let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+    ensure!(!asked.status.success() && said.contains("blocks of 512 bytes"), "{said}");
+    ensure!(crate::mounts::below(&ctx.dir)?.is_empty(), "something is mounted");
+    let auto = mount(&fixture, "auto")?;
+    ensure!(auto.status.success(), "{auto:?}");
+    let report = &fixture.list()?[0];
+    ensure!(report["backend"] == "fuse-tree" && report["why"].to_string().contains("512 bytes"), "{report}");
+    ensure_same(&target).context("auto")?;
+    fixture.umount(&target)?;
+
+    // As one disk the kernel takes it.
+    let disk = ctx.dir.join("disk");
+    let exported =
+        Command::new(&ctx.rafsd).args(["export", &texts[0], "--blobs", &texts[2], "-o"]).arg(&disk).output()?;
+    ensure!(exported.status.success(), "{}", String::from_utf8_lossy(&exported.stderr));
+    let flags = nix::mount::MsFlags::MS_RDONLY;
+    nix::mount::mount(Some(&disk), &target, Some("erofs"), flags, None::<&str>).context("mount the disk")?;
+    let mounted = crate::mounts::Mounted(target);
+    ensure_same(&mounted.0).context("one disk")?;
+    drop(mounted);
     fixture.finish()
 }
 
@@ -125,7 +205,12 @@ fn facts(path: &Path, name: &str, is_root: bool) -> anyhow::Result<Value> {
         say("size", meta.len().into());
         say("sha256", sha256(&fs::read(path)?).to_string().into());
     } else if kind.is_symlink() {
-        say("target", escaped(&fs::read_link(path)?.into_os_string().into_vec()).into());
+        let target = match fs::read_link(path) {
+            // Other builders' images may have some that are spoilt.
+            Err(error) if error.raw_os_error() == Some(nix::libc::EUCLEAN) => b"damaged".to_vec(),
+            target => target?.into_os_string().into_vec(),
+        };
+        say("target", escaped(&target).into());
     } else if kind.is_char_device() || kind.is_block_device() {
         say("rdev", json!([rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev())]));
     }

@@ -116,11 +116,11 @@ impl BlobTables {
         ByteRange::new(ci.start(), ci.end() + header).expect("bounded by Entry::new()")
     }
 
-    /// Fails if units of this blob cannot be served to a kernel: those of a foreign file, because
-    /// they have no digest or cannot be decoded yet.
+    /// Fails if units of this blob cannot be served. Those of a plain tar layer can as soon as they have digests,
+    /// which the whole layer has to be read for.
     pub fn ensure_servable(&self) -> Result<(), TablesError> {
         match self.entry.kind {
-            BlobKind::Native | BlobKind::Zran | BlobKind::Listed => Ok(()),
+            BlobKind::Native | BlobKind::Zran | BlobKind::Listed | BlobKind::Tarfs => Ok(()),
             kind => Err(TablesError::Unsupported { blob: self.entry.blob.clone(), kind: kind.name() }),
         }
     }

@@ -8,6 +8,7 @@ use crate::cache::{StockError, StoreError};
 use crate::export::AttachError;
 use crate::image::{ImageError, OpenError as ImageOpenError};
 use crate::oci::OciError;
+use crate::reader::tarfile::TarFileError;
 use crate::reader::{LoadError, MapError, ReachError};
 use crate::source::OpenError;
 
@@ -34,6 +35,8 @@ pub enum DaemonError {
     Tables(TablesError),
     #[error(transparent)]
     Map(MapError),
+    #[error(transparent)]
+    TarFile(#[from] TarFileError),
     #[error(transparent)]
     Reach(#[from] ReachError),
     #[error(transparent)]

@@ -176,6 +176,7 @@ impl Daemon {
         let queue = found.queue(self);
         let _turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
         let mut prepared = self.prepare(&request.image, &found)?;
+        let (kind, why) = self.backends.fit((kind, why), request.backend, &prepared.image)?;
         if self.state.lock().unwrap().stopping {
             return Err(DaemonError::Stopping);
         }

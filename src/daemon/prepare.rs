@@ -8,12 +8,12 @@ use std::sync::Arc;
 use super::DaemonError;
 use super::known::{Known, KnownImages, Origin};
 use crate::base::{BLOCK, BlobId, Digest};
-use crate::blob::{BlobTables, TablesError, Unit, UnitMap};
+use crate::blob::{BlobKind, BlobTables, TablesError, Unit, UnitMap};
 use crate::cache::{Bootstraps, ImageKey, KeptBootstrap};
 use crate::export::{Backing, LiveImage};
 use crate::image::{Device, Image};
 use crate::reader::bootstrap::{Found, layer_key};
-use crate::reader::{self, ensure_block_size, ensure_checkable, maps};
+use crate::reader::{self, ensure_checkable, maps, tarfile};
 use crate::source::{BlobSource, LocalSource};
 
 /// An image that is ready to be attached to a backend.
@@ -163,7 +163,6 @@ pub(super) fn prepare(
     let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, wanted.shown())))?;
     wanted.admit(&image)?;
-    ensure_block_size(&image)?;
     let maps = image
         .devices()
         .iter()
@@ -181,7 +180,8 @@ pub(super) fn resume(kept: KeptBootstrap, source: Arc<dyn BlobSource>) -> Result
     Ok(Prepared::again(kept, image, source))
 }
 
-/// The unit map of one device: from the cache if it is there and agrees, else from the blob.
+/// The unit map of one device: from the cache if it is there and agrees, else from the blob. A plain tar layer has
+/// no tables and is read as a whole.
 fn map(
     device: &Device,
     image: &Image,
@@ -189,7 +189,13 @@ fn map(
     source: &dyn BlobSource,
     runtime: &tokio::runtime::Handle,
 ) -> Result<UnitMap, DaemonError> {
-    BlobTables::new(&device.entry).and_then(|tables| tables.ensure_servable()).map_err(DaemonError::Tables)?;
+    let tables = BlobTables::new(&device.entry).map_err(DaemonError::Tables)?;
+    tables.ensure_servable().map_err(DaemonError::Tables)?;
+    if tables.kind() == BlobKind::Tarfs {
+        // A saved map does not tell who named its digests. Nobody but the layer's own name may.
+        let mapped = maps::map(device, image, source, runtime).map_err(DaemonError::Map)?;
+        return Ok(tarfile::digested(&mapped.map, source, runtime, &|_| ())?);
+    }
     let saved = saved(&device.blob).and_then(|saved| maps::renew(&saved, device, image));
     let fetched = || maps::map(device, image, source, runtime).map(|mapped| mapped.map);
     saved.map_or_else(|| fetched().map_err(DaemonError::Map), Ok)

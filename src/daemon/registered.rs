@@ -16,6 +16,7 @@ use super::served::{Attachment, Live, Mounted, Served, blob_object};
 use super::{Daemon, DaemonError};
 use crate::export::cachefiles::{self, Culling, FsId, ObjectName, Registration};
 use crate::export::{AttachError, BackendKind};
+use crate::reader::ensure_block_size;
 use crate::sys::mount::unmount;
 
 impl Daemon {
@@ -114,6 +115,7 @@ impl Daemon {
         let queue = found.queue(self);
         let turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
         let prepared = Arc::new(self.prepare(&request.image, &found)?);
+        ensure_block_size(&prepared.image)?;
         let served = self.serve_cachefiles(&request.image.prefetch, prepared, &name, why);
         // Its maps are known from here on.
         drop(turn);

@@ -19,6 +19,8 @@ use crate::export::fanotify::Fanotify;
 use crate::export::fuse::{Connection, Fuse, Lanes, Transport};
 use crate::export::host::Host;
 use crate::export::{BackendKind, Custody};
+use crate::image::Image;
+use crate::reader::ensure_block_size;
 use crate::sys::fanotify::Group;
 use crate::sys::files::InodeId;
 use crate::sys::journal::Journal;
@@ -193,6 +195,26 @@ impl Backends {
             return Err(DaemonError::NoBackend { reasons: format!("{kind}: {}", self.host().obstacles(kind)) });
         }
         Ok((kind, "asked for".to_owned()))
+    }
+
+    /// The backend that `chosen` becomes once it is known for which image: the kernel's own EROFS gets no image in
+    /// blocks that are no pages. Where the choice was ours, the one that asks us for everything takes its place.
+    pub(super) fn fit(
+        &self,
+        chosen: (BackendKind, String),
+        choice: BackendChoice,
+        image: &Image,
+    ) -> Result<(BackendKind, String), DaemonError> {
+        let tree = BackendKind::FuseTree;
+        match ensure_block_size(image) {
+            Ok(()) => Ok(chosen),
+            Err(_) if chosen.0 == tree => Ok(chosen),
+            Err(_) if choice == BackendChoice::Auto && self.order.contains(&tree) && self.host().can(tree) => {
+                let size = image.summary().block_size;
+                Ok((tree, format!("the image has blocks of {size} bytes, which {} cannot serve", chosen.0)))
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// The fanotify service. Its group is in the keepers' hands before the first mark is made.

@@ -24,13 +24,12 @@ pub enum ReachError {
     #[error("{} uses blob {blob} at decoded {decoded}, for which the image names no digest", path.display())]
     Uncheckable { path: PathBuf, blob: BlobId, decoded: ByteRange },
     /// A tarfs image.
-    #[error(
-        "the image has blocks of {0} bytes (tarfs); only images with blocks of 4096 bytes can be mounted or exported"
-    )]
+    #[error("the image has blocks of {0} bytes (tarfs); those who let the kernel read it need blocks of 4096 bytes")]
     BlockSize(u64),
 }
 
-/// Fails unless the image counts in the blocks that maps, caches and pages have.
+/// Fails unless the image counts in the blocks that maps, caches and pages have, which matters where the kernel
+/// reads what is there without asking.
 pub fn ensure_block_size(image: &Image) -> Result<(), ReachError> {
     match image.summary().block_size {
         BLOCK => Ok(()),

@@ -14,6 +14,7 @@ pub mod files;
 pub mod fuse;
 pub mod fusering;
 pub mod fuseslots;
+pub mod handle;
 pub mod inotify;
 pub mod journal;
 pub mod loopdev;

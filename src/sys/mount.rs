@@ -4,10 +4,10 @@
 //! reads from fanotify. The old `mount(2)` has one page for all options, about thirty devices.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 /// Why a mount was refused, with what the kernel said about it.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +92,45 @@ impl FsContext {
 pub struct DetachedMount(OwnedFd);
 
 impl DetachedMount {
+    /// Another mount of what is mounted at `target`, as a bind mount would be.
+    pub fn clone_of(target: &Path) -> io::Result<Self> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        Ok(Self(rustix::mount::open_tree(rustix::fs::CWD, target, flags)?))
+    }
+
+    /// Shows other owners through this mount: whom the file system calls by a number, by the one that it has in
+    /// the user namespace `users` outside of it. As runtimes of containers do.
+    ///
+    /// # Errors
+    /// `EINVAL` if the file system allows no such mounts, `ENOSYS` before Linux 5.12.
+    pub fn map_owners(&self, users: BorrowedFd<'_>) -> io::Result<()> {
+        /// `struct mount_attr`.
+        #[repr(C)]
+        struct Attributes {
+            set: u64,
+            clear: u64,
+            propagation: u64,
+            users: u64,
+        }
+        const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
+        let users = u64::try_from(users.as_raw_fd()).expect("an open descriptor");
+        let attributes = Attributes { set: MOUNT_ATTR_IDMAP, clear: 0, propagation: 0, users };
+        let (mount, path, flags) = (self.0.as_raw_fd(), c"", libc::AT_EMPTY_PATH);
+        // SAFETY: `path` is a C string and `attributes` a record of the length that is passed; both are only read
+        // and live until the call returns, as do the two descriptors, one owned and one borrowed.
+        let rc = unsafe {
+            libc::syscall(
+                libc::SYS_mount_setattr,
+                mount,
+                path.as_ptr(),
+                flags,
+                &raw const attributes,
+                size_of::<Attributes>(),
+            )
+        };
+        if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
     /// Makes it visible at `target`, an existing directory.
     pub fn attach(self, target: &Path) -> io::Result<()> {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;

@@ -5,8 +5,8 @@
 //! * Paths are taken below the root; `.` and repeated slashes vanish, `..` is an error.
 //! * Missing parents are made (0755, root, 1970). A path given again replaces what it named, but
 //!   a directory over a directory keeps its children.
-//! * A hard link to a regular file shares its inode, whose attributes stay those of the first
-//!   name: they exist only once. Links to anything else become copies, as tar writers mean them.
+//! * A hard link shares the inode of what it links to, whose attributes stay those of the first
+//!   name: they exist only once. Links to directories are errors.
 //! * Whiteouts and other marker files are files like any others.
 //! * PAX global headers are ignored: version control writes them, and only as a comment.
 //! * What is excluded is passed over with everything below it. A hard link to it is one to nothing.
@@ -267,13 +267,12 @@ impl Reader<'_, '_> {
         let node = node.ok_or_else(|| self.damaged(unknown))?;
         match &self.tree.node(node).kind {
             Kind::Directory(_) => Err(self.damaged(format!("{} is a hard link to a directory", path.escape_ascii()))),
-            Kind::Regular(_) => {
+            _ => {
                 let mut names = self.names(path)?;
                 let Some(last) = names.pop() else { return Err(self.damaged("a hard link is called '.'")) };
                 let parent = self.parent(path, &names)?;
                 self.tree.link(parent, last, node).map_err(|problem| self.unfit(path, problem))
             }
-            _ => self.insert(path, self.tree.node(node).clone()),
         }
     }
 

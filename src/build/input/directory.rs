@@ -150,7 +150,7 @@ impl Visitor for Reader<'_, '_> {
         self.progress.advance(1, 0);
         let unfit = |problem| BuildError::Entry { path: here.path_of(name), problem };
         let kind = kind_of(stat);
-        let shared = (kind == FileType::RegularFile && stat.st_nlink > 1).then(|| identity(stat));
+        let shared = (kind != FileType::Directory && stat.st_nlink > 1).then(|| identity(stat));
         if let Some(node) = shared.and_then(|key| self.linked.get(&key)) {
             self.tree.link(dir, name.as_bytes(), *node).map_err(unfit)?;
             return Ok(None);

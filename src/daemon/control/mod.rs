@@ -36,6 +36,7 @@ use super::{Daemon, DaemonError, Ending};
 use crate::base::Chain;
 use crate::export::AttachError;
 use crate::reader::MapError;
+use crate::reader::tarfile::TarFileError;
 use crate::telemetry::logging::LogControl;
 
 /// Name of the control socket in the run directory.
@@ -246,6 +247,7 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::Load(_)
         | DaemonError::Tables(_)
         | DaemonError::Map(MapError::Tables(_))
+        | DaemonError::TarFile(TarFileError::Unnamed { .. } | TarFileError::Differs { .. })
         | DaemonError::Reach(_)
         | DaemonError::SourceSpec(_)
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
@@ -257,6 +259,7 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::Record { .. }
         | DaemonError::Start { .. }
         | DaemonError::Map(MapError::Fetch { .. })
+        | DaemonError::TarFile(TarFileError::Read { .. })
         | DaemonError::Store(_)
         | DaemonError::Attach(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }

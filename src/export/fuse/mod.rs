@@ -55,7 +55,8 @@ pub trait Tree: Send + Sync {
     /// What is wanted of the kernel.
     fn wishes(&self) -> Wishes;
 
-    /// What is called `name` in the directory `parent`; `None` if nothing is.
+    /// What is called `name` in the directory `parent`; `None` if nothing is. `.` and `..` are asked for by who
+    /// has a handle of a file, and only of trees that wish for that.
     fn find(&self, parent: NodeId, name: &[u8]) -> Result<Option<Node>, TreeError>;
 
     /// What `id` names.

@@ -30,6 +30,7 @@ const CONGESTED: u16 = MAX_BACKGROUND / 4 * 3;
 /// Flags of the handshake.
 pub mod flag {
     pub const ASYNC_READ: u64 = 1 << 0;
+    pub const EXPORT_SUPPORT: u64 = 1 << 4;
     pub const DO_READDIRPLUS: u64 = 1 << 13;
     pub const READDIRPLUS_AUTO: u64 = 1 << 14;
     pub const ASYNC_DIO: u64 = 1 << 15;
@@ -47,8 +48,9 @@ pub mod flag {
     pub const OVER_IO_URING: u64 = 1 << 41;
 
     /// Flags by the names that people find in the kernel's header.
-    pub const NAMES: [(u64, &str); 16] = [
+    pub const NAMES: [(u64, &str); 17] = [
         (ASYNC_READ, "ASYNC_READ"),
+        (EXPORT_SUPPORT, "EXPORT_SUPPORT"),
         (DO_READDIRPLUS, "DO_READDIRPLUS"),
         (READDIRPLUS_AUTO, "READDIRPLUS_AUTO"),
         (ASYNC_DIO, "ASYNC_DIO"),
@@ -89,6 +91,9 @@ pub struct Wishes {
     pub posix_acl: bool,
     /// Mounts of it may have their owners mapped: the kernel checks permissions, and we never look at who asks.
     pub idmap: bool,
+    /// Nodes are found by number alone, with `.` for the node and `..` for the directory above one: a handle
+    /// of a file is good for ever, also when the kernel has forgotten the file.
+    pub handles: bool,
     /// Requests are to come over io_uring, of at most so many pages.
     pub io_uring: Option<u16>,
 }
@@ -153,6 +158,7 @@ pub fn negotiate(offered: &InitIn, wishes: Wishes) -> Reaction {
     for (wished, flags) in [
         (wishes.posix_acl, flag::POSIX_ACL),
         (wishes.idmap, flag::ALLOW_IDMAP),
+        (wishes.handles, flag::EXPORT_SUPPORT),
         (wishes.io_uring.is_some(), flag::OVER_IO_URING),
     ] {
         wanted |= if wished { flags } else { 0 };
@@ -211,7 +217,7 @@ pub(super) mod tests {
     #[test]
     fn nothing_is_answered_that_was_not_offered() {
         for flags in [0, u64::MAX, 0x73ff_fffb, flag::MAX_PAGES | flag::POSIX_ACL] {
-            let wishes = Wishes { posix_acl: true, idmap: true, io_uring: Some(64) };
+            let wishes = Wishes { posix_acl: true, idmap: true, handles: true, io_uring: Some(64) };
             let (out, negotiated) = agreed(&offer(45, flags), wishes);
             assert_eq!(negotiated.flags & !flags, 0);
             assert_eq!(u64::from(out.flags) | u64::from(out.flags2) << 32, negotiated.flags);
@@ -227,12 +233,15 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn lists_and_mapped_owners_are_taken_only_on_wish() {
-        let wished = flag::POSIX_ACL | flag::ALLOW_IDMAP;
+    fn what_not_all_connections_want_is_taken_only_on_wish() {
+        let wished = flag::POSIX_ACL | flag::ALLOW_IDMAP | flag::EXPORT_SUPPORT;
         let flags = |wishes| agreed(&offer(45, u64::MAX), wishes).1.flags & wished;
         assert_eq!(flags(Wishes::default()), 0);
-        assert_eq!(flags(Wishes { posix_acl: true, ..Wishes::default() }), flag::POSIX_ACL);
-        assert_eq!(flags(Wishes { posix_acl: true, idmap: true, io_uring: None }), wished);
+        let none = Wishes::default();
+        assert_eq!(flags(Wishes { posix_acl: true, ..none }), flag::POSIX_ACL);
+        assert_eq!(flags(Wishes { idmap: true, ..none }), flag::ALLOW_IDMAP);
+        assert_eq!(flags(Wishes { handles: true, ..none }), flag::EXPORT_SUPPORT);
+        assert_eq!(flags(Wishes { posix_acl: true, idmap: true, handles: true, io_uring: None }), wished);
     }
 
     #[test]

@@ -118,10 +118,13 @@ impl ImageTree {
 impl Tree for ImageTree {
     fn wishes(&self) -> Wishes {
         // The kernel checks permissions, and asks for no mapping where it would have to.
-        Wishes { posix_acl: self.has_lists, idmap: true, io_uring: None }
+        Wishes { posix_acl: self.has_lists, idmap: true, handles: true, io_uring: None }
     }
 
     fn find(&self, parent: NodeId, name: &[u8]) -> Result<Option<Node>, TreeError> {
+        if name == b"." {
+            return self.node(parent).map(Some);
+        }
         let dir = self.directory(parent)?;
         if name.len() > LONGEST_NAME {
             return Err(TreeError::LongName { len: name.len() });
@@ -194,6 +197,10 @@ impl Tree for ImageTree {
 
     fn xattrs(&self, id: NodeId, is_trusted: bool) -> Result<Vec<u8>, TreeError> {
         let mut names = Vec::new();
+        if !self.has_xattrs {
+            // And none is what EROFS lists: the error of `visit_xattrs` would be remembered and told to everybody.
+            return Ok(names);
+        }
         self.visit_xattrs(id, &mut |xattr| {
             if is_trusted || xattr.prefix != b"trusted." {
                 put_name(&mut names, [xattr.prefix, xattr.suffix]);

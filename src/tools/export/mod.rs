@@ -20,7 +20,7 @@ use crate::blob::Check;
 use crate::build::Progress;
 use crate::format::rafs::DEVICE_TABLE_OFFSET;
 use crate::image::ImageError;
-use crate::reader::{Files, ReachError, ReadError, UnitRef, ensure_block_size, ensure_checkable};
+use crate::reader::{Files, ReachError, ReadError, UnitRef, ensure_checkable};
 
 /// Where the dm-verity tree of a disk goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,7 +99,6 @@ pub fn export(
     verity: &Verity,
     progress: &dyn Progress,
 ) -> Result<ExportReport, ExportError> {
-    ensure_block_size(files.image())?;
     ensure_checkable(files.image(), files.maps())?;
     let placement = placement::place(files.image())?;
     let failed = |source| ExportError::Write { path: disk.to_owned(), source };

@@ -26,29 +26,30 @@ pub(super) struct Placement {
 /// Places the devices where the image says. An image of an old builder, which does not say, or one
 /// that puts two devices in one place, gets the places that a builder of today would give.
 pub(super) fn place(image: &Image) -> Result<Placement, ExportError> {
+    let block = image.summary().block_size;
     let count = image.devices().len() as u64;
     let slots: &[DeviceSlot] = array_at(image.bytes(), DEVICE_TABLE_OFFSET, count, "device table")
         .map_err(|error| ExportError::Image(ImageError::from(error)))?;
     let stored = slots.iter().zip(image.devices()).map(|(slot, device)| {
         let at = u64::from(slot.mapped_blkaddr.get());
-        ByteRange::at(at * BLOCK, device.len).filter(|_| at != 0)
+        ByteRange::at(at * block, device.len).filter(|_| at != 0)
     });
     let end = image.summary().bootstrap_len.next_multiple_of(BLOCK);
     if let Some(devices) = stored.collect::<Option<Vec<_>>>().filter(|devices| are_apart(devices, end)) {
         let len = devices.iter().map(|device| device.end()).fold(end, u64::max);
-        return Ok(Placement { devices, len, table: None });
+        return Ok(Placement { devices, len: len.next_multiple_of(BLOCK), table: None });
     }
     let (mut devices, mut table, mut end) = (Vec::new(), Vec::new(), end);
     for (slot, device) in slots.iter().zip(image.devices()) {
         let range = end.checked_next_multiple_of(ALIGNMENT).and_then(|at| ByteRange::at(at, device.len));
         let range = range.ok_or(ExportError::TooLong)?;
         let mut slot = *slot;
-        slot.mapped_blkaddr = u32::try_from(range.start() / BLOCK).map_err(|_| ExportError::TooLong)?.into();
+        slot.mapped_blkaddr = u32::try_from(range.start() / block).map_err(|_| ExportError::TooLong)?.into();
         table.extend_from_slice(slot.as_bytes());
         devices.push(range);
         end = range.end();
     }
-    Ok(Placement { devices, len: end, table: Some(table) })
+    Ok(Placement { devices, len: end.next_multiple_of(BLOCK), table: Some(table) })
 }
 
 /// Whether no two of `devices` share a byte, and none lies below `end`.
