@@ -19,6 +19,25 @@ pub(crate) enum Mode {
     },
 }
 
+/// How requests come in cases over FUSE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    Dev,
+    Ring,
+    All,
+}
+
+impl Transport {
+    /// Whether cases run that way.
+    pub(crate) fn runs(self, over_ring: bool) -> bool {
+        match self {
+            Self::Dev => !over_ring,
+            Self::Ring => over_ring,
+            Self::All => true,
+        }
+    }
+}
+
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Args {
     pub(crate) mode: Mode,
@@ -27,6 +46,7 @@ pub(crate) struct Args {
     pub(crate) backend: Option<Backend>,
     /// `None` is the host, and all guests after it.
     pub(crate) machine: Option<Machine>,
+    pub(crate) transport: Transport,
     names: Vec<String>,
     exact: bool,
     skips: Vec<String>,
@@ -39,6 +59,7 @@ impl Args {
             in_guest: false,
             backend: None,
             machine: None,
+            transport: Transport::All,
             names: vec![],
             exact: false,
             skips: vec![],
@@ -69,6 +90,14 @@ impl Args {
                     let wanted = value()?;
                     let found = Machine::ALL.into_iter().find(|machine| machine.name() == wanted);
                     parsed.machine = Some(found.ok_or_else(|| format!("no machine {wanted:?}: on-demand or stock"))?);
+                }
+                "--transport" => {
+                    parsed.transport = match value()?.as_str() {
+                        "dev" => Transport::Dev,
+                        "io-uring" => Transport::Ring,
+                        "all" => Transport::All,
+                        other => return Err(format!("unknown transport {other:?}: dev, io-uring or all")),
+                    }
                 }
                 "--run-one" => run_one = Some(value()?),
                 "--dir" => dir = Some(PathBuf::from(value()?)),

@@ -55,7 +55,7 @@ pub(crate) type Run = (Backend, &'static Case);
 /// Runs `cases` in one guest, printing and counting their reports.
 pub(crate) fn run(machine: Machine, cases: &[Run], interrupt: &Interrupt, tally: &mut Tally) {
     let all = |tally: &mut Tally, verdict: Verdict| {
-        cases.iter().for_each(|(backend, case)| tally.report(case.name, *backend, &verdict, None));
+        cases.iter().for_each(|(backend, case)| tally.report(case.name, (*backend).into(), &verdict, None));
     };
     let kernel = match able().and_then(|()| machine.kernel()) {
         Ok(kernel) => kernel,
@@ -258,14 +258,14 @@ impl Guest {
         for (backend, case) in &missing {
             let verdict =
                 Verdict::Failed { reason: format!("the guest did not report it: {reason}"), output: String::new() };
-            tally.report(case.name, *backend, &verdict, None);
+            tally.report(case.name, (*backend).into(), &verdict, None);
         }
         if !ended_well {
             let tail = |lines: &[&str]| lines[lines.len().saturating_sub(LAST_LINES)..].join("\n");
             let said: Vec<_> = said.iter().map(String::as_str).collect();
             let console: Vec<_> = self.console.text.lines().collect();
             let output = format!("last lines of the cases:\n{}\nof the kernel:\n{}", tail(&said), tail(&console));
-            tally.report("guest_stays_well", cases[0].0, &Verdict::Failed { reason, output }, None);
+            tally.report("guest_stays_well", cases[0].0.into(), &Verdict::Failed { reason, output }, None);
         }
     }
 

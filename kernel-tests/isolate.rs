@@ -21,7 +21,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::report::Verdict;
-use crate::{Backend, Case, Interrupt, mounts};
+use crate::{Case, Interrupt, Way, mounts, ring};
 
 /// The limit of a case: it takes seconds on a host; the guest's processor is emulated, and the limit must
 /// be shorter than the silence after which the whole guest is given up.
@@ -51,21 +51,21 @@ pub(crate) fn die_with_parent() -> nix::Result<()> {
 /// Runs `case` in a child process, with a directory of its own below `store`, and cleans up after it.
 pub(crate) fn run(
     case: &Case,
-    backend: Backend,
+    way: Way,
     in_guest: bool,
     store: &Path,
     limit: Duration,
     interrupt: &Interrupt,
 ) -> (Verdict, Option<Duration>) {
     let start = Instant::now();
-    let verdict = run_inner(case, backend, in_guest, store, limit, interrupt)
+    let verdict = run_inner(case, way, in_guest, store, limit, interrupt)
         .unwrap_or_else(|error| Verdict::Failed { reason: format!("{error:#}"), output: String::new() });
     (verdict, Some(start.elapsed()))
 }
 
 fn run_inner(
     case: &Case,
-    backend: Backend,
+    way: Way,
     in_guest: bool,
     store: &Path,
     limit: Duration,
@@ -74,7 +74,7 @@ fn run_inner(
     prctl::set_child_subreaper(true).context("become the reaper of orphans")?;
     let scratch = Scratch::new(store).context("make a scratch directory")?;
     let log = scratch.dir.join("log");
-    let mut child = start(case, backend, in_guest, &scratch.dir.join("dir"), &log).context("start the case")?;
+    let mut child = start(case, way, in_guest, &scratch.dir.join("dir"), &log).context("start the case")?;
     let mut problem = match wait(&mut child, limit, interrupt)? {
         Ended::By(status) => complaint(status),
         Ended::Timeout => Some(format!("timed out after {} s", limit.as_secs())),
@@ -102,15 +102,18 @@ fn run_inner(
     Ok(problem.map_or(Verdict::Passed, |reason| Verdict::Failed { reason, output }))
 }
 
-fn start(case: &Case, backend: Backend, in_guest: bool, dir: &Path, log: &Path) -> io::Result<Child> {
+fn start(case: &Case, way: Way, in_guest: bool, dir: &Path, log: &Path) -> io::Result<Child> {
     fs::create_dir(dir)?;
     let log = File::create(log)?;
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["--run-one", case.name, "--backend", backend.name()]).arg("--dir").arg(dir);
+    command.args(["--run-one", case.name, "--backend", way.backend.name()]).arg("--dir").arg(dir);
     if in_guest {
         command.arg("--in-guest");
     }
     command.env("RUST_BACKTRACE", "1").process_group(0);
+    if way.over_ring {
+        command.env(ring::VARIABLE, "io-uring");
+    }
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()
 }
 

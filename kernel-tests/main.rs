@@ -23,7 +23,8 @@
 //!
 //! # Usage
 //!
-//! `cargo test --test kernel -- [--list] [--backend NAME|all] [--machine on-demand|stock] [--exact] [--skip TEXT]
+//! `cargo test --test kernel -- [--list] [--backend NAME|all] [--transport dev|io-uring|all]
+//! [--machine on-demand|stock] [--exact] [--skip TEXT]
 //! [NAME...]`. Other flags of the usual test harness are accepted and ignored. Environment:
 //! `RAFSD_TEST_KERNEL` names the guest's kernel (else the one `build-kernel` left in its cache),
 //! `RAFSD_TEST_DIR` a directory for scratch files on ext4, XFS or btrfs. The last line is
@@ -39,6 +40,7 @@ mod isolate;
 mod machine;
 mod mounts;
 mod report;
+mod ring;
 mod selftest;
 #[path = "../tests/support/mod.rs"]
 mod support;
@@ -83,6 +85,7 @@ const TABLES: &[&[Case]] = &[
     cases::observing::CASES,
     cases::fuse::CASES,
     cases::blobfs::CASES,
+    cases::ring::CASES,
     cases::registry::CASES,
 ];
 
@@ -112,6 +115,8 @@ pub(crate) enum Place {
     Here,
     /// On this host, with each backend over FUSE; some also in guests: see `machine`.
     Fuse,
+    /// On this host, with each backend over FUSE, requests over io_uring.
+    Ring,
     /// With one backend.
     Only(Backend),
     /// Everywhere, with each backend.
@@ -127,6 +132,7 @@ impl Place {
             Self::Here => backend != Backend::Cachefiles,
             Self::Only(wanted) => backend == wanted,
             Self::Fuse => matches!(backend, Backend::FuseDevice | Backend::FuseTree),
+            Self::Ring => false,
             Self::Both => true,
         }
     }
@@ -150,6 +156,26 @@ impl Backend {
             Self::FuseDevice => "fuse-device",
             Self::FuseTree => "fuse-tree",
         }
+    }
+}
+
+/// The way that a case runs: a backend, and for those over FUSE how requests come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Way {
+    pub(crate) backend: Backend,
+    pub(crate) over_ring: bool,
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.backend.name())?;
+        if self.over_ring { f.write_str(" over io_uring") } else { Ok(()) }
+    }
+}
+
+impl From<Backend> for Way {
+    fn from(backend: Backend) -> Self {
+        Self { backend, over_ring: false }
     }
 }
 
@@ -222,10 +248,19 @@ fn selected(args: &Args, backend: Backend) -> Vec<&'static Case> {
     TABLES.iter().copied().flatten().filter(wanted).collect()
 }
 
+/// The cases that run over io_uring.
+fn selected_over_ring(args: &Args, backend: Backend) -> Vec<&'static Case> {
+    let wanted = |case: &&Case| ring::runs(case, backend) && args.runs(backend) && args.selects(case.name);
+    TABLES.iter().copied().flatten().filter(wanted).collect()
+}
+
 fn list(args: &Args) -> ExitCode {
     for backend in [Backend::Fanotify, Backend::FuseDevice, Backend::FuseTree, Backend::Cachefiles] {
-        for case in selected(args, backend) {
-            println!("{} [{}]", case.name, backend.name());
+        for case in args.transport.runs(false).then(|| selected(args, backend)).into_iter().flatten() {
+            println!("{} [{}]", case.name, Way::from(backend));
+        }
+        for case in args.transport.runs(true).then(|| selected_over_ring(args, backend)).into_iter().flatten() {
+            println!("{} [{}]", case.name, Way { backend, over_ring: true });
         }
     }
     ExitCode::SUCCESS
@@ -242,6 +277,41 @@ fn one(args: &Args, name: &str, dir: PathBuf) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Runs one case and reports how it ended.
+fn run_one(args: &Args, case: &Case, way: Way, interrupt: &Interrupt, tally: &mut Tally) {
+    if interrupt.is_set() {
+        return;
+    }
+    let unmet = case.needs.iter().find_map(|need| need.unmet(way.backend, args.in_guest));
+    let (verdict, elapsed) = match unmet {
+        Some(reason) => (Verdict::Skipped(reason), None),
+        None => {
+            let limit = isolate::time_limit(args.in_guest);
+            isolate::run(case, way, args.in_guest, &host::store(args.in_guest), limit, interrupt)
+        }
+    };
+    tally.report(case.name, way, &verdict, elapsed);
+}
+
+/// Runs cases over FUSE with requests over io_uring, for which the kernel's switch is turned.
+fn all_over_ring(args: &Args, interrupt: &Interrupt, tally: &mut Tally) {
+    let runs = [Backend::FuseDevice, Backend::FuseTree]
+        .into_iter()
+        .flat_map(|backend| selected_over_ring(args, backend).into_iter().map(move |case| (backend, case)));
+    let runs: Vec<_> = runs.collect();
+    if runs.is_empty() || interrupt.is_set() {
+        return;
+    }
+    let switch = ring::Switch::on();
+    for (backend, case) in runs {
+        let way = Way { backend, over_ring: true };
+        match &switch {
+            Ok(_) => run_one(args, case, way, interrupt, tally),
+            Err(reason) => tally.report(case.name, way, &Verdict::Skipped(reason.clone()), None),
+        }
+    }
+}
+
 fn all(args: &Args) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::watch().context("watch for signals")?;
     isolate::sweep(&host::store(args.in_guest))?;
@@ -252,24 +322,17 @@ fn all(args: &Args) -> anyhow::Result<ExitCode> {
     // A guest is told the one backend to use.
     let on_host: &[Backend] = if args.in_guest { &everywhere } else { &everywhere[1..] };
     let is_wanted = args.in_guest || args.machine.is_none();
-    for (here, case) in on_host.iter().filter(|_| is_wanted).flat_map(|backend| with(*backend)) {
-        if interrupt.is_set() {
-            break;
-        }
-        if args.in_guest {
+    let usual = is_wanted && args.transport.runs(false);
+    for (here, case) in on_host.iter().filter(|_| usual).flat_map(|backend| with(*backend)) {
+        if args.in_guest && !interrupt.is_set() {
             println!("running {}", case.name);
         }
-        let unmet = case.needs.iter().find_map(|need| need.unmet(here, args.in_guest));
-        let (verdict, elapsed) = match unmet {
-            Some(reason) => (Verdict::Skipped(reason), None),
-            None => {
-                let limit = isolate::time_limit(args.in_guest);
-                isolate::run(case, here, args.in_guest, &host::store(args.in_guest), limit, &interrupt)
-            }
-        };
-        tally.report(case.name, here, &verdict, elapsed);
+        run_one(args, case, here.into(), &interrupt, &mut tally);
     }
-    if !args.in_guest && !interrupt.is_set() {
+    if is_wanted && !args.in_guest && args.transport.runs(true) {
+        all_over_ring(args, &interrupt, &mut tally);
+    }
+    if !args.in_guest && args.transport.runs(false) && !interrupt.is_set() {
         for machine in Machine::ALL.into_iter().filter(|machine| args.machine.is_none_or(|wanted| wanted == *machine)) {
             let runs = everywhere.iter().flat_map(|backend| with(*backend));
             let runs: Vec<_> = runs.filter(|(backend, case)| machine.runs(case, *backend)).collect();

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::Backend;
+use crate::Way;
 
 /// How a case ended.
 #[derive(Debug)]
@@ -36,22 +36,21 @@ impl fmt::Display for Tally {
 
 impl Tally {
     /// Prints a verdict and counts it.
-    pub(crate) fn report(&mut self, name: &str, backend: Backend, verdict: &Verdict, elapsed: Option<Duration>) {
+    pub(crate) fn report(&mut self, name: &str, way: Way, verdict: &Verdict, elapsed: Option<Duration>) {
         let took = elapsed.map(|t| format!(" {:.1}s", t.as_secs_f64())).unwrap_or_default();
-        let backend = backend.name();
         match verdict {
             Verdict::Passed => {
                 self.passed += 1;
-                println!("ok {name} [{backend}]{took}");
+                println!("ok {name} [{way}]{took}");
             }
             Verdict::Failed { reason, output } => {
                 self.failed += 1;
-                println!("FAILED {name} [{backend}]{took}: {reason}");
+                println!("FAILED {name} [{way}]{took}: {reason}");
                 output.lines().for_each(|line| println!("    {line}"));
             }
             Verdict::Skipped(reason) => {
                 self.skipped += 1;
-                println!("skipped {name} [{backend}]: {reason}");
+                println!("skipped {name} [{way}]: {reason}");
             }
         }
     }

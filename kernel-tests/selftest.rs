@@ -58,7 +58,8 @@ fn harness_names_what_went_wrong_and_cleans_up(ctx: &Ctx) -> Outcome {
     for (case, (reason, printed)) in BAD.iter().zip(expected) {
         let limit = Duration::from_secs(if case.name == "bad_hangs" { 2 } else { 60 });
         // Below this case's own directory: what others run or have left at the same time is theirs.
-        let verdict = isolate::run(case, Backend::Fanotify, ctx.in_guest, &ctx.dir, limit, &Interrupt::default()).0;
+        let verdict =
+            isolate::run(case, Backend::Fanotify.into(), ctx.in_guest, &ctx.dir, limit, &Interrupt::default()).0;
         let Verdict::Failed { reason: got, output } = &verdict else { anyhow::bail!("{}: {verdict:?}", case.name) };
         ensure!(got.starts_with(reason) && output.contains(printed), "{}: {verdict:?}", case.name);
     }

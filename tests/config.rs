@@ -38,6 +38,7 @@ fn documented() -> String {
             Field::Paths(_) => "a list of paths".to_owned(),
             Field::Switch(_) => "`true`, `false`; as a flag `on`, `off`".to_owned(),
             Field::Backends(_) => "a list of `cachefiles`, `fanotify`, `fuse-device`, `fuse-tree`".to_owned(),
+            Field::Transport(_) => "`dev`, `io-uring`".to_owned(),
             Field::Restart(_) => "`auto`, `keepers`, `never`".to_owned(),
             Field::LogRules(_) => "a level, or rules".to_owned(),
             Field::LogFormat(_) => "`text`, `json`".to_owned(),

@@ -28,12 +28,18 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts a daemon below `dir`, which is made.
     pub(crate) fn start(dir: &Path) -> anyhow::Result<Self> {
+        Self::start_with(dir, &[])
+    }
+
+    /// The same with further options.
+    pub(crate) fn start_with(dir: &Path, options: &[&str]) -> anyhow::Result<Self> {
         for name in ["run", "cache", "mnt"] {
             fs::create_dir_all(dir.join(name))?;
         }
         let log = File::create(dir.join("log"))?;
         let mut command = Command::new(env!("CARGO_BIN_EXE_rafsd"));
         command.arg("serve").arg("--run").arg(dir.join("run")).arg("--cache").arg(dir.join("cache"));
+        command.args(options);
         // A group of its own: what interrupts us at the terminal must not end it under our reads.
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).process_group(0);
         let child = command.spawn().context("cannot start the daemon")?;
@@ -50,11 +56,22 @@ impl Daemon {
     /// The same by another backend.
     pub(crate) fn mount_by(backend: &str, dir: &Path, image: &Path, url: &str, prefetch: bool) -> anyhow::Result<Self> {
         let daemon = Self::start(dir)?;
-        let (bootstrap, mnt) = (image.join("bootstrap"), daemon.mnt());
+        daemon.mount_here(backend, image, url, prefetch)?;
+        Ok(daemon)
+    }
+
+    /// Mounts `image` at [`Daemon::mnt`].
+    pub(crate) fn mount_here(&self, backend: &str, image: &Path, url: &str, prefetch: bool) -> anyhow::Result<()> {
+        let (bootstrap, mnt) = (image.join("bootstrap"), self.mnt());
         let prefetch = prefetch.then_some("--prefetch");
         let args = ["--backend", backend, "--blobs", url].into_iter().chain(prefetch).map(OsStr::new);
-        daemon.ask("mount", args.chain([bootstrap.as_os_str(), mnt.as_os_str()]))?;
-        Ok(daemon)
+        self.ask("mount", args.chain([bootstrap.as_os_str(), mnt.as_os_str()]))?;
+        Ok(())
+    }
+
+    /// What is mounted.
+    pub(crate) fn images(&self) -> anyhow::Result<Vec<ImageReport>> {
+        Ok(serde_json::from_slice(&self.ask("list", [OsStr::new("--json")])?.stdout)?)
     }
 
     /// Where the image is mounted.
@@ -66,8 +83,7 @@ impl Daemon {
     pub(crate) fn await_complete(&self) -> anyhow::Result<()> {
         let until = Instant::now() + PATIENCE;
         loop {
-            let listed = self.ask("list", [OsStr::new("--json")])?;
-            let images: Vec<ImageReport> = serde_json::from_slice(&listed.stdout)?;
+            let images = self.images()?;
             if !images.is_empty() && images.iter().all(ImageReport::is_complete) {
                 return Ok(());
             }

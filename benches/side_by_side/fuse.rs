@@ -1,4 +1,5 @@
-//! Reading over FUSE: the tree beside nydusd, devices beside a native mount.
+//! Reading over FUSE: the tree beside nydusd, and with requests over io_uring beside the usual ones; devices beside a
+//! native mount.
 //!
 //! Everything is in both caches before, so that no source is measured.
 
@@ -7,6 +8,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use anyhow::{Context, ensure};
+use rafsd::export::fuse::Transport;
 
 use super::corpus::{Corpus, read_through, walk};
 use super::daemon::Daemon;
@@ -41,6 +43,26 @@ const WORKS: [Work; 7] = [
     Work::Walk,
 ];
 
+/// Where the kernel is told whether to offer requests over io_uring.
+const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
+
+/// Has the kernel offer them to who mounts while this lives.
+struct Switch(String);
+
+impl Switch {
+    fn on() -> Option<Self> {
+        let was = std::fs::read_to_string(SWITCH).ok()?;
+        std::fs::write(SWITCH, "Y").ok()?;
+        Some(Self(was))
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        let _ = std::fs::write(SWITCH, self.0.trim());
+    }
+}
+
 struct Bench<'a> {
     corpus: &'a Corpus,
     entries: u64,
@@ -68,6 +90,7 @@ pub(crate) fn measure(
         let other = Nydusd::mount(program, &scratch.join("nydusd"), image)?;
         bench.tree(&daemon, &other, report)?;
     }
+    bench.transports(&daemon, image, (blobs, &scratch.join("fuse-uring")), report)?;
     let native = Native::mount(image, &scratch.join("native-beside-fuse"))?;
     let devices = daemon.mount_again(image, blobs, "fuse-device")?;
     bench.devices(&devices, &native, report)
@@ -94,6 +117,32 @@ impl Bench<'_> {
             let (ours, theirs) = (all(&ours)?, all(&theirs)?);
             let ratio = Turned::of(vec![ours], vec![theirs]).ratio();
             report.compare(format!("fuse-tree, {name}, keepers too"), (ours, theirs, "MiB"), ratio, Target::Ratio(1.0));
+        }
+        Ok(())
+    }
+
+    /// Requests over io_uring beside those of `daemon` by `/dev/fuse`, where the kernel can be told to offer them.
+    fn transports(
+        &self,
+        daemon: &Daemon,
+        image: &Path,
+        (blobs, dir): (&str, &Path),
+        report: &mut Report,
+    ) -> anyhow::Result<()> {
+        let Some(switch) = Switch::on() else {
+            eprintln!("bench: no rows of FUSE over io_uring: {SWITCH} cannot be written");
+            return Ok(());
+        };
+        let ring = Daemon::start_with(dir, &["--fuse-transport", "io-uring"])?;
+        ring.mount_here("fuse-tree", image, blobs, true)?;
+        drop(switch);
+        ring.await_complete()?;
+        let used = ring.images()?.into_iter().find_map(|image| image.transport);
+        ensure!(used.as_ref().is_some_and(|it| it.used == Transport::IoUring), "requests come another way: {used:?}");
+        self.corpus.compare(&ring.mnt()).context("the mount over io_uring")?;
+        for work in WORKS {
+            let name = "fuse-tree, io-uring beside dev";
+            self.row(name, work, false, &ring.mnt(), &daemon.mnt(), Target::None, report)?;
         }
         Ok(())
     }

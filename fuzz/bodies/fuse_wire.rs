@@ -46,7 +46,8 @@ pub fn read(bytes: &[u8]) -> bool {
     assert_eq!(Some(request.unique), unique);
     match request.question {
         Question::Init(offered) => {
-            for wishes in [Wishes::default(), Wishes { posix_acl: true, idmap: true, handles: true, changing: true }] {
+            let every = Wishes { posix_acl: true, idmap: true, handles: true, changing: true, io_uring: Some(64) };
+            for wishes in [Wishes::default(), every] {
                 if let Reaction::Agree(out, agreed) = negotiate(&offered, wishes) {
                     assert_eq!((out.major, out.minor), (MAJOR, agreed.minor));
                     assert!((OLDEST_MINOR..=MINOR).contains(&agreed.minor), "{agreed:?}");

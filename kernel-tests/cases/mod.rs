@@ -20,6 +20,7 @@ pub(crate) mod prefetch;
 pub(crate) mod random;
 pub(crate) mod reading;
 pub(crate) mod registry;
+pub(crate) mod ring;
 pub(crate) mod service;
 pub(crate) mod sharing;
 pub(crate) mod space;

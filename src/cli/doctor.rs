@@ -6,6 +6,8 @@ use anyhow::Context;
 
 use super::print_json;
 use super::settings::settings_for_clients;
+use crate::base::Chain;
+use crate::export::fuse;
 use crate::export::host::{Finding, Host};
 use crate::sys::sandbox;
 
@@ -42,7 +44,7 @@ pub(super) fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
         None => settings_for_clients(args.config.as_deref())?.cache,
     };
     let mut host = Host::examine(&cache, false).with_context(|| format!("cannot use {}", cache.display()))?;
-    host.findings.extend([landlock(), seccomp()]);
+    host.findings.extend([fuse_io_uring(), landlock(), seccomp()]);
     if args.json {
         print_json(&host)?;
     } else {
@@ -61,6 +63,16 @@ pub(super) fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(if host.choice.is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Whether requests of FUSE can come the faster way, which the settings choose. Without it they come the usual way.
+fn fuse_io_uring() -> Finding {
+    let available = fuse::availability();
+    let (detail, remedy) = match &available {
+        Ok(()) => ("FUSE requests of new mounts can come over io_uring".to_owned(), None),
+        Err(unavailable) => (Chain(unavailable).to_string(), Some(unavailable.remedy().to_owned())),
+    };
+    Finding { name: "fuse-io-uring".into(), works: available.is_ok(), detail, remedy }
 }
 
 /// What the sandbox of the daemon stands on. Without it images are served all the same.

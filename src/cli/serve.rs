@@ -22,6 +22,7 @@ use crate::credentials::{Credentials, Programs, Runner, Sources};
 use crate::daemon::control::Control;
 use crate::daemon::settings::{Origin, Resolved, Restart, Settings, TABLE};
 use crate::daemon::{Daemon, DaemonError, Ending, Options, keeper};
+use crate::export::fuse::Transport;
 use crate::net::Clock;
 use crate::sys::sandbox::{Policy, Sandbox};
 use crate::sys::service::Supervisor;
@@ -135,9 +136,25 @@ fn serve(
     };
     let (store, keepers) = (settings.store_options(), plan(&settings, supervisor)?);
     let credentials = credentials(&settings, &sandbox)?;
-    let Settings { cache, run, backend: backends, hosts_dir, registries, .. } = settings;
-    let options =
-        Options { cache, run: run.clone(), store, keepers, backends, hosts_dir, registries, credentials, sandbox };
+    let Settings { cache, run, backend: backends, fuse_transport, hosts_dir, registries, .. } = settings;
+    if fuse_transport == Transport::IoUring {
+        tracing::warn!(
+            "FUSE requests may come over io_uring: if this daemon is killed, what it has mounted that way fails for good; \
+             only an upgrade or an orderly end leaves it to the next daemon"
+        );
+    }
+    let options = Options {
+        cache,
+        run: run.clone(),
+        store,
+        keepers,
+        backends,
+        fuse_transport,
+        hosts_dir,
+        registries,
+        credentials,
+        sandbox,
+    };
     let daemon = start(&options, runtime.handle(), inherited)?;
     let choice = daemon.info().host.choice;
     tracing::info!(run = %run.display(), ?choice, "serving");

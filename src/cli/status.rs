@@ -147,6 +147,9 @@ fn text(status: &Status<'_>) -> String {
     if let Some(shown) = &image.shows {
         line("shows", &shown.display().to_string());
     }
+    if let Some(transport) = &image.transport {
+        line("FUSE requests", &format!("{}: {}", transport.used, transport.why));
+    }
     for other in &status.others {
         line(&format!("not {}", other.backend), &other.why_not);
     }

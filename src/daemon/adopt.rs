@@ -286,7 +286,7 @@ impl Daemon {
         let mut image = self.resume_one(record, left)?;
         // Nobody else holds them until they are marked.
         let mut devices = Vec::new();
-        let served = match record.backend {
+        let mut served = match record.backend {
             BackendKind::Fanotify | BackendKind::FuseDevice | BackendKind::FuseTree | BackendKind::Blobfs => {
                 let served;
                 (served, devices) = self.adopt_stored(record, image, &|it| left.open(self, record.backend, it))?;
@@ -326,6 +326,7 @@ impl Daemon {
             }
             BackendKind::Cachefiles => Attachment::Cachefiles,
         };
+        served.transport = self.transport_of(&attachment);
         self.note_adopted(record, Mounted { watch, record: id, served, further: Vec::new(), attachment });
         Ok(())
     }

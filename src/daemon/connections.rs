@@ -8,10 +8,11 @@ use std::sync::Arc;
 use super::Daemon;
 use super::keeper::{Inheritance, Keepers, Kind, Name};
 use super::records::{Record, RecordId};
+use super::served::{Attachment, Mounted};
 use crate::export::fuse::{Keep, Legacy, Part};
 
 /// The parts of one connection, as the keepers number them.
-const PARTS: [Part; 4] = [Part::Device, Part::Requests, Part::Names, Part::Directory];
+const PARTS: [Part; 5] = [Part::Device, Part::Requests, Part::Slots, Part::Names, Part::Directory];
 
 /// The keepers, for the connection of one mount.
 #[derive(Debug)]
@@ -46,8 +47,9 @@ impl Connections {
         let lasting = record.fuse?;
         let device = self.0.remove(&name(id.number(), Part::Device))?;
         let mut other = |part| self.0.remove(&name(id.number(), part));
-        let (requests, names, directory) = (other(Part::Requests), other(Part::Names), other(Part::Directory));
-        Some(Legacy { device, requests, names, directory, lasting })
+        let (requests, slots) = (other(Part::Requests), other(Part::Slots));
+        let (names, directory) = (other(Part::Names), other(Part::Directory));
+        Some(Legacy { device, requests, slots, names, directory, lasting })
     }
 }
 
@@ -56,6 +58,25 @@ impl Daemon {
     pub(super) fn forget(&self, record: RecordId) {
         self.records.remove(record);
         self.release_connection(record);
+    }
+
+    /// Has the keepers keep the connections over io_uring that were made ready for a successor. The others end with
+    /// this process.
+    pub(super) fn keep_slots(&self) {
+        let state = self.state.lock().unwrap();
+        for mounted in state.mounts.values().flatten().chain(&state.lingering) {
+            let Mounted { record, attachment: Attachment::Fuse(attachment), .. } = mounted else { continue };
+            let left = attachment.connection().and_then(|connection| connection.left_in_slots());
+            let Some(left) = left else { continue };
+            let keep = Kept { keepers: &self.keepers, record: *record };
+            let kept = left.and_then(|(device, slots)| {
+                keep.keep(Part::Slots, slots)?;
+                keep.keep(Part::Device, device)
+            });
+            if let Err(error) = kept {
+                tracing::error!(%error, "a FUSE connection over io_uring ends with this daemon");
+            }
+        }
     }
 
     /// Has the keepers let go of the connection of a mount, if it has one.

@@ -31,6 +31,7 @@ use crate::blob::UnitMap;
 use crate::cache::{Engine, Store, StoreOptions};
 use crate::credentials::Credentials;
 use crate::export::cachefiles::FsId;
+use crate::export::fuse::Transport;
 use crate::export::{BackendKind, MountWatch, WatchId, fuse};
 use crate::net::hosts::Registries;
 use crate::source::BlobSource;
@@ -50,6 +51,8 @@ pub struct Options {
     pub keepers: keeper::Plan,
     /// Backends in the order of preference where a mount asks for none.
     pub backends: Vec<BackendKind>,
+    /// How requests of FUSE are to come, where there is a choice.
+    pub fuse_transport: Transport,
     /// Directory with a `hosts.toml` for each registry.
     pub hosts_dir: PathBuf,
     /// Hosts of registries that go before it.

@@ -101,6 +101,7 @@ impl Daemon {
             registration: registered,
             straight: Vec::new(),
             shows: None,
+            transport: None,
         };
         Ok((served, registration))
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use super::api::observe::ImageState;
-use super::api::{DeviceReport, ImageReport, ImageSpec};
+use super::api::{DeviceReport, ImageReport, ImageSpec, TransportReport};
 use super::objects::Object;
 use super::observe::source_reports;
 use super::prepare::Prepared;
@@ -69,6 +69,8 @@ pub(super) struct Served {
     pub(super) straight: Vec<bool>,
     /// The directory that is shown with its blobs in it, if it is not the image itself that is mounted.
     pub(super) shows: Option<PathBuf>,
+    /// How requests of FUSE come, if any do.
+    pub(super) transport: Option<TransportReport>,
 }
 
 /// The device behind a blob: there from the start with fanotify, from the first read on with
@@ -93,7 +95,8 @@ impl Served {
     /// An image whose devices lie in the store, served by `backend`.
     pub(super) fn stored(backend: BackendKind, prepared: Arc<Prepared>, devices: &[Arc<Device>], why: String) -> Self {
         let devices = devices.iter().map(|device| Live::Stored(Arc::downgrade(device))).collect();
-        Self { backend, why, prepared, devices, registration: None, straight: Vec::new(), shows: None }
+        let straight = Vec::new();
+        Self { backend, why, prepared, devices, registration: None, straight, shows: None, transport: None }
     }
 
     /// Its devices that lie in the store.
@@ -155,6 +158,7 @@ impl Served {
             shows: self.shows.clone(),
             backend: self.backend,
             why: self.why.clone(),
+            transport: self.transport.clone(),
             state: self.state(),
             image: prepared.key.to_string(),
             reference: prepared.named.as_ref().map(|named| named.reference.clone()),

@@ -13,9 +13,10 @@ use super::DaemonError;
 use super::api::BackendChoice;
 use super::keeper::{Held, Keepers, Kind, Name};
 use super::mounts::Options;
+use crate::base::Chain;
 use crate::export::cachefiles::Cachefiles;
 use crate::export::fanotify::Fanotify;
-use crate::export::fuse::{Connection, Fuse};
+use crate::export::fuse::{Connection, Fuse, Lanes, Transport};
 use crate::export::host::Host;
 use crate::export::{BackendKind, Custody};
 use crate::image::Image;
@@ -33,6 +34,8 @@ pub(super) struct Backends {
     cache: PathBuf,
     /// Order of preference where nobody asks for one.
     order: Vec<BackendKind>,
+    /// How requests of FUSE are to come, where there is a choice.
+    transport: Transport,
     sandbox: Sandbox,
     telemetry: Telemetry,
     fanotify: Mutex<Option<Running<Fanotify>>>,
@@ -45,6 +48,10 @@ pub(super) struct Backends {
 struct Pool {
     service: Arc<Fuse>,
     threads: Vec<JoinHandle<()>>,
+    /// Those that carry requests over io_uring, one for each processor; and why there are none although they are
+    /// wanted.
+    lanes: Vec<JoinHandle<()>>,
+    no_lanes: Option<String>,
 }
 
 /// A service and the thread that runs it; no thread while a dead daemon's images are taken over.
@@ -101,6 +108,7 @@ impl Backends {
             host: OnceLock::new(),
             cache: options.cache.clone(),
             order: options.backends.clone(),
+            transport: options.fuse_transport,
             sandbox: options.sandbox.clone(),
             telemetry,
             fanotify: Mutex::new(fanotify.map(|service| Running { service, thread: None })),
@@ -262,8 +270,53 @@ impl Backends {
         let service = Fuse::new(self.telemetry.clone()).map_err(start)?;
         let spawn = |number| self.spawn_narrow(&format!("fuse-{number}"), &service, Fuse::run);
         let threads = (0..Fuse::threads()).map(spawn).collect::<io::Result<_>>().map_err(start)?;
-        *slot = Some(Pool { service: service.clone(), threads });
+        let mut pool = Pool { service: service.clone(), threads, lanes: Vec::new(), no_lanes: None };
+        if self.transport == Transport::IoUring
+            && let Err(error) = self.start_lanes(&mut pool, true)
+        {
+            let error = Chain(&*error).to_string();
+            tracing::warn!(error, "FUSE requests do not come over io_uring");
+            pool.no_lanes = Some(error);
+        }
+        *slot = Some(pool);
         Ok(service)
+    }
+
+    /// The same, which can go on with connections over io_uring, whatever new ones use.
+    pub(super) fn fuse_with_lanes(&self) -> Result<Arc<Fuse>, DaemonError> {
+        let service = self.fuse()?;
+        let mut slot = self.fuse.lock().unwrap();
+        if let Some(pool) = slot.as_mut().filter(|pool| pool.service.lanes().is_none()) {
+            self.start_lanes(pool, false).map_err(|error| start_of("FUSE over io_uring")(io::Error::other(error)))?;
+        }
+        Ok(service)
+    }
+
+    /// Starts the threads that carry requests over io_uring, those of new connections too if `for_new`.
+    fn start_lanes(&self, pool: &mut Pool, for_new: bool) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let lanes = self.sandbox.outside(Lanes::create)?;
+        for lane in lanes.lanes() {
+            let sandbox = self.sandbox.clone();
+            pool.lanes.push(spawn(&format!("uring-{}", lane.cpu()), lane, move |lane| {
+                if let Err(error) = lane.bind() {
+                    tracing::warn!(cpu = lane.cpu(), %error, "a thread cannot be bound to its processor");
+                }
+                sandbox.narrow();
+                lane.run()
+            })?);
+        }
+        pool.service.use_lanes(lanes, for_new);
+        Ok(())
+    }
+
+    /// Why FUSE requests come the way that the settings wish, or another one.
+    pub(super) fn why_transport(&self, used: Transport) -> String {
+        let no_lanes = self.fuse.lock().unwrap().as_ref().and_then(|pool| pool.no_lanes.clone());
+        match (self.transport == used, no_lanes) {
+            (true, _) => "the settings choose it".to_owned(),
+            (false, Some(reason)) => reason,
+            (false, None) => "the settings choose the other way".to_owned(),
+        }
     }
 
     fn fuse_if_any(&self) -> Option<Arc<Fuse>> {
@@ -323,9 +376,11 @@ impl Backends {
         if let Some(Running { service, thread }) = &mut *self.cachefiles.lock().unwrap() {
             ends(&|| service.stop(), thread);
         }
-        if let Some(Pool { service, threads }) = &mut *self.fuse.lock().unwrap() {
+        if let Some(Pool { service, threads, lanes, .. }) = &mut *self.fuse.lock().unwrap() {
             service.stop();
             threads.drain(..).for_each(|thread| drop(thread.join()));
+            service.stop_lanes(&self.sandbox);
+            lanes.drain(..).for_each(|thread| drop(thread.join()));
         }
     }
 

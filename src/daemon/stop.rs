@@ -80,6 +80,7 @@ impl Daemon {
         self.outlive_the_unkept();
         let in_use = self.is_in_use();
         self.backends.pause();
+        self.keep_slots();
         if in_use {
             self.backends.freeze();
         }
@@ -104,6 +105,7 @@ impl Daemon {
         // While readers are still served: afterwards there is little left to make durable.
         self.flush();
         self.backends.pause();
+        self.keep_slots();
         let until = Instant::now() + DRAIN;
         while self.backends.waiting() > 0 && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::api::MountRequest;
+use super::api::{MountRequest, TransportReport};
 use super::connections::{Connections, Kept};
 use super::prepare::Prepared;
 use super::records::{DeviceFile, Record, RecordId};
@@ -61,6 +61,7 @@ impl Daemon {
                 (attachment.watch, Attachment::Fuse(attachment))
             }
         };
+        served.transport = self.transport_of(&attachment);
         Ok(Mounted { watch, record, served, further: Vec::new(), attachment })
     }
 
@@ -96,6 +97,14 @@ impl Daemon {
         Ok((served, devices))
     }
 
+    /// How the requests of a mount come, if that is a question.
+    pub(super) fn transport_of(&self, attachment: &Attachment) -> Option<TransportReport> {
+        let Attachment::Fuse(attachment) = attachment else { return None };
+        let (used, why) = attachment.transport()?;
+        let why = why.map_or_else(|| self.backends.why_transport(used), ToOwned::to_owned);
+        Some(TransportReport { used, why })
+    }
+
     /// Goes on with a mount over a FUSE connection, if the keepers still have that.
     pub(super) fn adopt_connection(
         &self,
@@ -109,14 +118,20 @@ impl Daemon {
         if record.fuse.is_some() && legacy.is_none() {
             return Err(damaged("its FUSE connection went with the last daemon; unmount it and mount it again"));
         }
-        let service = self.backends.fuse()?;
+        let over_io_uring = legacy.as_ref().is_some_and(|legacy| legacy.lasting.agreed.over_io_uring());
+        let service = if over_io_uring { self.backends.fuse_with_lanes() } else { self.backends.fuse() };
+        // Whoever waits there must not wait for somebody who never comes.
+        let service = service.inspect_err(|_| self.release_connection(id))?;
         let attached = match (record.backend, legacy) {
             (BackendKind::FuseTree, Some(legacy)) => service.adopt(image, watch, legacy),
             (BackendKind::FuseTree, None) => return Err(damaged("no connection")),
             (_, legacy) => service.adopt_devices(image, watch, legacy),
         };
-        // Whoever waits there must not wait for somebody who never comes.
         let attached = attached.inspect_err(|_| self.release_connection(id));
+        if over_io_uring {
+            // From now on it ends with us again.
+            self.release_connection(id);
+        }
         attached.map(Attachment::Fuse).map_err(|cause| DaemonError::Start { what: "a FUSE connection", cause })
     }
 }

@@ -57,6 +57,11 @@ impl Pulse {
         state.felt >= question
     }
 
+    /// Has the thread come round.
+    pub(super) fn ring(&self) {
+        self.wake();
+    }
+
     fn wake(&self) {
         // The counter cannot overflow from a handful of wakes, and a full one wakes as well.
         let _ = self.wake.write(1);

@@ -102,6 +102,24 @@ impl Device {
         self.write(&message)
     }
 
+    /// Has the kernel ask for something at once, as if the calling thread had caused it: it is asked what it has in
+    /// memory of nothing of the regular file `node`. Its answer, of which `number`, an even one, is the number, is a
+    /// request like others where requests come over a ring, and is owed an answer there.
+    ///
+    /// # Errors
+    /// `ENOENT` if the kernel does not have the file in memory; `EINVAL` if it is no regular one; `ENODEV` when the
+    /// connection has ended.
+    pub fn nudge(&self, node: u64, number: u64) -> io::Result<()> {
+        const FUSE_NOTIFY_RETRIEVE: i32 = 5;
+        // The head, then `struct fuse_notify_retrieve_out`: number, node, offset, size, padding.
+        let mut message = [0; 48];
+        message[..4].copy_from_slice(&48u32.to_ne_bytes());
+        message[4..8].copy_from_slice(&FUSE_NOTIFY_RETRIEVE.to_ne_bytes());
+        message[16..24].copy_from_slice(&number.to_ne_bytes());
+        message[24..32].copy_from_slice(&node.to_ne_bytes());
+        self.write(&message)
+    }
+
     /// Makes a mount of this device that no path leads to yet. The kernel's first request waits to be read then.
     ///
     /// # Errors

@@ -13,6 +13,8 @@ pub mod faultpoint;
 pub mod fdpass;
 pub mod files;
 pub mod fuse;
+pub mod fusering;
+pub mod fuseslots;
 pub mod handle;
 pub mod inotify;
 pub mod journal;

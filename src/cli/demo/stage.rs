@@ -15,6 +15,7 @@ use crate::cache::StoreOptions;
 use crate::credentials::Credentials;
 use crate::daemon::settings::Settings;
 use crate::daemon::{Daemon, Options, keeper};
+use crate::export::fuse::Transport;
 use crate::net::Clock;
 use crate::net::hosts::Registries;
 use crate::net::server::{BlobServer, ServerOptions, Stats};
@@ -92,6 +93,7 @@ impl Stage {
             store: StoreOptions::default(),
             keepers,
             backends: Settings::default().backend,
+            fuse_transport: Transport::Dev,
             hosts_dir: PathBuf::new(),
             registries: Registries::default(),
             credentials: Credentials::only_given(Clock::default()),

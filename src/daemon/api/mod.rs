@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use self::observe::{HealthReport, ImageState, SourceReport};
 use crate::cache::DeviceStats;
 use crate::export::BackendKind;
+use crate::export::fuse::Transport;
 use crate::export::host::Host;
 
 /// Which backend to use.
@@ -133,6 +134,15 @@ pub struct DeviceReport {
     pub health: Option<HealthReport>,
 }
 
+/// How requests of FUSE come to the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct TransportReport {
+    pub used: Transport,
+    /// Why this way.
+    pub why: String,
+}
+
 /// One mounted or registered image.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -145,6 +155,9 @@ pub struct ImageReport {
     pub backend: BackendKind,
     /// Why this backend.
     pub why: String,
+    /// How requests of FUSE come, if any do.
+    #[serde(default)]
+    pub transport: Option<TransportReport>,
     pub state: ImageState,
     /// SHA-256 of the bootstrap.
     pub image: String,

@@ -47,6 +47,7 @@ pub(crate) fn image() -> ImageReport {
         shows: None,
         backend: BackendKind::Fanotify,
         why: "pre-content events passed their self test, and there is no cachefiles".to_owned(),
+        transport: None,
         state: ImageState::Lazy,
         image: "4708d63853773c9d7e61585863c05dacbef550e32a80a736d87aa2a5b6c967fe".to_owned(),
         reference: Some("registry.example/team/app:1".to_owned()),

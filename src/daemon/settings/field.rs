@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::{LogFormat, Restart, Settings};
 use crate::base::{ByteSize, TimeSpan, toml_string, toml_strings};
 use crate::export::BackendKind;
+use crate::export::fuse::Transport;
 use crate::telemetry::logging;
 
 /// Which part of the settings, as what, within which range.
@@ -29,6 +30,7 @@ pub enum Field {
     TimeOrNever(Range<u64>, fn(&mut Settings) -> &mut Option<Duration>),
     Switch(fn(&mut Settings) -> &mut bool),
     Backends(fn(&mut Settings) -> &mut Vec<BackendKind>),
+    Transport(fn(&mut Settings) -> &mut Transport),
     Restart(fn(&mut Settings) -> &mut Restart),
     LogRules(fn(&mut Settings) -> &mut String),
     LogFormat(fn(&mut Settings) -> &mut LogFormat),
@@ -187,6 +189,7 @@ impl Field {
             Self::TimeOrNever(..) => "a length of time such as 30s, or never",
             Self::Switch(_) => "on or off",
             Self::Backends(_) => "a list of cachefiles, fanotify, fuse-device and fuse-tree",
+            Self::Transport(_) => "dev or io-uring",
             Self::Restart(_) => "auto, keepers or never",
             Self::LogRules(_) => "a level or rules such as info,rafsd::cache=debug",
             Self::LogFormat(_) => "text or json",
@@ -206,6 +209,7 @@ impl Field {
             Self::Time(..) | Self::TimeOrNever(..) => "TIME",
             Self::Switch(_) => "on|off",
             Self::Backends(_) => "BACKEND,...",
+            Self::Transport(_) => "dev|io-uring",
             Self::Restart(_) => "auto|keepers|never",
             Self::LogRules(_) => "LEVEL",
             Self::LogFormat(_) => "text|json",
@@ -270,6 +274,13 @@ impl Field {
                 };
             }
             Self::Backends(at) => *at(settings) = backends(&raw.list(wanted)?, wanted)?,
+            Self::Transport(at) => {
+                *at(settings) = match raw.string(wanted)? {
+                    "dev" => Transport::Dev,
+                    "io-uring" => Transport::IoUring,
+                    text => return Err(form(text)),
+                };
+            }
             Self::Restart(at) => {
                 *at(settings) = match raw.string(wanted)? {
                     "auto" => Restart::Auto,
@@ -322,6 +333,7 @@ impl Field {
             }
             Self::Switch(at) => Raw::Switch(*at(settings)),
             Self::Backends(at) => Raw::Items(at(settings).iter().map(ToString::to_string).collect()),
+            Self::Transport(at) => Raw::Text(at(settings).to_string()),
             Self::Restart(at) => Raw::Text(
                 match at(settings) {
                     Restart::Auto => "auto",
@@ -405,6 +417,7 @@ mod tests {
             ("backend", text("fanotify,fanotify"), "\"fanotify\" is given twice"),
             ("cache", text(""), "it must not be empty"),
             ("cache", Raw::Whole(1), "it must be a path, not a number"),
+            ("fuse_transport", text("uring"), "\"uring\" is not dev or io-uring"),
             ("restart", text("always"), "\"always\" is not auto, keepers or never"),
             ("log_format", text("xml"), "\"xml\" is not text or json"),
             ("metrics_listen", text("9660"), "\"9660\" is not an address such as 127.0.0.1:9660, or none"),

@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache::StoreOptions;
 use crate::export::BackendKind;
+use crate::export::fuse::Transport;
 use crate::net::hosts::Registries;
 
 /// Where the config file is looked for when nobody names one. It need not exist.
@@ -90,6 +91,8 @@ pub struct Settings {
     pub run: PathBuf,
     /// Backends in the order in which they are taken where nobody asks for one. Not empty.
     pub backend: Vec<BackendKind>,
+    /// How requests of FUSE are to come, where there is a choice.
+    pub fuse_transport: Transport,
     /// Limits of the cache. `decode_threads` may be 0 here; see [`Settings::store_options`].
     pub store: StoreOptions,
     /// Directory with a `hosts.toml` for each registry.
@@ -127,6 +130,7 @@ impl Default for Settings {
             cache: PathBuf::new(),
             run: PathBuf::new(),
             backend: Vec::new(),
+            fuse_transport: Transport::Dev,
             store: StoreOptions::default(),
             hosts_dir: PathBuf::new(),
             registries: Registries::default(),

@@ -25,6 +25,13 @@ pub const TABLE: &[Setting] = &[
         "Backends in the order of preference for mounts that ask for none; one left out is only used when asked for",
     ),
     setting(
+        "fuse_transport",
+        Field::Transport(|s| &mut s.fuse_transport),
+        "dev",
+        "How FUSE requests come: dev is /dev/fuse; io-uring takes fewer calls, where the kernel has it switched on, but if the \
+         daemon is killed, reads of what it had mounted fail for good",
+    ),
+    setting(
         "deadline",
         Field::Time(Range(100, HOUR), |s| &mut s.store.deadline),
         "1m",

@@ -13,10 +13,10 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
 use super::negotiation::MAX_READ;
-use super::tree::ImageTree;
-use super::{AnnounceLasting, Connected, Fuse, Keep, Legacy, Part};
+use super::tree::{ImageTree, first_file};
+use super::{AnnounceLasting, Connected, Connection, Fuse, Keep, Legacy, Transport};
 use crate::export::{AttachError, Backing, LiveImage, MountWatch, WatchId};
-use crate::image::{Image, Kind, Visit};
+use crate::image::Image;
 use crate::sys::fuse::{FusermountError, Options, find_fusermount, mount_by, unmount_by};
 use crate::sys::mount::MountError;
 use crate::sys::sandbox::Sandbox;
@@ -49,6 +49,16 @@ impl std::fmt::Debug for Attachment {
 }
 
 impl Attachment {
+    /// The connection through which it is read, if there is one.
+    pub fn connection(&self) -> Option<&Arc<Connection>> {
+        self.connected.as_ref().map(Connected::connection)
+    }
+
+    /// How requests come, and why this way, where that needs saying; `None` if there are none.
+    pub fn transport(&self) -> Option<(Transport, Option<&'static str>)> {
+        self.connected.as_ref().map(Connected::transport)
+    }
+
     /// Lets go of the connection. When the superblock is gone, or to end it for its users.
     pub fn release(self) {
         if let Some(connected) = self.connected {
@@ -122,13 +132,11 @@ impl Fuse {
         let options = Options { allow_other: false, ..options };
         let refused = AttachError::Fusermount;
         let device = sandbox.outside(|| mount_by(program, target, options)).map_err(refused)?;
-        let keep_device = keep.keep(Part::Device, device.held());
         let undo = || sandbox.outside(|| unmount_by(program, target, true));
         let tree = Arc::new(ImageTree::new(image));
         let connect = || self.connect(device, tree, Backend::FuseTree).map_err(at(target));
         let connected = connect().inspect_err(|_| drop(undo()))?;
         let finish = || {
-            keep_device.map_err(AttachError::Unkept)?;
             let root = sandbox.outside(|| File::open(target)).map_err(at(target))?;
             let lasting = connected.make_lasting(&root, keep)?;
             widen_read_ahead(&root, sandbox);
@@ -172,17 +180,7 @@ fn is_forbidden(error: &AttachError) -> bool {
 /// Else the first process that closes a file waits for us, and that may be a copy of one which is about to
 /// become our successor (seen on 6.18). Where no file can be opened the kernel learns it later.
 fn open_once(image: &Image, root: &impl AsFd, sandbox: &Sandbox) {
-    let mut walk = image.walk();
-    let mut path = None;
-    while let Some(step) = walk.next_visit() {
-        if let Ok(Visit { path: names, inode }) = step
-            && inode.kind == Kind::Regular
-        {
-            path = Some(names.join(&b"/"[..]));
-            break;
-        }
-    }
-    let Some(path) = path else { return };
+    let Some((_, path)) = first_file(image) else { return };
     let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let root = root.as_fd();
     let opened = sandbox.outside(|| openat(root, OsStr::from_bytes(&path), flags, Mode::empty()).map(drop));

@@ -2,7 +2,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::ops::ControlFlow;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
@@ -10,18 +10,22 @@ use std::time::{Duration, Instant};
 
 use zerocopy::{Immutable, IntoBytes};
 
+use super::anchor::Held;
 use super::duty::Duty;
 use super::interrupts::Interrupts;
 use super::negotiation::{Negotiated, Reaction, flag, negotiate};
 use super::read::Buffers;
-use super::reply::{self, Listing, XattrOut, no_entry, opened};
+use super::reply::{self, Listing, ReplyHead, XattrOut, no_entry, opened};
+use super::ring::{Lanes, Side};
 use super::wire::{InitIn, NodeId, Question, Request, WireError};
-use super::{Tree, TreeError, read};
+use super::{Transport, Tree, TreeError, Wishes, read};
 use crate::base::Chain;
 use crate::export::limiter::Limiter;
 use crate::sys::faultpoint;
 use crate::sys::fuse::Device;
+use crate::sys::fuseslots;
 use crate::sys::requestlog::{RequestLog, Slot};
+use crate::sys::sandbox::Sandbox;
 use crate::telemetry::{Backend, Telemetry};
 
 /// Most bytes of one listing. The kernel asks for a page, or since Linux 6.16 for more.
@@ -47,6 +51,14 @@ pub struct Connection {
     pub(super) interrupts: Interrupts,
     /// Where they are written down, if the kernel does not send them again to a successor.
     requests: OnceLock<Arc<RequestLog>>,
+    /// Whether requests are wanted over io_uring; the slots for them until that is settled; and what belongs to them
+    /// once it is agreed upon.
+    wants_ring: bool,
+    slots: Mutex<Option<(Side, Vec<fuseslots::Slot>)>>,
+    ring: OnceLock<Side>,
+    /// Whether the slots have all that was asked, and nobody here answers any more.
+    plugged: AtomicBool,
+    numbers: OnceLock<(u32, u32)>,
 }
 
 /// What is known of a request that a process which died had taken: where it is written down, if it had to wait.
@@ -75,9 +87,14 @@ impl Connection {
         tree: Arc<dyn Tree>,
         agreed: Option<Negotiated>,
         (backend, telemetry): (Backend, Telemetry),
-        buffers: Arc<Buffers>,
-        signals: Arc<AtomicBool>,
+        (buffers, signals): (Arc<Buffers>, Arc<AtomicBool>),
+        lanes: Option<Arc<Lanes>>,
     ) -> Self {
+        // Here, because the threads that shake hands may not make any.
+        let slots = lanes.as_ref().map(Lanes::memory).transpose().unwrap_or_else(|error| {
+            tracing::error!(%error, "there is no memory for requests over io_uring");
+            None
+        });
         Self {
             device,
             tree,
@@ -91,6 +108,11 @@ impl Connection {
             waiting: AtomicUsize::new(0),
             interrupts: Interrupts::new(signals),
             requests: OnceLock::new(),
+            wants_ring: lanes.is_some(),
+            slots: Mutex::new(slots),
+            ring: OnceLock::new(),
+            plugged: AtomicBool::new(false),
+            numbers: OnceLock::new(),
         }
     }
 
@@ -189,6 +211,84 @@ impl Connection {
         self.changed.notify_all();
     }
 
+    /// Has requests come through these slots.
+    pub(super) fn go_on_over(&self, side: Side) {
+        // There is one for the life of a connection.
+        let _ = self.ring.set(side);
+    }
+
+    /// How requests come. If that is by the device although io_uring was wanted, also why.
+    pub fn transport(&self) -> (Transport, Option<&'static str>) {
+        let agreed = self.state.lock().unwrap().agreed;
+        match agreed {
+            Some(agreed) if agreed.over_io_uring() => (Transport::IoUring, None),
+            Some(agreed) if self.wants_ring && agreed.offered & flag::OVER_IO_URING == 0 => {
+                (Transport::Dev, Some("this kernel does not offer requests over io_uring, as `rafsd doctor` explains"))
+            }
+            _ if self.wants_ring => (Transport::Dev, Some("there was no memory for requests over io_uring")),
+            _ => (Transport::Dev, None),
+        }
+    }
+
+    /// Takes and answers nothing any more that comes over io_uring, so that this process may end, or let go of the
+    /// device. Blocks.
+    pub(super) fn plug(self: &Arc<Self>, sandbox: &Sandbox) {
+        let Some(side) = self.ring.get() else { return };
+        let is_whole = match Held::find(self, sandbox) {
+            Ok(held) => side.plug(self, &held),
+            Err(error) => {
+                tracing::error!(%error, "a FUSE connection over io_uring cannot be left to another daemon, and ends with this one");
+                false
+            }
+        };
+        self.plugged.store(is_whole, Ordering::Release);
+    }
+
+    /// Device numbers of its file system, if it is to outlive this process.
+    pub(super) fn numbers(&self) -> Option<(u32, u32)> {
+        self.numbers.get().copied()
+    }
+
+    /// Sets them.
+    pub(super) fn set_numbers(&self, numbers: (u32, u32)) {
+        let _ = self.numbers.set(numbers);
+    }
+
+    /// What a successor needs of a connection over io_uring that was plugged: the device, and the memory of the
+    /// slots. `None` of another, and if that failed.
+    pub fn left_in_slots(&self) -> Option<io::Result<(Arc<OwnedFd>, Arc<OwnedFd>)>> {
+        let side = self.ring.get().filter(|_| self.plugged.load(Ordering::Acquire))?;
+        Some(side.held().map(|memory| (self.device.held(), memory)))
+    }
+
+    /// As [`Connection::handle_contained`], for the request in a slot. `is_old` if a predecessor had it.
+    pub(super) fn handle_slot(self: &Arc<Self>, slot: fuseslots::Slot, buffer: &mut [u8], is_old: bool) {
+        let len = slot.request(buffer);
+        self.waiting.fetch_add(1, Ordering::AcqRel);
+        let duty = Duty::in_slot(self.clone(), slot, is_old);
+        let handled = catch_unwind(AssertUnwindSafe(|| {
+            match len.and_then(|len| Request::parse(&buffer[..len]).ok()) {
+                Some(request) => self.begin_to_answer(duty, &request),
+                // The kernel waits for an answer to everything that comes this way.
+                None => duty.fail(libc::EINVAL),
+            }
+        }));
+        if handled.is_err() {
+            tracing::error!("a request could not be handled and was failed");
+        }
+    }
+
+    /// Gives an answer to the request in a slot, whose body of `len` bytes is there, unless that is left to a
+    /// successor.
+    pub(super) fn commit(self: &Arc<Self>, mut slot: fuseslots::Slot, head: ReplyHead, len: usize) {
+        let frozen = self.frozen.read().unwrap();
+        if !*frozen && let Some(side) = self.ring.get() {
+            let bytes: &[u8; reply::HEAD] = head.as_bytes().try_into().expect("as long as the record");
+            slot.answer(bytes, u32::try_from(len).unwrap_or(0));
+            side.commit(slot, self);
+        }
+    }
+
     fn duty(self: &Arc<Self>, unique: u64, before: Option<Before>) -> Duty {
         self.waiting.fetch_add(1, Ordering::AcqRel);
         match before {
@@ -227,15 +327,19 @@ impl Connection {
             return duty.fail(libc::EIO);
         }
         faultpoint::reach("written-down");
+        self.begin_to_answer(duty, &request);
+    }
+
+    fn begin_to_answer(self: &Arc<Self>, duty: Duty, request: &Request<'_>) {
         match request.question {
             Question::Init(offered) => self.agree(duty, &offered),
             Question::Read { offset, size } => read::read(self, duty, request.node, (offset, size), request.pid),
-            _ => self.answer(duty, &request),
+            _ => self.answer(duty, request),
         }
     }
 
     /// Answers what needs no waiting.
-    fn answer(&self, duty: Duty, request: &Request<'_>) {
+    fn answer(self: &Arc<Self>, duty: Duty, request: &Request<'_>) {
         let (tree, node) = (&self.tree, request.node);
         match request.question {
             Question::Lookup(name) => {
@@ -262,9 +366,9 @@ impl Connection {
             Question::Change => duty.fail(libc::EROFS),
             // The kernel remembers most of these, and does without.
             Question::Other { .. } => duty.fail(libc::ENOSYS),
-            Question::Init(_) | Question::Read { .. } | Question::Forget(_) | Question::Interrupt { .. } => {
-                unreachable!("answered elsewhere, or not at all")
-            }
+            // Of these only an answer over a ring is taken, where the kernel does not tell them.
+            Question::Forget(_) | Question::Interrupt { .. } => duty.fail(libc::ENOSYS),
+            Question::Init(_) | Question::Read { .. } => unreachable!("answered elsewhere"),
         }
     }
 
@@ -326,19 +430,30 @@ impl Connection {
         duty.fail(error.errno());
     }
 
-    fn agree(&self, duty: Duty, offered: &InitIn) {
+    fn agree(self: &Arc<Self>, duty: Duty, offered: &InitIn) {
         let mut state = self.state.lock().unwrap();
         if state.agreed.is_some() {
             return duty.fail(libc::EPROTO);
         }
-        match negotiate(offered, self.tree.wishes()) {
+        let slots = self.slots.lock().unwrap().take();
+        let io_uring = slots.as_ref().map(|(side, _)| side.lanes().pages());
+        match negotiate(offered, Wishes { io_uring, ..self.tree.wishes() }) {
             Reaction::Agree(out, negotiated) => {
                 state.agreed = Some(negotiated);
                 drop(state);
+                // The kernel takes slots when it has the answer, and asks nothing before it has slots.
                 duty.answer(&out);
+                if let Some((side, slots)) = slots.filter(|_| negotiated.over_io_uring()) {
+                    let lanes = side.lanes().clone();
+                    self.go_on_over(side);
+                    lanes.begin(self, slots);
+                }
                 tracing::debug!(?negotiated, "connected");
             }
-            Reaction::AskAgain(out) => return duty.answer(&out),
+            Reaction::AskAgain(out) => {
+                *self.slots.lock().unwrap() = slots;
+                return duty.answer(&out);
+            }
             Reaction::Refuse => {
                 state.refused = true;
                 drop(state);

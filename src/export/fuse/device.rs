@@ -28,7 +28,7 @@ use super::lasting::{AnnounceLasting, Keep, Lasting, Legacy, Part};
 use super::negotiation::MAX_READ;
 use super::reply::{Listed, Node, Statistics, Times, Trust};
 use super::wire::{NodeId, ROOT};
-use super::{Attachment, Connected, Fuse, Piece, Tree, TreeError, Visit, Wishes};
+use super::{Anchor, Attachment, Connected, Fuse, Piece, Tree, TreeError, Visit, Wishes};
 use crate::base::{BLOCK, ByteRange};
 use crate::export::erofs::{self, NewSettings, Stage};
 use crate::export::probe::ColdByte;
@@ -332,6 +332,11 @@ impl Tree for DeviceTree {
 
     fn xattrs(&self, _: NodeId, _: bool) -> Result<Vec<u8>, TreeError> {
         Err(TreeError::NoXattrs)
+    }
+
+    fn anchor(&self) -> Option<Anchor> {
+        // EROFS has those open that it reads through us.
+        Some(Anchor::Open(FIRST..FIRST + self.devices.len() as u64))
     }
 
     fn statistics(&self) -> Statistics {

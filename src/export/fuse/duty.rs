@@ -1,12 +1,13 @@
 use std::io;
 use std::sync::Arc;
 
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::Connection;
-use super::reply;
+use super::reply::{self, ReplyHead};
 use super::wire::RESENT;
 use crate::sys::faultpoint;
+use crate::sys::fuseslots;
 use crate::sys::requestlog::{RequestLog, Slot};
 
 /// The duty to answer one request. Dropping it, as a panic would, answers with `EIO`.
@@ -22,16 +23,33 @@ pub(super) struct Duty {
     is_old: bool,
     /// Where a successor would find it, if the kernel does not send it again.
     slot: Option<Slot>,
+    /// Where it lies, if it came over a ring. The answer goes there.
+    ring: Option<fuseslots::Slot>,
 }
 
 impl Duty {
     pub(super) fn new(connection: Arc<Connection>, unique: u64) -> Self {
-        Self { connection, unique, is_open: true, is_old: unique & RESENT != 0, slot: None }
+        Self { connection, unique, is_open: true, is_old: unique & RESENT != 0, slot: None, ring: None }
     }
 
     /// That of a request which a process that died had taken, and perhaps written down.
     pub(super) fn old(connection: Arc<Connection>, unique: u64, slot: Option<Slot>) -> Self {
-        Self { connection, unique, is_open: true, is_old: true, slot }
+        Self { connection, unique, is_open: true, is_old: true, slot, ring: None }
+    }
+
+    /// That of a request which lies in a slot of a ring.
+    pub(super) fn in_slot(connection: Arc<Connection>, slot: fuseslots::Slot, is_old: bool) -> Self {
+        Self { connection, unique: slot.unique(), is_open: true, is_old, slot: None, ring: Some(slot) }
+    }
+
+    /// Room for the body of the answer, where there is some at the place that it goes to.
+    pub(super) fn room(&mut self) -> Option<&mut [u8]> {
+        self.ring.as_mut().map(fuseslots::Slot::room)
+    }
+
+    /// Answers with the first `len` bytes of the [room](Duty::room).
+    pub(super) fn answer_in_room(mut self, len: usize) {
+        self.give_slot(reply::head(self.unique, len), len);
     }
 
     /// Has the request, which `bytes` are, written down until it is answered. `false` if there is no room.
@@ -72,7 +90,31 @@ impl Duty {
         self.give(reply::failure(self.unique, errno).as_bytes());
     }
 
+    /// Gives the slot up, with an answer whose body of `len` bytes is in it.
+    fn give_slot(&mut self, head: ReplyHead, len: usize) {
+        self.is_open = false;
+        if let Some(slot) = self.ring.take() {
+            self.connection.commit(slot, head, len);
+        }
+    }
+
+    fn give_to_slot(&mut self, answer: &[u8]) {
+        let Ok((head, body)) = ReplyHead::read_from_prefix(answer) else { return };
+        let room = self.room().and_then(|room| room.get_mut(..body.len()));
+        match room {
+            Some(room) => room.copy_from_slice(body),
+            None => {
+                tracing::error!(len = body.len(), "an answer is longer than its slot; failing its reader");
+                return self.give_slot(reply::failure(self.unique, libc::EIO), 0);
+            }
+        }
+        self.give_slot(head, body.len());
+    }
+
     fn give(&mut self, answer: &[u8]) {
+        if self.ring.is_some() {
+            return self.give_to_slot(answer);
+        }
         self.is_open = false;
         self.deliver(answer);
         faultpoint::reach("answered");

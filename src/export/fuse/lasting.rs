@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::attach::HANDSHAKE;
 use super::connection::Before;
 use super::negotiation::{Negotiated, flag};
-use super::{Connected, Fuse, Tree};
+use super::{Connected, Connection, Fuse, Tree};
 use crate::export::{AttachError, WatchId};
 use crate::sys::faultpoint;
 use crate::sys::fuse::{DEVICE, Device, Options};
@@ -50,6 +50,8 @@ pub enum Part {
     Names,
     /// The directory of the host that is shown.
     Directory,
+    /// The slots of a connection over io_uring.
+    Slots,
 }
 
 /// Who keeps what one connection needs to go on in another process.
@@ -65,12 +67,13 @@ pub struct Legacy {
     pub requests: Option<OwnedFd>,
     pub names: Option<OwnedFd>,
     pub directory: Option<OwnedFd>,
+    pub slots: Option<OwnedFd>,
     pub lasting: Lasting,
 }
 
 impl Fuse {
-    /// Mounts `tree` where no path leads to yet, its connection in the hands of `keep` before, and starts
-    /// answering. Returns when the kernel and we have shaken hands.
+    /// Mounts `tree` where no path leads to yet and starts answering. Returns when the kernel and we have shaken
+    /// hands and the connection is in the hands of `keep`; not if it is over io_uring, which ends with us.
     ///
     /// On failure the connection has ended here; `keep` still has what it was given.
     pub(super) fn mount_lasting(
@@ -83,9 +86,10 @@ impl Fuse {
     ) -> Result<(DetachedMount, Connected, Lasting), AttachError> {
         let unusable = |cause| AttachError::Io { path: DEVICE.into(), cause };
         let device = sandbox.outside(Device::open).map_err(unusable)?;
-        keep.keep(Part::Device, device.held()).map_err(AttachError::Unkept)?;
         let mount = sandbox.outside(|| device.mount(options)).map_err(AttachError::Mount)?;
-        let connected = self.connect(device, tree, backend).map_err(unusable)?;
+        // Without an anchor nothing of it could be left to another daemon.
+        let lanes = tree.anchor().and(self.lanes_for_new()).cloned();
+        let connected = self.begin(self.connection(device, tree, backend, None, lanes)).map_err(unusable)?;
         match connected.make_lasting(&mount, keep) {
             Ok(lasting) => Ok((mount, connected, lasting)),
             Err(error) => {
@@ -98,13 +102,16 @@ impl Fuse {
     /// Goes on with a connection of a process that has certainly died, and with whoever waits for an answer of
     /// it. Waits for no data.
     pub fn go_on(self: &Arc<Self>, legacy: Legacy, tree: Arc<dyn Tree>, backend: Backend) -> io::Result<Connected> {
-        let Legacy { device, requests, lasting, .. } = legacy;
+        let Legacy { device, requests, slots, lasting, .. } = legacy;
         let device = Device::from_fd(device)?;
         let taken = requests.map(RequestLog::take_over).transpose();
         // Not read before what was left is seen to: a request must have somewhere to be written down, and must be
         // known before anything is said of it.
-        let connection = self.connection(device, tree, backend, Some(lasting.agreed));
+        let connection = self.connection(device, tree, backend, Some(lasting.agreed), None);
         faultpoint::reach("adopting");
+        if lasting.agreed.over_io_uring() {
+            return self.go_on_over_io_uring(connection, slots, lasting.device);
+        }
         if resends(&lasting.agreed) {
             connection.device().resend()?;
             return self.begin(connection);
@@ -130,12 +137,34 @@ impl Fuse {
     }
 }
 
+impl Fuse {
+    /// The same over io_uring, with the slots that a predecessor left in peace.
+    fn go_on_over_io_uring(
+        self: &Arc<Self>,
+        connection: Arc<Connection>,
+        slots: Option<OwnedFd>,
+        numbers: (u32, u32),
+    ) -> io::Result<Connected> {
+        let lanes = self.lanes().ok_or_else(|| io::Error::other("there are no threads for requests over io_uring"))?;
+        let slots = slots.ok_or_else(|| io::Error::other("its slots went with the last daemon"))?;
+        let (side, slots) = lanes.take_over(slots)?;
+        connection.go_on_over(side);
+        connection.set_numbers(numbers);
+        let connected = self.begin(connection)?;
+        lanes.resume(connected.connection(), slots);
+        Ok(connected)
+    }
+}
+
 impl Connected {
     /// Sees to it that the connection, mounted as `mount`, can go on in another process, and tells how.
     pub(super) fn make_lasting(&self, mount: &impl AsFd, keep: &dyn Keep) -> Result<Lasting, AttachError> {
         let connection = self.connection();
         let agreed = connection.negotiated(HANDSHAKE).map_err(AttachError::Handshake)?;
-        if !resends(&agreed) {
+        if !agreed.over_io_uring() {
+            keep.keep(Part::Device, connection.device().held()).map_err(AttachError::Unkept)?;
+        }
+        if !agreed.over_io_uring() && !resends(&agreed) {
             // Nobody but us has asked anything yet, unless a program has mounted it for us.
             let log = RequestLog::create().map_err(AttachError::Unkept)?;
             let copy = log.as_fd().try_clone_to_owned().map_err(AttachError::Unkept)?;
@@ -144,6 +173,7 @@ impl Connected {
         }
         let stat = nix::sys::stat::fstat(mount).map_err(io::Error::from);
         let device = stat.and_then(|stat| device_numbers(stat.st_dev)).map_err(AttachError::Handshake)?;
+        connection.set_numbers(device);
         Ok(Lasting { agreed, device })
     }
 }

@@ -1,4 +1,4 @@
-//! A FUSE server of our own on `/dev/fuse`.
+//! A FUSE server of our own.
 //!
 //! [`wire`] and [`reply`] are the protocol in pure functions, [`negotiation`] is what is agreed upon at the
 //! start of a connection. [`Fuse`] has the threads that read requests of all connections; each
@@ -10,9 +10,13 @@
 //! connection can go on in another process with the device, the tree, and what was [`Negotiated`]. Only a tree
 //! that changes while it is shown, `blobfs`, has to write its numbers down.
 //!
+//! Where it is wanted and the kernel has it, requests come over io_uring instead ([`ring`]): the same questions and
+//! the same answers, carried by other threads.
+//!
 //! All threads read one descriptor. A clone of it would take its unanswered requests with it when the process
 //! dies (`fuse-notes.md` section 6).
 
+mod anchor;
 mod attach;
 mod blobfs;
 mod connection;
@@ -23,6 +27,7 @@ mod lasting;
 pub mod negotiation;
 mod read;
 pub mod reply;
+mod ring;
 pub(super) mod selftest;
 mod server;
 pub mod tree;
@@ -35,6 +40,7 @@ pub use device::Over;
 pub(in crate::export) use device::{TryError, try_device};
 pub use lasting::{AnnounceLasting, Keep, Lasting, Legacy, Part};
 pub use negotiation::{Negotiated, Wishes};
+pub use ring::{Lane, Lanes, NoLanes, Unavailable, availability};
 pub use server::{Connected, Fuse};
 
 use std::borrow::Cow;
@@ -78,6 +84,9 @@ pub trait Tree: Send + Sync {
     /// that `is_trusted`.
     fn xattrs(&self, id: NodeId, is_trusted: bool) -> Result<Vec<u8>, TreeError>;
 
+    /// A regular file that the kernel can be made to have in memory, or has anyway.
+    fn anchor(&self) -> Option<Anchor>;
+
     /// Facts about the whole.
     fn statistics(&self) -> Statistics;
 
@@ -99,8 +108,37 @@ pub trait Tree: Send + Sync {
     fn forget(&self, _id: NodeId, _told: u64) {}
 }
 
+/// How requests come, and answers go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// Reads and writes of `/dev/fuse`.
+    Dev,
+    /// io_uring (Linux 6.14, where it is switched on).
+    IoUring,
+}
+
+impl std::fmt::Display for Transport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Dev => "dev",
+            Self::IoUring => "io-uring",
+        })
+    }
+}
+
 /// Told of one name of a directory.
 pub type Visit<'v> = dyn FnMut(&Listed<'_>, Option<&Node>) -> ControlFlow<()> + 'v;
+
+/// A regular file, through which the kernel can be made to ask for something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Anchor {
+    /// One with this path, from the root on.
+    Path(NodeId, Vec<u8>),
+    /// One of these is open, or nobody reads anything.
+    Open(std::ops::Range<NodeId>),
+}
 
 /// Some bytes of a file.
 #[derive(Clone, Copy)]

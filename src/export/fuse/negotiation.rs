@@ -108,6 +108,15 @@ pub struct Wishes {
     /// Somebody else may change what is shown: the kernel is to ask at each open, and to drop what it knows of a
     /// file whose length or time it finds changed.
     pub changing: bool,
+    /// Requests are to come over io_uring, of at most so many pages.
+    pub io_uring: Option<u16>,
+}
+
+impl Negotiated {
+    /// Whether requests come over io_uring.
+    pub fn over_io_uring(&self) -> bool {
+        self.flags & flag::OVER_IO_URING != 0
+    }
 }
 
 /// What was agreed upon. A successor goes on by it.
@@ -163,12 +172,18 @@ pub fn negotiate(offered: &InitIn, wishes: Wishes) -> Reaction {
     if wishes.changing {
         wanted = wanted & !ONLY_UNCHANGING | flag::AUTO_INVAL_DATA;
     }
-    for (wished, flags) in
-        [(wishes.posix_acl, flag::POSIX_ACL), (wishes.idmap, flag::ALLOW_IDMAP), (wishes.handles, flag::EXPORT_SUPPORT)]
-    {
+    for (wished, flags) in [
+        (wishes.posix_acl, flag::POSIX_ACL),
+        (wishes.idmap, flag::ALLOW_IDMAP),
+        (wishes.handles, flag::EXPORT_SUPPORT),
+        (wishes.io_uring.is_some(), flag::OVER_IO_URING),
+    ] {
         wanted |= if wished { flags } else { 0 };
     }
     let flags = all & wanted;
+    // Each slot of a ring has memory for the longest request.
+    let ring_pages = wishes.io_uring.filter(|_| flags & flag::OVER_IO_URING != 0);
+    let max_pages = ring_pages.map_or(MAX_PAGES, |pages| pages.min(MAX_PAGES));
     let minor = offered.minor.min(MINOR);
     let out = InitOut {
         major: MAJOR,
@@ -180,7 +195,7 @@ pub fn negotiate(offered: &InitIn, wishes: Wishes) -> Reaction {
         congestion_threshold: CONGESTED,
         max_write: MAX_WRITE,
         time_gran: 1,
-        max_pages: if flags & flag::MAX_PAGES != 0 { MAX_PAGES } else { 0 },
+        max_pages: if flags & flag::MAX_PAGES != 0 { max_pages } else { 0 },
         map_alignment: 0,
         flags2: low(flags >> 32),
         max_stack_depth: 0,
@@ -219,7 +234,7 @@ pub(super) mod tests {
     #[test]
     fn nothing_is_answered_that_was_not_offered() {
         for flags in [0, u64::MAX, 0x73ff_fffb, flag::MAX_PAGES | flag::POSIX_ACL] {
-            let wishes = Wishes { posix_acl: true, idmap: true, handles: true, changing: false };
+            let wishes = Wishes { posix_acl: true, idmap: true, handles: true, changing: false, io_uring: Some(64) };
             let (out, negotiated) = agreed(&offer(45, flags), wishes);
             assert_eq!(negotiated.flags & !flags, 0);
             assert_eq!(u64::from(out.flags) | u64::from(out.flags2) << 32, negotiated.flags);
@@ -252,6 +267,20 @@ pub(super) mod tests {
         assert_eq!(flags(true) & ONLY_UNCHANGING, 0);
         assert_eq!(flags(false) & ONLY_UNCHANGING, ONLY_UNCHANGING);
         assert_eq!(flags(false) ^ flags(true), ONLY_UNCHANGING | flag::AUTO_INVAL_DATA);
+    }
+
+    #[test]
+    fn requests_over_a_ring_are_agreed_upon_only_on_wish_and_are_no_longer_than_its_slots() {
+        let wishes = Wishes { io_uring: Some(64), ..Wishes::default() };
+        for (offered, wishes, expected) in [
+            (u64::MAX, wishes, (true, 64)),
+            (u64::MAX, Wishes::default(), (false, MAX_PAGES)),
+            (!flag::OVER_IO_URING, wishes, (false, MAX_PAGES)),
+            (!flag::INIT_EXT, wishes, (false, MAX_PAGES)),
+        ] {
+            let (out, negotiated) = agreed(&offer(45, offered), wishes);
+            assert_eq!((negotiated.flags & flag::OVER_IO_URING != 0, out.max_pages), expected);
+        }
     }
 
     #[test]

@@ -129,12 +129,17 @@ impl Wanted {
     /// Answers with bytes that are all there. Tells what the reader was told if it was an error.
     fn answer(&self, duty: Duty) -> Option<Answer> {
         let Self { connection, node, range, .. } = self;
-        let mut buffer = connection.buffers.lend();
-        let mut end = HEAD;
+        let mut duty = duty;
+        let mut lent = None;
+        let room = match duty.room() {
+            Some(room) => room,
+            None => &mut lent.insert(connection.buffers.lend()).bytes[HEAD..],
+        };
+        let mut end = 0;
         let mut outcome = Ok(());
         let walked = connection.tree.pieces(*node, *range, &mut |piece| {
             if outcome.is_ok() {
-                outcome = copy(piece, &mut buffer.bytes, &mut end);
+                outcome = copy(piece, room, &mut end);
             }
         });
         if let Err(error) = walked {
@@ -148,7 +153,10 @@ impl Wanted {
             duty.fail(libc::EIO);
             return Some(Answer::Denied);
         }
-        duty.answer_in_place(&mut buffer.bytes[..end]);
+        match lent {
+            Some(mut buffer) => duty.answer_in_place(&mut buffer.bytes[..HEAD + end]),
+            None => duty.answer_in_room(end),
+        }
         None
     }
 

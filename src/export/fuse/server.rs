@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, OnceLock, RwLock};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -10,10 +10,12 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use super::negotiation::Negotiated;
 use super::read::Buffers;
+use super::ring::Lanes;
 use super::wire::REQUEST_BUFFER;
-use super::{Connection, Tree, interrupts};
+use super::{Connection, Transport, Tree, interrupts};
 use crate::export::pulse::Pulse;
 use crate::sys::fuse::Device;
+use crate::sys::sandbox::Sandbox;
 use crate::telemetry::{Backend, Telemetry};
 
 /// Requests of one connection that a thread answers before it looks at the others.
@@ -35,6 +37,10 @@ pub struct Fuse {
     /// Set when readers were sent a signal and may have to be let go.
     signals: Arc<AtomicBool>,
     telemetry: Telemetry,
+    /// What carries requests over io_uring, once it is there.
+    lanes: OnceLock<Arc<Lanes>>,
+    /// Whether new connections are to use them.
+    prefers_lanes: AtomicBool,
 }
 
 /// Names a connection of a server.
@@ -61,6 +67,11 @@ impl Connected {
         &self.connection
     }
 
+    /// How requests come, and why this way where io_uring is wanted.
+    pub fn transport(&self) -> (Transport, Option<&'static str>) {
+        self.connection.transport()
+    }
+
     /// Reads it no more and lets go of the device. If nobody else holds that, the connection ends: whoever
     /// uses the mount gets `ENOTCONN`.
     pub fn close(self) {
@@ -82,6 +93,8 @@ impl Fuse {
             buffers: Arc::default(),
             signals: Arc::default(),
             telemetry,
+            lanes: OnceLock::new(),
+            prefers_lanes: AtomicBool::new(false),
         }))
     }
 
@@ -94,20 +107,40 @@ impl Fuse {
     /// Answers what comes through `device`, a mounted one, from `tree`, and counts its reads as those of
     /// `backend`.
     pub fn connect(self: &Arc<Self>, device: Device, tree: Arc<dyn Tree>, backend: Backend) -> io::Result<Connected> {
-        self.begin(self.connection(device, tree, backend, None))
+        self.begin(self.connection(device, tree, backend, None, None))
+    }
+
+    /// Has threads that carry requests over io_uring, from now on. With `for_new`, those of new connections too,
+    /// where the kernel offers it.
+    pub fn use_lanes(&self, lanes: Arc<Lanes>, for_new: bool) {
+        // The first stay: connections depend on them.
+        let _ = self.lanes.set(lanes);
+        self.prefers_lanes.fetch_or(for_new, Ordering::Relaxed);
+    }
+
+    /// The same threads, if new connections are to use them.
+    pub(super) fn lanes_for_new(&self) -> Option<&Arc<Lanes>> {
+        self.lanes().filter(|_| self.prefers_lanes.load(Ordering::Relaxed))
+    }
+
+    /// The threads that carry requests over io_uring, if there are any.
+    pub fn lanes(&self) -> Option<&Arc<Lanes>> {
+        self.lanes.get()
     }
 
     /// A connection that nobody reads yet. With `agreed` it is one that another process had: there is no
-    /// handshake.
+    /// handshake. With `lanes` its requests come over io_uring if the kernel offers that.
     pub(super) fn connection(
         &self,
         device: Device,
         tree: Arc<dyn Tree>,
         backend: Backend,
         agreed: Option<Negotiated>,
+        lanes: Option<Arc<Lanes>>,
     ) -> Arc<Connection> {
         let counted = (backend, self.telemetry.clone());
-        Arc::new(Connection::new(device, tree, agreed, counted, self.buffers.clone(), self.signals.clone()))
+        let shared = (self.buffers.clone(), self.signals.clone());
+        Arc::new(Connection::new(device, tree, agreed, counted, shared, lanes))
     }
 
     /// Begins to read a connection.
@@ -169,9 +202,19 @@ impl Fuse {
         self.pulse.stop();
     }
 
+    /// Makes connections over io_uring ready for a successor, as far as that can be done, and ends the threads that
+    /// carry them. To be called when nobody reads devices any more. Blocks.
+    pub fn stop_lanes(&self, sandbox: &Sandbox) {
+        let Some(lanes) = self.lanes.get() else { return };
+        for connection in self.connections() {
+            connection.plug(sandbox);
+        }
+        lanes.stop();
+    }
+
     /// Whether one of the threads comes round within this time. Blocks.
     pub fn is_responsive(&self, within: Duration) -> bool {
-        self.pulse.is_felt(within)
+        self.pulse.is_felt(within) && self.lanes.get().is_none_or(|lanes| lanes.are_responsive(within))
     }
 
     /// All connections.

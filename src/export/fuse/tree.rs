@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use super::reply::{Listed, Node, Statistics, Times, Trust, put_name};
 use super::wire::{NodeId, ROOT};
-use super::{Piece, Tree, TreeError, Visit, Wishes};
+use super::{Anchor, Piece, Tree, TreeError, Wishes};
 use crate::base::ByteRange;
 use crate::export::{Backing, LiveImage};
 use crate::format::erofs::file_type;
-use crate::image::{Extent, Image, Inode, Kind, Nid, Xattr};
+use crate::image::{Extent, Image, Inode, Kind, Nid, Visit, Xattr};
 
 /// The number of inode 0, if that is not the root: behind "nothing" and the root.
 const FIRST: NodeId = ROOT + 1;
@@ -119,7 +119,7 @@ impl ImageTree {
 impl Tree for ImageTree {
     fn wishes(&self) -> Wishes {
         // The kernel checks permissions, and asks for no mapping where it would have to.
-        Wishes { posix_acl: self.has_lists, idmap: true, handles: true, changing: false }
+        Wishes { posix_acl: self.has_lists, idmap: true, handles: true, ..Wishes::default() }
     }
 
     fn find(&self, parent: NodeId, name: &[u8]) -> Result<Option<Node>, TreeError> {
@@ -146,7 +146,7 @@ impl Tree for ImageTree {
         self.image.symlink(&inode).map_err(TreeError::Damaged)
     }
 
-    fn list(&self, id: NodeId, from: u64, with_nodes: bool, visit: &mut Visit<'_>) -> Result<(), TreeError> {
+    fn list(&self, id: NodeId, from: u64, with_nodes: bool, visit: &mut super::Visit<'_>) -> Result<(), TreeError> {
         let dir = self.directory(id)?;
         let listed = self.image.list_from(&dir, from, &mut |entry, next| {
             let listed = Listed { name: entry.name, ino: entry.nid, kind: kind_in_listing(entry.file_type), next };
@@ -211,6 +211,11 @@ impl Tree for ImageTree {
         Ok(names)
     }
 
+    fn anchor(&self) -> Option<Anchor> {
+        let (nid, path) = first_file(&self.image)?;
+        Some(Anchor::Path(self.id(nid), path))
+    }
+
     fn statistics(&self) -> Statistics {
         let summary = self.image.summary();
         let devices = self.image.devices().iter().map(|device| device.len).sum::<u64>();
@@ -235,6 +240,19 @@ impl ImageTree {
             }
         }
     }
+}
+
+/// A regular file of an image, and its path from the root on.
+pub(super) fn first_file(image: &Image) -> Option<(Nid, Vec<u8>)> {
+    let mut walk = image.walk();
+    while let Some(step) = walk.next_visit() {
+        if let Ok(Visit { path: names, inode }) = step
+            && inode.kind == Kind::Regular
+        {
+            return Some((inode.nid, names.join(&b"/"[..])));
+        }
+    }
+    None
 }
 
 fn is_list(xattr: &Xattr<'_>) -> bool {

@@ -105,8 +105,6 @@ pub(super) fn wide() -> Result<Filter, SandboxError> {
         // ways around the rules for paths and calls
         libc::SYS_open_by_handle_at,
         libc::SYS_io_uring_setup,
-        libc::SYS_io_uring_enter,
-        libc::SYS_io_uring_register,
         libc::SYS_userfaultfd,
         libc::SYS_add_key,
         libc::SYS_request_key,
@@ -119,6 +117,9 @@ pub(super) fn wide() -> Result<Filter, SandboxError> {
         [libc::SYS_iopl, libc::SYS_ioperm, libc::SYS_modify_ldt, libc::SYS_kexec_file_load]
             .map(|call| (call, Vec::new())),
     );
+    // Rings are made outside, for FUSE alone, and can do nothing else. Whoever has one may only switch it on and use it.
+    let enable = argument(1, SeccompCmpOp::Ne, ENABLE_RINGS);
+    rules.insert(libc::SYS_io_uring_register, vec![all_of([enable])?]);
     let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
     let foreign = families.map(|family| argument(0, SeccompCmpOp::Ne, u64::from(family.unsigned_abs())));
     rules.insert(libc::SYS_socket, vec![all_of(foreign)?]);
@@ -159,6 +160,8 @@ fn narrow_rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, SandboxError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = NARROW.iter().map(|call| (*call, Vec::new())).collect();
     #[cfg(target_arch = "x86_64")]
     rules.extend(NARROW_X86_64.iter().map(|call| (*call, Vec::new())));
+    let enable = argument(1, SeccompCmpOp::Eq, ENABLE_RINGS);
+    rules.insert(libc::SYS_io_uring_register, vec![all_of([enable])?]);
     let not_executable = || all_of([argument(2, SeccompCmpOp::MaskedEq(u64::from(libc::PROT_EXEC.unsigned_abs())), 0)]);
     rules.insert(libc::SYS_mmap, vec![not_executable()?]);
     rules.insert(libc::SYS_mprotect, vec![not_executable()?]);
@@ -172,6 +175,9 @@ fn narrow_rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, SandboxError> {
     rules.insert(libc::SYS_prctl, vec![name(names[0])?, name(names[1])?]);
     Ok(rules)
 }
+
+/// `IORING_REGISTER_ENABLE_RINGS`.
+const ENABLE_RINGS: u64 = 12;
 
 /// Calls that a narrowed thread may make with any arguments.
 const NARROW: &[i64] = &[
@@ -229,6 +235,7 @@ const NARROW: &[i64] = &[
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_eventfd2,
+    libc::SYS_io_uring_enter,
     libc::SYS_fanotify_mark,
     libc::SYS_inotify_add_watch,
     libc::SYS_inotify_rm_watch,

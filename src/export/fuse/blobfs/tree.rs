@@ -13,7 +13,7 @@ use super::names::Names;
 use crate::base::{BLOCK, ByteRange};
 use crate::export::fuse::reply::{Listed, Node, Statistics, Times, Trust};
 use crate::export::fuse::wire::{NodeId, ROOT};
-use crate::export::fuse::{Piece, Tree, TreeError, Visit, Wishes};
+use crate::export::fuse::{Anchor, Piece, Tree, TreeError, Visit, Wishes};
 use crate::export::{Backing, LiveImage};
 use crate::sys::beneath::{self, Beneath, Facts, Found, Name};
 
@@ -262,8 +262,13 @@ fn host_node(id: NodeId, facts: &Facts) -> Node {
 }
 
 impl Tree for BlobTree {
+    /// None: what a successor needs of it does not fit into slots.
+    fn anchor(&self) -> Option<Anchor> {
+        None
+    }
+
     fn wishes(&self) -> Wishes {
-        Wishes { posix_acl: true, idmap: true, handles: false, changing: true }
+        Wishes { posix_acl: true, idmap: true, changing: true, ..Wishes::default() }
     }
 
     fn find(&self, parent: NodeId, name: &[u8]) -> Result<Option<Node>, TreeError> {
