@@ -114,8 +114,11 @@ fn in_small_chunks(ctx: &Ctx) -> anyhow::Result<Fixture<'_>> {
     Fixture::with(ctx, &build, Default::default(), &[], |dir| fs::write(dir.join("big"), content(9, FILE)))
 }
 
-/// Everything of a tree that listings leave out.
-fn inodes(root: &Path) -> anyhow::Result<BTreeMap<Vec<u8>, (u64, u64, i64, u32, u64)>> {
+/// Number, links, time of change, mode and blocks.
+type Inode = (u64, u64, i64, u32, u64);
+
+/// Everything of a tree that listings leave out, by path.
+fn inodes(root: &Path) -> anyhow::Result<BTreeMap<Vec<u8>, Inode>> {
     let (mut all, mut todo) = (BTreeMap::new(), vec![root.to_owned()]);
     while let Some(path) = todo.pop() {
         let meta = fs::symlink_metadata(&path)?;
@@ -147,8 +150,8 @@ fn is_as_the_host_has_it(ctx: &Ctx) -> Outcome {
     fs::create_dir(host.join("many-names"))?;
     (0..3000).try_for_each(|n| fs::write(host.join("many-names").join(format!("a-name-of-some-length-{n}")), "x"))?;
     rustix::fs::mknodat(CWD, host.join("another-fifo"), FileType::Fifo, Mode::from_raw_mode(0o640), 0)?;
-    rustix::fs::lsetxattr(&host.join("many-names"), "user.long", &[7; 3000], XattrFlags::empty())?;
-    rustix::fs::lsetxattr(&host.join("many-names"), "trusted.secret", b"t", XattrFlags::empty())?;
+    rustix::fs::lsetxattr(host.join("many-names"), "user.long", &[7; 3000], XattrFlags::empty())?;
+    rustix::fs::lsetxattr(host.join("many-names"), "trusted.secret", b"t", XattrFlags::empty())?;
     fs::create_dir(shown.host.join("blobs"))?;
     fs::write(shown.host.join("blobs/of-the-host"), "mine")?;
 
@@ -476,7 +479,7 @@ fn survive(ctx: &Ctx, pretended: Option<&str>) -> Outcome {
 
     let watch = Watch::default();
     let (open, big) = (File::open(shown.at.join("open"))?, File::open(image.join("big"))?);
-    let kills = std::env::var("RAFSD_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(25);
+    let kills = std::env::var("RAFSD_KILLS").ok().and_then(|text| text.parse::<u64>().ok()).unwrap_or(25);
     let outcome = std::thread::scope(|scope| -> Outcome {
         let readers = [
             scope.spawn(|| walk(&watch, &shown.at.join("tree"), &wanted)),
@@ -485,7 +488,7 @@ fn survive(ctx: &Ctx, pretended: Option<&str>) -> Outcome {
         ];
         let mut kill_all = || -> Outcome {
             for round in 0..kills {
-                std::thread::sleep(Duration::from_micros((round as u64 * 7919) % 30_000));
+                std::thread::sleep(Duration::from_micros((round * 7919) % 30_000));
                 fixture.kill()?;
                 fixture.start(&["--deadline", "30m"])?;
                 let before = watch.rounds.load(Ordering::Relaxed);
