@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -259,7 +260,7 @@ fn without_io_uring(ctx: &Ctx) -> Outcome {
     // Others on this host may turn it.
     if (before.as_str(), switch().as_str()) == ("N", "N") {
         ensure!(told.0 == "dev" && told.1.contains("does not offer"), "{told:?}");
-        let said = fixture.command(&["doctor", "--json"])?;
+        let said = Command::new(&ctx.rafsd).args(["doctor", "--json", "--cache"]).arg(fixture.cache()).output()?;
         let said: Value = serde_json::from_slice(&said.stdout)?;
         let finding = said["findings"].as_array().into_iter().flatten().find(|it| it["name"] == "fuse-io-uring");
         let finding = finding.with_context(|| format!("no line on it: {said}"))?;
