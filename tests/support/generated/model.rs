@@ -2,10 +2,9 @@
 //!
 //! Members act in order, as for an extracting tar. Where an image differs from an extraction the
 //! rules for images decide: missing parents are made with mode 0755, root, 1970; a member that is
-//! no directory takes the place of a directory with all below it; a hard link to something else
-//! than a regular file is a copy; zeros between members mean nothing.
+//! no directory takes the place of a directory with all below it; zeros between members mean nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -155,11 +154,7 @@ impl Model {
             Kind::Directory => Err(Refused::LinkToDirectory),
             // A second name for itself changes nothing.
             _ if path == target => Ok(()),
-            Kind::File(_) => self.place(path, node, false),
-            _ => {
-                self.nodes.push(self.nodes[node].clone());
-                self.place(path, self.nodes.len() - 1, false)
-            }
+            _ => self.place(path, node, false),
         }
     }
 
@@ -245,6 +240,18 @@ impl Model {
         let below = if path.is_empty() { Vec::new() } else { [path, b"/"].concat() };
         let goes = |other: &[u8]| if other == path { whole } else { other.starts_with(&below) };
         self.paths.retain(|other, _| other.is_empty() || !goes(other));
+    }
+
+    /// The same as RAFS v5 can hold it: other nodes than files have one name, and further ones become copies.
+    pub fn in_version_5(mut self) -> Self {
+        let mut met = BTreeSet::new();
+        for node in self.paths.values_mut() {
+            if !met.insert(*node) && !matches!(self.nodes[*node].kind, Kind::File(_)) {
+                self.nodes.push(self.nodes[*node].clone());
+                *node = self.nodes.len() - 1;
+            }
+        }
+        self
     }
 
     /// Whether a directory is at `path`.
