@@ -10,7 +10,7 @@
 //! connection can go on in another process with the device, the tree, and what was [`Negotiated`]. Only a tree
 //! that changes while it is shown, `blobfs`, has to write its numbers down.
 //!
-//! Where it is wanted and the kernel has it, requests come over io_uring instead ([`ring`]): the same questions and
+//! Where it is wanted and the kernel has it, requests come over io_uring instead (`ring`): the same questions and
 //! the same answers, carried by other threads.
 //!
 //! All threads read one descriptor. A clone of it would take its unanswered requests with it when the process
