@@ -16,7 +16,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rustix::fs::inotify;
 
-use crate::sys::inotify::{Watched, device_numbers, each_watch};
+use crate::sys::files::file_system_of;
+use crate::sys::inotify::{Watched, each_watch};
 
 /// Watches superblocks. One thread calls [`MountWatch::wait`]; any thread may add.
 #[derive(Debug)]
@@ -64,7 +65,7 @@ impl MountWatch {
     /// Starts watching the superblock of `mount`, an open mount or its root.
     pub fn add(&self, mount: &impl AsFd) -> io::Result<WatchId> {
         let root = PathBuf::from(format!("/proc/self/fd/{}", mount.as_fd().as_raw_fd()));
-        let device = device_numbers(nix::sys::stat::fstat(mount)?.st_dev)?;
+        let device = file_system_of(mount)?;
         // Some event must be asked for; attributes of a read-only root never change.
         let number = inotify::add_watch(&self.instance, &root, inotify::WatchFlags::ATTRIB)?;
         let id = Watched { number, device };

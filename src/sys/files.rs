@@ -42,6 +42,14 @@ pub fn inode_id_at(path: &Path) -> io::Result<InodeId> {
     Ok(InodeId { device: stat.st_dev, inode: stat.st_ino })
 }
 
+/// Major and minor number of the file system that has `file`, told by the kernel alone. An ordinary look at a file asks the
+/// server of a FUSE file system, which may be this process: killed in between, it would wait for itself for ever.
+pub fn file_system_of(file: impl AsFd) -> io::Result<(u32, u32)> {
+    use rustix::fs::{AtFlags, StatxFlags, statx};
+    let told = statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::empty())?;
+    Ok((told.stx_dev_major, told.stx_dev_minor))
+}
+
 /// The parts of a file's first `len` bytes that are data, not holes, found by
 /// `SEEK_DATA`/`SEEK_HOLE`. Works on descriptors that cannot be read.
 ///

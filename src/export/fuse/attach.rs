@@ -17,6 +17,7 @@ use super::tree::{ImageTree, first_file};
 use super::{AnnounceLasting, Connected, Connection, Fuse, Keep, Legacy, Transport};
 use crate::export::{AttachError, Backing, LiveImage, MountWatch, WatchId};
 use crate::image::Image;
+use crate::sys::files::file_system_of;
 use crate::sys::fuse::{FusermountError, Options, find_fusermount, mount_by, unmount_by};
 use crate::sys::mount::MountError;
 use crate::sys::sandbox::Sandbox;
@@ -192,8 +193,7 @@ fn open_once(image: &Image, root: &impl AsFd, sandbox: &Sandbox) {
 /// Has the kernel read further ahead. Where that is forbidden, sequential reads are slower.
 fn widen_read_ahead(mount: &impl AsFd, sandbox: &Sandbox) {
     let widen = || {
-        let device = nix::sys::stat::fstat(mount)?.st_dev;
-        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        let (major, minor) = file_system_of(mount)?;
         let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
         sandbox.outside(|| std::fs::write(path, READ_AHEAD_KIB.to_string()))
     };

@@ -19,8 +19,8 @@ use super::negotiation::{Negotiated, flag};
 use super::{Connected, Connection, Fuse, Tree};
 use crate::export::{AttachError, WatchId};
 use crate::sys::faultpoint;
+use crate::sys::files::file_system_of;
 use crate::sys::fuse::{DEVICE, Device, Options};
-use crate::sys::inotify::device_numbers;
 use crate::sys::mount::DetachedMount;
 use crate::sys::requestlog::RequestLog;
 use crate::sys::sandbox::Sandbox;
@@ -88,7 +88,7 @@ impl Fuse {
         let device = sandbox.outside(Device::open).map_err(unusable)?;
         let mount = sandbox.outside(|| device.mount(options)).map_err(AttachError::Mount)?;
         // Without an anchor nothing of it could be left to another daemon.
-        let lanes = tree.anchor().and(self.lanes_for_new()).cloned();
+        let lanes = self.lanes_for_new().filter(|_| tree.anchor().is_some()).cloned();
         let connected = self.begin(self.connection(device, tree, backend, None, lanes)).map_err(unusable)?;
         match connected.make_lasting(&mount, keep) {
             Ok(lasting) => Ok((mount, connected, lasting)),
@@ -171,8 +171,7 @@ impl Connected {
             keep.keep(Part::Requests, Arc::new(copy)).map_err(AttachError::Unkept)?;
             connection.write_down_in(Arc::new(log));
         }
-        let stat = nix::sys::stat::fstat(mount).map_err(io::Error::from);
-        let device = stat.and_then(|stat| device_numbers(stat.st_dev)).map_err(AttachError::Handshake)?;
+        let device = file_system_of(mount).map_err(AttachError::Handshake)?;
         connection.set_numbers(device);
         Ok(Lasting { agreed, device })
     }
