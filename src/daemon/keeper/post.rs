@@ -97,6 +97,8 @@ struct Post {
     denying: bool,
     /// Whether the events that a dead daemon had taken have been denied.
     denied_taken: bool,
+    /// Whether the last start was of another program than the usual one.
+    tries_program: bool,
     /// Until when the other keeper is not asked, because it did not answer.
     passed_over: Option<Instant>,
 }
@@ -117,6 +119,7 @@ impl Post {
             absence: Absence::new(starts_daemons),
             denying: false,
             denied_taken: false,
+            tries_program: false,
             passed_over: None,
         }
     }
@@ -331,7 +334,7 @@ impl Post {
         if self.is_replaced() {
             return true;
         }
-        if self.absence.reap() {
+        if self.absence.reap() && std::mem::take(&mut self.tries_program) {
             // What was to be started in place of the usual program dies of its start.
             self.held.retain(|(name, _)| name.kind != Kind::Program);
         }
@@ -379,7 +382,10 @@ impl Post {
         if !self.absence.is_time_to_start() {
             return;
         }
-        let started = self.hands.start_daemon(self.get(Kind::Program));
+        let program = self.get(Kind::Program);
+        let tries_program = program.is_some();
+        let started = self.hands.start_daemon(program);
+        self.tries_program = tries_program;
         if let Err(error) = &started {
             tracing::error!(%error, "no daemon can be started in place of the one that vanished");
         }
