@@ -68,8 +68,9 @@ pub fn renew(saved: &UnitMap, device: &Device, image: &Image) -> Option<UnitMap>
     if saved.decoded_len() != tables.decoded_len() || saved.key() != tables.key() {
         return None;
     }
-    if tables.kind() == BlobKind::Listed {
-        // The image itself says everything, and what others list is their business.
+    // The image itself says everything of a listed blob. Of a gzip layer a file says it that the image chooses, and a
+    // false way in that another image chose must not enter here.
+    if matches!(tables.kind(), BlobKind::Listed | BlobKind::Zran) {
         return None;
     }
     // Digests that other images named are their business: a false one must not enter here.

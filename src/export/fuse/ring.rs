@@ -458,7 +458,7 @@ fn numbers(list: &str) -> Option<Vec<u16>> {
         let (first, last) = (first.parse::<u16>().ok()?, last.parse::<u16>().ok()?);
         all.extend(first..=last);
     }
-    Some(all)
+    (!all.is_empty()).then_some(all)
 }
 
 #[cfg(test)]
@@ -469,7 +469,7 @@ mod tests {
     fn lists_of_processors_are_understood() {
         assert_eq!(numbers("0\n"), Some(vec![0]));
         assert_eq!(numbers("0-3,8,10-11\n"), Some(vec![0, 1, 2, 3, 8, 10, 11]));
-        for nonsense in ["", "a", "0-", "0--2", "70000"] {
+        for nonsense in ["", "a", "0-", "0--2", "3-1", "70000"] {
             assert_eq!(numbers(nonsense), None, "{nonsense}");
         }
     }
