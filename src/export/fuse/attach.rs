@@ -14,12 +14,12 @@ use nix::sys::stat::Mode;
 
 use super::negotiation::MAX_READ;
 use super::tree::{ImageTree, first_file};
-use super::{AnnounceLasting, Connected, Connection, Fuse, Keep, Legacy, Transport};
+use super::{AnnounceLasting, Connected, Connection, Fuse, Keep, Lasting, Legacy, Transport};
 use crate::export::{AttachError, Backing, LiveImage, MountWatch, WatchId};
 use crate::image::Image;
 use crate::sys::files::file_system_of;
 use crate::sys::fuse::{FusermountError, Options, find_fusermount, mount_by, unmount_by};
-use crate::sys::mount::MountError;
+use crate::sys::mount::{DetachedMount, MountError};
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Backend;
 
@@ -98,19 +98,7 @@ impl Fuse {
         };
         widen_read_ahead(&mount, sandbox);
         open_once(&image.image, &mount, sandbox);
-        let finish = || {
-            let watched = watch.add(&mount).map_err(at(target))?;
-            announce(watched, Some(&lasting)).map_err(AttachError::Unkept)?;
-            sandbox.outside(|| mount.attach(target)).map_err(at(target))?;
-            Ok(watched)
-        };
-        match finish() {
-            Ok(watch) => Ok(Attachment { watch, connected: Some(connected), _devices: image.devices.clone() }),
-            Err(error) => {
-                connected.close();
-                Err(error)
-            }
-        }
+        show((mount, connected, lasting), target, image.devices.clone(), (watch, announce), sandbox)
     }
 
     /// Goes on with a tree that a dead process had mounted, and with whoever waits there. `watch` reports the
@@ -153,6 +141,29 @@ impl Fuse {
                 connected.close();
                 Err(error)
             }
+        }
+    }
+}
+
+/// Puts a mount where a path leads to, once it is watched and announced. On failure its connection has ended.
+pub(super) fn show(
+    (mount, connected, lasting): (DetachedMount, Connected, Lasting),
+    target: &Path,
+    devices: Vec<Arc<dyn Backing>>,
+    (watch, announce): (&MountWatch, AnnounceLasting<'_>),
+    sandbox: &Sandbox,
+) -> Result<Attachment, AttachError> {
+    let finish = || {
+        let watched = watch.add(&mount).map_err(at(target))?;
+        announce(watched, Some(&lasting)).map_err(AttachError::Unkept)?;
+        sandbox.outside(|| mount.attach(target)).map_err(at(target))?;
+        Ok(watched)
+    };
+    match finish() {
+        Ok(watch) => Ok(Attachment { watch, connected: Some(connected), _devices: devices }),
+        Err(error) => {
+            connected.close();
+            Err(error)
         }
     }
 }

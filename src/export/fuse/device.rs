@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::attach::READ_AHEAD_KIB;
 use super::lasting::{AnnounceLasting, Keep, Lasting, Legacy, Part};
 use super::negotiation::MAX_READ;
-use super::reply::{Listed, Node, Statistics, Times, Trust};
+use super::reply::{Listed, Node, Statistics};
 use super::wire::{NodeId, ROOT};
 use super::{Anchor, Attachment, Connected, Fuse, Piece, Tree, TreeError, Visit, Wishes};
 use crate::base::{BLOCK, ByteRange};
@@ -278,20 +278,7 @@ impl Tree for DeviceTree {
             ROOT => (libc::S_IFDIR | 0o500, 2, 0),
             _ => (libc::S_IFREG | 0o400, 1, self.device(id)?.backing.decoded_len()),
         };
-        Ok(Node {
-            id,
-            ino: id,
-            mode,
-            nlink,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            size,
-            blocks: size.div_ceil(512),
-            block_size: u32::try_from(BLOCK).expect("4096"),
-            times: Times::default(),
-            trust: Trust::FOR_EVER,
-        })
+        Ok(Node::ours(id, id, (mode, nlink), size))
     }
 
     fn link(&self, id: NodeId) -> Result<Cow<'_, [u8]>, TreeError> {

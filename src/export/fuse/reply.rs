@@ -6,6 +6,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::wire::NodeId;
+use crate::base::BLOCK;
 
 /// Length of the head of an answer.
 pub const HEAD: usize = size_of::<ReplyHead>();
@@ -68,6 +69,26 @@ pub struct Node {
     pub times: Times,
     /// In its name and in all of the above.
     pub trust: Trust,
+}
+
+impl Node {
+    /// Something of our own, which never changes: root's, and of no time.
+    pub fn ours(id: NodeId, ino: u64, (mode, nlink): (u32, u32), size: u64) -> Self {
+        Self {
+            id,
+            ino,
+            mode,
+            nlink,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            size,
+            blocks: size.div_ceil(512),
+            block_size: u32::try_from(BLOCK).expect("4096"),
+            times: Times::default(),
+            trust: Trust::FOR_EVER,
+        }
+    }
 }
 
 /// Seconds and nanoseconds since 1970.

@@ -12,6 +12,7 @@ use nix::sys::stat::Mode;
 
 use super::names::Names;
 use super::tree::BlobTree;
+use crate::export::fuse::attach::show;
 use crate::export::fuse::negotiation::MAX_READ;
 use crate::export::fuse::{AnnounceLasting, Attachment, Fuse, Keep, Legacy, Part};
 use crate::export::{AttachError, LiveImage, MountWatch, WatchId};
@@ -106,22 +107,9 @@ impl Fuse {
         let tree = Arc::new(tree.map_err(|cause| AttachError::Io { path: target.to_owned(), cause })?);
         let root_mode = tree.root_mode().map_err(AttachError::Tree)?;
         let options = Options { root_mode, allow_other: true, max_read: MAX_READ, is_foreign: true };
-        let (mount, connected, lasting) = self.mount_lasting(tree.clone(), Backend::Blobfs, options, keep, sandbox)?;
-        open_once(&tree, &mount, sandbox);
-        let at_target = |cause| AttachError::Target { target: target.to_owned(), cause };
-        let finish = || {
-            let watched = watch.add(&mount).map_err(at_target)?;
-            announce(watched, Some(&lasting)).map_err(AttachError::Unkept)?;
-            sandbox.outside(|| mount.attach(target)).map_err(at_target)?;
-            Ok(watched)
-        };
-        match finish() {
-            Ok(watch) => Ok(Attachment { watch, connected: Some(connected), _devices: devices(what.images) }),
-            Err(error) => {
-                connected.close();
-                Err(error)
-            }
-        }
+        let mounted = self.mount_lasting(tree.clone(), Backend::Blobfs, options, keep, sandbox)?;
+        open_once(&tree, &mounted.0, sandbox);
+        show(mounted, target, devices(what.images), (watch, announce), sandbox)
     }
 
     /// Goes on with a tree that a dead process had mounted, and with whoever waits there. `watch` reports the

@@ -176,22 +176,8 @@ impl BlobTree {
     }
 
     fn own_node(&self, id: NodeId, own: &Own) -> Node {
-        let size = own.len();
-        Node {
-            id,
-            ino: OWN_INODES + id,
-            // Whoever reads it reads all of the image, whatever the permissions in there.
-            mode: libc::S_IFREG | 0o400,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            size,
-            blocks: size.div_ceil(512),
-            block_size: u32::try_from(BLOCK).expect("4096"),
-            times: Times::default(),
-            trust: Trust::FOR_EVER,
-        }
+        // Whoever reads it reads all of the image, whatever the permissions in there.
+        Node::ours(id, OWN_INODES + id, (libc::S_IFREG | 0o400, 1), own.len())
     }
 
     /// The directory of blobs, as the host has it, or as it would.
