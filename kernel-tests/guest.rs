@@ -107,7 +107,7 @@ fn fill_disk(cases: &[Run], root: &Path) -> anyhow::Result<()> {
     let is_wanted = cases.iter().any(|(_, case)| case.needs.contains(&Need::Interop));
     let Some(from) = host::interop(false).filter(|_| is_wanted) else { return Ok(()) };
     std::fs::create_dir(&to)?;
-    let names = interop::IMAGES.iter().chain(&interop::LISTINGS);
+    let names = interop::IMAGES.iter().chain(&interop::LISTINGS).chain([&interop::ZRAN]);
     let copied = Command::new("cp")
         .args(["-R", "--no-preserve=mode"])
         .args(names.map(|name| from.join(name)))

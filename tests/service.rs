@@ -162,6 +162,28 @@ fn a_wrong_socket_is_refused() {
     assert!(told.contains("the socket that was handed over is no listening Unix stream socket"), "{told}");
 }
 
+#[test]
+fn a_daemon_that_is_refused_leaves_no_directory_behind() {
+    let dir = scratch();
+    let mut daemon = Daemon(serve(dir.path()).spawn().unwrap());
+    wait_until_it_answers(&dir.path().join("run/rafsd.sock"));
+    let second = dir.path().join("second");
+    fs::create_dir(&second).unwrap();
+    let places = |cache: &str, run: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rafsd"));
+        command.arg("serve").arg("--cache").arg(dir.path().join(cache)).arg("--run").arg(dir.path().join(run));
+        command.output().unwrap()
+    };
+
+    let refused = places("second/a/cache", "run");
+
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("a daemon is serving here"), "{said}");
+    assert!(fs::read_dir(&second).unwrap().next().is_none());
+    assert!(ask(&dir.path().join("run/rafsd.sock")).unwrap().contains("200"), "the first one goes on");
+    assert_eq!(daemon.stop(), Some(0));
+}
+
 /// Of each thread: `NoNewPrivs`, `Seccomp`, `Seccomp_filters`.
 fn threads(pid: u32) -> BTreeMap<String, (u32, u32, u32)> {
     let mut found = BTreeMap::new();

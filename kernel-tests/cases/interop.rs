@@ -35,6 +35,9 @@ pub(crate) const CASES: &[Case] = &[
 
 pub(crate) use crate::support::interop::SERVED as IMAGES;
 
+/// An image whose data is in a gzip layer, which lies beside it.
+pub(crate) const ZRAN: &str = "v6-zran";
+
 /// Listings that the images must show.
 pub(crate) const LISTINGS: [&str; 2] = ["tree.jsonl", "merged.jsonl"];
 
@@ -45,7 +48,7 @@ fn images_of_nydus_show_what_their_listing_says(ctx: &Ctx) -> Outcome {
     fs::create_dir(&target)?;
     let at = target.to_str().context("UTF-8")?;
 
-    for name in IMAGES.into_iter().chain(["v6-zran"]) {
+    for name in IMAGES.into_iter().chain([ZRAN]) {
         let image = folder.join(name);
         let (bootstrap, blobs) = (bootstrap_of(&image)?, image.join("blobs"));
         let (bootstrap, blobs) = (bootstrap.to_str().context("UTF-8")?, blobs.to_str().context("UTF-8")?);

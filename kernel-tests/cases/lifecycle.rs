@@ -1,9 +1,10 @@
 //! Mounting, listing, unmounting, and what is left afterwards.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -226,16 +227,34 @@ fn bad_requests_name_the_thing_and_leave_nothing(ctx: &Ctx) -> Outcome {
         (&["umount", &dir_text], &dir_text),
     ];
 
+    let before = left_behind(&fixture)?;
     for (args, expected) in refusals {
         let output = fixture.command(args)?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         ensure!(output.status.code() == Some(1), "{args:?} ended with {}: {said}", output.status);
         ensure!(said.contains(expected), "{args:?} says {said:?}, not {expected:?}");
         ensure!(fixture.list()?.is_empty() && crate::mounts::below(&ctx.dir)?.is_empty(), "{args:?} left something");
+        let after = left_behind(&fixture)?;
+        ensure!(after == before, "{args:?} left {:?}", after.difference(&before));
     }
     let mounted = fixture.mount("mnt")?;
     ensure!(fs::read(mounted.join("0"))? == content(0, FILE), "the daemon is well");
+    ensure!(left_behind(&fixture)?.len() > before.len(), "what is mounted would show");
     fixture.finish()
+}
+
+/// Files of a daemon that are about images: copies of bootstraps, blobs, and records.
+fn left_behind(fixture: &Fixture<'_>) -> anyhow::Result<BTreeSet<PathBuf>> {
+    let mut found = BTreeSet::new();
+    let mut todo = vec![fixture.cache().join("bootstraps"), fixture.cache().join("v1"), fixture.run().join("served")];
+    while let Some(path) = todo.pop() {
+        if path.is_dir() {
+            todo.extend(fs::read_dir(&path)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>()?);
+        } else if path.exists() {
+            found.insert(path);
+        }
+    }
+    Ok(found)
 }
 
 fn anybody_mounts_a_registered_image(ctx: &Ctx) -> Outcome {

@@ -36,6 +36,8 @@ pub struct KeptBootstrap {
     owner: Arc<Bootstraps>,
     digest: Digest,
     path: PathBuf,
+    /// Whether the copy was made for this owner.
+    is_new: bool,
 }
 
 /// How the name of a note ends that says which bootstrap was made of something: the digest of that
@@ -51,6 +53,27 @@ impl KeptBootstrap {
     /// Where it lies: complete, synced, and never written again.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What takes the copy away again, if it was made for this owner.
+    pub fn undo(&self) -> Option<Undo> {
+        self.is_new.then(|| Undo { owner: self.owner.clone(), digest: self.digest })
+    }
+}
+
+/// Takes away a copy that was made for something that failed.
+#[derive(Debug)]
+pub struct Undo {
+    owner: Arc<Bootstraps>,
+    digest: Digest,
+}
+
+impl Undo {
+    /// To be called when its owner has let it go; it stays if somebody else keeps it by now.
+    pub fn discard(self) {
+        if let Err(error) = self.owner.remove(&self.digest.to_string()) {
+            tracing::warn!(%error, "the copy of a bootstrap that nobody needs stays until the next gc");
+        }
     }
 }
 
@@ -101,13 +124,15 @@ impl Bootstraps {
         let digest = sha256(bytes);
         // Kept before it is looked for: from here on nobody removes it.
         *self.kept.lock().unwrap().entry(digest).or_insert(0) += 1;
-        let kept = KeptBootstrap { owner: Arc::clone(self), digest, path: self.dir.join(digest.to_string()) };
+        let path = self.dir.join(digest.to_string());
+        let mut kept = KeptBootstrap { owner: Arc::clone(self), digest, path, is_new: false };
         // A copy from before is used only if it is still what its name says.
         if File::open(&kept.path).and_then(sha256_of).is_ok_and(|there| there == digest) {
             note_use(&kept.path);
             return Ok(kept);
         }
         self.write(bytes, &kept.path)?;
+        kept.is_new = true;
         Ok(kept)
     }
 
@@ -137,7 +162,12 @@ impl Bootstraps {
             }
         }
         let kept = self.keep(&make()?)?;
-        self.write(format!("{}\n", kept.digest).as_bytes(), &note)?;
+        if let Err(error) = self.write(format!("{}\n", kept.digest).as_bytes(), &note) {
+            let undo = kept.undo();
+            drop(kept);
+            undo.into_iter().for_each(Undo::discard);
+            return Err(error.into());
+        }
         Ok(kept)
     }
 
@@ -156,7 +186,8 @@ impl Bootstraps {
     /// Keeps the copy with this digest, which a predecessor made and nobody looks at again.
     pub fn keep_known(self: &Arc<Self>, digest: Digest) -> KeptBootstrap {
         *self.kept.lock().unwrap().entry(digest).or_insert(0) += 1;
-        KeptBootstrap { owner: Arc::clone(self), digest, path: self.dir.join(digest.to_string()) }
+        let path = self.dir.join(digest.to_string());
+        KeptBootstrap { owner: Arc::clone(self), digest, path, is_new: false }
     }
 
     fn write(&self, bytes: &[u8], path: &Path) -> Result<(), StoreError> {
@@ -333,5 +364,23 @@ mod tests {
         assert!(!path.exists());
         assert!(!bootstraps.remove(&name).unwrap() && !bootstraps.remove("../lock").unwrap());
         assert_eq!(bootstraps.lots(), []);
+    }
+
+    #[test]
+    fn what_was_made_for_nothing_goes_unless_somebody_else_keeps_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let bootstraps = Bootstraps::new(dir.path().join("bootstraps"));
+        let made = bootstraps.keep_made(Digest([1; 32]), || Ok::<_, StoreError>(b"a bootstrap".to_vec())).unwrap();
+        let other = bootstraps.keep(b"a bootstrap").unwrap();
+        assert!(other.undo().is_none(), "it was there");
+        let (undo, again) = (made.undo().unwrap(), made.undo().unwrap());
+        drop(made);
+        undo.discard();
+        assert!(other.path().exists());
+
+        drop(other);
+        again.discard();
+
+        assert!(fs::read_dir(bootstraps.dir()).unwrap().next().is_none(), "notes included");
     }
 }

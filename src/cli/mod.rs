@@ -26,6 +26,7 @@ mod log;
 mod manual;
 mod merge;
 mod mount;
+mod newdirs;
 mod opened;
 mod optimize;
 mod prefetch;

@@ -169,7 +169,7 @@ pub(super) struct UmountArgs {
 
 /// Exit status: 0 when nothing of the image is mounted there any more.
 pub(super) fn umount(args: UmountArgs) -> anyhow::Result<ExitCode> {
-    let request = UnmountRequest { dir: absolute(&args.dir)?, lazy: args.lazy };
+    let request = UnmountRequest { dir: mount_point(&args.dir)?, lazy: args.lazy };
     let unmounted = block_on(async {
         let client = args.place.client()?;
         let unmounted = client.unmount(&request).await.map_err(|e| args.place.explain(e))?;
@@ -197,10 +197,14 @@ pub(super) struct ListArgs {
 /// Exit status: 0, also when nothing is mounted or no daemon runs.
 pub(super) fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
     use crate::daemon::client::ClientError;
-    let images = block_on(async {
-        match args.place.client()?.list().await {
-            Err(ClientError::NoDaemon { .. }) if keeper::status(&args.place.run).is_err() => Ok(Vec::new()),
-            other => other.map_err(|e| args.place.explain(e)),
+    let (images, unserved) = block_on(async {
+        let client = args.place.client()?;
+        match client.list().await {
+            Err(ClientError::NoDaemon { .. }) if keeper::status(&args.place.run).is_err() => {
+                Ok((Vec::new(), Vec::new()))
+            }
+            Err(other) => Err(args.place.explain(other)),
+            Ok(images) => Ok((images, client.info().await?.unserved)),
         }
     })?;
     if args.json {
@@ -208,7 +212,7 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut out = io::stdout().lock();
-    if !images.is_empty() {
+    if !images.is_empty() || !unserved.is_empty() {
         writeln!(out, "{:<10}  {:>9}  {:>10}  {:<12}  WHERE", "BACKEND", "PRESENT", "FETCHED", "IMAGE")?;
     }
     for image in &images {
@@ -216,6 +220,10 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
         let place = image.dir.as_deref().map_or_else(|| format!("-o {options}"), |dir| dir.display().to_string());
         let (present, fetched) = progress(image);
         writeln!(out, "{:<10}  {present:>9}  {fetched:>10}  {:<12}  {place}", image.backend, &image.image[..12])?;
+    }
+    for mount in &unserved {
+        let place = mount.dir.as_deref().map_or_else(|| "-".into(), Path::to_string_lossy);
+        writeln!(out, "{:<10}  {:>9}  {:>10}  {:<12}  {place}: not served, {}", "-", "-", "-", "-", mount.why)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -234,6 +242,12 @@ fn progress(image: &ImageReport) -> (String, String) {
         format!("{}%", present * 100 / units)
     };
     (part, ByteSize(fetched).to_string())
+}
+
+/// The place of a mount. A file system that nobody answers for does not say where it is; the directory around it does.
+pub(super) fn mount_point(path: &Path) -> anyhow::Result<PathBuf> {
+    let around = || Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?));
+    path.canonicalize().or_else(|error| around().ok_or(error)).with_context(|| format!("cannot use {}", path.display()))
 }
 
 pub(super) fn absolute(path: &Path) -> anyhow::Result<PathBuf> {

@@ -1,8 +1,6 @@
 use std::ffi::OsString;
-use std::fs::DirBuilder;
 use std::io;
 use std::net::TcpListener;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::connect::{Place, block_on};
+use super::newdirs::NewDirs;
 use super::reload::Reload;
 use super::settings::SettingsArgs;
 use super::userdirs::ensure_own;
@@ -75,12 +74,8 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     }
     process::protect_from_oom();
     process::raise_descriptor_limit().context("cannot raise the limit of open files")?;
-    for dir in [&mut settings.run, &mut settings.cache] {
-        let create = DirBuilder::new().recursive(true).mode(0o700).create(&*dir);
-        create.with_context(|| format!("cannot create {}", dir.display()))?;
-        ensure_own(dir)?;
-        *dir = dir.canonicalize().with_context(|| format!("cannot use {}", dir.display()))?;
-    }
+    let mut made = NewDirs::default();
+    make_dirs(&mut settings, &mut made)?;
     // Before anything else is opened: numbers of descriptors have a meaning now.
     let handed = supervisor.take_those(|label| keeper::Name::from_label(label).is_some());
     let inherited = keeper::inherit(&settings.run, handed).context("cannot take over from the last daemon")?;
@@ -100,7 +95,17 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     tracing::debug!(file, "settings are known");
     let keep_mounts = settings.keep_mounts;
     let reload = Reload::new(args.settings, found, log.clone());
-    let daemon = serve(&runtime, settings, (sandbox, log, reload, idle, &supervisor), inherited)?;
+    let (start, way_out) = ((sandbox.clone(), log, reload, idle, &supervisor), sandbox);
+    let daemon = match serve(&runtime, settings, start, inherited) {
+        Ok(daemon) => {
+            made.stay();
+            daemon
+        }
+        Err(error) => {
+            way_out.outside(|| drop(made));
+            return Err(error);
+        }
+    };
     match daemon.asked_to() {
         Some(Ending::Upgrade) => daemon.hand_over(true),
         None if keep_mounts => daemon.hand_over(false),
@@ -112,6 +117,16 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     }
     // A successor may be at work already: nothing that unwinding would do is wanted now.
     std::process::exit(0)
+}
+
+/// Makes the directories of a daemon, and gives them their real names.
+fn make_dirs(settings: &mut Settings, made: &mut NewDirs) -> anyhow::Result<()> {
+    for dir in [&mut settings.run, &mut settings.cache] {
+        made.make(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        ensure_own(dir)?;
+        *dir = dir.canonicalize().with_context(|| format!("cannot use {}", dir.display()))?;
+    }
+    Ok(())
 }
 
 /// Serves until something ends it, and gives the daemon to be ended.

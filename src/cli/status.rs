@@ -8,10 +8,11 @@ use anyhow::bail;
 use serde::Serialize;
 
 use super::connect::{Place, block_on};
+use super::mount::mount_point;
 use super::print_json;
 use crate::base::ByteSize;
 use crate::daemon::api::observe::{Activity, FailedUnits, ImageState, Trouble};
-use crate::daemon::api::{DeviceReport, ImageReport, Info};
+use crate::daemon::api::{DeviceReport, ImageReport, Info, UnservedReport};
 use crate::export::BackendKind;
 
 /// Show how a mounted image, or the daemon, is doing
@@ -71,7 +72,9 @@ pub(super) fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
         anyhow::Ok((info, client.activity().await?, client.list().await?))
     })?;
     let Some(name) = &args.image else {
-        let fine = info.keeper_alive && images.iter().all(|image| image.state != ImageState::Degraded);
+        let fine = info.keeper_alive
+            && info.unserved.is_empty()
+            && images.iter().all(|image| image.state != ImageState::Degraded);
         if args.json {
             print_json(&Overview { info: &info, activity: &activity })?;
         } else {
@@ -79,6 +82,12 @@ pub(super) fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
         }
         return Ok(exit(fine));
     };
+    if let Some(mount) = unserved(&info, name) {
+        bail!(
+            "what was mounted at {name} is not served, and what is missing cannot be read: {}; unmount it and mount it again",
+            mount.why
+        );
+    }
     let found = find(&images, name)?;
     let status: Vec<_> = found.into_iter().map(|image| status(image, &info)).collect();
     if args.json {
@@ -93,6 +102,12 @@ pub(super) fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
 
 fn exit(fine: bool) -> ExitCode {
     if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The mount at `name`, if nobody serves it.
+fn unserved<'a>(info: &'a Info, name: &str) -> Option<&'a UnservedReport> {
+    let dir = mount_point(Path::new(name)).ok()?;
+    info.unserved.iter().find(|mount| mount.dir.as_ref() == Some(&dir))
 }
 
 /// The image mounted at `name`, or all mounts of the image whose digest begins with it.
@@ -293,6 +308,10 @@ fn overview(info: &Info, activity: &Activity) -> String {
     for source in activity.sources.iter().filter(|source| source.failing) {
         line("failing", &format!("{} {}", source.source, source.last_error.as_ref().map(told).unwrap_or_default()));
     }
+    for mount in &info.unserved {
+        let place = mount.dir.as_deref().map_or_else(|| "-".into(), Path::to_string_lossy);
+        line("not served", &format!("{place}: {}", mount.why));
+    }
     let cache = &activity.cache;
     let limit = cache.limit.map(|limit| format!(" of at most {}", ByteSize(limit))).unwrap_or_default();
     let free = of(cache.disk_free, cache.disk_bytes);
@@ -381,6 +400,7 @@ mod tests {
             "reads          fanotify: 31 at once, 4 after a wait, 1 denied, 2 waiting\n",
             "oldest wait    1.5 s\n",
             "errors         units by cause: source 3, corrupt 1\n",
+            "not served     /old: no connection\n",
             "failing        https://blobs.example/image 12.0 s ago: no answer in time\n",
             "cache          /var/lib/rafsd: 3.0 MiB of at most 1.0 GiB; disk: 5.0 GiB of 10.0 GiB free\n",
         ] {

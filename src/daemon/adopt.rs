@@ -34,6 +34,7 @@ use super::served::{Attachment, Mounted, Served};
 use super::serving::{Backends, Legacy, device_file, spawn};
 use super::trace::Traces;
 use super::turns::Turns;
+use super::unserved::Unserved;
 use crate::base::{Chain, Digest};
 use crate::cache::{Store, StoreOptions};
 use crate::export::cachefiles::FsId;
@@ -180,9 +181,11 @@ impl Daemon {
             }
             known.extend(watch);
             if let Err(error) = self.take_over_one(id, &record, &mut left) {
-                let dir = record.dir.as_deref().unwrap_or(Path::new("-"));
-                tracing::error!(dir = %dir.display(), error = %Chain(&error), "an image cannot be served any more; its cold reads fail");
-                self.leave_unserved(watch, Some(id));
+                let (dir, why) = (record.dir.as_deref().unwrap_or(Path::new("-")), Chain(&error).to_string());
+                tracing::error!(dir = %dir.display(), error = why, "an image cannot be served any more; its cold reads fail");
+                if let Some(watch) = watch {
+                    self.leave_unserved(Unserved { watch, record: Some(id), dir: record.dir.clone(), why });
+                }
             }
             prefetches.extend(self.wanted_prefetch(&record));
             faultpoint::reach("adopted-one");
@@ -190,7 +193,11 @@ impl Daemon {
         self.let_go(&left.connections);
         let files = left.files;
         let strangers: Vec<_> = living.difference(&known).copied().collect();
-        strangers.iter().for_each(|watch| self.leave_unserved(Some(*watch), None));
+        if strangers.is_empty() {
+            // What they were about has gone.
+            self.records.remove_unreadable();
+        }
+        strangers.into_iter().for_each(|watch| self.leave_stranger(watch));
         let (fanotify, cachefiles) = self.backends.services();
         if let Some(fanotify) = fanotify {
             let all_served = self.state.lock().unwrap().unserved.is_empty();
@@ -246,25 +253,6 @@ impl Daemon {
     pub(super) fn say_uses_are_known(&self) {
         if self.state.lock().unwrap().unserved.is_empty() {
             self.store.say_uses_are_known();
-        }
-    }
-
-    /// Superblocks that could not be served have gone. With the last of them, marks that were kept for
-    /// them go as well, and blobs may.
-    pub(super) fn end_of_the_unserved(&self) {
-        if self.state.lock().unwrap().unserved.is_empty()
-            && let (Some(fanotify), _) = self.backends.services()
-        {
-            fanotify.keep_marks(false);
-        }
-        self.say_uses_are_known();
-    }
-
-    /// Takes note of a superblock that lives and cannot be served.
-    fn leave_unserved(&self, watch: Option<WatchId>, record: Option<RecordId>) {
-        if let Some(watch) = watch {
-            self.watch.adopt(watch);
-            self.state.lock().unwrap().unserved.push((watch, record));
         }
     }
 

@@ -16,7 +16,7 @@ use super::remote::FETCH_LAYER;
 use super::served::{Attachment, Mounted, Served};
 use super::{Daemon, DaemonError};
 use crate::base::BlobId;
-use crate::cache::Device;
+use crate::cache::{Device, Undo};
 use crate::export::fuse::{self, Blobfs, Lasting, Place};
 use crate::export::{BackendKind, LiveImage, WatchId};
 
@@ -113,12 +113,32 @@ impl Daemon {
     fn attach_blobfs(
         &self,
         place: &Place,
-        mut shown: Shown,
+        shown: Shown,
         images: &[ImageSpec],
         (dir, record): (&Path, RecordId),
     ) -> Result<Mounted, DaemonError> {
-        let ready = |spec| self.ready(spec, &shown.source);
-        let all = images.iter().map(ready).collect::<Result<Vec<_>, _>>()?;
+        // Of images that were made ready before another one failed, too.
+        let mut undo = Vec::new();
+        let ready = |spec| {
+            let ready = self.ready(spec, &shown.source)?;
+            undo.extend(ready.served.prepared.undo());
+            Ok(ready)
+        };
+        let all = images.iter().map(ready).collect::<Result<Vec<_>, DaemonError>>();
+        let attached = all.and_then(|all| self.attach_ready(place, shown, (images, all), (dir, record)));
+        if attached.is_err() {
+            undo.into_iter().for_each(Undo::discard);
+        }
+        attached
+    }
+
+    fn attach_ready(
+        &self,
+        place: &Place,
+        mut shown: Shown,
+        (images, all): (&[ImageSpec], Vec<Ready>),
+        (dir, record): (&Path, RecordId),
+    ) -> Result<Mounted, DaemonError> {
         ensure_agreement(&all)?;
         let live: Vec<_> = all.iter().map(Ready::live).collect();
         let blob_dir = shown.blob_dir.clone();
@@ -141,14 +161,15 @@ impl Daemon {
         let found = self.look_up(spec)?;
         let queue = found.queue(self);
         let _turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
-        let mut prepared = self.prepare(spec, &found)?;
-        if self.is_stopping() {
-            return Err(DaemonError::Stopping);
-        }
-        let devices = self.devices_of(&mut prepared)?;
-        let mut served = Served::stored(BackendKind::Blobfs, Arc::new(prepared), &devices, WHY.to_owned());
-        served.shows = Some(source.to_owned());
-        Ok(Ready { served, devices })
+        self.prepare(spec, &found)?.or_undone(|mut prepared| {
+            if self.is_stopping() {
+                return Err(DaemonError::Stopping);
+            }
+            let devices = self.devices_of(&mut prepared)?;
+            let mut served = Served::stored(BackendKind::Blobfs, Arc::new(prepared), &devices, WHY.to_owned());
+            served.shows = Some(source.to_owned());
+            Ok(Ready { served, devices })
+        })
     }
 
     /// Goes on with the mount of a dead daemon. `resume` gives the image of a record that has one.

@@ -47,6 +47,7 @@ mod stored;
 mod trace;
 mod turns;
 mod unkept;
+mod unserved;
 
 pub use alive::Stuck;
 pub use error::DaemonError;

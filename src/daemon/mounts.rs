@@ -26,13 +26,14 @@ use super::serving::Backends;
 use super::stop::Ending;
 use super::trace::Traces;
 use super::turns::Turns;
+use super::unserved::Unserved;
 use crate::base::BlobId;
 use crate::blob::UnitMap;
 use crate::cache::{Engine, Store, StoreOptions};
 use crate::credentials::Credentials;
 use crate::export::cachefiles::FsId;
 use crate::export::fuse::Transport;
-use crate::export::{BackendKind, MountWatch, WatchId, fuse};
+use crate::export::{BackendKind, MountWatch, fuse};
 use crate::net::hosts::Registries;
 use crate::source::BlobSource;
 use crate::sys::mount::{detach, unmount};
@@ -101,7 +102,7 @@ pub(super) struct State {
     pub(super) lingering: Vec<Mounted>,
     pub(super) registered: BTreeMap<FsId, (Served, RecordId)>,
     /// Superblocks of a dead daemon that could not be taken over: their cold reads fail.
-    pub(super) unserved: Vec<(WatchId, Option<RecordId>)>,
+    pub(super) unserved: Vec<Unserved>,
 }
 
 /// The domain of this daemon's own mounts on the cachefiles path.
@@ -121,6 +122,7 @@ impl Daemon {
             events_missed,
             cachefiles_reads,
             takeover_ms: self.takeover_ms.get().copied(),
+            unserved: self.unserved(),
             host: self.backends.host().clone(),
         }
     }
@@ -175,8 +177,17 @@ impl Daemon {
         let found = self.look_up(&request.image)?;
         let queue = found.queue(self);
         let _turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
-        let mut prepared = self.prepare(&request.image, &found)?;
-        let (kind, why) = self.backends.fit((kind, why), request.backend, &prepared.image)?;
+        let prepared = self.prepare(&request.image, &found)?;
+        prepared.or_undone(|prepared| self.mount_prepared(request, (kind, why), prepared))
+    }
+
+    fn mount_prepared(
+        &self,
+        request: &MountRequest,
+        choice: (BackendKind, String),
+        mut prepared: Prepared,
+    ) -> Result<Mounted, DaemonError> {
+        let (kind, why) = self.backends.fit(choice, request.backend, &prepared.image)?;
         if self.state.lock().unwrap().stopping {
             return Err(DaemonError::Stopping);
         }
@@ -311,8 +322,9 @@ impl Daemon {
         let watch = {
             let state = self.state.lock().unwrap();
             let mounted = state.mounts.get(dir).and_then(Option::as_ref);
-            mounted.map(|mounted| mounted.watch).ok_or_else(|| DaemonError::NotMounted(dir.to_owned()))?
+            mounted.map(|mounted| mounted.watch)
         };
+        let watch = watch.or_else(|| self.unserved_at(dir)).ok_or_else(|| DaemonError::NotMounted(dir.to_owned()))?;
         self.options.sandbox.outside(|| take_down(dir, lazy))?;
         self.prefetches.cancel(Some(dir));
         let until = Instant::now() + Duration::from_secs(2);
@@ -354,18 +366,14 @@ impl Daemon {
             self.prefetches.cancel(Some(&dir));
             gone.extend(state.mounts.remove(&dir).flatten());
         }
-        let unserved: Vec<_> = state.unserved.extract_if(.., |(watch, _)| !self.watch.is_alive(*watch)).collect();
         drop(state);
-        if !unserved.is_empty() {
-            self.end_of_the_unserved();
-        }
+        self.bury_the_unserved();
         // Outside the lock: the last owner of a device waits for the disk.
         for mounted in gone {
             let record = mounted.record;
             mounted.release();
             self.forget(record);
         }
-        unserved.into_iter().filter_map(|(_, record)| record).for_each(|record| self.forget(record));
     }
 
     /// Learns of every superblock that goes away, whoever unmounted it.

@@ -9,7 +9,7 @@ use super::DaemonError;
 use super::known::{Known, KnownImages, Origin};
 use crate::base::{BLOCK, BlobId, Digest};
 use crate::blob::{BlobKind, BlobTables, TablesError, Unit, UnitMap};
-use crate::cache::{Bootstraps, ImageKey, KeptBootstrap};
+use crate::cache::{Bootstraps, ImageKey, KeptBootstrap, Undo};
 use crate::export::{Backing, LiveImage};
 use crate::image::{Device, Image};
 use crate::reader::bootstrap::{Found, layer_key};
@@ -116,6 +116,21 @@ impl Prepared {
         Self { image, key, bootstrap, maps: Vec::new(), source, origin: None, named: None, kept }
     }
 
+    /// Serves it by `serve`. If that fails, the copy of the bootstrap goes again that was made for it.
+    pub(super) fn or_undone<T>(self, serve: impl FnOnce(Self) -> Result<T, DaemonError>) -> Result<T, DaemonError> {
+        let undo = self.kept.undo();
+        let served = serve(self);
+        if served.is_err() {
+            undo.into_iter().for_each(Undo::discard);
+        }
+        served
+    }
+
+    /// What takes the copy of the bootstrap away, if it was made for this.
+    pub(super) fn undo(&self) -> Option<Undo> {
+        self.kept.undo()
+    }
+
     /// Under whose limits its readers are.
     pub(super) fn limits_key(&self) -> ImageKey {
         let (first, _) = self.key.0.split_first_chunk().expect("a digest has more bytes");
@@ -159,6 +174,22 @@ pub(super) fn prepare(
         return Ok(Prepared { maps: known.maps, ..Prepared::again(kept, Arc::new(image), source) });
     }
     let kept = wanted.keep(bootstraps)?;
+    let undo = kept.undo();
+    let prepared = prepare_kept(wanted, (kept, before), source, saved, runtime);
+    if prepared.is_err() {
+        undo.into_iter().for_each(Undo::discard);
+    }
+    prepared
+}
+
+/// Everything else that a mount needs. `before` is where the bootstrap came from, as seen before it was read.
+fn prepare_kept(
+    wanted: &Wanted<'_>,
+    (kept, before): (KeptBootstrap, Option<Origin>),
+    source: Arc<dyn BlobSource>,
+    saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
+    runtime: &tokio::runtime::Handle,
+) -> Result<Prepared, DaemonError> {
     let origin = before.filter(|before| wanted.origin().is_some_and(|after| after == *before));
     let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, wanted.shown())))?;

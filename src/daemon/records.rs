@@ -148,6 +148,7 @@ impl Records {
         let dir = run.join("served");
         DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
         let ids = entries(&dir)?.into_iter().map(|(RecordId(id), _)| id);
+        remove_unfinished(&dir);
         let next = AtomicU64::new(ids.max().map_or(1, |highest| highest.saturating_add(1)));
         Ok(Self { dir, next })
     }
@@ -164,7 +165,7 @@ impl Records {
 
     /// Writes a record, in place of an older one of that name.
     pub(super) fn write(&self, id: RecordId, record: &Record) -> io::Result<()> {
-        let (path, new) = (self.path(id), self.dir.join(format!(".{}.new", id.0)));
+        let (path, new) = (self.path(id), self.dir.join(format!(".{}{UNFINISHED}", id.0)));
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         file.write_all(&serde_json::to_vec(&Envelope { version: record.version(), record })?)?;
         fs::rename(&new, &path)
@@ -173,6 +174,16 @@ impl Records {
     /// Writes a record anew with a change.
     pub(super) fn change(&self, id: RecordId, change: impl FnOnce(Record) -> Record) -> io::Result<()> {
         self.write(id, &change(read(&self.path(id))?))
+    }
+
+    /// Takes away what cannot be read, once nothing lives that it could be about.
+    pub(super) fn remove_unreadable(&self) {
+        for (id, record) in self.load().unwrap_or_default() {
+            if let Err(error) = record {
+                tracing::warn!(%error, "the record of an image could not be read, and is about nothing any more");
+                self.remove(id);
+            }
+        }
     }
 
     /// Takes a record away.
@@ -201,6 +212,20 @@ fn entries(dir: &Path) -> io::Result<Vec<(RecordId, PathBuf)>> {
     }
     found.sort();
     Ok(found)
+}
+
+/// How the name of a record ends while it is being written.
+const UNFINISHED: &str = ".new";
+
+/// Removes what a daemon was killed over. Whoever opens the records is the only one.
+fn remove_unfinished(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.as_encoded_bytes().starts_with(b".") && name.as_encoded_bytes().ends_with(UNFINISHED.as_bytes()) {
+            // One that stays is never read, and written over.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 fn read(path: &Path) -> io::Result<Record> {
@@ -283,6 +308,23 @@ mod tests {
         assert_eq!(loaded[0].1.as_ref().unwrap(), &record());
         assert_eq!(loaded[1].1.as_ref().unwrap_err().kind(), io::ErrorKind::Unsupported);
         assert!(loaded[2].1.is_err() && loaded.len() == 3);
+    }
+
+    #[test]
+    fn what_is_about_nothing_and_what_was_never_finished_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        records.write(records.reserve(), &record()).unwrap();
+        for name in ["7.json", ".8.new"] {
+            fs::write(dir.path().join("served").join(name), b"{").unwrap();
+        }
+
+        let records = Records::open(dir.path()).unwrap();
+        records.remove_unreadable();
+
+        let names: Vec<_> =
+            fs::read_dir(dir.path().join("served")).unwrap().map(|it| it.unwrap().file_name()).collect();
+        assert_eq!(names, ["1.json"]);
     }
 
     /// Written by the first release that had records. Add one for each version, change none.

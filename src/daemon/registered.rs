@@ -115,12 +115,21 @@ impl Daemon {
         let found = self.look_up(&request.image)?;
         let queue = found.queue(self);
         let turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
-        let prepared = Arc::new(self.prepare(&request.image, &found)?);
-        ensure_block_size(&prepared.image)?;
-        let served = self.serve_cachefiles(&request.image.prefetch, prepared, &name, why);
-        // Its maps are known from here on.
-        drop(turn);
-        let (served, _) = served?;
+        self.prepare(&request.image, &found)?.or_undone(|prepared| {
+            ensure_block_size(&prepared.image)?;
+            let served = self.serve_cachefiles(&request.image.prefetch, Arc::new(prepared), &name, why);
+            // Its maps are known from here on.
+            drop(turn);
+            self.note_registered(request, name, served?.0)
+        })
+    }
+
+    fn note_registered(
+        &self,
+        request: &RegisterRequest,
+        name: FsId,
+        served: Served,
+    ) -> Result<ImageReport, DaemonError> {
         let report = served.report(None, &self.telemetry);
         let mut state = self.state.lock().unwrap();
         if state.stopping {

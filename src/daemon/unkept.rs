@@ -11,6 +11,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use super::records::RecordId;
+use super::unserved::Unserved;
 use super::{Daemon, DaemonError};
 use crate::export::WatchId;
 use crate::image::Image;
@@ -131,7 +132,13 @@ impl Daemon {
     fn watch_stray(&self, target: &Path) {
         let watched = File::open(target).and_then(|root| self.watch.add(&root));
         match watched {
-            Ok(watch) => self.state.lock().unwrap().unserved.push((watch, None)),
+            Ok(watch) => {
+                let why = format!(
+                    "the daemon and its keepers were killed; it was unmounted from {}, and somebody has files of it open",
+                    target.display()
+                );
+                self.leave_unserved(Unserved { watch, record: None, dir: None, why });
+            }
             Err(error) => tracing::warn!(%error, dir = %target.display(), "cannot learn when it has gone"),
         }
     }

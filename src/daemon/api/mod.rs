@@ -197,8 +197,20 @@ pub struct Info {
     /// Milliseconds that readers waited while this daemon took over from another one; `null` if it
     /// started from nothing.
     pub takeover_ms: Option<u64>,
+    /// Mounts of an earlier daemon that live and cannot be served: what is missing of them cannot be read.
+    #[serde(default)]
+    pub unserved: Vec<UnservedReport>,
     /// What this host can do, tried when the daemon started.
     pub host: Host,
+}
+
+/// A mount that nobody serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct UnservedReport {
+    /// Where it is mounted; `null` if it is not any more, or that is not known.
+    pub dir: Option<PathBuf>,
+    pub why: String,
 }
 
 /// Body of every answer that is not a success.

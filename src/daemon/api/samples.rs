@@ -4,7 +4,7 @@ use super::observe::{
     Activity, ByClass, CacheFill, Durations, FailedUnits, HealthReport, ImageActivity, ImageState, ReadsReport,
     SourceActivity, SourceReport, Trouble,
 };
-use super::{DeviceReport, ImageReport, Info};
+use super::{DeviceReport, ImageReport, Info, UnservedReport};
 use crate::cache::DeviceStats;
 use crate::export::BackendKind;
 use crate::export::host::{Finding, Host};
@@ -84,6 +84,7 @@ pub(crate) fn info() -> Info {
         events_missed: 7,
         cachefiles_reads: 0,
         takeover_ms: Some(41),
+        unserved: vec![UnservedReport { dir: Some("/old".into()), why: "no connection".to_owned() }],
         host: Host {
             kernel: "6.18.0".to_owned(),
             cache_file_system: "ext4".to_owned(),

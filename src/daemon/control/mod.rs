@@ -1,6 +1,8 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
 mod blobfs;
+mod cache;
+mod connections;
 mod credentials;
 mod observe;
 mod peer;
@@ -8,7 +10,6 @@ mod prefetch;
 mod registry;
 mod trace;
 
-mod cache;
 use std::fs;
 use std::io;
 use std::net::TcpListener;
@@ -18,19 +19,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
-use axum::Router;
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, State};
 use axum::http::StatusCode;
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Extension, Json, Router};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use serde::Serialize;
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, oneshot};
 
+use self::connections::{MOST_BODY, PATIENCE};
 use self::peer::Peer;
 use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, UpgradeRequest};
 use super::{Daemon, DaemonError, Ending};
@@ -47,9 +48,6 @@ pub const SOCKET: &str = "rafsd.sock";
 pub const GRACE: Duration = Duration::from_secs(5);
 
 /// The listening socket.
-/// Most bytes of a request: a list of everything in a large image that is to be prefetched.
-const MOST_BODY: usize = 128 << 20;
-
 #[derive(Debug)]
 pub struct Control {
     listener: UnixListener,
@@ -153,10 +151,11 @@ impl Control {
             .merge(cache::routes())
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
+            .layer(middleware::from_fn_with_state(PATIENCE, connections::take_in))
             .layer(DefaultBodyLimit::max(MOST_BODY))
             .layer(middleware::from_fn(peer::admit))
-            .with_state(shared)
-            .into_make_service_with_connect_info::<Peer>();
+            .with_state(shared);
+        let of_peer = move |stream: &UnixStream| router.clone().layer(Extension(ConnectInfo(Peer::of(stream))));
         let metrics = async {
             match self.metrics {
                 Some(listener) => observe::serve_metrics(listener, daemon.clone()).await,
@@ -184,7 +183,7 @@ impl Control {
             tracing::warn!("a client does not end its request; stopping all the same");
         };
         tokio::select! {
-            served = axum::serve(self.listener, router).with_graceful_shutdown(until) => served,
+            served = connections::serve(self.listener, of_peer, PATIENCE, until) => served,
             () = cut => Ok(()),
             ended = metrics => ended,
         }

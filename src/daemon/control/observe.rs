@@ -10,7 +10,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 
-use super::{Body, Daemon, Shared, blocking, body, failure, nowhere, wrong_method};
+use super::connections::PATIENCE;
+use super::{Body, Daemon, Shared, blocking, body, connections, failure, nowhere, wrong_method};
 use crate::daemon::api::observe::LogRules;
 use crate::telemetry::CONTENT_TYPE;
 
@@ -59,5 +60,6 @@ pub(super) async fn serve_metrics(listener: TcpListener, daemon: Arc<Daemon>) ->
         .fallback(nowhere)
         .method_not_allowed_fallback(wrong_method)
         .with_state(daemon);
-    axum::serve(tokio::net::TcpListener::from_std(listener)?, router).await
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    connections::serve(listener, |_| router.clone(), PATIENCE, std::future::pending()).await
 }

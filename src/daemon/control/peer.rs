@@ -3,13 +3,11 @@
 //! The socket's mode and directory say so already. This says it again, for when somebody has loosened
 //! them: whoever can mount can put any file anywhere.
 
-use axum::extract::connect_info::Connected;
 use axum::extract::{ConnectInfo, Request};
 use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::response::Response;
-use axum::serve::IncomingStream;
-use tokio::net::UnixListener;
+use tokio::net::UnixStream;
 
 use super::failure;
 
@@ -19,13 +17,11 @@ pub(super) struct Peer {
     uid: Option<u32>,
 }
 
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        Self { uid: stream.io().peer_cred().ok().map(|peer| peer.uid()) }
-    }
-}
-
 impl Peer {
+    pub(super) fn of(stream: &UnixStream) -> Self {
+        Self { uid: stream.peer_cred().ok().map(|peer| peer.uid()) }
+    }
+
     fn may_control(self, own: u32) -> bool {
         self.uid.is_some_and(|uid| uid == 0 || uid == own)
     }
