@@ -27,6 +27,7 @@ const fn case(name: &'static str, place: Place, run: fn(&Ctx) -> Outcome) -> Cas
 
 pub(crate) const CASES: &[Case] = &[
     case("status_tells_what_is_here_and_what_is_not", Place::Both, status_tells_what_is_here_and_what_is_not),
+    case("what_cannot_be_served_is_told_and_unmounted", Place::Both, what_cannot_be_served_is_told_and_unmounted),
     case("status_tells_who_waits_and_why", Place::Here, status_tells_who_waits_and_why),
     case("answers_are_as_the_schema_says", Place::Here, answers_are_as_the_schema_says),
     case("metrics_count_what_happened", Place::Both, metrics_count_what_happened),
@@ -123,6 +124,35 @@ fn status_tells_what_is_here_and_what_is_not(ctx: &Ctx) -> Outcome {
     fixture.wait_for_list("completion", |images| images[0]["state"] == "complete")?;
     let text = fixture.must(&["status", dir])?;
     ensure!(text.contains("complete: ") && text.contains("(100%)"), "{text}");
+    fixture.finish()
+}
+
+fn what_cannot_be_served_is_told_and_unmounted(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 2)?;
+    let mount = fixture.mount("mnt")?;
+    let place = mount.to_str().context("UTF-8")?;
+    fixture.kill()?;
+    fs::remove_dir_all(fixture.cache().join("bootstraps"))?;
+    fixture.start(&[])?;
+
+    let (list, status) = (fixture.must(&["list"])?, fixture.command(&["status"])?);
+    ensure!(list.contains(&format!("{place}: not served")) && fixture.list()?.is_empty(), "{list}");
+    let said = String::from_utf8_lossy(&status.stdout);
+    ensure!(status.status.code() == Some(1) && said.contains(place), "{said}");
+    let status = fixture.command(&["status", place])?;
+    let said = String::from_utf8_lossy(&status.stderr);
+    ensure!(status.status.code() == Some(1) && said.contains("is not served"), "{said}");
+    let cold = fs::read(mount.join("1"));
+    ensure!(cold.is_err(), "{:?}", cold.map(|bytes| bytes[0]));
+    fixture.umount(&mount)?;
+    let until = Instant::now() + Duration::from_secs(10);
+    while !fixture.info()?.unserved.is_empty() {
+        ensure!(Instant::now() < until, "still told: {:?}", fixture.info()?.unserved);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let again = fixture.mount("mnt")?;
+    ensure!(fs::read(again.join("1"))? == content(1, FILE), "mounted again");
+    fixture.umount(&again)?;
     fixture.finish()
 }
 

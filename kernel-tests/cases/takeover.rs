@@ -692,7 +692,13 @@ fn what_a_newer_release_wrote_down_is_denied(ctx: &Ctx) -> Outcome {
 
     ensure!(got == Err(Some(nix::libc::EIO)), "{got:?}");
     ensure!(fixture.log().contains("version 99"), "{}", fixture.log());
-    nix::mount::umount(&mount)?;
+    fixture.umount(&mount).context("what has no record that can be read")?;
+    let records = || Ok::<_, std::io::Error>(fs::read_dir(fixture.run().join("served"))?.count());
+    let until = Instant::now() + Duration::from_secs(10);
+    while records()? > 0 {
+        ensure!(Instant::now() < until, "a record is left that is about nothing");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     let again = fixture.mount("again")?;
     ensure!(fs::read(again.join("0"))? == content(0, FILE), "mounted again");
     fixture.umount(&again)?;
