@@ -12,16 +12,9 @@ use crate::daemon::api::{BackendChoice, Blobs, ImageReport, ImageSpec, MountRequ
 use crate::daemon::keeper;
 use crate::oci::{Platform, Reference};
 
-/// Where an image and its blobs are.
+/// Where images come from, and what of them is fetched at once.
 #[derive(Debug, clap::Args)]
-pub(super) struct ImageArgs {
-    /// Bootstrap of the image, or docker://HOST/REPOSITORY:TAG for an image in a registry
-    ///
-    /// An image in a registry may be named by tag, by digest (docker://HOST/REPOSITORY@sha256:...), or by both, of
-    /// which the digest decides.
-    #[arg(value_name = "BOOTSTRAP|REFERENCE")]
-    image: PathBuf,
-
+pub(super) struct SourceArgs {
     /// Where the blobs are: a directory, the http(s) URL below which each has its id as name, or
     /// docker://HOST/REPOSITORY; may be given several times, and the first place is asked first
     ///
@@ -36,11 +29,11 @@ pub(super) struct ImageArgs {
     /// For which machine, as OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT, where an image in a registry comes for
     /// several [default: this one]
     #[arg(long, value_name = "PLATFORM")]
-    platform: Option<Platform>,
+    pub(super) platform: Option<Platform>,
 
     /// Take the image in a registry that the name led to the last time, and do not ask the registry about it
     #[arg(long)]
-    offline: bool,
+    pub(super) offline: bool,
 
     /// PEM file with a certificate authority to trust besides the system's
     #[arg(long, value_name = "FILE")]
@@ -62,15 +55,38 @@ pub(super) struct ImageArgs {
     prefetch: PathBuf,
 }
 
+impl SourceArgs {
+    /// The same with paths that mean the same to the daemon, for an image that is yet to be named.
+    pub(super) fn spec(&self) -> anyhow::Result<ImageSpec> {
+        Ok(ImageSpec {
+            platform: self.platform.as_ref().map(ToString::to_string),
+            offline: self.offline,
+            blobs: places(self.blobs.clone())?,
+            ca: self.ca.as_deref().map(absolute).transpose()?,
+            prefetch: order(&self.prefetch)?,
+            ..ImageSpec::default()
+        })
+    }
+}
+
+/// Where an image and its blobs are.
+#[derive(Debug, clap::Args)]
+pub(super) struct ImageArgs {
+    /// Bootstrap of the image, or docker://HOST/REPOSITORY:TAG for an image in a registry
+    ///
+    /// An image in a registry may be named by tag, by digest (docker://HOST/REPOSITORY@sha256:...), or by both, of
+    /// which the digest decides.
+    #[arg(value_name = "BOOTSTRAP|REFERENCE")]
+    image: PathBuf,
+
+    #[command(flatten)]
+    from: SourceArgs,
+}
+
 impl ImageArgs {
     /// The same with paths that mean the same to the daemon.
     pub(super) fn spec(self) -> anyhow::Result<ImageSpec> {
-        let blobs = places(self.blobs)?;
-        let ca = self.ca.as_deref().map(absolute).transpose()?;
-        let prefetch = order(&self.prefetch)?;
-        let platform = self.platform.as_ref().map(ToString::to_string);
-        let spec = ImageSpec { platform, offline: self.offline, blobs, ca, prefetch, ..ImageSpec::default() };
-        named(&self.image, spec)
+        named(&self.image, self.from.spec()?)
     }
 }
 
