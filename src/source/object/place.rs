@@ -209,6 +209,33 @@ impl Place {
         opened.map_err(|_| BadPlace::Builder(self.to_string()).into())
     }
 
+    /// Where the cloud is asked, without the bucket.
+    pub(super) fn address(&self) -> Result<Url, OpenError> {
+        if let Some(endpoint) = &self.endpoint {
+            return Ok(endpoint.clone());
+        }
+        let usual = match self.cloud {
+            Cloud::S3 | Cloud::Oss => {
+                let builder = self.s3()?;
+                let region = || builder.get_config_value(&AmazonS3ConfigKey::Region);
+                let usual =
+                    || format!("https://s3.{}.amazonaws.com", region().unwrap_or_else(|| "us-east-1".to_owned()));
+                builder.get_config_value(&AmazonS3ConfigKey::Endpoint).unwrap_or_else(usual)
+            }
+            Cloud::Google => {
+                let base = self.google()?.get_config_value(&GoogleConfigKey::BaseUrl);
+                base.unwrap_or_else(|| "https://storage.googleapis.com".to_owned())
+            }
+            Cloud::Azure => {
+                let builder = self.azure()?;
+                let account = || builder.get_config_value(&AzureConfigKey::AccountName).unwrap_or_default();
+                let usual = || format!("https://{}.blob.core.windows.net", account());
+                builder.get_config_value(&AzureConfigKey::Endpoint).unwrap_or_else(usual)
+            }
+        };
+        Url::parse(&usual).map_err(|_| BadPlace::Builder(self.to_string()).into())
+    }
+
     fn is_plain_http(&self) -> bool {
         self.endpoint.as_ref().is_some_and(|endpoint| endpoint.scheme() == "http")
     }
