@@ -82,13 +82,14 @@ impl Daemon {
         let size = prepared.image.summary().bootstrap_len;
         // Metadata is read page by page, each read waiting for us: fetch all of it at the first.
         let boot = Arc::new(Object::new(Arc::new(boot_map), boot_source));
-        let boot = blob_object(boot, size, engine, None, Vec::new(), true);
+        let boot = blob_object(boot, size, engine, Vec::new(), true);
         let domain = name.domain.as_deref().unwrap_or(&name.id);
         let objects = self.objects.enter(domain, &prepared.maps, &prepared.source)?;
-        let (plan, key) = (plan(&prepared.image, order), Some(prepared.limits_key()));
+        let (plan, key) = (plan(&prepared.image, order), prepared.limits_key());
+        let uses = objects.iter().map(|object| Arc::new(engine.used_by(object.users(), key))).collect();
         let blobs = prepared.maps.iter().zip(&objects).enumerate().map(|(device, (map, object))| {
             let wants = plan.wants.iter().filter(|want| want.device == device).map(|want| want.decoded).collect();
-            (map.blob().to_string(), blob_object(object.clone(), map.decoded_len(), engine, key, wants, plan.rest))
+            (map.blob().to_string(), blob_object(object.clone(), map.decoded_len(), engine, wants, plan.rest))
         });
         let registration = Arc::new(service.register(name, boot, blobs.collect())?);
         let registered = Some(registration.clone());
@@ -98,6 +99,7 @@ impl Daemon {
             why,
             prepared,
             devices,
+            _uses: uses,
             registration: registered,
             straight: Vec::new(),
             shows: None,
