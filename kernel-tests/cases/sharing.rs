@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 
 use super::fixture::{FILE, Fixture, content, drop_caches, is_fanotify, wait_for_exit};
 use crate::host::Need;
@@ -22,6 +22,12 @@ pub(crate) const CASES: &[Case] = &[
         needs: NEEDS,
         place: Place::Both,
         run: a_restarted_daemon_fetches_nothing_again,
+    },
+    Case {
+        name: "a_mount_fetches_nothing_that_was_pulled",
+        needs: NEEDS,
+        place: Place::Both,
+        run: a_mount_fetches_nothing_that_was_pulled,
     },
     Case {
         name: "a_complete_image_needs_no_daemon",
@@ -62,6 +68,32 @@ fn a_restarted_daemon_fetches_nothing_again(ctx: &Ctx) -> Outcome {
     // The kernel's own cache holds no tables, so cachefiles may ask for those once more.
     let data = fetched.iter().filter(|(range, _)| range.len() >= FILE as u64 / 8).count();
     ensure!(data == 0 && (fetched.is_empty() || !is_fanotify(ctx)), "fetched again: {fetched:?}");
+    fixture.finish()
+}
+
+/// A pull brings data into the cache in files, whatever the backend; the kernel's own cache must not fetch it again.
+fn a_mount_fetches_nothing_that_was_pulled(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 2)?;
+    let (bootstrap, url) = (fixture.bootstrap(), fixture.server.url());
+    for restarts in [false, true] {
+        fixture.stop()?;
+        fixture.use_cache(&ctx.dir.join(format!("cache-{restarts}")));
+        fixture.start(&[])?;
+        fixture.must(&["pull", bootstrap.to_str().context("UTF-8")?, "--blobs", &url])?;
+        if restarts {
+            fixture.restart(&[])?;
+        }
+        fixture.server.reset_stats();
+
+        let mount = fixture.mount("mnt")?;
+        for number in 0..2 {
+            ensure!(fs::read(mount.join(number.to_string()))? == content(number, FILE), "file {number}");
+        }
+
+        let fetched = fixture.fetched();
+        ensure!(fetched.is_empty(), "restarted: {restarts}, fetched again: {fetched:?}\n{}", fixture.log());
+        fixture.umount(&mount)?;
+    }
     fixture.finish()
 }
 

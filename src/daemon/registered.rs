@@ -77,6 +77,8 @@ impl Daemon {
             let (root, sandbox) = (self.backends.kernel_cache(), self.options.sandbox.clone());
             Arc::new(Culling::new(service.clone(), &root, sandbox, Box::new(let_go)))
         });
+        // What was pulled, or read through another backend, need not be fetched once more for the kernel's cache.
+        self.store.offer_to_others(prepared.maps.iter().map(|map| map.blob()));
         let engine = self.store.engine();
         let (boot_map, boot_source) = bootstrap_as_blob(&prepared)?;
         let size = prepared.image.summary().bootstrap_len;
