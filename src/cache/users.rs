@@ -1,11 +1,10 @@
 //! Which images have a device open, and which of them the readers of a unit are of.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use super::engine::Engine;
 use super::{Device, Fill, Request};
 use crate::base::ByteRange;
-use crate::base::sync::Mutex;
 
 /// An image, as far as limits are concerned: a number that its daemon gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -131,7 +130,7 @@ impl Fill for DeviceOfImage {
     }
 }
 
-#[cfg(all(test, not(feature = "shuttle")))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
