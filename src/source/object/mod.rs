@@ -8,6 +8,7 @@
 //! A blob is the object `PREFIX` + blob id. The prefix is plain text in front of the name, as Nydus has it, and
 //! not a directory.
 
+mod address;
 mod place;
 mod transport;
 
