@@ -13,11 +13,12 @@ use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class};
 use rafsd::blob::{Check, DecodeError, Part, Recipe, Unit, UnitIndex, UnitMap};
 use rafsd::cache::{
-    Device, Engine, Fill, FillError, ImageKey, Prefetch, PrefetchState, Sink, Store, StoreError, StoreOptions, Trace,
-    Want, fill_blocking,
+    Device, DeviceOfImage, Engine, Fill, FillError, ImageKey, ImageUse, Prefetch, PrefetchState, Sink, Store,
+    StoreError, StoreOptions, Trace, Want, fill_blocking,
 };
 use rafsd::codec::{Compressor, blake3};
 use rafsd::source::{BlobSource, BoxFuture, ReadCtx, SourceError};
+use rafsd::telemetry::Cause;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
@@ -504,15 +505,10 @@ fn a_dead_source_does_not_hold_up_another_device() {
 fn an_image_has_no_more_reads_under_way_than_it_may_and_holds_up_no_other() {
     let (bench, blob) = (Bench::new(), Blob::new(40, 64, 1));
     let engine = bench.engine(StoreOptions { image_fetches: 3, ..apart() });
-    let device = |source: &Arc<Scripted>, image| {
-        let device = Device::with_sink(blob.map(), source.clone(), Box::new(Memory::default()), &[], engine.clone());
-        device.is_used_by(ImageKey(image));
-        // Only the first image that uses it counts.
-        device.is_used_by(ImageKey(7));
-        device
-    };
+    let device = |source: &Arc<Scripted>, image| used(&blob, source, &engine, image);
     let (busy, other) = (Scripted::new(&blob, |_, _| Act::Hang), Scripted::honest(&blob));
-    let (lower, upper, single) = (device(&busy, 1), device(&busy, 1), device(&other, 2));
+    let ((lower, _of_lower), (upper, _of_upper)) = (device(&busy, 1), device(&busy, 1));
+    let (single, _of_single) = device(&other, 2);
     let below = start(&lower, (0..20).map(|unit| blob.one(unit)), Class::OnDemand);
     let above = start(&upper, (0..20).map(|unit| blob.one(unit)), Class::OnDemand);
     eventually("the image has all it may", || busy.log().len() == 3);
@@ -524,18 +520,73 @@ fn an_image_has_no_more_reads_under_way_than_it_may_and_holds_up_no_other() {
     assert!(below.try_recv().is_err() && above.try_recv().is_err());
 }
 
+/// A device that an image uses.
+fn used(blob: &Blob, source: &Arc<Scripted>, engine: &Arc<Engine>, image: u64) -> (Arc<Device>, ImageUse) {
+    let device = Device::with_sink(blob.map(), source.clone(), Box::new(Memory::default()), &[], engine.clone());
+    let of_image = device.used_by(ImageKey(image));
+    (device, of_image)
+}
+
+/// Starts one fill per range, through a mount of `image`.
+fn start_of(device: &Arc<Device>, image: u64, units: Range<usize>, blob: &Blob) -> Outcomes {
+    let (tx, rx) = channel();
+    let of_image = DeviceOfImage::new(Arc::clone(device), ImageKey(image));
+    for unit in units {
+        let tx = tx.clone();
+        of_image.fill(blob.one(unit), Class::OnDemand, Box::new(move |outcome| drop(tx.send(outcome))));
+    }
+    rx
+}
+
+#[test]
+fn a_read_of_a_shared_blob_counts_for_the_image_it_came_through() {
+    let (bench, blob) = (Bench::new(), Blob::new(40, 64, 1));
+    let engine = bench.engine(StoreOptions { image_fetches: 3, ..apart() });
+    let source = Scripted::new(&blob, |_, _| Act::Hang);
+    let (device, _first) = used(&blob, &source, &engine, 1);
+    let _second = device.used_by(ImageKey(2));
+
+    let _greedy = start_of(&device, 1, 0..20, &blob);
+    eventually("the first image has all it may", || source.log().len() == 3);
+    let _modest = start_of(&device, 2, 20..22, &blob);
+    eventually("the second one does not wait for it", || source.log().len() == 5);
+
+    // One of those that the first image waits for is wanted by the second as well, which has one left.
+    let _joining = start_of(&device, 2, 19..20, &blob);
+    eventually("who joins brings what is its own", || source.log().contains(&blob.stored_hull(19..20)));
+    let _more = start_of(&device, 2, 30..35, &blob);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(source.log().len(), 6, "{:?}", source.log());
+}
+
+#[test]
+fn where_nobody_knows_whose_reader_it_is_any_image_pays_that_is_there() {
+    let (bench, blob) = (Bench::new(), Blob::new(40, 64, 1));
+    let engine = bench.engine(StoreOptions { image_fetches: 3, fetches: 64, ..apart() });
+    let source = Scripted::new(&blob, |_, _| Act::Hang);
+    let (device, first) = used(&blob, &source, &engine, 1);
+    let _waiting = start(&device, (0..40).map(|unit| blob.one(unit)), Class::OnDemand);
+    eventually("one image", || source.log().len() == 3);
+
+    let second = device.used_by(ImageKey(2));
+    eventually("a mount while it is open brings its own", || source.log().len() == 6);
+    let again = device.used_by(ImageKey(2));
+    drop(first);
+    drop(second);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(source.log().len(), 6, "a second mount of one image brings nothing");
+    drop(again);
+
+    eventually("whoever is left when all images have gone is held up by none", || source.log().len() == 32);
+}
+
 #[test]
 fn readers_of_an_image_get_its_rate_and_those_of_another_do_not_wait() {
     let (bench, blob) = (Bench::new(), Blob::new(8, 5000, 0));
     let stored = blob.stored.len() as u64;
     let engine = bench.engine(StoreOptions { image_rate: Some(stored), ..apart() });
     let source = Scripted::honest(&blob);
-    let device = |image| {
-        let device = Device::with_sink(blob.map(), source.clone(), Box::new(Memory::default()), &[], engine.clone());
-        device.is_used_by(ImageKey(image));
-        device
-    };
-    let (slow, other) = (device(1), device(2));
+    let ((slow, _slow), (other, _other)) = (used(&blob, &source, &engine, 1), used(&blob, &source, &engine, 2));
     let clock = Instant::now();
     let readers = start(&slow, (0..8).map(|unit| blob.one(unit)), Class::OnDemand);
 
@@ -544,6 +595,28 @@ fn readers_of_an_image_get_its_rate_and_those_of_another_do_not_wait() {
 
     // A second's worth, of which a quarter comes at once, and the last read is not waited for.
     assert!(clock.elapsed() > Duration::from_millis(550), "{:?}", clock.elapsed());
+}
+
+#[test]
+fn a_reader_whose_turn_does_not_come_by_its_images_limit_is_told_which() {
+    let (bench, blob) = (Bench::new(), Blob::new(3, 5000, 0));
+    let deadline = Duration::from_millis(80);
+    let options = StoreOptions { image_rate: Some(1000), deadline, ..apart() };
+    let engine = bench.engine(options);
+    let source = Scripted::honest(&blob);
+    let (device, _use) = used(&blob, &source, &engine, 1);
+
+    let outcomes = start(&device, (0..3).map(|unit| blob.one(unit)), Class::OnDemand);
+
+    next(&outcomes).unwrap();
+    for _ in 0..2 {
+        let error = next(&outcomes).unwrap_err();
+        assert!(matches!(error, FillError::Limited { limit: "image_rate", .. }), "{error:?}");
+        assert!(error.to_string().ends_with("waited too long for its turn by image_rate of its image"), "{error}");
+        assert_eq!(error.errno(), libc::EIO);
+    }
+    assert_eq!(device.health().failed.iter().find(|(cause, _)| *cause == Cause::Limit), Some(&(Cause::Limit, 2)));
+    assert_eq!(source.log().len(), 1, "nobody was asked for what was not to come");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class};
 use rafsd::blob::{Check, Recipe, Unit, UnitMap};
 use rafsd::cache::{
-    Device, Fill, FillError, LotKind, Shelves, StockError, Store, StoreError, StoreOptions, Wanted, fill_blocking,
+    Device, Fill, FillError, LotKind, Shelves, Sink, StockError, Store, StoreError, StoreOptions, Wanted, fill_blocking,
 };
 use rafsd::codec::blake3;
 use rafsd::source::{BlobSource, BoxFuture, ReadCtx, SourceError};
@@ -517,6 +517,43 @@ fn units_of_a_complete_blob_are_copied_and_not_fetched() {
     drop((device, held, store));
     let store = bench.store(options());
     assert!(store.shelves().inventory().unwrap().blobs.iter().all(|blob| blob.complete));
+}
+
+/// Takes what it is given, as the kernel's cache would.
+struct Elsewhere(std::fs::File);
+
+impl Sink for Elsewhere {
+    fn write_at(&self, bytes: &[u8], at: u64) -> std::io::Result<()> {
+        self.0.write_all_at(bytes, at)
+    }
+
+    fn sync(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_device_elsewhere_copies_what_the_store_has_whole_also_at_once_after_a_restart() {
+    let bench = Bench::new();
+    let (whole, part) = (Blob::new("whole", 0..16), Blob::new("part", 100..116));
+    let store = bench.store(options());
+    bring(&store, &whole);
+    let begun = open(&store, &part);
+    fill_blocking(&*begun, part.units[0].blocks()).unwrap();
+    drop((begun, store));
+
+    let store = bench.store(options());
+    store.offer_to_others([&whole.id, &part.id, &"unknown".parse().unwrap()]);
+
+    assert_eq!(store.stats().known_units, 16, "and of what is not whole, none");
+    for (blob, fetched) in [(&whole, 0), (&part, 16 * UNIT)] {
+        let (file, source) = (tempfile::NamedTempFile::new().unwrap(), blob.source());
+        let sink = Box::new(Elsewhere(file.reopen().unwrap()));
+        let device = Device::with_sink(blob.map(), source.clone(), sink, &[], store.engine().clone());
+        fill_blocking(&*device, blob.all()).unwrap();
+        assert_eq!(source.reads.load(Ordering::SeqCst), fetched, "{}", blob.id);
+        assert!(std::fs::read(file.path()).unwrap() == blob.plain);
+    }
 }
 
 #[test]

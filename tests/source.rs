@@ -1,5 +1,9 @@
 //! Blob sources over HTTP against a server that misbehaves on request, plain and over TLS.
 
+mod support;
+
+#[path = "source/limits.rs"]
+mod limits;
 #[path = "source/tls.rs"]
 mod tls;
 

@@ -259,10 +259,19 @@ impl<'a> Fixture<'a> {
         self.mount_so(name, backend, &[])
     }
 
+    /// Mounts another image over the same blobs at a new directory `name`.
+    pub(crate) fn mount_image(&self, bootstrap: &Path, name: &str, options: &[&str]) -> anyhow::Result<PathBuf> {
+        self.mount_at(bootstrap, name, self.ctx.backend.name(), options)
+    }
+
     fn mount_so(&self, name: &str, backend: &str, options: &[&str]) -> anyhow::Result<PathBuf> {
+        self.mount_at(&self.bootstrap(), name, backend, options)
+    }
+
+    fn mount_at(&self, bootstrap: &Path, name: &str, backend: &str, options: &[&str]) -> anyhow::Result<PathBuf> {
         let dir = self.ctx.dir.join(name);
         fs::create_dir_all(&dir)?;
-        let (bootstrap, url) = (self.bootstrap(), self.server.url());
+        let url = self.server.url();
         let dir_text = dir.to_str().context("UTF-8")?;
         let fixed = ["mount", bootstrap.to_str().context("UTF-8")?, dir_text, "--blobs", &url];
         let backend = ["--backend", backend];

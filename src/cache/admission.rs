@@ -8,6 +8,7 @@
 use std::time::{Duration, Instant};
 
 use super::guides::ListId;
+use crate::base::{ByteRate, Paid};
 
 /// A read that has gone on for this long is in trouble rather than in a hurry: its server does not
 /// answer, and it no longer holds up what comes from others.
@@ -19,18 +20,18 @@ pub(super) struct Admission {
     /// How long readers must have been quiet.
     calm: Duration,
     /// Stored bytes per second; `None` for as many as come.
-    rate: Option<u64>,
+    rate: Option<ByteRate>,
     /// When a reader was last seen to wait, and which list it follows.
     latest: Option<(Instant, Option<ListId>)>,
     /// When one was that did not follow that one.
     other: Option<Instant>,
-    /// When what was admitted so far will have come at `rate`: a bucket that may owe one read.
-    paid: Option<Instant>,
+    /// What was admitted so far, at `rate`: one read may be owed. What was not used earlier is not saved up.
+    paid: Paid,
 }
 
 impl Admission {
     pub(super) fn new(calm: Duration, rate: Option<u64>) -> Self {
-        Self { calm, rate: rate.map(|rate| rate.max(1)), latest: None, other: None, paid: None }
+        Self { calm, rate: rate.map(ByteRate::new), latest: None, other: None, paid: Paid::default() }
     }
 
     /// A reader waits, or has just stopped waiting, who follows a list or does not.
@@ -53,28 +54,20 @@ impl Admission {
             latest => latest.map(|(at, _)| at),
         };
         let calm = disturbed.map(|disturbed| disturbed + self.calm);
-        if let Some(later) = calm.max(self.paid).filter(|&later| later > now) {
+        if let Some(later) = calm.filter(|&later| later > now).max(self.paid.owes(now)) {
             return Err(later);
         }
-        if let Some(takes) = self.takes(bytes) {
-            // What was not used earlier is not saved up.
-            self.paid = Some(now + takes);
+        if let Some(rate) = self.rate {
+            self.paid.charge(rate, bytes, now);
         }
         Ok(())
     }
 
     /// Takes back that `bytes` of what was admitted would come.
     pub(super) fn refund(&mut self, bytes: u64) {
-        if let (Some(paid), Some(takes)) = (self.paid, self.takes(bytes)) {
-            self.paid = paid.checked_sub(takes);
+        if let Some(rate) = self.rate {
+            self.paid.refund(rate, bytes);
         }
-    }
-
-    /// How long `bytes` take at the rate.
-    fn takes(&self, bytes: u64) -> Option<Duration> {
-        let micros = u128::from(bytes) * 1_000_000 / u128::from(self.rate?);
-        // A hundred years at most, so that times can be added.
-        Some(Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX).min(1 << 51)))
     }
 }
 

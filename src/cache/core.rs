@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
-use super::allowances::ImageKey;
 use super::background::Background;
 use super::engine::Engine;
 use super::guides::Guides;
@@ -19,6 +18,7 @@ use super::stats::Counters;
 use super::store::is_full;
 use super::trace::Trace;
 use super::twins::Twins;
+use super::users::Users;
 use crate::base::sync::{Mutex, RwLock};
 use crate::base::{BlobId, ByteRange};
 use crate::blob::{UnitIndex, UnitMap};
@@ -45,8 +45,8 @@ pub(super) struct Core {
     pub(super) background: Background,
     /// What lists say will be read soon.
     pub(super) guides: Guides,
-    /// Whose limits its readers are under: those of the first image that uses it.
-    pub(super) image: OnceLock<ImageKey>,
+    /// Under whose limits its readers are: the images that have it open.
+    pub(super) users: OnceLock<Arc<Users>>,
     /// Whether anybody is in `traces`: asked for every read.
     pub(super) is_traced: AtomicBool,
     /// Who wants to know what is read, and which of its devices this is.
@@ -86,6 +86,11 @@ impl Core {
 
     pub(super) fn blob(&self) -> &BlobId {
         self.first.blob()
+    }
+
+    /// The images that have it open.
+    pub(super) fn users(&self) -> &Arc<Users> {
+        self.users.get_or_init(Arc::default)
     }
 
     /// Where units lie. Takes no lock unless units may be added: presence is asked for every read.

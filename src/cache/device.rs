@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use super::allowances::ImageKey;
 use super::background::Background;
 use super::core::{Completeness, Core};
 use super::engine::Engine;
@@ -22,6 +21,7 @@ use super::sources::Sources;
 use super::stats::{Counters, DeviceStats};
 use super::store::StoreError;
 use super::trace::Trace;
+use super::users::{ImageKey, ImageUse, Users};
 use super::{Completion, Fill, Request, is_needed};
 use crate::base::sync::{Mutex, RwLock};
 use crate::base::{BlobId, ByteRange, Class};
@@ -93,7 +93,7 @@ impl Device {
             completeness: Completeness::default(),
             background: Background::default(),
             guides: Guides::default(),
-            image: OnceLock::new(),
+            users: OnceLock::new(),
             is_traced: AtomicBool::new(false),
             traces: Mutex::default(),
             closed: AtomicBool::new(false),
@@ -221,9 +221,24 @@ impl Device {
         self.is_complete_durable() && !self.core.is_traced()
     }
 
-    /// Puts its readers under the limits of `image`, unless it is under those of another one already.
-    pub fn is_used_by(&self, image: ImageKey) {
-        let _ = self.core.image.set(image);
+    /// Counts `image` among those that have the device open: its readers may be under the limits of that one.
+    pub fn used_by(&self, image: ImageKey) -> ImageUse {
+        ImageUse::new(self.core.users(), image, &self.core.engine)
+    }
+
+    /// Has `users` be the images that have it open, for a device that is not there as long as they have. To be said
+    /// before anybody reads it.
+    pub fn is_used_by(&self, users: &Arc<Users>) {
+        let _ = self.core.users.set(Arc::clone(users));
+    }
+
+    /// As [`Fill::touched`], by a reader of `image` if that is known.
+    pub(super) fn touched_by(&self, image: Option<ImageKey>, decoded: ByteRange) {
+        self.core.counters.hits.fetch_add(1, Ordering::Relaxed);
+        self.core.note_read(decoded);
+        if let Some(units) = self.core.covering(decoded) {
+            self.core.observe(units, image);
+        }
     }
 
     /// Tells `trace` of all reads from now on, as those of its device `number`.
@@ -348,10 +363,6 @@ impl Fill for Device {
     }
 
     fn touched(&self, decoded: ByteRange) {
-        self.core.counters.hits.fetch_add(1, Ordering::Relaxed);
-        self.core.note_read(decoded);
-        if let Some(units) = self.core.covering(decoded) {
-            self.core.observe(units);
-        }
+        self.touched_by(None, decoded);
     }
 }

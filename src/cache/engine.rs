@@ -13,6 +13,7 @@ use super::pool::{Pool, Queue};
 use super::space::Space;
 use super::stats::StoreCounters;
 use super::twins::Twins;
+use super::users::{ImageKey, ImageUse, Users};
 use crate::base::Class;
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Telemetry;
@@ -210,6 +211,11 @@ impl Engine {
         let space = Arc::new(Space::new(&options));
         let (counters, next_device) = (Arc::default(), AtomicU64::new(0));
         Ok(Arc::new(Self { options, telemetry, runtime, fetcher, flusher, space, twins, counters, pool, next_device }))
+    }
+
+    /// Counts `image` among the `users` of devices that share them: see [`super::Device::is_used_by`].
+    pub fn used_by(self: &Arc<Self>, users: &Arc<Users>, image: ImageKey) -> ImageUse {
+        ImageUse::new(users, image, self)
     }
 
     pub(super) fn jobs(&self) -> &Queue {

@@ -16,8 +16,10 @@ use std::time::Instant;
 use bytes::Bytes;
 use tokio::runtime::Handle;
 
+use super::allowances::Wait;
 use super::core::Core;
 use super::engine::StoreOptions;
+use super::miss::NotFetched;
 use super::pool::{Job, Queue};
 use super::queues::{Choice, Queues, Running, Signal};
 use super::stream;
@@ -39,8 +41,8 @@ pub(super) struct Fetcher {
 /// What the queue lock decides about the next window.
 enum Turn {
     Start(Window, Slot),
-    /// Its reader has waited too long already.
-    Expired(Window),
+    /// Its reader has waited too long already, if for the limits of its image, for this one.
+    Expired(Window, Option<&'static str>),
     /// Somebody has to look again at this moment.
     Later(Instant),
 }
@@ -140,7 +142,7 @@ impl Fetcher {
                     Turn::Start(window, slot) if window.bulk => drop(self.runtime.spawn(stream::run(window, slot))),
                     Turn::Start(window, slot) => drop(self.runtime.spawn(run(window, slot))),
                     Turn::Later(wake) => self.look_again(wake),
-                    Turn::Expired(window) => self.expire(window),
+                    Turn::Expired(window, limit) => self.expire(window, limit),
                 }
                 state = self.state.lock().unwrap();
             }
@@ -152,23 +154,26 @@ impl Fetcher {
     }
 
     fn next_turn(self: &Arc<Self>, state: &mut Queues) -> Option<Turn> {
-        let late = state.on_demand.find(|_, window| window.is_late(self.options.deadline)).map(|(device, _)| device);
-        if let Some(device) = late {
-            return state.on_demand.take(device).map(Turn::Expired);
+        let late =
+            state.on_demand.find(|_, window| window.is_late(self.options.deadline)).map(|(lane, _)| lane.clone());
+        if let Some(lane) = late {
+            let window = state.on_demand.take(&lane)?;
+            let limit = state.payer(&window, Instant::now()).err().map(Wait::limit);
+            return Some(Turn::Expired(window, limit));
         }
         let (now, mut later) = (Instant::now(), None);
         let Some(choice) = state.choose(&self.options, now, &mut later) else {
             return self.next_bulk(state).or_else(|| state.wake_at(later?, now));
         };
-        let (class, bytes) = match choice {
-            Choice::OnDemand { bytes, .. } => (Class::OnDemand, bytes),
-            Choice::Prefetch { bytes, .. } => (Class::Prefetch, bytes),
+        let (class, bytes) = match &choice {
+            Choice::OnDemand { bytes, .. } => (Class::OnDemand, *bytes),
+            Choice::Prefetch { bytes, .. } => (Class::Prefetch, *bytes),
         };
         if !state.budget.try_take(class, bytes) {
             return None;
         }
         let window = match choice {
-            Choice::OnDemand { device, .. } => state.on_demand.take(device)?,
+            Choice::OnDemand { lane, .. } => state.on_demand.take(&lane)?,
             Choice::Prefetch { at, .. } => state.prefetch.remove(at)?,
         };
         Some(self.begin(state, window, class))
@@ -200,10 +205,11 @@ impl Fetcher {
     /// Gives a window a slot; its memory has been taken.
     fn begin(self: &Arc<Self>, state: &mut Queues, window: Window, class: Class) -> Turn {
         let signal = Arc::<Signal>::default();
-        let image = window.core.image.get().copied();
         // What is fetched ahead of readers is for them as well.
-        if let Some(image) = image.filter(|_| !window.bulk) {
-            state.allowances.charge(image, window.stored.len(), Instant::now());
+        let now = Instant::now();
+        let image = if window.bulk { None } else { state.payer(&window, now).ok().flatten() };
+        if let Some(image) = image {
+            state.allowances.charge(image, window.stored.len(), now);
         }
         let ticket = state.next_ticket;
         state.next_ticket += 1;
@@ -235,9 +241,17 @@ impl Fetcher {
     }
 
     /// Fails a window whose readers' time is over. On the pool, where completions may run.
-    fn expire(&self, window: Window) {
-        let error = window.core.deadline_error(window.stored, window.core.sources.describe());
-        fail(&self.jobs, window, error);
+    fn expire(&self, window: Window, limit: Option<&'static str>) {
+        let late = || window.core.deadline_error(window.stored, window.core.sources.describe());
+        let cause = limit.map_or_else(|| NotFetched::Source(Arc::new(late())), NotFetched::Limit);
+        fail_by(&self.jobs, window, cause);
+    }
+
+    /// Starts what may start by now, after images have come or gone.
+    pub(super) fn look_at_limits(self: &Arc<Self>) {
+        if self.options.image_fetches > 0 || self.options.image_rate.is_some() {
+            self.pump();
+        }
     }
 }
 
@@ -409,7 +423,10 @@ pub(super) fn job(
 }
 
 pub(super) fn fail(jobs: &Queue, window: Window, cause: SourceError) {
-    let cause = Arc::new(cause);
+    fail_by(jobs, window, NotFetched::Source(Arc::new(cause)));
+}
+
+fn fail_by(jobs: &Queue, window: Window, cause: NotFetched) {
     jobs.push(Job::new(Class::OnDemand, move |_| {
         for led in window.units {
             window.core.fetch_failed(led, &cause);

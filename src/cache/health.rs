@@ -75,6 +75,7 @@ impl FillError {
         match self {
             Self::Source { .. } => Cause::Source,
             Self::Corrupt { .. } => Cause::Corrupt,
+            Self::Limited { .. } => Cause::Limit,
             Self::Unmapped { .. } => Cause::Unmapped,
             Self::NoSpace { .. } => Cause::NoSpace,
             Self::Io { .. } => Cause::Io,

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::health::Failures;
+use super::users::{ImageKey, Readers};
 use super::{Completion, FillError, Request};
 use crate::base::Class;
 use crate::base::sync::Mutex;
@@ -97,22 +98,40 @@ fn tell(done: Completion, outcome: Result<(), FillError>) {
     }
 }
 
-/// Whether a reader waits for a unit. Shared by everything that queues work for it.
+/// Whether a reader waits for a unit, and readers of which images do. Shared by everything that queues work for it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Urgency(Arc<AtomicBool>);
+pub(super) struct Urgency(Arc<Wanting>);
+
+#[derive(Debug, Default)]
+struct Wanting {
+    urgent: AtomicBool,
+    readers: Mutex<Readers>,
+}
 
 impl Urgency {
     pub(super) fn new(class: Class) -> Self {
-        Self(Arc::new(AtomicBool::new(class == Class::OnDemand)))
+        Self(Arc::new(Wanting { urgent: AtomicBool::new(class == Class::OnDemand), ..Wanting::default() }))
     }
 
     pub(super) fn class(&self) -> Class {
-        if self.0.load(Ordering::Acquire) { Class::OnDemand } else { Class::Prefetch }
+        if self.0.urgent.load(Ordering::Acquire) { Class::OnDemand } else { Class::Prefetch }
     }
 
-    /// Makes the unit urgent; tells whether it was not before.
-    fn raise(&self) -> bool {
-        !self.0.swap(true, Ordering::AcqRel)
+    /// Whose readers wait.
+    pub(super) fn readers(&self) -> Readers {
+        self.0.readers.lock().unwrap().clone()
+    }
+
+    /// A reader waits, of `image` if that is known. Makes the unit urgent; tells whether it was not before, or not
+    /// for this image.
+    fn raise(&self, image: Option<ImageKey>) -> bool {
+        let is_news = self.0.readers.lock().unwrap().add(image);
+        !self.0.urgent.swap(true, Ordering::AcqRel) || is_news
+    }
+
+    /// It is fetched ahead of a reader of `image`.
+    fn note(&self, image: ImageKey) {
+        self.0.readers.lock().unwrap().add(Some(image));
     }
 }
 
@@ -135,7 +154,7 @@ pub(super) enum Role {
     /// Fetch the unit, which is the first, and its siblings, then call [`Lead::finish`] for each.
     Lead(Vec<Lead>),
     /// Nothing: the wait has been queued. If `promote`, a reader just joined work that was queued
-    /// as prefetch, and whoever holds it must let it go first.
+    /// as prefetch, or for another image, and whoever holds it must see whether it goes first now.
     Joined { promote: bool },
 }
 
@@ -160,17 +179,25 @@ impl Inflight {
         if let Some(wait) = wait {
             wait.add();
         }
+        let image = wait.and_then(|wait| wait.request.image());
         let waits = wait.cloned();
         let mut fetches = self.fetches.lock().unwrap();
         let slot = match fetches.entry(unit) {
             Entry::Occupied(mut fetch) => {
                 fetch.get_mut().waits.extend(waits);
-                return Role::Joined { promote: class == Class::OnDemand && fetch.get().urgency.raise() };
+                return Role::Joined { promote: class == Class::OnDemand && fetch.get().urgency.raise(image) };
             }
             Entry::Vacant(slot) => slot,
         };
         let lead = |unit, urgency| Lead { table: Arc::clone(self), unit, urgency, started: None, finished: false };
         let urgency = Urgency::new(class);
+        match (class, image) {
+            (Class::OnDemand, image) => {
+                urgency.raise(image);
+            }
+            (Class::Prefetch, Some(image)) => urgency.note(image),
+            (Class::Prefetch, None) => {}
+        }
         slot.insert(Fetch { urgency: urgency.clone(), waits: waits.into_iter().collect() });
         let mut leads = vec![lead(unit, urgency)];
         for (sibling, class) in siblings {

@@ -161,13 +161,20 @@ impl Shelves {
     /// Tells the index of twins of every complete blob that is not open, for open ones tell of
     /// themselves.
     pub(super) fn tell_twins(&self) {
-        for name in self.names().unwrap_or_default() {
-            let Some(shelved) = self.shelved(&name).filter(Shelved::is_complete) else { continue };
-            let alive = self.alive();
-            // One that was opened since may have become incomplete by what its image adds.
-            if !alive.get(&name).is_some_and(Shelf::is_alive) {
-                self.twins.add(&self.dir(&name).join("data"), &shelved.map);
-            }
+        self.names().unwrap_or_default().iter().for_each(|name| self.tell_twins_of(name));
+    }
+
+    /// The same for the blob in directory `name`, if there is one.
+    pub(super) fn tell_twins_of(&self, name: &str) {
+        let data = self.dir(name).join("data");
+        if self.twins.knows(&data) {
+            return;
+        }
+        let Some(shelved) = self.shelved(name).filter(Shelved::is_complete) else { return };
+        let alive = self.alive();
+        // One that was opened since may have become incomplete by what its image adds.
+        if !alive.get(name).is_some_and(Shelf::is_alive) {
+            self.twins.add(&data, &shelved.map);
         }
     }
 

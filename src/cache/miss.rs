@@ -18,6 +18,7 @@ use super::readahead::Reach;
 use super::sink::Scratch;
 use super::stats::count;
 use super::store::is_full;
+use super::users::ImageKey;
 use super::window::{Led, Window, groups};
 use super::{Completion, FillError, Request, is_needed};
 use crate::base::{ByteRange, Class, RequestId};
@@ -33,6 +34,14 @@ const STEP: u64 = 64 << 20;
 /// Most units before and after one that are brought along with it. Far more than a batch of small
 /// files has; a hostile one could have millions of one byte each.
 const MOST_SIBLINGS: usize = 2048;
+
+/// Why the bytes of a read did not come.
+pub(super) enum NotFetched {
+    /// No source had them.
+    Source(Arc<SourceError>),
+    /// It did not get its turn, by this limit of its image.
+    Limit(&'static str),
+}
 
 impl Core {
     /// Makes `decoded` present a step after the other, then settles `wait`.
@@ -121,7 +130,7 @@ impl Core {
         if class == Class::OnDemand {
             let counter = if hit { &self.counters.hits } else { &self.counters.misses };
             counter.fetch_add(1, Ordering::Relaxed);
-            self.observe(units);
+            self.observe(units, wait.request().image());
         }
         wait.settle(&Ok(()));
     }
@@ -219,9 +228,9 @@ impl Core {
         }
     }
 
-    /// Notes where a reader is, and fetches ahead of it if it walks forward. Not while reads are recorded that
+    /// Notes where a reader is, of `image` if that is known, and fetches ahead of it if it walks forward. Not while reads are recorded that
     /// a kernel only tells of what is missing: what had come before its reader would be in no trace.
-    pub(super) fn observe(self: &Arc<Self>, units: Range<UnitIndex>) {
+    pub(super) fn observe(self: &Arc<Self>, units: Range<UnitIndex>, image: Option<ImageKey>) {
         let options = &self.engine.options;
         let reach = Reach { first: options.readahead_first, most: options.readahead_most };
         let hides = self.ledger.file().is_none() && self.is_traced();
@@ -241,17 +250,22 @@ impl Core {
         }
         let core = Arc::clone(self);
         // Urgent although it is prefetch: it is short, and late it is of no use.
-        self.engine.jobs().push(Job::new(Class::OnDemand, move |_| core.prefetch(ahead)));
+        self.engine.jobs().push(Job::new(Class::OnDemand, move |_| core.prefetch(ahead, image)));
     }
 
-    /// Fetches what is absent of `units` and in nobody's hands yet, for nobody in particular.
-    pub(super) fn prefetch(self: &Arc<Self>, units: Range<UnitIndex>) {
+    /// Fetches what is absent of `units` and in nobody's hands yet, ahead of a reader of `image`.
+    pub(super) fn prefetch(self: &Arc<Self>, units: Range<UnitIndex>, image: Option<ImageKey>) {
         let map = self.map();
+        let request = Request::new(RequestId::NONE, Class::Prefetch);
+        let request = image.map_or_else(|| request.clone(), |image| request.clone().of(image));
+        // Nobody waits; it says for whom it is.
+        let wait = Wait::of(request, Box::new(drop));
         let absent = units.filter(|&index| !self.ledger.presence.get(index) && is_needed(&map.units()[index as usize]));
         // Prefetch that joins a fetch makes nothing urgent.
-        let lead = |index| self.enter(&map, index, index..index + 1, Class::Prefetch, None, &mut Vec::new());
+        let lead = |index| self.enter(&map, index, index..index + 1, Class::Prefetch, Some(&wait), &mut Vec::new());
         let leads = absent.flat_map(lead).collect();
         self.submit(&map, leads, Class::Prefetch, RequestId::NONE, None);
+        wait.settle(&Ok(()));
     }
 
     /// Decodes, checks, writes and publishes the units of one stored range one by one, and tells
@@ -349,9 +363,12 @@ impl Core {
         self.enqueue(vec![Window { request, ..Window::new(Arc::clone(self), stored, units, asked) }]);
     }
 
-    pub(super) fn fetch_failed(&self, led: Led, cause: &Arc<SourceError>) {
+    pub(super) fn fetch_failed(&self, led: Led, cause: &NotFetched) {
         let (blob, unit, stored) = (self.blob().clone(), led.lead.unit(), led.unit.stored);
-        let error = FillError::Source { blob, unit, stored, cause: Arc::clone(cause) };
+        let error = match cause {
+            NotFetched::Source(cause) => FillError::Source { blob, unit, stored, cause: Arc::clone(cause) },
+            NotFetched::Limit(limit) => FillError::Limited { blob, unit, stored, limit },
+        };
         self.counters.failed();
         led.lead.finish(&Err(error));
     }

@@ -58,11 +58,11 @@ mod store;
 mod stream;
 mod trace;
 mod twins;
+mod users;
 mod verify;
 mod victims;
 mod window;
 
-pub use allowances::ImageKey;
 pub use bootstraps::{BootstrapStamp, Bootstraps, KeptBootstrap, Undo};
 pub use device::Device;
 pub use disk::{Disk, DiskFile, FileFacts, FileSink, HostDisk};
@@ -80,6 +80,7 @@ pub use sink::{MAX_PIECE, Sink};
 pub use stats::{DeviceStats, StoreStats};
 pub use store::{Store, StoreError};
 pub use trace::{MOST_READS, Recorded, Trace};
+pub use users::{DeviceOfImage, ImageKey, ImageUse, Users};
 pub use verify::{SpoiltUnit, VerifyReport};
 pub use victims::{LotKind, Wanted};
 
@@ -151,6 +152,15 @@ pub enum FillError {
         #[source]
         cause: DecodeError,
     },
+    /// Its turn did not come in time, because of a limit that is its image's own.
+    #[error("unit {unit} of blob {blob} at stored {stored} waited too long for its turn by {limit} of its image")]
+    Limited {
+        blob: BlobId,
+        unit: UnitIndex,
+        stored: ByteRange,
+        /// The setting that is the limit.
+        limit: &'static str,
+    },
     /// No unit covers part of the range.
     #[error("blob {blob} has nothing at decoded {decoded}")]
     Unmapped { blob: BlobId, decoded: ByteRange },
@@ -177,7 +187,7 @@ impl FillError {
             Self::Source { cause, .. } => cause.fault(),
             Self::Corrupt { .. } => Fault::Corrupt,
             Self::Unmapped { .. } | Self::Io { .. } => Fault::Permanent,
-            Self::NoSpace { .. } => Fault::Transient,
+            Self::NoSpace { .. } | Self::Limited { .. } => Fault::Transient,
             Self::Cancelled => Fault::Cancelled,
         }
     }
@@ -186,9 +196,12 @@ impl FillError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::NoSpace { .. } => libc::ENOSPC,
-            Self::Source { .. } | Self::Corrupt { .. } | Self::Unmapped { .. } | Self::Io { .. } | Self::Cancelled => {
-                libc::EIO
-            }
+            Self::Source { .. }
+            | Self::Corrupt { .. }
+            | Self::Limited { .. }
+            | Self::Unmapped { .. }
+            | Self::Io { .. }
+            | Self::Cancelled => libc::EIO,
         }
     }
 }

@@ -11,11 +11,12 @@ use std::time::Instant;
 use tokio::sync::Notify;
 
 use super::admission::{Admission, STUCK};
-use super::allowances::{Allowances, ImageKey, Wait};
+use super::allowances::{Allowances, Wait};
 use super::budget::Budget;
 use super::engine::StoreOptions;
 use super::guides::ListId;
-use super::lanes::Lanes;
+use super::lanes::{LaneKey, Lanes};
+use super::users::{ImageKey, Readers};
 use super::window::Window;
 use crate::base::{Class, RequestId};
 use crate::blob::UnitIndex;
@@ -41,6 +42,7 @@ pub(super) struct Queues {
 pub(super) struct Running {
     pub(super) ticket: u64,
     pub(super) device: u64,
+    /// Whose limits it counts for.
     pub(super) image: Option<ImageKey>,
     pub(super) units: RangeInclusive<UnitIndex>,
     pub(super) class: Class,
@@ -101,7 +103,8 @@ impl Queues {
             Class::OnDemand => {
                 window.asked.get_or_insert_with(Instant::now);
                 window.bulk = false;
-                self.on_demand.push(window.core.id, window);
+                let readers = if self.allowances.are_endless() { Readers::default() } else { window.readers() };
+                self.on_demand.push(LaneKey { device: window.core.id, readers }, window);
             }
             Class::Prefetch if window.bulk => return self.bulk.push_back(window),
             Class::Prefetch => {
@@ -141,7 +144,7 @@ impl Queues {
         // They begin at the next turn, or when memory is free; either comes here again.
         let holds_up = |window: &Window| !(list.is_some() && list == window.list);
         // Whoever waits for the limits of an image leaves the line to others.
-        let may = |window: &Window| self.may_image(window, now).is_ok();
+        let may = |window: &Window| self.payer(window, now).is_ok();
         let queued = self.on_demand.any(|window| holds_up(window) && may(window))
             || self.prefetch.iter().any(|window| holds_up(window) && may(window));
         queued.then_some(now + STUCK)
@@ -154,6 +157,14 @@ impl Queues {
             let queued = self.prefetch.iter().position(|window| window.holds(device, unit));
             if let Some(window) = queued.and_then(|at| self.prefetch.remove(at)) {
                 self.queue(Window { asked: Some(Instant::now()), request, ..window });
+            }
+        }
+        if !self.allowances.are_endless() {
+            // Somebody of another image waits for it too, whose limits may be wider.
+            for &unit in units {
+                if let Some(window) = self.on_demand.pick(device, |window| window.holds(device, unit)) {
+                    self.queue(window);
+                }
             }
         }
         for window in std::mem::take(&mut self.bulk) {
@@ -205,7 +216,7 @@ impl Queues {
     /// somebody may go who was passed over, unless it is before.
     pub(super) fn choose(&self, options: &StoreOptions, now: Instant, later: &mut Option<Instant>) -> Option<Choice> {
         let mut may = |window: &Window| {
-            let outcome = self.may_image(window, now);
+            let outcome = self.payer(window, now);
             if let Err(Wait::Until(at)) = outcome {
                 // Whoever has waited too long by then is told so.
                 let late = window.asked.and_then(|asked| asked.checked_add(options.deadline));
@@ -222,8 +233,8 @@ impl Queues {
             }
             let most = options.fetches_per_device();
             let of = |device| held(Class::OnDemand).filter(move |running| running.device == device).count();
-            if let Some((device, window)) = self.on_demand.find(|device, window| of(device) < most && may(window)) {
-                return Some(Choice::OnDemand { device, bytes: window.stored.len() });
+            if let Some((lane, window)) = self.on_demand.find(|device, window| of(device) < most && may(window)) {
+                return Some(Choice::OnDemand { lane: lane.clone(), bytes: window.stored.len() });
             }
         }
         if !free(Class::Prefetch) {
@@ -237,20 +248,29 @@ impl Queues {
 }
 
 /// Whose turn it is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Choice {
-    /// The next read for readers of this device.
-    OnDemand { device: u64, bytes: u64 },
+    /// The next read for readers in this lane.
+    OnDemand { lane: LaneKey, bytes: u64 },
     /// What is fetched ahead, at this place of the queue.
     Prefetch { at: usize, bytes: u64 },
 }
 
 impl Queues {
-    /// Whether the limits of its image let a read begin that readers wait for, or soon will.
-    fn may_image(&self, window: &Window, now: Instant) -> Result<(), Wait> {
-        let Some(&image) = window.core.image.get() else { return Ok(()) };
-        let same = |running: &&Running| running.class == Class::OnDemand && running.image == Some(image);
-        self.allowances.may(image, || self.running.iter().filter(same).count(), now)
+    /// For which image's limits a read counts that readers wait for, or soon will; `None` for nobody's.
+    ///
+    /// # Errors
+    /// It must not begin yet.
+    pub(super) fn payer(&self, window: &Window, now: Instant) -> Result<Option<ImageKey>, Wait> {
+        if self.allowances.are_endless() {
+            return Ok(None);
+        }
+        let images = window.core.users().of(&window.readers());
+        let running = |image| {
+            let same = |running: &&Running| running.class == Class::OnDemand && running.image == Some(image);
+            self.running.iter().filter(same).count()
+        };
+        self.allowances.payer(&images, running, now)
     }
 }
 

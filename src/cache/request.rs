@@ -1,7 +1,8 @@
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use super::users::ImageKey;
 use crate::base::{Class, RequestId};
 
 /// Somebody's wish for a range, from the question to the answer. Clones are the same request.
@@ -19,12 +20,25 @@ struct Inner {
     /// Nanoseconds from `asked` to the start of the last fetch that it waited for, plus one; 0 while
     /// none has begun.
     started: AtomicU64,
+    image: OnceLock<ImageKey>,
 }
 
 impl Request {
     /// A request that is made now.
     pub fn new(id: RequestId, class: Class) -> Self {
-        Self(Arc::new(Inner { id, class, asked: Instant::now(), started: AtomicU64::new(0) }))
+        Self(Arc::new(Inner { id, class, asked: Instant::now(), started: AtomicU64::new(0), image: OnceLock::new() }))
+    }
+
+    /// The same request, known to come from a reader of `image`, unless it is known to be another's.
+    #[must_use]
+    pub fn of(self, image: ImageKey) -> Self {
+        let _ = self.0.image.set(image);
+        self
+    }
+
+    /// Of which image its reader is, if that is known.
+    pub fn image(&self) -> Option<ImageKey> {
+        self.0.image.get().copied()
     }
 
     /// Its name in log lines.

@@ -15,7 +15,7 @@ use super::shelves::Shelves;
 use super::stats::{StoreCounters, count};
 use super::verify;
 use super::victims::LotKind;
-use crate::base::Chain;
+use crate::base::{ByteRate, Chain, Paid};
 use crate::sys::process;
 
 /// What was verified this lately is left in peace.
@@ -99,7 +99,7 @@ pub(super) fn pass(shelves: &Shelves, counters: &StoreCounters, rate: u64, now: 
     // A note from the future is a clock that was put back.
     let due = |at: u64| at > now || now - at >= EVERY.as_secs();
     for (_, name, kind) in stock.into_iter().filter(|(at, ..)| due(*at)) {
-        let mut pace = Pace::new(rate, Instant::now());
+        let mut pace = Pace::new(rate);
         let mut go_on = |bytes| {
             count(&counters.scrubbed_bytes, bytes);
             wait(pace.pause(bytes, Instant::now()))
@@ -125,23 +125,20 @@ pub(super) fn pass(shelves: &Shelves, counters: &StoreCounters, rate: u64, now: 
     }
 }
 
-/// Keeps to a rate: pure arithmetic on the times that it is told.
+/// Keeps to a rate. Time that was lost is not caught up.
 struct Pace {
-    rate: u64,
-    /// When everything that was read so far should have been read.
-    due: Instant,
+    rate: ByteRate,
+    paid: Paid,
 }
 
 impl Pace {
-    fn new(rate: u64, now: Instant) -> Self {
-        Self { rate: rate.max(1), due: now }
+    fn new(rate: u64) -> Self {
+        Self { rate: ByteRate::new(rate), paid: Paid::default() }
     }
 
-    /// How long to wait after `bytes` more. Time that was lost is not caught up.
+    /// How long to wait after `bytes` more.
     fn pause(&mut self, bytes: u64, now: Instant) -> Duration {
-        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.rate);
-        self.due = self.due.max(now) + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-        self.due - now
+        self.paid.charge(self.rate, bytes, now).saturating_duration_since(now)
     }
 }
 
@@ -160,7 +157,7 @@ mod tests {
     #[test]
     fn the_rate_is_kept_and_lost_time_is_not_caught_up() {
         let start = Instant::now();
-        let mut pace = Pace::new(1 << 20, start);
+        let mut pace = Pace::new(1 << 20);
         let second = Duration::from_secs(1);
 
         assert_eq!(pace.pause(1 << 20, start), second);

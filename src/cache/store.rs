@@ -189,6 +189,25 @@ impl Store {
         self.engine.space.kick();
     }
 
+    /// Has devices that lie elsewhere, such as in the kernel's cache, copy what is here whole already: first of all of
+    /// these blobs, which is to be said before anybody reads such a device. Reads the saved maps of those that are whole.
+    pub fn offer_to_others<'a>(&self, blobs: impl IntoIterator<Item = &'a BlobId>) {
+        if !self.engine.twins.is_wanted() {
+            return;
+        }
+        if self.shelves.are_uses_known() {
+            blobs.into_iter().for_each(|blob| self.shelves.tell_twins_of(blob.as_str()));
+        }
+        self.want_twins();
+    }
+
+    /// Has the index of twins be filled with what is here, if it was not yet.
+    fn want_twins(&self) {
+        if self.engine.twins.is_wanted() && !self.wants_twins.swap(true, Ordering::AcqRel) {
+            self.engine.space.kick();
+        }
+    }
+
     /// Somebody has bound the kernel's cache below the store's directory: from now on it is within the limit, and what
     /// nobody uses of it may go.
     pub fn attend_kernel(&self, cache: impl FnOnce() -> Arc<dyn KernelCache>) {
@@ -368,9 +387,7 @@ impl Store {
         shelves.insert(name.to_owned(), Shelf { device: Arc::downgrade(&device), ledger: weak, data, file });
         if !device.is_complete_durable() {
             self.engine.twins.forget(&data_path);
-            if self.engine.twins.is_wanted() && !self.wants_twins.swap(true, Ordering::AcqRel) {
-                self.engine.space.kick();
-            }
+            self.want_twins();
         }
         self.offer_when_complete(&device);
         device

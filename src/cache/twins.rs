@@ -115,6 +115,11 @@ impl Twins {
         }
     }
 
+    /// Whether units of the file are offered.
+    pub(super) fn knows(&self, data: &Path) -> bool {
+        self.state().blobs.iter().flatten().any(|known| known == data)
+    }
+
     /// From now on nothing of the file is offered. Tells whether anything was.
     pub(super) fn forget(&self, data: &Path) -> bool {
         let mut state = self.state();

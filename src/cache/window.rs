@@ -9,6 +9,7 @@ use bytes::BytesMut;
 use super::core::Core;
 use super::guides::ListId;
 use super::inflight::Lead;
+use super::users::Readers;
 use crate::base::{ByteRange, Class, RequestId};
 use crate::blob::{Unit, UnitIndex};
 use crate::telemetry::Telemetry;
@@ -79,6 +80,13 @@ impl Window {
     pub(super) fn class(&self) -> Class {
         let classes = self.units.iter().map(|led| led.lead.urgency().class());
         classes.min().unwrap_or(Class::Prefetch)
+    }
+
+    /// Whose readers wait for it, or will soon.
+    pub(super) fn readers(&self) -> Readers {
+        let mut all = Readers::default();
+        self.units.iter().for_each(|led| all.add_all(&led.lead.urgency().readers()));
+        all
     }
 
     /// Whether a reader has waited this long already.

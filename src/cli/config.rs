@@ -83,7 +83,12 @@ fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
             1 => ", 1 registry".to_owned(),
             count => format!(", {count} registries"),
         };
-        writeln!(out, "{}: {set} settings{registries}, no mistakes", args.file.display())?;
+        let hosts = match resolved.settings.host_limits.len() {
+            0 => String::new(),
+            1 => ", limits of 1 host".to_owned(),
+            count => format!(", limits of {count} hosts"),
+        };
+        writeln!(out, "{}: {set} settings{registries}{hosts}, no mistakes", args.file.display())?;
         return Ok(ExitCode::SUCCESS);
     }
     for mistake in &resolved.mistakes {
@@ -114,7 +119,7 @@ fn print(args: &PrintArgs) -> anyhow::Result<()> {
         }
     }
     // Only the file has them. Headers may hold logins, which are for nobody who reads this.
-    write!(out, "{}", resolved.settings.registries.written())?;
+    write!(out, "{}{}", resolved.settings.registries.written(), resolved.settings.host_limits.written())?;
     Ok(())
 }
 
@@ -126,6 +131,8 @@ struct Printed {
     settings: BTreeMap<&'static str, PrintedSetting>,
     /// Hosts of registries, which only the file tells of.
     registries: serde_json::Value,
+    /// Limits of hosts, likewise.
+    hosts: serde_json::Value,
 }
 
 #[derive(Serialize)]
@@ -145,7 +152,8 @@ impl Printed {
             };
             (setting.key, PrintedSetting { value, origin: *origin })
         });
-        Self { file, settings: settings.collect(), registries: resolved.settings.registries.printed() }
+        let (registries, hosts) = (resolved.settings.registries.printed(), resolved.settings.host_limits.printed());
+        Self { file, settings: settings.collect(), registries, hosts }
     }
 }
 
@@ -169,7 +177,8 @@ mod tests {
             .iter()
             .map(|setting| format!("{} = {}\n", setting.key, setting.field.show(&resolved.settings).toml()));
         let mut again = Settings::default();
-        let printed = lines.collect::<String>() + &resolved.settings.registries.written();
+        let tables = resolved.settings.registries.written() + &resolved.settings.host_limits.written();
+        let printed = lines.collect::<String>() + &tables;
         let (keys, mistakes) = read_text(file(&printed), &mut again);
 
         assert_eq!((mistakes, keys.len()), (vec![], TABLE.len()));

@@ -112,6 +112,7 @@ impl RegistryArgs {
         let options = NetworkOptions {
             hosts_dir: settings.hosts_dir,
             registries: settings.registries,
+            limits: settings.host_limits,
             keychain: credentials.keychain(),
             ..NetworkOptions::default()
         };

@@ -6,7 +6,7 @@
 use anyhow::Context;
 
 use super::settings::SettingsArgs;
-use crate::daemon::settings::{REGISTRY, Settings, TABLE};
+use crate::daemon::settings::{HOST, REGISTRY, Settings, TABLE};
 use crate::telemetry::logging::LogControl;
 
 /// What a daemon was started with.
@@ -42,6 +42,7 @@ impl Reload {
         self.log.set(&now.log).context("log")?;
         let differs = TABLE.iter().filter(|it| it.key != "log" && it.field.show(&now) != it.field.show(&self.used));
         let registries = (now.registries != self.used.registries).then_some(REGISTRY);
-        Ok(differs.map(|setting| setting.key).chain(registries).collect())
+        let hosts = (now.host_limits != self.used.host_limits).then_some(HOST);
+        Ok(differs.map(|setting| setting.key).chain(registries).chain(hosts).collect())
     }
 }

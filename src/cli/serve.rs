@@ -151,7 +151,7 @@ fn serve(
     };
     let (store, keepers) = (settings.store_options(), plan(&settings, supervisor)?);
     let credentials = credentials(&settings, &sandbox)?;
-    let Settings { cache, run, backend: backends, fuse_transport, hosts_dir, registries, .. } = settings;
+    let Settings { cache, run, backend: backends, fuse_transport, hosts_dir, registries, host_limits, .. } = settings;
     if fuse_transport == Transport::IoUring {
         tracing::warn!(
             "FUSE requests may come over io_uring: if this daemon is killed, what it has mounted that way fails for good; \
@@ -167,6 +167,7 @@ fn serve(
         fuse_transport,
         hosts_dir,
         registries,
+        host_limits,
         credentials,
         sandbox,
     };

@@ -241,6 +241,7 @@ fn add(a: FailedUnits, b: FailedUnits) -> FailedUnits {
         corrupt: a.corrupt + b.corrupt,
         no_space: a.no_space + b.no_space,
         io: a.io + b.io,
+        limit: a.limit + b.limit,
         unmapped: a.unmapped + b.unmapped,
         cancelled: a.cancelled + b.cancelled,
     }

@@ -30,7 +30,7 @@ use super::prepare::{Named, Prepared, resume};
 use super::pulls::Pulls;
 use super::records::{DeviceFile, Record, RecordId, Records, ensure_private};
 use super::references::References;
-use super::served::{Attachment, Mounted, Served};
+use super::served::{Attachment, Mounted, Served, live};
 use super::serving::{Backends, Legacy, device_file, spawn};
 use super::trace::Traces;
 use super::turns::Turns;
@@ -306,10 +306,10 @@ impl Daemon {
         let attachment = match record.backend {
             BackendKind::Fanotify => {
                 let service = self.backends.fanotify(&self.keepers)?;
-                Attachment::Fanotify(service.adopt(&served.prepared.live(&devices), watch)?)
+                Attachment::Fanotify(service.adopt(&live(record.backend, &served.prepared, &devices), watch)?)
             }
             BackendKind::FuseDevice | BackendKind::FuseTree | BackendKind::Blobfs => {
-                let live = served.prepared.live(&devices);
+                let live = live(record.backend, &served.prepared, &devices);
                 self.adopt_connection((id, record), &live, watch, &mut left.connections)?
             }
             BackendKind::Cachefiles => Attachment::Cachefiles,

@@ -13,7 +13,7 @@ use super::api::{BlobfsRequest, ImageReport, ImageSpec, PrefetchOrder};
 use super::connections::Kept;
 use super::records::{DeviceFile, Record, RecordId};
 use super::remote::FETCH_LAYER;
-use super::served::{Attachment, Mounted, Served};
+use super::served::{Attachment, Mounted, Served, live};
 use super::{Daemon, DaemonError};
 use crate::base::BlobId;
 use crate::cache::{Device, Undo};
@@ -202,7 +202,7 @@ impl Daemon {
 
 impl Ready {
     fn live(&self) -> LiveImage {
-        self.served.prepared.live(&self.devices)
+        live(self.served.backend, &self.served.prepared, &self.devices)
     }
 }
 

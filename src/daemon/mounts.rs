@@ -34,7 +34,7 @@ use crate::credentials::Credentials;
 use crate::export::cachefiles::FsId;
 use crate::export::fuse::Transport;
 use crate::export::{BackendKind, MountWatch, fuse};
-use crate::net::hosts::Registries;
+use crate::net::hosts::{LimitTables, Registries};
 use crate::source::BlobSource;
 use crate::sys::mount::{detach, unmount};
 use crate::sys::sandbox::Sandbox;
@@ -58,6 +58,8 @@ pub struct Options {
     pub hosts_dir: PathBuf,
     /// Hosts of registries that go before it.
     pub registries: Registries,
+    /// Limits of hosts.
+    pub host_limits: LimitTables,
     /// Who it is to registries.
     pub credentials: Credentials,
     /// The way out of the sandbox that the daemon is started in.

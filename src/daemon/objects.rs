@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, Weak};
 use super::DaemonError;
 use crate::base::BlobId;
 use crate::blob::UnitMap;
-use crate::cache::Device;
+use crate::cache::{Device, Users};
 use crate::source::BlobSource;
 
 /// All blobs of all domains.
@@ -32,6 +32,8 @@ pub(super) struct Object {
     known: Mutex<(Arc<UnitMap>, Arc<dyn BlobSource>)>,
     /// The device, while the kernel has the object open.
     device: Mutex<Weak<Device>>,
+    /// The images that have entered it, for the limits of their readers.
+    users: Arc<Users>,
 }
 
 impl std::fmt::Debug for Object {
@@ -129,7 +131,7 @@ impl Objects {
 
 impl Object {
     pub(super) fn new(map: Arc<UnitMap>, source: Arc<dyn BlobSource>) -> Self {
-        Self { known: Mutex::new((map, source)), device: Mutex::default() }
+        Self { known: Mutex::new((map, source)), device: Mutex::default(), users: Arc::default() }
     }
 
     fn map(&self) -> Arc<UnitMap> {
@@ -147,6 +149,11 @@ impl Object {
     /// All promises so far, and where to fetch from.
     pub(super) fn known(&self) -> (Arc<UnitMap>, Arc<dyn BlobSource>) {
         self.known.lock().unwrap().clone()
+    }
+
+    /// The images under whose limits its readers are.
+    pub(super) fn users(&self) -> &Arc<Users> {
+        &self.users
     }
 
     /// The kernel has opened the object.

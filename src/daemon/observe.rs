@@ -167,6 +167,7 @@ fn failed_units(count: impl Fn(Cause) -> u64) -> FailedUnits {
         corrupt: count(Cause::Corrupt),
         no_space: count(Cause::NoSpace),
         io: count(Cause::Io),
+        limit: count(Cause::Limit),
         unmapped: count(Cause::Unmapped),
         cancelled: count(Cause::Cancelled),
     }

@@ -38,6 +38,7 @@ impl Options {
         NetworkOptions {
             hosts_dir: self.hosts_dir.clone(),
             registries: self.registries.clone(),
+            limits: self.host_limits.clone(),
             keychain: self.credentials.keychain(),
             ..NetworkOptions::default()
         }

@@ -158,7 +158,7 @@ impl Pulls {
 }
 
 impl Daemon {
-    /// Begins to bring an image here whole, into the cache in files, which the cachefiles backend does not mount from.
+    /// Begins to bring an image here whole, into the cache in files; what the cachefiles backend mounts is copied from there.
     /// Returns when it is known what that is. Blocks.
     ///
     /// # Errors

@@ -77,18 +77,21 @@ impl Daemon {
             let (root, sandbox) = (self.backends.kernel_cache(), self.options.sandbox.clone());
             Arc::new(Culling::new(service.clone(), &root, sandbox, Box::new(let_go)))
         });
+        // What was pulled, or read through another backend, need not be fetched once more for the kernel's cache.
+        self.store.offer_to_others(prepared.maps.iter().map(|map| map.blob()));
         let engine = self.store.engine();
         let (boot_map, boot_source) = bootstrap_as_blob(&prepared)?;
         let size = prepared.image.summary().bootstrap_len;
         // Metadata is read page by page, each read waiting for us: fetch all of it at the first.
         let boot = Arc::new(Object::new(Arc::new(boot_map), boot_source));
-        let boot = blob_object(boot, size, engine, None, Vec::new(), true);
+        let boot = blob_object(boot, size, engine, Vec::new(), true);
         let domain = name.domain.as_deref().unwrap_or(&name.id);
         let objects = self.objects.enter(domain, &prepared.maps, &prepared.source)?;
-        let (plan, key) = (plan(&prepared.image, order), Some(prepared.limits_key()));
+        let (plan, key) = (plan(&prepared.image, order), prepared.limits_key());
+        let uses = objects.iter().map(|object| Arc::new(engine.used_by(object.users(), key))).collect();
         let blobs = prepared.maps.iter().zip(&objects).enumerate().map(|(device, (map, object))| {
             let wants = plan.wants.iter().filter(|want| want.device == device).map(|want| want.decoded).collect();
-            (map.blob().to_string(), blob_object(object.clone(), map.decoded_len(), engine, key, wants, plan.rest))
+            (map.blob().to_string(), blob_object(object.clone(), map.decoded_len(), engine, wants, plan.rest))
         });
         let registration = Arc::new(service.register(name, boot, blobs.collect())?);
         let registered = Some(registration.clone());
@@ -98,6 +101,7 @@ impl Daemon {
             why,
             prepared,
             devices,
+            _uses: uses,
             registration: registered,
             straight: Vec::new(),
             shows: None,

@@ -12,9 +12,9 @@ use super::prepare::Prepared;
 use super::records::{CacheName, DeviceFile, Record, RecordId};
 use crate::base::ByteRange;
 use crate::blob::UnitMap;
-use crate::cache::{Device, Engine, Fill, ImageKey};
+use crate::cache::{Device, DeviceOfImage, Engine, Fill, ImageUse};
 use crate::export::cachefiles::{ObjectSpec, Registration};
-use crate::export::{BackendKind, WatchId, fanotify, fuse};
+use crate::export::{BackendKind, Backing, LiveImage, WatchId, fanotify, fuse};
 use crate::sys::files::inode_id;
 use crate::telemetry::Telemetry;
 
@@ -63,6 +63,8 @@ pub(super) struct Served {
     pub(super) why: String,
     pub(super) prepared: Arc<Prepared>,
     pub(super) devices: Vec<Live>,
+    /// Has readers of its devices be under its limits, among others'.
+    pub(super) _uses: Vec<Arc<ImageUse>>,
     /// For the cachefiles backend: keeps the image's names known.
     pub(super) registration: Option<Arc<Registration>>,
     /// For devices over FUSE: of each, whether the kernel reads its file without asking, as decided at the mount.
@@ -94,9 +96,20 @@ impl Live {
 impl Served {
     /// An image whose devices lie in the store, served by `backend`.
     pub(super) fn stored(backend: BackendKind, prepared: Arc<Prepared>, devices: &[Arc<Device>], why: String) -> Self {
+        let uses = devices.iter().map(|device| Arc::new(device.used_by(prepared.limits_key()))).collect();
         let devices = devices.iter().map(|device| Live::Stored(Arc::downgrade(device))).collect();
         let straight = Vec::new();
-        Self { backend, why, prepared, devices, registration: None, straight, shows: None, transport: None }
+        Self {
+            backend,
+            why,
+            prepared,
+            devices,
+            _uses: uses,
+            registration: None,
+            straight,
+            shows: None,
+            transport: None,
+        }
     }
 
     /// Its devices that lie in the store.
@@ -214,14 +227,28 @@ impl ImageReport {
     }
 }
 
+/// The image over these devices, as `backend` mounts it. A connection of FUSE is one mount's, so that it is known whose
+/// readers ask; of the files in a directory of blobs, and of what the kernel asks about files in the cache, it is not.
+pub(super) fn live(backend: BackendKind, prepared: &Prepared, devices: &[Arc<Device>]) -> LiveImage {
+    let mut live = prepared.live(devices);
+    match backend {
+        BackendKind::FuseDevice | BackendKind::FuseTree => {
+            let key = prepared.limits_key();
+            let of_image = |device: &Arc<Device>| Arc::new(DeviceOfImage::new(device.clone(), key)) as Arc<dyn Backing>;
+            live.devices = devices.iter().map(of_image).collect();
+        }
+        BackendKind::Fanotify | BackendKind::Cachefiles | BackendKind::Blobfs => {}
+    }
+    live
+}
+
 /// An object of the kernel's cache of `size` bytes.
 ///
-/// Its readers are under the limits of `image`, if it is given. Once the kernel reads it, `wants` are fetched, in order, and then all of it if it is `eager`.
+/// Once the kernel reads it, `wants` are fetched, in order, and then all of it if it is `eager`.
 pub(super) fn blob_object(
     object: Arc<Object>,
     size: u64,
     engine: &Arc<Engine>,
-    image: Option<ImageKey>,
     wants: Vec<ByteRange>,
     eager: bool,
 ) -> ObjectSpec {
@@ -231,7 +258,7 @@ pub(super) fn blob_object(
         open: Box::new(move |sink, present| {
             let (map, source) = object.known();
             let device = Device::with_sink(map, source, sink, present, engine.clone());
-            image.into_iter().for_each(|image| device.is_used_by(image));
+            device.is_used_by(object.users());
             object.opened(&device);
             if eager || !wants.is_empty() {
                 device.fetch_in_background(&wants, eager);

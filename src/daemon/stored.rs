@@ -9,7 +9,7 @@ use super::api::{MountRequest, TransportReport};
 use super::connections::{Connections, Kept};
 use super::prepare::Prepared;
 use super::records::{DeviceFile, Record, RecordId};
-use super::served::{Attachment, Mounted, Served};
+use super::served::{Attachment, Mounted, Served, live};
 use super::{Daemon, DaemonError};
 use crate::blob::UnitMap;
 use crate::cache::Device;
@@ -27,7 +27,7 @@ impl Daemon {
         record: RecordId,
     ) -> Result<Mounted, DaemonError> {
         let devices = self.devices_of(&mut prepared)?;
-        let image = prepared.live(&devices);
+        let image = live(kind, &prepared, &devices);
         if let Some(output) = &request.trace {
             // Before any mark, so that complete blobs get one too.
             self.traces.start(&request.dir, &prepared.image, &devices, Some(output.clone()), Vec::new())?;
@@ -72,7 +72,6 @@ impl Daemon {
         // One copy of each map, whatever the number of images that share it.
         let own = std::mem::replace(&mut prepared.maps, devices.iter().map(|device| device.map()).collect());
         self.remember(prepared, own);
-        devices.iter().for_each(|device| device.is_used_by(prepared.limits_key()));
         Ok(devices)
     }
 
@@ -90,7 +89,6 @@ impl Daemon {
         if devices.len() != image.image.devices().len() {
             return Err(DaemonError::Record { what: "it names other devices than the image has".to_owned() });
         }
-        devices.iter().for_each(|device| device.is_used_by(image.limits_key()));
         image.maps = devices.iter().map(|device| device.map()).collect();
         let mut served = Served::stored(record.backend, Arc::new(image), &devices, record.why.clone());
         served.straight.clone_from(&record.straight);

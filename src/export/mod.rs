@@ -31,7 +31,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cache::{Device, Fill};
+use crate::cache::{Device, DeviceOfImage, Fill};
 use crate::image::Image;
 use crate::sys::files::InodeId;
 use crate::sys::fuse::FusermountError;
@@ -103,6 +103,24 @@ impl Backing for Device {
 
     fn when_settled(&self, then: Box<dyn FnOnce() + Send>) {
         self.on_complete(then);
+    }
+}
+
+impl Backing for DeviceOfImage {
+    fn path(&self) -> &Path {
+        Backing::path(&**self.device())
+    }
+
+    fn file(&self) -> Arc<File> {
+        Backing::file(&**self.device())
+    }
+
+    fn is_settled(&self) -> bool {
+        self.device().is_settled()
+    }
+
+    fn when_settled(&self, then: Box<dyn FnOnce() + Send>) {
+        self.device().on_complete(then);
     }
 }
 

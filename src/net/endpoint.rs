@@ -21,7 +21,7 @@ use super::address::{Bounds, OutOfBounds, same_origin};
 use super::outlet::Outlet;
 use super::proxy::ProxyOptions;
 use super::redirects::Redirects;
-use super::{ClientError, ClientOptions, Clock, Rate, Slot, Slots, client};
+use super::{ClientError, ClientOptions, Clock, HostLimits, HostPace, Passage, client};
 use crate::base::{Class, Fault, Secret};
 
 /// Says who we are to one registry.
@@ -57,10 +57,8 @@ pub struct EndpointOptions {
     pub redirect_hosts: Vec<String>,
     /// What is done when the proxy of `client` is ill; `None` for sending everything through it regardless.
     pub proxy: Option<ProxyOptions>,
-    /// Requests at once, readers before prefetch; `None` for any number.
-    pub concurrency: Option<usize>,
-    /// Bytes of bodies per second; `None` for as many as come.
-    pub bytes_per_second: Option<u64>,
+    /// What the host may be asked, shared with everybody else who asks it; `None` for as much as there is.
+    pub pace: Option<Arc<HostPace>>,
 }
 
 /// One request. The method is `GET` or `HEAD`: nothing here changes a server.
@@ -92,6 +90,9 @@ pub enum SendError {
     /// Nobody waits any more.
     #[error("no answer in time")]
     Late,
+    /// It wants to be left alone for so long, and was.
+    #[error("it asked to be left alone for {} s more", .0.as_secs_f32().ceil())]
+    Resting(Duration),
     /// The other side cannot prove who it is, or sends us where nobody should follow.
     #[error("{0}")]
     Untrusted(String),
@@ -109,7 +110,7 @@ impl SendError {
     /// What a caller may do about it.
     pub fn fault(&self) -> Fault {
         match self {
-            Self::Transport(_) | Self::Silent(_) | Self::Late => Fault::Transient,
+            Self::Transport(_) | Self::Silent(_) | Self::Late | Self::Resting(_) => Fault::Transient,
             Self::Untrusted(_) => Fault::Permanent,
             Self::Unauthorized { fault, .. } => *fault,
         }
@@ -119,6 +120,7 @@ impl SendError {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Unauthorized { retry_after, .. } => *retry_after,
+            Self::Resting(left) => Some(*left),
             _ => None,
         }
     }
@@ -134,8 +136,7 @@ pub struct Endpoint {
     /// What the operator wants said with every request to the server itself.
     headers: HeaderMap,
     redirects: Redirects,
-    slots: Option<Slots>,
-    rate: Option<Arc<Rate>>,
+    pace: Arc<HostPace>,
     clock: Clock,
 }
 
@@ -159,10 +160,10 @@ impl Endpoint {
         };
         let home = outlet(&|options| client::home(options, base, bounds.home_resolver()))?;
         let foreign = outlet(&|options| client::foreign(options, base, bounds.foreign_resolver()))?;
-        let slots = options.concurrency.map(Slots::new);
-        let rate = options.bytes_per_second.map(|bytes| Arc::new(Rate::new(bytes, clock.clone())));
         let (headers, redirects) = (said(&options.headers)?, Redirects::default());
-        Ok(Self { base: base.clone(), home, foreign, bounds, options, headers, redirects, slots, rate, clock })
+        let alone = || Arc::new(HostPace::new(HostLimits::default(), clock.clone()));
+        let pace = options.pace.clone().unwrap_or_else(alone);
+        Ok(Self { base: base.clone(), home, foreign, bounds, options, headers, redirects, pace, clock })
     }
 
     /// The base address, as it was given.
@@ -181,21 +182,16 @@ impl Endpoint {
     /// # Errors
     /// There is no answer.
     pub async fn send(&self, ask: Ask<'_>) -> Result<Reply, SendError> {
-        let slot = match &self.slots {
-            Some(slots) => {
-                Some(self.clock.timeout_at(ask.until, slots.take(ask.class)).await.map_err(|_| SendError::Late)?)
-            }
-            None => None,
-        };
+        let passage = self.pace.enter(ask.class, ask.until).await?;
         let response = self.answer(&ask).await?;
-        Ok(Reply {
-            response,
-            clock: self.clock.clone(),
-            idle: self.options.client.idle_timeout,
-            rate: self.rate.clone(),
-            class: ask.class,
-            _slot: slot,
-        })
+        passage.answered(response.status().as_u16(), response.headers());
+        let idle = self.options.client.idle_timeout;
+        Ok(Reply { response, clock: self.clock.clone(), idle, passage })
+    }
+
+    /// Until when the host wants to be left alone, if it does.
+    pub fn rests(&self) -> Option<Instant> {
+        self.pace.rests()
     }
 
     async fn answer(&self, ask: &Ask<'_>) -> Result<Response, SendError> {
@@ -353,10 +349,7 @@ pub struct Reply {
     response: Response,
     clock: Clock,
     idle: Duration,
-    rate: Option<Arc<Rate>>,
-    class: Class,
-    /// Held until the body has been read.
-    _slot: Option<Slot>,
+    passage: Passage,
 }
 
 impl Reply {
@@ -376,9 +369,8 @@ impl Reply {
     /// The connection broke, or was silent for too long, or `until` came.
     pub async fn chunk(&mut self, until: Instant) -> Result<Option<Bytes>, SendError> {
         let piece = patient(&self.clock, self.idle, until, self.response.chunk()).await?.map_err(transport)?;
-        if let (Some(rate), Some(piece)) = (&self.rate, &piece) {
-            let paid = rate.pay(piece.len() as u64, self.class);
-            self.clock.timeout_at(until, paid).await.map_err(|_| SendError::Late)?;
+        if let Some(piece) = &piece {
+            self.passage.pay(piece.len() as u64, until).await?;
         }
         Ok(piece)
     }

@@ -4,6 +4,7 @@
 //! from our own config ([`Registries`]), where that is a mistake. A table `rafsd` in a host's table has what containerd
 //! does not know. The result is data: nobody is connected to, and no certificate is looked at.
 
+mod limits;
 mod registries;
 mod table;
 mod written;
@@ -17,10 +18,13 @@ use std::time::Duration;
 
 use reqwest::Url;
 use reqwest::header::HeaderName;
+use toml::Spanned;
+use toml::de::{DeString, DeTable, DeValue};
 
-use super::{DOCKER, IdentityFiles, canonical};
+use super::{DOCKER, HostLimits, IdentityFiles, canonical};
 use crate::base::Secret;
 
+pub use limits::LimitTables;
 pub use registries::Registries;
 pub(crate) use table::{web, web_with_login};
 
@@ -71,10 +75,8 @@ pub struct HostConfig {
     pub proxy_fallback: bool,
     /// Asked whether the proxy is well.
     pub proxy_ping: Option<Url>,
-    /// Requests at once.
-    pub concurrency: Option<usize>,
-    /// Bytes per second.
-    pub bandwidth: Option<u64>,
+    /// What it may be asked.
+    pub limits: HostLimits,
 }
 
 impl HostConfig {
@@ -94,8 +96,7 @@ impl HostConfig {
             proxy: ProxyUse::Environment,
             proxy_fallback: true,
             proxy_ping: None,
-            concurrency: None,
-            bandwidth: None,
+            limits: HostLimits::default(),
         }
     }
 
@@ -250,6 +251,13 @@ fn read_file(path: &Path) -> io::Result<String> {
 pub fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
+/// Tables as they come in the file; they are sorted by name.
+fn in_order<'a, 'b>(tables: &'b DeTable<'a>) -> Vec<(&'b Spanned<DeString<'a>>, &'b Spanned<DeValue<'a>>)> {
+    let mut tables: Vec<_> = tables.iter().collect();
+    tables.sort_by_key(|(name, _)| name.span().start);
+    tables
 }
 
 /// Whether a registry is on this host at a port where nobody expects TLS, as containerd has it.

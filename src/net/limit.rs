@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::Clock;
-use crate::base::Class;
+use crate::base::{ByteRate, Class, Paid};
 
 /// Requests that may run at once. Whoever a reader waits for goes before all prefetch that waits.
 #[derive(Clone, Debug)]
@@ -89,15 +89,15 @@ impl Drop for Slot {
 #[derive(Debug)]
 pub struct Rate {
     clock: Clock,
-    bytes_per_second: u64,
-    paid: Mutex<Paid>,
+    rate: ByteRate,
+    taken: Mutex<Taken>,
 }
 
-/// Until when the bytes that have arrived are paid for.
-#[derive(Clone, Copy, Debug)]
-struct Paid {
-    readers: Instant,
-    all: Instant,
+/// The bytes that have arrived.
+#[derive(Clone, Copy, Debug, Default)]
+struct Taken {
+    readers: Paid,
+    all: Paid,
 }
 
 /// How much may come at once after a pause: a window of readers must not be cut in pieces.
@@ -106,8 +106,7 @@ const BURST: Duration = Duration::from_millis(100);
 impl Rate {
     /// At most so many; 0 means the same as 1.
     pub fn new(bytes_per_second: u64, clock: Clock) -> Self {
-        let now = clock.now();
-        Self { clock, bytes_per_second: bytes_per_second.max(1), paid: Mutex::new(Paid { readers: now, all: now }) }
+        Self { clock, rate: ByteRate::new(bytes_per_second).with_burst(BURST), taken: Mutex::default() }
     }
 
     /// Counts bytes that have arrived, and waits until the next ones may. Not reading on meanwhile is what
@@ -122,18 +121,11 @@ impl Rate {
     /// Counts them, and gives the moment from which the next ones may come.
     fn charge(&self, bytes: u64, class: Class) -> Instant {
         let now = self.clock.now();
-        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
-        // More than an hour of debt is an hour of debt.
-        let cost = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)).min(Duration::from_secs(3600));
-        let earliest = now.checked_sub(BURST).unwrap_or(now);
-        let mut paid = self.paid.lock().unwrap();
-        paid.all = paid.all.max(earliest) + cost;
+        let mut taken = self.taken.lock().unwrap();
+        let all = taken.all.charge(self.rate, bytes, now);
         match class {
-            Class::Prefetch => paid.all,
-            Class::OnDemand => {
-                paid.readers = paid.readers.max(earliest) + cost;
-                paid.readers
-            }
+            Class::Prefetch => all,
+            Class::OnDemand => taken.readers.charge(self.rate, bytes, now),
         }
     }
 }

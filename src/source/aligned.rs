@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use bytes::Bytes;
 
@@ -84,6 +85,10 @@ impl Upstream for Aligned {
         take: &'a mut (dyn FnMut(Bytes) + Send),
     ) -> BoxFuture<'a, Result<(), Failure>> {
         Box::pin(self.pour_pieces(blob, stored, ctx, take))
+    }
+
+    fn rests(&self) -> Option<Instant> {
+        self.inner.rests()
     }
 
     fn describe(&self) -> String {

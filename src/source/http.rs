@@ -1,6 +1,7 @@
 //! Blobs of an HTTP server: one ranged `GET`, and what its answer means.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use reqwest::header::{HeaderMap, HeaderValue, RANGE};
@@ -177,7 +178,7 @@ impl HttpUpstream {
             SendError::Unauthorized { .. } if error.fault() == Fault::Permanent => {
                 SourceError::Unauthorized { place, detail }.into()
             }
-            SendError::Unauthorized { .. } | SendError::Transport(_) | SendError::Silent(_) => {
+            SendError::Unauthorized { .. } | SendError::Transport(_) | SendError::Silent(_) | SendError::Resting(_) => {
                 Failure { retry_after: error.retry_after(), ..self.unavailable(blob, detail) }
             }
         }
@@ -197,6 +198,10 @@ impl Upstream for HttpUpstream {
         take: &'a mut (dyn FnMut(Bytes) + Send),
     ) -> BoxFuture<'a, Result<(), Failure>> {
         Box::pin(self.pour_once(blob, stored, ctx, take))
+    }
+
+    fn rests(&self) -> Option<Instant> {
+        self.endpoint.rests()
     }
 
     fn describe(&self) -> String {

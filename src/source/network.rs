@@ -16,9 +16,11 @@ use super::{
     BlobSource, HttpUpstream, LocalDisk, LocalSource, ObjectUpstream, OpenError, Tier, Tiers, Upstream, WholeSource,
 };
 use crate::net::auth::{Keychain, Nobody, TokenOptions, Tokens};
-use crate::net::hosts::{self, HostConfig, ProxyUse, Registries, RegistryHosts};
+use crate::net::hosts::{self, HostConfig, LimitTables, ProxyUse, Registries, RegistryHosts};
 use crate::net::proxy::ProxyOptions;
-use crate::net::{ClientOptions, Clock, Endpoint, EndpointOptions, Health, Proxy, RetryPolicy, canonical};
+use crate::net::{
+    ClientOptions, Clock, Endpoint, EndpointOptions, Health, HostLimits, HostPace, Proxy, RetryPolicy, canonical,
+};
 use crate::telemetry::Telemetry;
 
 /// How the network is used.
@@ -32,6 +34,8 @@ pub struct NetworkOptions {
     pub hosts_dir: PathBuf,
     /// Hosts of registries that go before those of the directory.
     pub registries: Registries,
+    /// What hosts may be asked, whatever they are.
+    pub limits: LimitTables,
     /// Who we are to registries.
     pub keychain: Arc<dyn Keychain>,
     /// The time.
@@ -46,6 +50,7 @@ impl Default for NetworkOptions {
             policy: RetryPolicy::default(),
             hosts_dir: hosts::DEFAULT_DIR.into(),
             registries: Registries::default(),
+            limits: LimitTables::default(),
             keychain: Arc::new(Nobody),
             clock: Clock::default(),
         }
@@ -110,6 +115,9 @@ impl Registry {
     }
 }
 
+/// Hosts whose limits are kept although nobody asks them any more.
+const MOST_HOSTS: usize = 1024;
+
 /// The name of a registry, and what who asks for it trusts besides.
 type Asked = (String, Option<PathBuf>);
 
@@ -119,12 +127,14 @@ pub struct Network {
     options: NetworkOptions,
     telemetry: Telemetry,
     registries: Mutex<HashMap<Asked, Arc<Registry>>>,
+    /// By host and port, and by the limits that they were found with: those of registries may change.
+    paces: Mutex<HashMap<(String, HostLimits), Arc<HostPace>>>,
 }
 
 impl Network {
     /// Connects to nobody yet. What sources are asked is counted in `telemetry`.
     pub fn new(options: NetworkOptions, telemetry: Telemetry) -> Self {
-        Self { options, telemetry, registries: Mutex::default() }
+        Self { options, telemetry, registries: Mutex::default(), paces: Mutex::default() }
     }
 
     /// When to ask again.
@@ -195,12 +205,26 @@ impl Network {
             headers: config.headers.clone(),
             authorize: Some(Arc::new(tokens)),
             proxy,
-            concurrency: config.concurrency,
-            bytes_per_second: config.bandwidth,
+            pace: Some(self.pace(&config.base, config.limits)),
             redirect_hosts: config.redirects.clone(),
         };
         let endpoint = Arc::new(Endpoint::new(&config.base, options, clock.clone())?);
         Ok(Server { config: config.clone(), endpoint, health: Arc::default() })
+    }
+
+    /// What the host of `address` may be asked: the same for everybody who asks it. `own` are the limits that the table
+    /// of a registry has for it.
+    fn pace(&self, address: &Url, own: HostLimits) -> Arc<HostPace> {
+        let tables = &self.options.limits;
+        let limits =
+            tables.of(address).unwrap_or_else(|| if own == HostLimits::default() { tables.of_all() } else { own });
+        let (host, port) = (address.host_str().unwrap_or_default(), address.port_or_known_default().unwrap_or(0));
+        let mut paces = self.paces.lock().unwrap();
+        if paces.len() >= MOST_HOSTS {
+            paces.retain(|_, pace| Arc::strong_count(pace) > 1);
+        }
+        let new = || Arc::new(HostPace::new(limits, self.options.clock.clone()));
+        Arc::clone(paces.entry((format!("{host}:{port}"), limits)).or_insert_with(new))
     }
 
     fn client(&self, config: &HostConfig, ca: Option<&Path>) -> ClientOptions {
@@ -291,10 +315,15 @@ impl Network {
             "localdisk" => local(Arc::new(LocalDisk::new(spec)?)),
             "docker" => self.repository(rest, ca),
             "s3" | "oss" | "gs" | "az" => {
-                Ok(vec![Tier::new(ObjectUpstream::new(spec, &client, self.options.clock.clone())?)])
+                let bucket = ObjectUpstream::new(spec, &client, self.options.clock.clone())?;
+                let pace = self.pace(bucket.address(), HostLimits::default());
+                Ok(vec![Tier::new(bucket.at_pace(pace))])
             }
             _ => {
-                let options = EndpointOptions { client, ..EndpointOptions::default() };
+                // One that is no address is told of by whoever needs it.
+                let address = Url::parse(spec).ok();
+                let pace = address.map(|address| self.pace(&address, HostLimits::default()));
+                let options = EndpointOptions { client, pace, ..EndpointOptions::default() };
                 Ok(vec![Tier::new(HttpUpstream::new(spec, options, self.options.clock.clone())?)])
             }
         }

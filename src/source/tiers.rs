@@ -84,6 +84,11 @@ impl Tiers {
         let mut order = Vec::with_capacity(self.tiers.len());
         let mut bad = Vec::new();
         for (at, tier) in self.tiers.iter().enumerate() {
+            if tier.upstream.rests().is_some() {
+                // Not to be asked now, and not to be probed.
+                bad.push(at);
+                continue;
+            }
             match tier.health.standing(now) {
                 Standing::Good => order.push(at),
                 Standing::Bad => bad.push(at),
@@ -320,8 +325,8 @@ impl Tiers {
         ended.unwrap_or_else(|_| Err(SourceError::Deadline { blob: blob.clone(), place: self.describe(), range }))
     }
 
-    fn patience(&self, blob: &BlobId, range: ByteRange, ctx: ReadCtx) -> Patience<'_> {
-        Patience { source: self, seed: seed(blob, range), failed: 0, absent: Vec::new(), ctx }
+    fn patience<'a>(&'a self, blob: &'a BlobId, range: ByteRange, ctx: ReadCtx) -> Patience<'a> {
+        Patience { source: self, blob, seed: seed(blob, range), failed: 0, absent: Vec::new(), ctx }
     }
 }
 
@@ -410,6 +415,7 @@ impl Round {
 /// How often has been asked, and how often still may be.
 struct Patience<'a> {
     source: &'a Tiers,
+    blob: &'a BlobId,
     seed: u64,
     failed: u32,
     /// Places that are not to be asked before a moment, or not again during this read.
@@ -421,8 +427,10 @@ impl Patience<'_> {
     /// How long the place at `at` is not to be asked; for ever if it will not do better during this read.
     fn wait(&self, at: usize, now: Instant) -> Duration {
         let absent = self.absent.iter().filter(|(absent, _)| *absent == at).map(|(_, until)| *until);
+        // What another read was told holds for this one too.
+        let rests = self.source.tiers.get(at).and_then(|tier| tier.upstream.rests()).map(Some);
         let wait = |until: Option<Instant>| until.map_or(Duration::MAX, |until| until.saturating_duration_since(now));
-        absent.map(wait).max().unwrap_or_default()
+        absent.chain(rests).map(wait).max().unwrap_or_default()
     }
 
     /// Waits until it makes sense to ask again.
@@ -435,7 +443,13 @@ impl Patience<'_> {
         let retry_after = earliest.filter(|wait| !wait.is_zero() && *wait < Duration::MAX);
         let Some(error) = round.failure else {
             // Nobody could be asked yet.
-            clock.sleep(retry_after.unwrap_or(self.source.policy.first_delay)).await;
+            let pause = retry_after.unwrap_or(self.source.policy.first_delay);
+            if pause >= deadline.saturating_duration_since(now) {
+                let (blob, place) = (self.blob.clone(), self.source.describe());
+                let detail = format!("it asked to be left alone for {} s more", pause.as_secs_f32().ceil());
+                return Err(SourceError::Unavailable { blob, place, detail });
+            }
+            clock.sleep(pause).await;
             return Ok(());
         };
         self.failed += 1;

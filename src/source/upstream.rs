@@ -1,6 +1,6 @@
 //! A place that is asked once and does not try again.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -23,6 +23,11 @@ pub trait Upstream: Send + Sync + 'static {
         ctx: ReadCtx,
         take: &'a mut (dyn FnMut(Bytes) + Send),
     ) -> BoxFuture<'a, Result<(), Failure>>;
+
+    /// Until when its host wants to be left alone by everybody, if it does.
+    fn rests(&self) -> Option<Instant> {
+        None
+    }
 
     /// What to call it in messages: an URL, without secrets.
     fn describe(&self) -> String;

@@ -72,6 +72,8 @@ label! {
         NoSpace = "no_space",
         /// The cache's disk failed.
         Io = "io",
+        /// Its turn did not come in time, by a limit of its image.
+        Limit = "limit",
         /// The image has nothing there.
         Unmapped = "unmapped",
         /// Nobody wanted it any more.

@@ -17,7 +17,7 @@ use crate::daemon::settings::Settings;
 use crate::daemon::{Daemon, Options, keeper};
 use crate::export::fuse::Transport;
 use crate::net::Clock;
-use crate::net::hosts::Registries;
+use crate::net::hosts::{LimitTables, Registries};
 use crate::net::server::{BlobServer, ServerOptions, Stats};
 use crate::sys::sandbox::Sandbox;
 use crate::sys::service::Supervisor;
@@ -96,6 +96,7 @@ impl Stage {
             fuse_transport: Transport::Dev,
             hosts_dir: PathBuf::new(),
             registries: Registries::default(),
+            host_limits: LimitTables::default(),
             credentials: Credentials::only_given(Clock::default()),
             sandbox: Sandbox::off(),
         };

@@ -55,6 +55,9 @@ pub struct FailedUnits {
     pub no_space: u64,
     /// The cache's disk failed.
     pub io: u64,
+    /// Its turn did not come in time, by a limit of its image.
+    #[serde(default)]
+    pub limit: u64,
     /// The image has nothing there.
     pub unmapped: u64,
     /// Nobody wanted it any more.
@@ -225,9 +228,15 @@ impl Durations {
 impl FailedUnits {
     /// Those that somebody still wanted, with the names of their causes.
     pub fn wanted(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
-        let Self { source, corrupt, no_space, io, unmapped, cancelled: _ } = *self;
-        let all =
-            [("source", source), ("corrupt", corrupt), ("no space", no_space), ("io", io), ("unmapped", unmapped)];
+        let Self { source, corrupt, no_space, io, limit, unmapped, cancelled: _ } = *self;
+        let all = [
+            ("source", source),
+            ("corrupt", corrupt),
+            ("no space", no_space),
+            ("io", io),
+            ("limit", limit),
+            ("unmapped", unmapped),
+        ];
         all.into_iter().filter(|(_, count)| *count > 0)
     }
 }

@@ -12,10 +12,13 @@ use toml::de::{DeTable, DeValue};
 
 use super::{Raw, Setting, Settings, TABLE, ValueError};
 use crate::base::nearest;
-use crate::net::hosts::{Note, Registries};
+use crate::net::hosts::{LimitTables, Note, Registries};
 
-/// The key of the tables of registries, the only ones that are no settings by themselves.
+/// The key of the tables of registries.
 pub const REGISTRY: &str = "registry";
+
+/// The key of the tables of limits of hosts. Nothing else is no setting by itself.
+pub const HOST: &str = "host";
 
 /// Longest config file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -31,9 +34,9 @@ pub enum Mistake {
     Above { key: &'static str, most: &'static str },
     #[error("{0}")]
     Syntax(String),
-    /// In what is said of a registry, which is named.
+    /// In what is said of a registry or a host, which is named.
     #[error("{0}")]
-    Registry(String),
+    Table(String),
 }
 
 impl Mistake {
@@ -49,6 +52,17 @@ pub struct Located {
     /// Line of the file, from 1.
     pub line: Option<usize>,
     pub mistake: Mistake,
+}
+
+impl Located {
+    /// Something in a table that begins at `line`.
+    fn of_table(note: Note, line: Option<usize>) -> Self {
+        Self { line: note.line.or(line), mistake: Mistake::Table(note.text) }
+    }
+
+    fn is_broken_syntax_of(&self, line: Option<usize>) -> bool {
+        self.line == line && matches!(self.mistake, Mistake::Syntax(_))
+    }
 }
 
 impl fmt::Display for Located {
@@ -96,31 +110,41 @@ pub fn read_text(file: ConfigText<'_>, settings: &mut Settings) -> (Vec<&'static
     let mut keys = Vec::new();
     for (key, value) in table.get_ref() {
         let line = place(key.span().start);
-        if let (REGISTRY, DeValue::Table(tables)) = (&**key.get_ref(), value.get_ref()) {
-            let (registries, wrong) = Registries::read(tables, text, dir);
-            settings.registries = registries;
-            let located = |note: Note| Located { line: note.line.or(line), mistake: Mistake::Registry(note.text) };
-            mistakes.extend(wrong.into_iter().map(located));
-            continue;
-        }
-        match take(key.get_ref(), value, settings) {
-            Ok(key) => keys.push(key),
-            // Where the syntax is broken, what is around it means nothing.
-            Err(_)
-                if mistakes.iter().any(|other| other.line == line && matches!(other.mistake, Mistake::Syntax(_))) => {}
-            Err(mistake) => mistakes.push(Located { line, mistake }),
-        }
+        let wrong = match (&**key.get_ref(), value.get_ref()) {
+            (REGISTRY, DeValue::Table(tables)) => {
+                let (registries, wrong) = Registries::read(tables, text, dir);
+                settings.registries = registries;
+                wrong
+            }
+            (HOST, DeValue::Table(tables)) => {
+                let (limits, wrong) = LimitTables::read(tables, text);
+                settings.host_limits = limits;
+                wrong
+            }
+            _ => {
+                match take(key.get_ref(), value, settings) {
+                    Ok(key) => keys.push(key),
+                    // Where the syntax is broken, what is around it means nothing.
+                    Err(_) if mistakes.iter().any(|other| other.is_broken_syntax_of(line)) => {}
+                    Err(mistake) => mistakes.push(Located { line, mistake }),
+                }
+                continue;
+            }
+        };
+        mistakes.extend(wrong.into_iter().map(|note| Located::of_table(note, line)));
     }
+    let twice = settings.host_limits.told_twice(&settings.registries);
+    mistakes.extend(twice.into_iter().map(|note| Located::of_table(note, None)));
     mistakes.sort_by_key(|mistake| mistake.line);
     (keys, mistakes)
 }
 
 fn take(key: &str, value: &Spanned<DeValue<'_>>, settings: &mut Settings) -> Result<&'static str, Mistake> {
     let Some(setting) = Setting::named(key) else {
-        if key == REGISTRY {
-            return Err(Mistake::Registry(format!("{REGISTRY}: it must be a table")));
+        if [REGISTRY, HOST].contains(&key) {
+            return Err(Mistake::Table(format!("{key}: it must be a table")));
         }
-        let known = TABLE.iter().map(|setting| setting.key).chain([REGISTRY]);
+        let known = TABLE.iter().map(|setting| setting.key).chain([REGISTRY, HOST]);
         return Err(Mistake::Unknown { key: key.to_owned(), nearest: nearest(key, known) });
     };
     let wrong = |cause| Mistake::Value { key: setting.key, cause };
@@ -248,7 +272,24 @@ mod tests {
             ]
         );
         assert_eq!(told("registry = 1\n"), ["line 1: registry: it must be a table"]);
+        assert_eq!(told("host = 1\n"), ["line 1: host: it must be a table"]);
         assert_eq!(told("[registries.x]\n"), ["line 1: unknown key \"registries\"; did you mean \"registry\"?"]);
+    }
+
+    #[test]
+    fn limits_of_a_host_are_told_in_one_place() {
+        let text = "fetches = 3\n[host.\"store.lan:9000\"]\nconcurrency = 8\nbandwith = \"1MiB\"\n";
+        assert_eq!(
+            told(text),
+            ["line 4: host \"store.lan:9000\": unknown key \"bandwith\"; did you mean \"bandwidth\"?"]
+        );
+        let text = text.replace("bandwith", "bandwidth");
+        let mut settings = Settings::default();
+        let (keys, mistakes) = read(&text, &mut settings);
+        assert_eq!((keys, mistakes, settings.host_limits.len()), (vec!["fetches"], vec![], 1));
+
+        let both = text + "[registry.r.host.\"http://store.lan:9000\".rafsd]\nconcurrency = 1\n";
+        assert_eq!(told(&both), ["host \"store.lan:9000\": the table of registry \"r\" has limits of it as well"]);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! the file, the file before the default.
 //!
 //! Beside them the file has tables about registries, `[registry."HOST"]`, which are what containerd has in a
-//! `hosts.toml` for each ([`crate::net::hosts`]).
+//! `hosts.toml` for each ([`crate::net::hosts`]), and tables of limits, `[host."HOST"]`.
 //!
 //! Nothing secret is among the settings, so all of them may be printed. In tables of registries the values of
 //! headers and the logins of proxies are secrets, which are not.
@@ -17,7 +17,7 @@ pub mod nydusd;
 mod table;
 
 pub use field::{Field, Raw, ValueError};
-pub use file::{ConfigText, Located, Mistake, REGISTRY, read_file, read_text};
+pub use file::{ConfigText, HOST, Located, Mistake, REGISTRY, read_file, read_text};
 pub use table::TABLE;
 
 use std::net::SocketAddr;
@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use crate::cache::StoreOptions;
 use crate::export::BackendKind;
 use crate::export::fuse::Transport;
-use crate::net::hosts::Registries;
+use crate::net::hosts::{LimitTables, Registries};
 
 /// Where the config file is looked for when nobody names one. It need not exist.
 pub const DEFAULT_FILE: &str = "/etc/rafsd/config.toml";
@@ -99,6 +99,8 @@ pub struct Settings {
     pub hosts_dir: PathBuf,
     /// Hosts of registries, told of in the config file itself; they go before `hosts_dir`.
     pub registries: Registries,
+    /// Limits of hosts, likewise.
+    pub host_limits: LimitTables,
     /// Logins of docker and its like; `None` for the usual places.
     pub docker_config: Option<PathBuf>,
     /// The kubelet's config file of credential provider plugins.
@@ -134,6 +136,7 @@ impl Default for Settings {
             store: StoreOptions::default(),
             hosts_dir: PathBuf::new(),
             registries: Registries::default(),
+            host_limits: LimitTables::default(),
             docker_config: None,
             credential_providers: None,
             credential_provider_bin_dir: None,

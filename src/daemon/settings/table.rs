@@ -65,7 +65,7 @@ pub const TABLE: &[Setting] = &[
         "image_fetches",
         Field::Count(Range(0, 1024), |s| &mut s.store.image_fetches),
         "0",
-        "Ranged reads for waiting readers of one image that run at once, its shared blobs counted for the first image; 0 for no limit",
+        "Ranged reads for waiting readers of one image that run at once; 0 for no limit",
     ),
     setting(
         "image_rate",

@@ -33,7 +33,9 @@ impl fmt::Debug for ObjectSpec {
 pub(super) struct Object {
     pub(super) name: String,
     file: Arc<OwnedFd>,
-    spec: Arc<ObjectSpec>,
+    size: u64,
+    /// None for an object of no image that is served: its reads are denied.
+    spec: Option<Arc<ObjectSpec>>,
     device: OnceLock<Arc<dyn Fill>>,
     /// Held while the device is made: there must not be two over one file.
     making: Mutex<()>,
@@ -41,12 +43,17 @@ pub(super) struct Object {
 
 impl Object {
     pub(super) fn new(name: String, file: OwnedFd, spec: Arc<ObjectSpec>) -> Self {
-        Self { name, file: Arc::new(file), spec, device: OnceLock::new(), making: Mutex::default() }
+        Self { size: spec.size, spec: Some(spec), ..Self::unserved(name, file, 0) }
+    }
+
+    /// One of no image that is served.
+    pub(super) fn unserved(name: String, file: OwnedFd, size: u64) -> Self {
+        Self { name, file: Arc::new(file), size, spec: None, device: OnceLock::new(), making: Mutex::default() }
     }
 
     /// Length in bytes, rounded up to whole blocks as the kernel rounds it.
     pub(super) fn len(&self) -> u64 {
-        self.spec.size.next_multiple_of(BLOCK)
+        self.size.next_multiple_of(BLOCK)
     }
 
     /// The device, made at the first READ or a little before: before that the kernel may not have set
@@ -59,11 +66,11 @@ impl Object {
         if let Some(device) = self.device.get() {
             return Ok(device);
         }
+        let unserved = || io::Error::new(io::ErrorKind::NotFound, "no image that is served has it");
+        let spec = self.spec.as_ref().ok_or_else(unserved)?;
         let present = data_ranges(self.file.as_fd(), self.len())?;
-        let device = (self.spec.open)(
-            Box::new(ObjectSink { file: self.file.clone(), is_ready: AtomicBool::new(false) }),
-            &present,
-        );
+        let device =
+            (spec.open)(Box::new(ObjectSink { file: self.file.clone(), is_ready: AtomicBool::new(false) }), &present);
         Ok(self.device.get_or_init(|| device))
     }
 

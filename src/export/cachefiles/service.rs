@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{Whence, lseek};
 
 use super::object::{Object, ObjectSpec};
 use super::{FsId, ObjectName};
@@ -227,8 +228,11 @@ impl Cachefiles {
         let name = object_name(&open.volume_key, &open.cookie_key);
         let spec =
             self.known.lock().unwrap().objects.get(&(open.volume_key, open.cookie_key)).map(|(spec, _)| spec.clone());
-        let answer = match &spec {
-            Some(spec) => self.device.opened(open.msg_id, spec.size),
+        // A reader of an object that the kernel has open would not hear of a refusal: the kernel asks for the object
+        // again, and again. Accepted, each of its reads is denied.
+        let size = spec.as_ref().map_or_else(|| opened_before(&open.object), |spec| Some(spec.size));
+        let answer = match size {
+            Some(size) => self.device.opened(open.msg_id, size),
             // Dropping `open.object` afterwards closes the descriptor, as it must be.
             None => self.device.refuse_open(open.msg_id, libc::ENOENT),
         };
@@ -237,13 +241,15 @@ impl Cachefiles {
             tracing::error!(object = name, %error, "an open could not be answered");
             return;
         }
-        match spec {
-            Some(spec) => {
-                let object = Arc::new(Object::new(name, open.object, spec));
-                self.open.lock().unwrap().insert(open.object_id, object);
-            }
-            None => tracing::warn!(object = name, "the kernel asked for an object of no registered image"),
+        if spec.is_none() {
+            tracing::warn!(object = name, "the kernel asked for an object of no registered image");
         }
+        let Some(size) = size else { return };
+        let object = match spec {
+            Some(spec) => Object::new(name, open.object, spec),
+            None => Object::unserved(name, open.object, size),
+        };
+        self.open.lock().unwrap().insert(open.object_id, Arc::new(object));
     }
 
     fn read(&self, msg_id: u32, object_id: u32, range: ByteRange) {
@@ -260,7 +266,9 @@ impl Cachefiles {
         let device = match object.device() {
             Ok(device) => device,
             Err(error) => {
-                tracing::error!(request, object = object.name, %error, "an object's holes cannot be found");
+                if let Some(held_back) = self.log.admit(Instant::now()) {
+                    tracing::error!(request, object = object.name, %error, held_back, "an object cannot be filled");
+                }
                 return;
             }
         };
@@ -285,6 +293,12 @@ impl Cachefiles {
         };
         device.fill_for(asked, wanted, Box::new(done));
     }
+}
+
+/// Length of an object's file in whole blocks, if the kernel has had the object open before: one that is opened for the
+/// first time has no file yet when it is asked for.
+fn opened_before(object: &OwnedFd) -> Option<u64> {
+    lseek(object, 0, Whence::SeekEnd).ok().and_then(|len| u64::try_from(len).ok()).filter(|len| *len > 0)
 }
 
 /// What to call an object.

@@ -6,11 +6,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use toml::Spanned;
-use toml::de::{DeString, DeTable, DeValue};
+use toml::de::{DeTable, DeValue};
 
 use super::table::{self, shown};
-use super::{ALL, HostConfig, Note, RegistryHosts};
+use super::{ALL, HostConfig, Note, RegistryHosts, in_order};
 use crate::net::canonical;
 
 /// What somebody's own config says, by the names of registries.
@@ -127,13 +126,6 @@ impl Registries {
         }
         hosts
     }
-}
-
-/// The tables as they come in the file; they are sorted by name.
-fn in_order<'a, 'b>(tables: &'b DeTable<'a>) -> Vec<(&'b Spanned<DeString<'a>>, &'b Spanned<DeValue<'a>>)> {
-    let mut tables: Vec<_> = tables.iter().collect();
-    tables.sort_by_key(|(name, _)| name.span().start);
-    tables
 }
 
 /// A host that comes a second time, such as with and without its scheme.

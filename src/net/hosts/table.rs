@@ -10,7 +10,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::{HostConfig, HostsError, Note, ProxyUse, RegistryHosts};
 use crate::base::{ByteSize, Secret, TimeSpan, nearest};
-use crate::net::IdentityFiles;
+use crate::net::{HostLimits, IdentityFiles};
 
 /// Least and most that `align` may be: a page, and what one request should at most be made longer by.
 const ALIGN: [u64; 2] = [4 << 10, 64 << 20];
@@ -21,6 +21,9 @@ const HOST_KEYS: [&str; 8] =
 
 /// What the root has besides.
 const ROOT_KEYS: [&str; 2] = ["server", "host"];
+
+/// What a table of limits may have.
+const LIMIT_KEYS: [&str; 2] = ["concurrency", "bandwidth"];
 
 /// What a table says.
 #[derive(Debug)]
@@ -73,6 +76,20 @@ pub(super) fn read_table(table: &DeTable<'_>, text: &str, registry: &str, folder
     hosts.append(&mut origin);
     let hosts = if reader.wrong.is_empty() { Ok(RegistryHosts { hosts }) } else { Err(reader.wrong) };
     Ok(Read { hosts, unknown: reader.unknown })
+}
+
+/// The limits that a table, a part of `text`, tells of, and everything that is wrong with it.
+pub(super) fn read_limits(table: &DeTable<'_>, text: &str) -> (HostLimits, Vec<Note>) {
+    let mut reader = Reader { text, folder: Path::new(""), wrong: Vec::new(), unknown: Vec::new() };
+    let mut limits = HostLimits::default();
+    for (key, value) in table {
+        if !reader.limit(key.get_ref(), value, &mut limits) {
+            let meant = nearest(key.get_ref(), LIMIT_KEYS).map(|key| format!("; did you mean {key:?}?"));
+            let text = format!("unknown key {:?}{}", key.get_ref(), meant.unwrap_or_default());
+            reader.wrong(key.span().start, text);
+        }
+    }
+    (limits, reader.wrong)
 }
 
 struct Reader<'a> {
@@ -168,14 +185,7 @@ impl Reader<'_> {
                     Some(url) => host.proxy_ping = url,
                     None => {}
                 },
-                "concurrency" => match value.get_ref().as_integer().and_then(|n| n.as_str().parse().ok()) {
-                    Some(count @ 1..=1024) => host.concurrency = Some(count),
-                    _ => self.wrong(at, "concurrency must be a number from 1 to 1024"),
-                },
-                "bandwidth" => match self.size("bandwidth", value) {
-                    Some(0..1024) => self.wrong(at, "bandwidth must be at least 1KiB"),
-                    bytes => host.bandwidth = bytes,
-                },
+                key if self.limit(key, value, &mut host.limits) => {}
                 // This table is ours, so that nobody else can mean something by it.
                 other => self.wrong(
                     at,
@@ -184,6 +194,23 @@ impl Reader<'_> {
             }
         }
         self.without_proxy(table);
+    }
+
+    /// Takes a limit; tells whether the key is one.
+    fn limit(&mut self, key: &str, value: &Value<'_>, limits: &mut HostLimits) -> bool {
+        let at = value.span().start;
+        match key {
+            "concurrency" => match value.get_ref().as_integer().and_then(|n| n.as_str().parse().ok()) {
+                Some(count @ 1..=1024) => limits.concurrency = Some(count),
+                _ => self.wrong(at, "concurrency must be a number from 1 to 1024"),
+            },
+            "bandwidth" => match self.size("bandwidth", value) {
+                Some(0..1024) => self.wrong(at, "bandwidth must be at least 1KiB"),
+                bytes => limits.bandwidth = bytes,
+            },
+            _ => return false,
+        }
+        true
     }
 
     /// Tells what is about a proxy where none is named.

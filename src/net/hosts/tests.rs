@@ -68,11 +68,11 @@ fn what_containerd_does_not_know_is_in_a_table_of_its_own() {
     );
 
     let peer = &hosts.hosts[0];
-    assert_eq!((peer.align, peer.bandwidth), (Some(4 << 20), Some(10 << 20)));
+    assert_eq!((peer.align, peer.limits.bandwidth), (Some(4 << 20), Some(10 << 20)));
     assert_eq!(peer.proxy, ProxyUse::Through(Secret::new("http://u:hunter2@p:3128/")));
     assert!(!peer.proxy_fallback && peer.proxy_ping.is_some());
     assert!(!format!("{peer:?}").contains("hunter2"), "a proxy may want a login, which is never shown");
-    assert_eq!(hosts.hosts[1].concurrency, Some(8));
+    assert_eq!(hosts.hosts[1].limits.concurrency, Some(8));
 }
 
 #[test]
@@ -230,7 +230,7 @@ fn a_registry_is_found_by_whichever_of_its_names_it_was_told_of() {
         assert_eq!(host.namespace(name), None, "{name}");
     }
     assert_eq!(origin("localhost:25510").base.as_str(), "http://localhost:25510/v2");
-    assert_eq!(origin("localhost:25510").concurrency, Some(3));
+    assert_eq!(origin("localhost:25510").limits.concurrency, Some(3));
     assert!(own.written_whole().contains("[registry.\"docker.io\"]"));
 }
 

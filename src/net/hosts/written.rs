@@ -9,6 +9,7 @@ use toml::de::DeTable;
 
 use super::{HostConfig, ProxyUse, Registries};
 use crate::base::{ByteSize, Secret, TimeSpan, toml_json, toml_string, toml_strings};
+use crate::net::HostLimits;
 
 impl Registries {
     /// As tables of a config file, secrets left out; nothing if there are none.
@@ -55,7 +56,7 @@ impl Registries {
     }
 }
 
-fn key(key: &str, value: &str) -> String {
+pub(super) fn key(key: &str, value: &str) -> String {
     format!("{key} = {value}\n")
 }
 
@@ -126,18 +127,24 @@ fn proxy(address: &Secret, shows_secrets: bool) -> String {
     }
 }
 
+pub(super) fn limits(limits: HostLimits) -> String {
+    let mut out = String::new();
+    if let Some(count) = limits.concurrency {
+        out += &key("concurrency", &count.to_string());
+    }
+    if let Some(bytes) = limits.bandwidth {
+        out += &key("bandwidth", &toml_string(&ByteSize(bytes).exact()));
+    }
+    out
+}
+
 /// What containerd does not know.
 fn ours(host: &HostConfig, shows_secrets: bool) -> String {
     let mut out = String::new();
     if let Some(bytes) = host.align {
         out += &key("align", &toml_string(&ByteSize(bytes).exact()));
     }
-    if let Some(count) = host.concurrency {
-        out += &key("concurrency", &count.to_string());
-    }
-    if let Some(bytes) = host.bandwidth {
-        out += &key("bandwidth", &toml_string(&ByteSize(bytes).exact()));
-    }
+    out += &limits(host.limits);
     if !host.redirects.is_empty() {
         out += &key("redirects", &toml_strings(&host.redirects));
     }

@@ -14,7 +14,7 @@ use tokio::task::spawn_blocking;
 use super::reply::{Ending, Reply};
 use super::wire::{self, Head, MAX_HEAD, Method};
 use super::{Fault, Request, Served, Shared};
-use crate::base::{BlobId, ByteRange};
+use crate::base::{BlobId, ByteRange, ByteRate, Paid};
 
 /// Bytes read from disk and written to the socket at a time when nothing slows the server down.
 const CHUNK: u64 = 256 << 10;
@@ -147,13 +147,13 @@ async fn read(file: Arc<File>, part: ByteRange) -> io::Result<Vec<u8>> {
 #[derive(Debug)]
 pub(super) struct Pace {
     bytes_per_second: u64,
-    /// When the link has carried everything that was put on it so far.
-    free: std::sync::Mutex<Option<Instant>>,
+    /// Everything that was put on it so far.
+    carried: std::sync::Mutex<Paid>,
 }
 
 impl Pace {
     pub(super) fn new(bytes_per_second: u64) -> Self {
-        Self { bytes_per_second: bytes_per_second.max(1), free: std::sync::Mutex::default() }
+        Self { bytes_per_second, carried: std::sync::Mutex::default() }
     }
 
     /// Bytes to put on the link at a time.
@@ -163,12 +163,7 @@ impl Pace {
 
     /// Puts `bytes` on the link; returns when the last of them has passed.
     fn reserve(&self, bytes: u64, now: Instant) -> Instant {
-        let micros = u128::from(bytes) * 1_000_000 / u128::from(self.bytes_per_second);
-        let takes = Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX));
-        let mut free = self.free.lock().unwrap();
-        let passed = free.unwrap_or(now).max(now) + takes;
-        *free = Some(passed);
-        passed
+        self.carried.lock().unwrap().charge(ByteRate::new(self.bytes_per_second), bytes, now)
     }
 }
 

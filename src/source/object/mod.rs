@@ -8,6 +8,7 @@
 //! A blob is the object `PREFIX` + blob id. The prefix is plain text in front of the name, as Nydus has it, and
 //! not a directory.
 
+mod address;
 mod place;
 mod transport;
 
@@ -16,10 +17,12 @@ use std::fs;
 use std::future::Future;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore};
+use reqwest::Url;
 
 pub use self::place::BadPlace;
 use self::place::Place;
@@ -27,14 +30,16 @@ use self::transport::{Head, Seen};
 use super::answer::{self, Answer};
 use super::{BoxFuture, Failure, OpenError, ReadCtx, SourceError, Upstream};
 use crate::base::{BlobId, ByteRange, TimeSpan};
-use crate::net::{ClientOptions, Clock, SendError};
+use crate::net::{ClientOptions, Clock, HostLimits, HostPace, Passage, SendError};
 
 /// One bucket, or the part of it whose names begin with a prefix. Needs a tokio runtime.
 pub struct ObjectUpstream {
     place: Place,
+    address: Url,
     options: ClientOptions,
     shown: String,
     opened: Mutex<Opened>,
+    pace: Arc<HostPace>,
     clock: Clock,
 }
 
@@ -57,8 +62,20 @@ impl ObjectUpstream {
     pub fn new(spec: &str, options: &ClientOptions, clock: Clock) -> Result<Self, OpenError> {
         let place = Place::parse(spec)?;
         let opened = Mutex::new(open(&place, options)?);
-        let (shown, options) = (place.to_string(), options.clone());
-        Ok(Self { place, options, shown, opened, clock })
+        let (address, shown, options) = (place.address()?, place.to_string(), options.clone());
+        let pace = Arc::new(HostPace::new(HostLimits::default(), clock.clone()));
+        Ok(Self { place, address, options, shown, opened, pace, clock })
+    }
+
+    /// Where the cloud is asked, without the bucket, whose name may be a part of the host's.
+    pub fn address(&self) -> &Url {
+        &self.address
+    }
+
+    /// The same bucket, asked no more than its host may be.
+    #[must_use]
+    pub fn at_pace(self, pace: Arc<HostPace>) -> Self {
+        Self { pace, ..self }
     }
 
     /// What `work` gives, unless the bucket is silent for too long.
@@ -77,25 +94,42 @@ impl ObjectUpstream {
         Path::parse(format!("{}{blob}", self.place.prefix)).map_err(refused)
     }
 
+    /// Waits for the turn of one request about `range`.
+    async fn turn(&self, blob: &BlobId, range: ByteRange, ctx: ReadCtx) -> Result<Passage, Failure> {
+        let entered = self.pace.enter(ctx.class, ctx.deadline).await;
+        entered.map_err(|error| self.kept_waiting(blob, range, &error))
+    }
+
+    /// What is told of a request that had to wait too long for the limits of its host, or for its sleep.
+    fn kept_waiting(&self, blob: &BlobId, range: ByteRange, error: &SendError) -> Failure {
+        match error.retry_after() {
+            Some(left) => Failure { retry_after: Some(left), ..self.unavailable(blob, error.to_string()) },
+            None => SourceError::Deadline { blob: blob.clone(), place: self.shown.clone(), range }.into(),
+        }
+    }
+
     /// Asks once; and once more if the credentials were refused and others are in their file by now.
     async fn ask(
         &self,
         blob: &BlobId,
         range: ByteRange,
         options: &GetOptions,
-    ) -> Result<(Head, object_store::GetResult), Failure> {
+        ctx: ReadCtx,
+    ) -> Result<(Passage, Head, object_store::GetResult), Failure> {
         let key = self.key(blob)?;
+        let passage = self.turn(blob, range, ctx).await?;
         for again in [true, false] {
             let opened = self.opened.lock().unwrap().clone();
             let (seen, mut options) = (Seen::default(), options.clone());
             options.extensions.insert(seen.clone());
             let asked = self.patiently(blob, opened.store.get_opts(&key, options)).await?;
             let head = seen.take();
+            head.iter().for_each(|head| passage.answered(head.status, &head.headers));
             if again && head.as_ref().is_some_and(|head| matches!(head.status, 401 | 403)) && self.reopen(&opened) {
                 continue;
             }
             return match (asked, head) {
-                (Ok(result), Some(head)) => Ok((head, result)),
+                (Ok(result), Some(head)) => Ok((passage, head, result)),
                 (Err(error), head) => Err(self.failure(blob, range, &error, head)),
                 (Ok(_), None) => Err(self.improper("it answered without being asked".into())),
             };
@@ -129,11 +163,12 @@ impl ObjectUpstream {
         &self,
         blob: &BlobId,
         stored: ByteRange,
+        ctx: ReadCtx,
         take: &mut (dyn FnMut(Bytes) + Send),
     ) -> Result<(), Failure> {
         let options =
             GetOptions { range: Some(GetRange::Bounded(stored.start()..stored.end())), ..GetOptions::default() };
-        let (head, result) = self.ask(blob, stored, &options).await?;
+        let (passage, head, result) = self.ask(blob, stored, &options, ctx).await?;
         match Answer::to_range(head.status, &head.headers, stored) {
             Answer::Range => {}
             other => return Err(self.judged(blob, stored, other)),
@@ -146,6 +181,8 @@ impl ObjectUpstream {
                 return Err(self.improper(format!("it sent more than the {} bytes of {stored}", stored.len())));
             };
             left = rest;
+            let paid = passage.pay(piece.len() as u64, ctx.deadline).await;
+            paid.map_err(|error| self.kept_waiting(blob, stored, &error))?;
             if !piece.is_empty() {
                 take(piece);
             }
@@ -156,9 +193,9 @@ impl ObjectUpstream {
         Ok(())
     }
 
-    async fn measure(&self, blob: &BlobId) -> Result<u64, Failure> {
+    async fn measure(&self, blob: &BlobId, ctx: ReadCtx) -> Result<u64, Failure> {
         let options = GetOptions { head: true, ..GetOptions::default() };
-        let (head, _) = self.ask(blob, ByteRange::default(), &options).await?;
+        let (_, head, _) = self.ask(blob, ByteRange::default(), &options, ctx).await?;
         match answer::content_length(&head.headers) {
             Some(len) if !answer::is_encoded(&head.headers) => Ok(len),
             _ => Err(self.improper("it does not tell the length of the blob".into())),
@@ -213,18 +250,22 @@ fn state_of(path: &std::path::Path) -> Option<FileState> {
 }
 
 impl Upstream for ObjectUpstream {
-    fn len<'a>(&'a self, blob: &'a BlobId, _ctx: ReadCtx) -> BoxFuture<'a, Result<u64, Failure>> {
-        Box::pin(self.measure(blob))
+    fn len<'a>(&'a self, blob: &'a BlobId, ctx: ReadCtx) -> BoxFuture<'a, Result<u64, Failure>> {
+        Box::pin(self.measure(blob, ctx))
     }
 
     fn pour<'a>(
         &'a self,
         blob: &'a BlobId,
         stored: ByteRange,
-        _ctx: ReadCtx,
+        ctx: ReadCtx,
         take: &'a mut (dyn FnMut(Bytes) + Send),
     ) -> BoxFuture<'a, Result<(), Failure>> {
-        Box::pin(self.pour_once(blob, stored, take))
+        Box::pin(self.pour_once(blob, stored, ctx, take))
+    }
+
+    fn rests(&self) -> Option<Instant> {
+        self.pace.rests()
     }
 
     fn describe(&self) -> String {

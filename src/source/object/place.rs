@@ -22,7 +22,7 @@ const MAX_FILE: u64 = 64 << 10;
 
 /// Whose bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cloud {
+pub(super) enum Cloud {
     S3,
     /// Alibaba's, by its S3 interface.
     Oss,
@@ -33,11 +33,11 @@ enum Cloud {
 /// A spec, taken apart. Nothing in it is secret: credentials are named, not held.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
-    cloud: Cloud,
+    pub(super) cloud: Cloud,
     bucket: String,
     pub(super) prefix: String,
     region: Option<String>,
-    endpoint: Option<Url>,
+    pub(super) endpoint: Option<Url>,
     account: Option<String>,
     pub(super) credentials: Option<PathBuf>,
     profile: Option<String>,
@@ -213,7 +213,7 @@ impl Place {
         self.endpoint.as_ref().is_some_and(|endpoint| endpoint.scheme() == "http")
     }
 
-    fn s3(&self) -> Result<AmazonS3Builder, BadPlace> {
+    pub(super) fn s3(&self) -> Result<AmazonS3Builder, BadPlace> {
         let mut builder = match (&self.credentials, self.cloud) {
             (Some(_), _) => AmazonS3Builder::new(),
             (None, Cloud::Oss) => from_oss_env(AmazonS3Builder::new()),
@@ -253,7 +253,7 @@ impl Place {
         Some(label.unwrap_or("oss").trim_end_matches("-internal").to_owned())
     }
 
-    fn google(&self) -> Result<GoogleCloudStorageBuilder, BadPlace> {
+    pub(super) fn google(&self) -> Result<GoogleCloudStorageBuilder, BadPlace> {
         let mut builder = match &self.credentials {
             Some(file) => {
                 // The library reads it; here is only seen that there is one, for an error with its name.
@@ -275,7 +275,7 @@ impl Place {
         Ok(if self.anonymous || !found && !self.instance { builder.with_skip_signature(true) } else { builder })
     }
 
-    fn azure(&self) -> Result<MicrosoftAzureBuilder, BadPlace> {
+    pub(super) fn azure(&self) -> Result<MicrosoftAzureBuilder, BadPlace> {
         let mut builder = match &self.credentials {
             Some(_) => MicrosoftAzureBuilder::new(),
             None => MicrosoftAzureBuilder::from_env(),
