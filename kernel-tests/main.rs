@@ -74,6 +74,7 @@ const TABLES: &[&[Case]] = &[
     cases::space::CASES,
     cases::faults::CASES,
     cases::takeover::CASES,
+    cases::selfwait::CASES,
     cases::v5::CASES,
     cases::many::CASES,
     cases::lifecycle::CASES,

@@ -21,6 +21,7 @@ pub(crate) mod random;
 pub(crate) mod reading;
 pub(crate) mod registry;
 pub(crate) mod ring;
+pub(crate) mod selfwait;
 pub(crate) mod service;
 pub(crate) mod sharing;
 pub(crate) mod space;
