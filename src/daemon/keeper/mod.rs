@@ -19,6 +19,7 @@
 //!   end, `inherit` that of a successor.
 
 mod absence;
+mod denial;
 mod door;
 mod hands;
 mod inherit;
