@@ -75,6 +75,7 @@ const TABLES: &[&[Case]] = &[
     cases::faults::CASES,
     cases::takeover::CASES,
     cases::selfwait::CASES,
+    cases::upgrades::CASES,
     cases::v5::CASES,
     cases::many::CASES,
     cases::lifecycle::CASES,

@@ -27,4 +27,5 @@ pub(crate) mod sharing;
 pub(crate) mod space;
 pub(crate) mod takeover;
 pub(crate) mod unprivileged;
+pub(crate) mod upgrades;
 pub(crate) mod v5;
