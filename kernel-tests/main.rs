@@ -74,6 +74,8 @@ const TABLES: &[&[Case]] = &[
     cases::space::CASES,
     cases::faults::CASES,
     cases::takeover::CASES,
+    cases::selfwait::CASES,
+    cases::upgrades::CASES,
     cases::v5::CASES,
     cases::many::CASES,
     cases::lifecycle::CASES,

@@ -1,24 +1,36 @@
 //! The keeper process, run as a thread: what it holds, to whom it gives it, and that it asks nobody
-//! for memory while it does.
+//! for memory while it does, nor when it lets readers fail.
 
 #![expect(unsafe_code, reason = "an allocator cannot be written without; it only counts and passes on")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rafsd::daemon::keeper::{self, Orders};
+use rafsd::sys::fanotify::Group;
 use rafsd::sys::fdpass;
+use rafsd::sys::journal::Journal;
+use rafsd::sys::spawn::Prepared;
+use rafsd::telemetry::logging::{self, Format, LogControl};
 
-/// Counts what the threads allocate that say so.
+/// Counts what the threads allocate that say so, and those that keepers start.
 struct Counting;
+
+/// Whether the calling thread is one that a keeper has started, by its name.
+fn is_hand() -> bool {
+    let mut name = [0u8; 16];
+    // SAFETY: the kernel writes at most 16 bytes there, the longest name with its end.
+    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+    name.starts_with(b"hands")
+}
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -30,10 +42,10 @@ thread_local! {
 }
 
 // SAFETY: every call is passed to the system's allocator unchanged, so its guarantees are ours;
-// counting touches a constant thread-local and an atomic only and neither allocates nor unwinds.
+// counting touches a constant thread-local, an atomic and the stack only and neither allocates nor unwinds.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if COUNTS.get() {
+        if COUNTS.get() || is_hand() {
             ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
         }
         // SAFETY: the caller's promise, passed on.
@@ -57,9 +69,18 @@ const FAILED: u32 = 9;
 const TAKE_POST: u32 = 10;
 const RELIEF: u32 = 11;
 const SERVING: u32 = 12;
+thread_local! {
+    /// What the next keeper of this thread starts when its daemon dies.
+    static SUCCESSOR: RefCell<Option<Prepared>> = const { RefCell::new(None) };
+}
+
 /// Held by each test: the count is one for all threads.
 static ALONE: Mutex<()> = Mutex::new(());
 
+const RECOVER: u32 = 6;
+/// The fanotify group, and the journal of its events.
+const GROUP: u32 = 0;
+const JOURNAL: u32 = 1;
 /// The watch on superblocks.
 const WATCH: u32 = 3;
 /// A device's file.
@@ -97,7 +118,8 @@ fn start(run: &Path) -> (OwnedFd, JoinHandle<()>) {
 fn start_new(run: &Path) -> (OwnedFd, JoinHandle<()>) {
     let (ours, theirs) = fdpass::pair().unwrap();
     let patience = Duration::from_secs(1);
-    let orders = Orders { run: run.to_owned(), rank: 0, patience, successor: None, sandbox: true };
+    let (successor, log_format) = (SUCCESSOR.with_borrow_mut(Option::take), Format::Text);
+    let orders = Orders { run: run.to_owned(), rank: 0, patience, successor, sandbox: true, log_format };
     let thread = std::thread::spawn(move || {
         COUNTS.set(true);
         keeper::keep(theirs, orders).unwrap();
@@ -141,6 +163,7 @@ fn a_keeper_gives_a_successor_what_it_holds_and_allocates_nothing_meanwhile() {
     for bad in [&b"nonsense"[..], &[0xff; 32], &word(HOLD, DEVICE, [9, 9], 0), &word(STATUS, 0, [0; 2], 0)] {
         assert_eq!(ask(&daemon, bad, None), FAILED, "{bad:?}");
     }
+    assert_eq!(ask(&daemon, &word(HOLD, JOURNAL, [0; 2], 0), Some(&files[0])), FAILED, "no journal");
     let status = fdpass::connect(&run.join(keeper::SOCKETS[0])).unwrap();
     assert_eq!(ask(&status, &word(STATUS, 0, [0; 2], 0), None), DONE);
     let second = attach(run);
@@ -324,4 +347,99 @@ fn a_new_one_whose_daemon_dies_leaves_unless_nobody_else_is_there() {
     assert_eq!((hear(&successor).0, hear(&successor).0), (HELD, DONE));
     assert_eq!(ask(&successor, &word(FINISH, 0, [0; 2], 0), None), DONE);
     left(new);
+}
+
+/// A tmpfs at a directory of its own, with a watch on it. Goes with its value.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    /// `None` for who may not mount.
+    fn at(dir: PathBuf) -> Option<Self> {
+        std::fs::create_dir(&dir).unwrap();
+        nix::mount::mount(Some("none"), &dir, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).ok()?;
+        Some(Self(dir))
+    }
+
+    fn is_mounted(&self) -> bool {
+        let shown = self.0.display().to_string().replace(' ', "\\040");
+        std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(&shown)
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// Reads a byte of `path` on a thread of its own, which may wait.
+fn reader(path: PathBuf) -> JoinHandle<Result<(), Option<i32>>> {
+    std::thread::spawn(move || {
+        let read = || std::os::unix::fs::FileExt::read_exact_at(&File::open(&path)?, &mut [0], 0);
+        read().map_err(|e: std::io::Error| e.raw_os_error())
+    })
+}
+
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let until = Instant::now() + Duration::from_secs(10);
+    while !is_so() {
+        assert!(Instant::now() < until, "never: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A file on a disk, marked in a group with a journal; `None` where that cannot be had.
+fn marked(dir: &Path) -> Option<(Group, Journal, PathBuf)> {
+    let path = dir.join("file");
+    std::fs::write(&path, [7; 4096]).unwrap();
+    let group = Group::new().ok()?;
+    group.mark(File::open(&path).unwrap().as_fd()).ok()?;
+    Some((group, Journal::create().unwrap(), path))
+}
+
+#[test]
+fn readers_are_denied_and_mounts_taken_down_without_memory() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // It logs what it does, as in life.
+    let _ = LogControl::start(logging::parse("info").unwrap(), Format::Text);
+    let dir = tempfile::Builder::new().prefix("keeper").tempdir_in("/var/tmp").unwrap();
+    let Some((group, journal, path)) = marked(dir.path()) else {
+        return eprintln!("SKIPPED: no pre-content events here");
+    };
+    let Some(tmpfs) = Tmpfs::at(dir.path().join("a mount")) else { return eprintln!("SKIPPED: may not mount") };
+    let watch = living(&tmpfs.0);
+    // Of which only the first is what it is told to start; that one dies at once.
+    let words = ["/bin/sh", "-c", "exit 1"].map(std::ffi::OsString::from);
+    SUCCESSOR.set(Some(Prepared::new(words.into()).unwrap()));
+    let (daemon, thread) = start(dir.path());
+    let journal_file = File::from(journal.as_fd().try_clone_to_owned().unwrap());
+    let group_file = File::from(group.as_fd().try_clone_to_owned().unwrap());
+    for (kind, file) in [(GROUP, &group_file), (JOURNAL, &journal_file), (WATCH, &watch)] {
+        assert_eq!(ask(&daemon, &word(HOLD, kind, [0; 2], 0), Some(file)), DONE);
+    }
+    // One that a daemon took, which then died.
+    let taken = reader(path.clone());
+    wait_until("an event comes", || {
+        group.take(&journal, usize::MAX).is_ok_and(|events| {
+            events.into_iter().for_each(std::mem::forget);
+            true
+        })
+    });
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+
+    drop((daemon, group, group_file));
+
+    assert_eq!(taken.join().unwrap(), Err(Some(5)), "whom the daemon knew");
+    wait_until("it denies", || keeper::status(dir.path()).is_ok_and(|status| status.denying));
+    for _ in 0..3 {
+        assert_eq!(reader(path.clone()).join().unwrap(), Err(Some(5)), "who came later");
+    }
+    let recovery = fdpass::connect(&dir.path().join(keeper::SOCKETS[0])).unwrap();
+    assert_eq!(ask(&recovery, &word(RECOVER, 0, [0; 2], 0), None), DONE);
+    let allocated = ALLOCATIONS.load(Ordering::Relaxed) - before;
+
+    assert!(!tmpfs.is_mounted());
+    assert_eq!(allocated, 0, "allocations while it missed its daemon, started another, denied and recovered");
+    drop(watch);
+    left(thread);
 }

@@ -226,6 +226,21 @@ impl<'a> Fixture<'a> {
         Ok(())
     }
 
+    /// Waits until a daemon that was killed has ended with all its threads, for which `patience` must be enough.
+    pub(crate) fn ensure_gone(&mut self, patience: Duration) -> anyhow::Result<()> {
+        let Some(mut daemon) = self.daemon.take() else { bail!("no daemon runs") };
+        let until = Instant::now() + patience;
+        while daemon.try_wait()?.is_none() {
+            if Instant::now() > until {
+                let stuck = threads_of(daemon.id());
+                end_connections_of(&self.ctx.dir.join("connections"), daemon.id())?;
+                bail!("it waits for itself: {stuck:?}");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
     /// Process id of the daemon.
     pub(crate) fn pid(&self) -> u32 {
         self.daemon.as_ref().map_or(0, Child::id)
@@ -376,6 +391,29 @@ impl Drop for Fixture<'_> {
             let _ = daemon.wait();
         }
     }
+}
+
+/// Names and states of the threads of a process.
+fn threads_of(pid: u32) -> Vec<String> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let stat = threads.filter_map(|thread| fs::read_to_string(thread.path().join("stat")).ok());
+    stat.map(|stat| stat.split(' ').take(3).collect::<Vec<_>>().join(" ")).collect()
+}
+
+/// Ends the FUSE connections that threads of a process still have open, so that they go on, by a mount of the kernel's
+/// list of them at `dir`.
+fn end_connections_of(dir: &Path, pid: u32) -> anyhow::Result<()> {
+    fs::create_dir_all(dir)?;
+    nix::mount::mount(Some("none"), dir, Some("fusectl"), nix::mount::MsFlags::empty(), None::<&str>)?;
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+        for descriptor in fs::read_dir(thread.path().join("fdinfo")).into_iter().flatten().flatten() {
+            let facts = fs::read_to_string(descriptor.path()).unwrap_or_default();
+            for number in facts.lines().filter_map(|line| line.strip_prefix("fuse_connection:")) {
+                let _ = fs::write(dir.join(number.trim()).join("abort"), "1");
+            }
+        }
+    }
+    Ok(nix::mount::umount(dir)?)
 }
 
 fn signal(child: &Child, signal: nix::sys::signal::Signal) -> anyhow::Result<()> {

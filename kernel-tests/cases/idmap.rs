@@ -134,6 +134,7 @@ fn an_id_mapped_mount_shows_other_owners(ctx: &Ctx) -> Outcome {
     }
     outcome.context("mount_setattr")?;
     clone.attach(&mapped)?;
+    drop(clone);
     ensure_shifted(&fixture.source(), &mount, &mapped)?;
     fixture.kill()?;
     fixture.start(&[])?;

@@ -11,6 +11,7 @@ use anyhow::Context;
 use super::connect::Place;
 use crate::daemon::keeper::{self, Orders};
 use crate::sys::spawn::Prepared;
+use crate::telemetry::logging::Format;
 
 /// Hold descriptors for a daemon; started by it with a socket as standard input
 #[derive(Debug, clap::Args)]
@@ -37,14 +38,15 @@ pub(super) struct KeeperArgs {
 }
 
 /// Exit status: 0 when nothing is left to hold.
-pub(super) fn keep(args: KeeperArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn keep(args: KeeperArgs, log_format: Format) -> anyhow::Result<ExitCode> {
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
     // A successor inherits standard input.
     let nothing = File::open("/dev/null").context("cannot open /dev/null")?;
     nix::unistd::dup2_stdin(nothing).context("cannot leave standard input")?;
     let successor = if args.successor.is_empty() { None } else { Some(Prepared::new(args.successor)?) };
     let patience = Duration::from_millis(args.patience);
-    let orders = Orders { run: args.run, rank: args.rank, patience, successor, sandbox: !args.no_sandbox };
+    let sandbox = !args.no_sandbox;
+    let orders = Orders { run: args.run, rank: args.rank, patience, successor, sandbox, log_format };
     keeper::keep(socket, orders).context("the keeper failed")?;
     Ok(ExitCode::SUCCESS)
 }

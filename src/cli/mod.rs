@@ -175,7 +175,7 @@ pub fn run() -> ExitCode {
         Command::Top(args) => top::run(args),
         Command::Log(args) => log::run(args),
         Command::Recover(args) => keeper::recover(args),
-        Command::Keeper(args) => keeper::keep(args),
+        Command::Keeper(args) => keeper::keep(args, cli.log_format.into()),
         Command::Completions(args) => manual::completions(args),
         Command::Man(args) => manual::man(args),
     };
@@ -200,11 +200,16 @@ fn quiet(command: &Command) -> Targets {
 
 /// Begins to log. Once per process.
 fn start_log(targets: Targets, format: LogFormat) -> LogControl {
-    let format = match format {
-        LogFormat::Text => Format::Text,
-        LogFormat::Json => Format::Json,
-    };
-    LogControl::start(targets, format)
+    LogControl::start(targets, format.into())
+}
+
+impl From<LogFormat> for Format {
+    fn from(format: LogFormat) -> Self {
+        match format {
+            LogFormat::Text => Self::Text,
+            LogFormat::Json => Self::Json,
+        }
+    }
 }
 
 /// Prints `value` as JSON, one line.

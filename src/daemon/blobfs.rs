@@ -74,11 +74,7 @@ struct Ready {
 impl Daemon {
     /// Shows a directory of the host with the blobs of images in it, and returns when it is usable. Blocks.
     pub fn mount_blobfs(&self, request: &BlobfsRequest) -> Result<Vec<ImageReport>, DaemonError> {
-        let canonical = |dir: &Path| {
-            let found = std::fs::canonicalize(dir).ok().filter(|found| dir.is_absolute() && found.is_dir());
-            found.ok_or_else(|| DaemonError::NotADirectory(dir.to_owned()))
-        };
-        let (source, dir) = (canonical(&request.source)?, canonical(&request.dir)?);
+        let (source, dir) = (self.directory(&request.source)?, self.directory(&request.dir)?);
         if request.images.is_empty() {
             return Err(DaemonError::NoImages);
         }

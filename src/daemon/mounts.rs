@@ -36,6 +36,7 @@ use crate::export::fuse::Transport;
 use crate::export::{BackendKind, MountWatch, fuse};
 use crate::net::hosts::{LimitTables, Registries};
 use crate::source::BlobSource;
+use crate::sys::descriptors::alone;
 use crate::sys::mount::{detach, unmount};
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Telemetry;
@@ -134,11 +135,18 @@ impl Daemon {
         self.backends.choose(choice).map(|_| ())
     }
 
+    /// The one name of a directory of the host, given by an absolute path. Looked up by a thread that may wait for ever:
+    /// the path may lead through a mount of ours.
+    pub(super) fn directory(&self, dir: &Path) -> Result<PathBuf, DaemonError> {
+        let look = || std::fs::canonicalize(dir).ok().filter(|found| dir.is_absolute() && found.is_dir());
+        let found = self.options.sandbox.outside(|| alone(&[], look)).ok().flatten();
+        found.ok_or_else(|| DaemonError::NotADirectory(dir.to_owned()))
+    }
+
     /// Mounts an image and returns when it is usable. Blocks.
     pub fn mount(&self, request: &MountRequest) -> Result<ImageReport, DaemonError> {
         // One directory, one name: two spellings must not be two mounts.
-        let dir = std::fs::canonicalize(&request.dir).ok().filter(|dir| request.dir.is_absolute() && dir.is_dir());
-        let dir = dir.ok_or_else(|| DaemonError::NotADirectory(request.dir.clone()))?;
+        let dir = self.directory(&request.dir)?;
         let request = &MountRequest { dir: dir.clone(), ..request.clone() };
         request.image.whereabouts()?;
         let reserved = self.reserve(&dir)?;

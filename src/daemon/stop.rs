@@ -36,10 +36,13 @@ impl Daemon {
     /// Makes `program` the one that the keepers start as a successor.
     ///
     /// # Errors
-    /// If it cannot be run, or nobody would start a successor.
+    /// If it cannot be run, or nobody would start a successor; if this daemon is about to end already.
     pub fn set_successor(&self, program: &Path) -> Result<(), DaemonError> {
         if self.options.keepers.successor.is_none() {
             return Err(DaemonError::NoSuccessor);
+        }
+        if self.asked_to().is_some() {
+            return Err(DaemonError::Stopping);
         }
         let unusable = |cause| DaemonError::Io { path: program.to_owned(), cause };
         if !self.keepers.is_alive() {

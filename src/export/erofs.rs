@@ -3,17 +3,23 @@
 //! The mount is made where nobody can see it. Before it is moved into the tree, a byte that is known to be
 //! missing is read through it and must reach us, a watch is put on its superblock, and it is written
 //! down for a successor. Whose files they are, and how a read of them reaches us, is not known here.
+//!
+//! All of that is done by a thread that has the mount for itself, and no descriptor of which somebody waits for
+//! the end: at each step the kernel may have to ask this very process, which may be killed then.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::mount::MountAttrFlags;
 
 use super::probe::{ColdByte, find_cold};
-use super::{Announce, AttachError, LiveImage, MountWatch, WatchId};
+use super::{Announce, AttachError, Backing, LiveImage, MountWatch, WatchId};
+use crate::sys::descriptors::alone_asking;
 use crate::sys::mount::{DetachedMount, FsContext, MountError};
 use crate::sys::sandbox::Sandbox;
 
@@ -39,27 +45,49 @@ pub(super) fn mount(bootstrap: &Path, devices: &[PathBuf]) -> Result<DetachedMou
     context.mount(MountAttrFlags::empty())
 }
 
-/// Makes `mount` visible. `reaches_us` reads a byte that is missing and tells whether we were asked for it.
+/// How an image is mounted, and tried before anybody sees it.
+#[derive(Clone, Copy)]
+pub(super) struct Making<'a> {
+    /// Makes the mount, visible to nobody.
+    pub(super) make: &'a (dyn Fn() -> Result<DetachedMount, AttachError> + Sync),
+    /// What it opens by a number that this process has.
+    pub(super) needs: &'a [BorrowedFd<'a>],
+    /// Reads a byte that is missing and tells whether we were asked for it.
+    pub(super) reaches_us: &'a (dyn Fn(&ColdByte, &DetachedMount) -> bool + Sync),
+}
+
+/// Mounts `image`, and shows it when a missing byte of each of its devices has been asked of us.
 ///
 /// # Errors
-/// Then nobody has seen it, and it goes when it is dropped.
-pub(super) fn publish(
-    mount: DetachedMount,
-    image: &LiveImage,
+/// Then nobody has seen it, and it is gone.
+pub(super) fn publish(making: Making<'_>, image: &LiveImage, stage: Stage<'_>) -> Result<WatchId, AttachError> {
+    let cold = find_cold(&image.image, &image.devices).map_err(AttachError::Image)?;
+    show(making, &cold, &image.devices, stage)
+}
+
+/// The same with nothing to try but `cold`, bytes of `devices`.
+pub(super) fn show(
+    making: Making<'_>,
+    cold: &[ColdByte],
+    devices: &[Arc<dyn Backing>],
     stage: Stage<'_>,
-    reaches_us: &dyn Fn(&ColdByte, &DetachedMount) -> bool,
 ) -> Result<WatchId, AttachError> {
-    for cold in find_cold(&image.image, &image.devices).map_err(AttachError::Image)? {
-        if !reaches_us(&cold, &mount) {
-            return Err(AttachError::Bypassed { path: image.devices[cold.device].path().to_owned() });
+    let Stage { target, watch, announce, sandbox } = stage;
+    let at_target = |cause| AttachError::Target { target: target.to_owned(), cause };
+    let work = |announce: &dyn Fn(WatchId) -> io::Result<()>| {
+        let mount = (making.make)()?;
+        for cold in cold {
+            if !(making.reaches_us)(cold, &mount) {
+                return Err(AttachError::Bypassed { path: devices[cold.device].path().to_owned() });
+            }
         }
-    }
-    let watched = stage.watch.add(&mount);
-    let watched = watched.map_err(|cause| AttachError::Io { path: image.bootstrap.clone(), cause })?;
-    (stage.announce)(watched).map_err(AttachError::Unkept)?;
-    let attached = stage.sandbox.outside(|| mount.attach(stage.target));
-    attached.map_err(|cause| AttachError::Target { target: stage.target.to_owned(), cause })?;
-    Ok(watched)
+        let watched = watch.add(&mount).map_err(at_target)?;
+        announce(watched).map_err(AttachError::Unkept)?;
+        mount.attach(target).map_err(at_target)?;
+        Ok(watched)
+    };
+    let keep: Vec<_> = making.needs.iter().copied().chain([watch.instance().as_fd()]).collect();
+    sandbox.outside(|| alone_asking(&keep, announce, work)).map_err(at_target)?
 }
 
 /// Finds the settings of an EROFS mount that is being made: the kernel names them by a number of its own,

@@ -126,7 +126,7 @@ impl Backing for DeviceOfImage {
 
 /// Told of a mount before anybody can see it, so that no mount lives that a successor would not
 /// know of. An error undoes the mount.
-pub type Announce<'a> = &'a dyn Fn(WatchId) -> io::Result<()>;
+pub type Announce<'a> = &'a (dyn Fn(WatchId) -> io::Result<()> + Sync);
 
 /// Who keeps the files of marked devices for a successor.
 pub trait Custody: Send + Sync {

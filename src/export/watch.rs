@@ -62,9 +62,9 @@ impl MountWatch {
         self.watched.lock().unwrap().insert(id);
     }
 
-    /// Starts watching the superblock of `mount`, an open mount or its root.
+    /// Starts watching the superblock of `mount`, an open mount or its root. May ask the server of its file system.
     pub fn add(&self, mount: &impl AsFd) -> io::Result<WatchId> {
-        let root = PathBuf::from(format!("/proc/self/fd/{}", mount.as_fd().as_raw_fd()));
+        let root = PathBuf::from(format!("/proc/thread-self/fd/{}", mount.as_fd().as_raw_fd()));
         let device = file_system_of(mount)?;
         // Some event must be asked for; attributes of a read-only root never change.
         let number = inotify::add_watch(&self.instance, &root, inotify::WatchFlags::ATTRIB)?;

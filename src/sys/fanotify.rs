@@ -116,7 +116,7 @@ impl Group {
     /// caller goes on reading.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<Vec<Event>> {
         let len = nix::unistd::read(&self.0, buffer)?;
-        Ok(own(parse(&buffer[..len])))
+        Ok(parse(&buffer[..len]).map(own).collect())
     }
 
     /// Takes at most `most` waiting events, which `journal` knows from the same moment on. To be
@@ -126,7 +126,17 @@ impl Group {
     /// As [`Group::read`].
     pub fn take(&self, journal: &Journal, most: usize) -> io::Result<Vec<Event>> {
         let bytes = journal.land(self.0.as_fd(), most.saturating_mul(EVENT_BYTES))?;
-        Ok(own(parse(&bytes)))
+        Ok(parse(&bytes).map(own).collect())
+    }
+
+    /// As [`Group::take`], one event after the other, and tells how many. Allocates nothing: `buffer` is used in
+    /// between, and decides how many are taken.
+    ///
+    /// # Errors
+    /// As [`Group::read`].
+    pub fn take_each(&self, journal: &Journal, buffer: &mut [u8], visit: &mut dyn FnMut(Event)) -> io::Result<usize> {
+        let len = journal.land_in(self.0.as_fd(), buffer)?;
+        Ok(parse(&buffer[..len]).map(own).map(visit).count())
     }
 
     /// Answers the event that came with `file`.
@@ -175,23 +185,22 @@ fn encode(answer: Answer) -> u32 {
     }
 }
 
-/// Takes over the descriptors that the kernel has just installed.
-fn own(raw: Vec<RawEvent>) -> Vec<Event> {
-    let event = |event: RawEvent| Event {
+/// Takes over the descriptor that the kernel has just installed.
+fn own(event: RawEvent) -> Event {
+    Event {
         // SAFETY: the kernel installed this descriptor in our table for this event, and each event
         // is delivered to exactly one read, whose bytes the callers have just got.
         file: if event.fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(event.fd) }) } else { Err(-event.fd) },
         pid: event.pid,
         range: event.range,
         overflow: event.mask & FAN_Q_OVERFLOW != 0,
-    };
-    raw.into_iter().map(event).collect()
+    }
 }
 
 /// Numbers and ranges of the events in `bytes` that wait for an answer, without touching any
 /// descriptor: they are those of a process that is gone.
-pub(super) fn records(bytes: &[u8]) -> Vec<(i32, Option<ByteRange>)> {
-    parse(bytes).into_iter().filter(|event| event.fd >= 0).map(|event| (event.fd, event.range)).collect()
+pub(super) fn records(bytes: &[u8]) -> impl Iterator<Item = (i32, Option<ByteRange>)> + '_ {
+    parse(bytes).filter(|event| event.fd >= 0).map(|event| (event.fd, event.range))
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -233,19 +242,19 @@ struct RawEvent {
 }
 
 /// Splits what the kernel wrote into events. Stops at the first record that does not fit.
-fn parse(mut bytes: &[u8]) -> Vec<RawEvent> {
-    let mut events = Vec::new();
-    while let Ok((head, _)) = Metadata::read_from_prefix(bytes) {
+fn parse(mut bytes: &[u8]) -> impl Iterator<Item = RawEvent> + '_ {
+    std::iter::from_fn(move || {
+        let (head, _) = Metadata::read_from_prefix(bytes).ok()?;
         let len = head.event_len as usize;
         if len < size_of::<Metadata>() || len > bytes.len() {
-            break;
+            bytes = &[];
+            return None;
         }
         let (event, rest) = bytes.split_at(len);
         let records = event.get(usize::from(head.metadata_len)..).unwrap_or_default();
-        events.push(RawEvent { fd: head.fd, pid: head.pid, mask: head.mask, range: find_range(records) });
         bytes = rest;
-    }
-    events
+        Some(RawEvent { fd: head.fd, pid: head.pid, mask: head.mask, range: find_range(records) })
+    })
 }
 
 fn find_range(mut records: &[u8]) -> Option<ByteRange> {
@@ -288,7 +297,7 @@ mod tests {
     fn several_events_in_one_read_are_told_apart() {
         let bytes = [event(5, Some((4096, 8192))), event(6, None), event(-30, Some((0, 1)))].concat();
 
-        let events = parse(&bytes);
+        let events: Vec<_> = parse(&bytes).collect();
 
         assert_eq!(events.iter().map(|e| e.fd).collect::<Vec<_>>(), [5, 6, -30]);
         assert_eq!(events[0].range, ByteRange::at(4096, 8192));
@@ -300,13 +309,13 @@ mod tests {
     fn damaged_bytes_end_the_list_without_a_panic() {
         let bytes = [event(5, Some((0, 4096))), event(6, Some((0, 4096)))].concat();
         for cut in 0..bytes.len() {
-            assert!(parse(&bytes[..cut]).len() <= 1);
+            assert!(parse(&bytes[..cut]).count() <= 1);
         }
         for at in 0..bytes.len() {
             for flip in [1, 0x80, 0xff] {
                 let mut bad = bytes.clone();
                 bad[at] ^= flip;
-                let _ = parse(&bad);
+                parse(&bad).for_each(drop);
             }
         }
     }

@@ -83,10 +83,20 @@ impl Journal {
     /// # Errors
     /// `InvalidData` if it is none, or of a version that this program does not know.
     pub fn open(fd: OwnedFd) -> io::Result<Self> {
-        let this = Self::over(SharedMemory::open(fd, &KIND)?);
+        Ok(Self::of_another(SharedMemory::open(fd, &KIND)?))
+    }
+
+    /// The same for who must not ask for memory: an error has no text.
+    pub fn recognize(fd: OwnedFd) -> io::Result<Self> {
+        let memory = SharedMemory::recognize(fd, &KIND)?;
+        memory.map(Self::of_another).map_err(|_| io::ErrorKind::InvalidData.into())
+    }
+
+    fn of_another(memory: SharedMemory) -> Self {
+        let this = Self::over(memory);
         *this.landing.lock().unwrap() = EVENT_BUFFER;
         this.outstanding.store(this.slots().count(), Ordering::Relaxed);
-        Ok(this)
+        this
     }
 
     fn over(memory: SharedMemory) -> Self {
@@ -107,9 +117,22 @@ impl Journal {
     /// gives a copy. To be followed by [`Journal::clear_landing`], and only after that by the next.
     pub(super) fn land(&self, source: BorrowedFd<'_>, most: usize) -> io::Result<Vec<u8>> {
         let mut used = self.landing.lock().unwrap();
+        let read = self.receive(source, most, &mut used)?;
+        Ok(self.memory.copy(HEADER, read))
+    }
+
+    /// The same with the copy in `buffer`, and not more than that has room for. Tells its length.
+    pub(super) fn land_in(&self, source: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut used = self.landing.lock().unwrap();
+        let read = self.receive(source, buffer.len(), &mut used)?;
+        self.memory.copy_to(HEADER, &mut buffer[..read]);
+        Ok(read)
+    }
+
+    fn receive(&self, source: BorrowedFd<'_>, most: usize, used: &mut usize) -> io::Result<usize> {
         let len = most.min(EVENT_BUFFER);
         // The kernel may be stopped halfway, and what it did not reach must not look like records.
-        self.zero_landing(&mut used);
+        self.zero_landing(used);
         *used = len;
         let read = match self.memory.read_from(source, HEADER, len) {
             Ok(read) => read,
@@ -120,7 +143,7 @@ impl Journal {
             }
         };
         *used = read;
-        Ok(self.copy_landing(read))
+        Ok(read)
     }
 
     /// Forgets the landing: each of its events has been answered or has a slot.
@@ -131,10 +154,6 @@ impl Journal {
     fn zero_landing(&self, used: &mut usize) {
         self.memory.zero(HEADER, *used);
         *used = 0;
-    }
-
-    fn copy_landing(&self, len: usize) -> Vec<u8> {
-        self.memory.copy(HEADER, len)
     }
 
     /// Writes an event down. `false` if its number is too high for the journal.
@@ -166,13 +185,24 @@ impl Journal {
     /// over, before it reads the group.
     pub fn inherited(&self) -> Vec<Outstanding> {
         let landing = self.landing.lock().unwrap();
-        let landed = records(&self.copy_landing(EVENT_BUFFER));
+        let bytes = self.memory.copy(HEADER, EVENT_BUFFER);
         drop(landing);
-        let landed = landed.into_iter().map(|(number, range)| Outstanding { number, file: None, range });
+        let landed = records(&bytes).map(|(number, range)| Outstanding { number, file: None, range });
         let mut all: BTreeMap<i32, Outstanding> = landed.map(|event| (event.number, event)).collect();
         // A slot knows more than the landing does.
         all.extend(self.slots().map(|event| (event.number, event)));
         all.into_values().collect()
+    }
+
+    /// Calls `visit` with the number of everything that may still wait for an answer, some perhaps twice. Allocates
+    /// nothing; `buffer` is used for the landing, and should have room for it, [`EVENT_BUFFER`].
+    pub fn each_number(&self, buffer: &mut [u8], visit: &mut dyn FnMut(i32)) {
+        let landing = self.landing.lock().unwrap();
+        let len = buffer.len().min(EVENT_BUFFER);
+        self.memory.copy_to(HEADER, &mut buffer[..len]);
+        drop(landing);
+        records(&buffer[..len]).for_each(|(number, _)| visit(number));
+        self.slots().for_each(|event| visit(event.number));
     }
 
     fn slots(&self) -> impl Iterator<Item = Outstanding> + '_ {
@@ -263,6 +293,9 @@ mod tests {
         landed(&journal, &[record(50, 0), record(51, 4096)].concat());
         let only_landed = Outstanding { number: 50, file: None, range: Some(range(0)) };
         assert_eq!(successor(&journal).inherited()[0], only_landed);
+        let mut numbers = Vec::new();
+        successor(&journal).each_number(&mut vec![0; EVENT_BUFFER], &mut |number| numbers.push(number));
+        assert_eq!(numbers, [50, 51]);
 
         assert!(journal.write(51, Some(FILE), range(4096)));
         let both = successor(&journal).inherited();

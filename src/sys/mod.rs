@@ -8,6 +8,7 @@
 
 pub mod beneath;
 pub mod cachefiles;
+pub mod descriptors;
 pub mod fanotify;
 pub mod faultpoint;
 pub mod fdpass;

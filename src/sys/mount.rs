@@ -3,11 +3,15 @@
 //! `mount(8)` is no substitute: it slips a loop device under an EROFS image file, which hides the
 //! reads from fanotify. The old `mount(2)` has one page for all options, about thirty devices.
 
-use std::io;
+use std::ffi::CStr;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+
+use super::descriptors::alone;
 
 /// Why a mount was refused, with what the kernel said about it.
 #[derive(Debug, thiserror::Error)]
@@ -131,8 +135,8 @@ impl DetachedMount {
         if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Makes it visible at `target`, an existing directory.
-    pub fn attach(self, target: &Path) -> io::Result<()> {
+    /// Makes it visible at `target`, an existing directory. It is in use there until this is dropped.
+    pub fn attach(&self, target: &Path) -> io::Result<()> {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
         Ok(rustix::mount::move_mount(self.0.as_fd(), "", rustix::fs::CWD, target, flags)?)
     }
@@ -147,37 +151,71 @@ impl AsFd for DetachedMount {
 /// Unmounts what is at `target`, without following a symbolic link there.
 ///
 /// Waits for reads that are on their way, and cannot be killed meanwhile. So it is done on a thread that has no
-/// descriptors: if this process is killed then, they are closed, and whoever else holds what the reads wait for
-/// hears of it. Else a FUSE connection of ours would stay open for the sake of the thread that waits for it to
-/// end, and with it every `sync` of the host (seen on 6.18 with EROFS over FUSE).
+/// [descriptors](super::descriptors). Else a FUSE connection of ours would stay open for the sake of the thread that
+/// waits for it to end, and with it every `sync` of the host (seen on 6.18 with EROFS over FUSE).
 ///
 /// # Errors
 /// `EBUSY` while files on it are open, `EINVAL` if nothing is mounted there.
 pub fn unmount(target: &Path) -> io::Result<()> {
-    without_descriptors(|| Ok(rustix::mount::unmount(target, UnmountFlags::NOFOLLOW)?))
+    alone(&[], || Ok(rustix::mount::unmount(target, UnmountFlags::NOFOLLOW)?))?
 }
 
 /// Takes what is at `target` out of the tree now; it goes away when its last user does. If that is now, this
 /// waits as [`unmount`] does, on a thread without descriptors.
 pub fn detach(target: &Path) -> io::Result<()> {
-    without_descriptors(|| Ok(rustix::mount::unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?))
+    alone(&[], || Ok(rustix::mount::unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?))?
 }
 
-/// Runs `work`, which uses paths only, on a thread with a table of descriptors of its own in which only the
-/// first three are left. Before Linux 5.9 it shares that of the process.
-fn without_descriptors<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    let alone = || {
-        const CLOSE_RANGE_UNSHARE: libc::c_uint = 1 << 1;
-        // SAFETY: no memory is passed. With this flag the calling thread gets a table of its own and descriptors
-        // are closed in that one only; they stay open for whoever owns them on other threads, and `work` has
-        // none of its own yet. On failure nothing is closed.
-        let _ = unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, CLOSE_RANGE_UNSHARE) };
-        work()
-    };
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("unmount".into()).spawn_scoped(scope, alone)?;
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+/// As [`detach`], on the calling thread, without asking for memory.
+pub fn detach_here(target: &CStr) -> io::Result<()> {
+    Ok(rustix::mount::unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?)
+}
+
+/// Calls `visit` for each mount that this process can see, with the numbers of its file system and where it is.
+/// Allocates nothing; `buffer` is used for lines, of which what has no room is passed over.
+pub fn each_mount(buffer: &mut [u8], mut visit: impl FnMut((u32, u32), &[u8])) -> io::Result<()> {
+    let mut file = File::open("/proc/self/mountinfo")?;
+    let mut chunk = [0; 4096];
+    let mut filled = 0;
+    loop {
+        let read = match file.read(&mut chunk) {
+            Ok(0) => return Ok(()),
+            Ok(read) => read,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+        for &byte in &chunk[..read] {
+            if byte == b'\n' {
+                if let Some((device, target)) = split_mountinfo(&mut buffer[..filled]) {
+                    visit(device, target);
+                }
+                filled = 0;
+            } else if filled < buffer.len() {
+                buffer[filled] = byte;
+                filled += 1;
+            }
+        }
+    }
+}
+
+/// The file system of a line of the mount table, and where it is mounted, put right in place.
+fn split_mountinfo(line: &mut [u8]) -> Option<((u32, u32), &[u8])> {
+    let mut fields = line.split_mut(|byte| *byte == b' ').skip(2);
+    let device = std::str::from_utf8(fields.next()?).ok()?;
+    let (major, minor) = device.split_once(':')?;
+    let device = (major.parse().ok()?, minor.parse().ok()?);
+    let target = fields.nth(1)?;
+    // Only a field that has an end is whole.
+    fields.next()?;
+    let (mut from, mut len) = (0, 0);
+    while from < target.len() {
+        let octal = target.get(from + 1..from + 4).filter(|_| target[from] == b'\\');
+        let octal = octal.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        target[len] = octal.unwrap_or(target[from]);
+        from += if octal.is_some() { 4 } else { 1 };
+        len += 1;
+    }
+    Some((device, &target[..len]))
 }
 
 /// One line of `/proc/self/mountinfo`.
@@ -232,17 +270,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unmount_holds_no_descriptors_and_closes_none_of_others() {
-        use std::io::Read;
-        let mut file = std::fs::File::open("/proc/self/stat").unwrap();
-        let number = std::os::fd::AsRawFd::as_raw_fd(&file);
-        let here = || std::fs::read_link(format!("/proc/thread-self/fd/{number}")).map(drop);
+    fn the_mount_table_is_the_same_without_memory() {
+        let frugal = || {
+            let mut all = Vec::new();
+            each_mount(&mut vec![0; 65536], |(major, minor), target| {
+                all.push((format!("{major}:{minor}"), String::from_utf8_lossy(target).into_owned()));
+            })
+            .unwrap();
+            all
+        };
+        let usual = || {
+            let rows = mount_table().unwrap().into_iter();
+            rows.map(|row| (row.device, row.target.display().to_string())).collect::<Vec<_>>()
+        };
+        // Others may mount in between.
+        assert!((0..100).any(|_| frugal() == usual()), "{:?}", (frugal(), usual()));
 
-        let there = without_descriptors(|| Ok(here().map_err(|error| error.kind()))).unwrap();
-
-        assert_eq!(there, Err(io::ErrorKind::NotFound));
-        here().unwrap();
-        assert!(file.read(&mut [0]).is_ok_and(|len| len == 1));
+        let mut line = *br"36 35 0:45 / /mnt/a\040b\134\04 ro,nosuid - erofs x";
+        assert_eq!(split_mountinfo(&mut line), Some(((0, 45), &br"/mnt/a b\\04"[..])));
+        for cut in 0..20 {
+            let mut line = line;
+            assert_eq!(split_mountinfo(&mut line[..cut]), None, "{cut}");
+        }
     }
 
     #[test]

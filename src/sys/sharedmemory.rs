@@ -57,22 +57,26 @@ impl SharedMemory {
     /// # Errors
     /// `InvalidData` if it is of another kind, or of a version that this program does not know.
     pub(super) fn open(fd: OwnedFd, kind: &Kind) -> io::Result<Self> {
-        let bad = |what| {
+        Self::recognize(fd, kind)?.map_err(|what| {
             let text = format!("what should be {} {what}", kind.name.to_string_lossy());
-            Err(io::Error::new(io::ErrorKind::InvalidData, text))
-        };
+            io::Error::new(io::ErrorKind::InvalidData, text)
+        })
+    }
+
+    /// The same, or what is wrong with it. Allocates nothing.
+    pub(super) fn recognize(fd: OwnedFd, kind: &Kind) -> io::Result<Result<Self, &'static str>> {
         let file = File::from(fd);
         if file.metadata()?.len() != kind.len as u64 {
-            return bad("has another length");
+            return Ok(Err("has another length"));
         }
         let this = Self::map(file, kind.len)?;
         if this.word(AT_MAGIC).load(Ordering::Acquire) != kind.magic {
-            return bad("is something else");
+            return Ok(Err("is something else"));
         }
         if this.word(AT_VERSION).load(Ordering::Relaxed) != kind.version {
-            return bad("is of another version");
+            return Ok(Err("is of another version"));
         }
-        Ok(this)
+        Ok(Ok(this))
     }
 
     fn map(file: File, len: usize) -> io::Result<Self> {
@@ -118,6 +122,12 @@ impl SharedMemory {
         // SAFETY: the mapping has `len` bytes there, as `at` checks, the vector as many, and they do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(self.at(at, len), bytes.as_mut_ptr(), len) };
         bytes
+    }
+
+    /// Copies what is at byte `at` into `bytes`.
+    pub(super) fn copy_to(&self, at: usize, bytes: &mut [u8]) {
+        // SAFETY: the mapping has as many bytes there, as `at` checks, and they do not overlap with a slice of ours.
+        unsafe { std::ptr::copy_nonoverlapping(self.at(at, bytes.len()), bytes.as_mut_ptr(), bytes.len()) };
     }
 
     /// Where byte `at` is, with `len` bytes of the mapping from there on.

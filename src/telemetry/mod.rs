@@ -12,6 +12,7 @@ mod exposition;
 mod histogram;
 mod labels;
 pub mod logging;
+pub mod memoryless;
 mod places;
 
 pub use catalogue::{CATALOGUE, Kind, Metric, Stability, Unit, markdown};

@@ -1,8 +1,9 @@
 //! The keeper process.
 //!
 //! It holds descriptors for a daemon, gives them to a successor, and does for readers what nobody
-//! else does while there is no daemon: after `patience` it lets their reads fail. While it holds
-//! and hears it allocates nothing.
+//! else does while there is no daemon: after `patience` it lets their reads fail. From its first word on it
+//! allocates nothing, whatever it does: it is needed most when there is no memory. All that it will ever use is
+//! laid out before, and what it logs is put together on the stack.
 //!
 //! There are two of them. The one of rank 1 does the same as the one of rank 0, except that it
 //! starts no daemon and denies no reader while the other lives. So any one of the three processes
@@ -17,18 +18,21 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::absence::Absence;
+use super::denial::Denial;
 use super::door::Door;
 use super::hands::Hands;
 use super::wire::{Kind, Name, Op, Word};
 use super::{DENYING, ORPHANED, STUCK, socket_name};
-use crate::sys::fanotify::{Answer, Group};
 use crate::sys::inotify::each_watch;
 use crate::sys::journal::Journal;
 use crate::sys::spawn::Prepared;
-use crate::sys::{fdpass, mount, process, sandbox};
+use crate::sys::{fdpass, process, sandbox};
+use crate::telemetry::logging::Format;
+use crate::telemetry::memoryless::MemorylessLog;
 
 /// Most descriptors that are held: far more than a host has blobs in use.
 const MOST_HELD: usize = 32 << 10;
@@ -53,6 +57,8 @@ pub struct Orders {
     pub successor: Option<Prepared>,
     /// Whether the thread that holds and hears confines itself.
     pub sandbox: bool,
+    /// How the log looks that was started before.
+    pub log_format: Format,
 }
 
 /// Runs until it may let go. `daemon` is the connection of the daemon that started it.
@@ -95,8 +101,8 @@ struct Post {
     journal: Option<Journal>,
     absence: Absence,
     denying: bool,
-    /// Whether the events that a dead daemon had taken have been denied.
-    denied_taken: bool,
+    denial: Denial,
+    log: MemorylessLog,
     /// Whether the last start was of another program than the usual one.
     tries_program: bool,
     /// Until when the other keeper is not asked, because it did not answer.
@@ -107,6 +113,7 @@ impl Post {
     fn new(daemon: OwnedFd, orders: Orders, hands: Hands, starts_daemons: bool) -> Self {
         let sibling = socket_path(&orders.run, 1 - orders.rank.min(1));
         let door = Door::new(&orders.run, orders.rank);
+        let log = MemorylessLog::new(orders.log_format);
         Self {
             orders,
             hands,
@@ -118,7 +125,8 @@ impl Post {
             journal: None,
             absence: Absence::new(starts_daemons),
             denying: false,
-            denied_taken: false,
+            denial: Denial::new(),
+            log,
             tries_program: false,
             passed_over: None,
         }
@@ -202,6 +210,8 @@ impl Post {
             }
             (Op::Serving, _) => {
                 self.absence.note_service();
+                // What was started has not died of its start. When it makes room, another one may be to be tried.
+                self.tries_program = false;
                 Ok(())
             }
             (Op::TakePost, _) => self.door.open().map_err(|e| errno(&e)),
@@ -217,7 +227,7 @@ impl Post {
     fn hold(&mut self, name: Name, fd: OwnedFd) -> Result<(), i32> {
         if name.kind == Kind::Journal {
             let copy = fd.try_clone().map_err(|e| errno(&e))?;
-            self.journal = Some(Journal::open(copy).map_err(|e| errno(&e))?);
+            self.journal = Some(Journal::recognize(copy).map_err(|e| errno(&e))?);
         }
         match self.held.binary_search_by_key(&name, |(name, _)| *name) {
             Ok(at) => self.held[at].1 = fd,
@@ -228,17 +238,14 @@ impl Post {
     }
 
     fn get(&self, kind: Kind) -> Option<BorrowedFd<'_>> {
-        let at = self.held.binary_search_by_key(&Name::only(kind), |(name, _)| *name).ok()?;
-        Some(self.held[at].1.as_fd())
+        find(&self.held, kind)
     }
 
     fn note_absence(&mut self) {
         let unexpected = self.absence.begin();
         if unexpected && self.orders.rank == 0 && self.door.listener().is_some() {
-            tracing::error!(
-                successor = self.absence.wants_successor(),
-                "the daemon vanished; readers of its mounts wait"
-            );
+            let successor = self.absence.wants_successor();
+            self.log.error(format_args!("the daemon vanished; readers of its mounts wait successor={successor}"));
         }
     }
 
@@ -289,7 +296,8 @@ impl Post {
         }
         self.daemon = Some(client);
         self.absence.end();
-        (self.denying, self.denied_taken) = (false, false);
+        self.denying = false;
+        self.denial.begin_anew();
         false
     }
 
@@ -324,7 +332,8 @@ impl Post {
             return true;
         }
         if owner.is_none() && self.door.open().is_ok() {
-            tracing::warn!(rank = self.orders.rank, "nobody had this keeper's name; it has it again");
+            let rank = self.orders.rank;
+            self.log.warn(format_args!("nobody had this keeper's name; it has it again rank={rank}"));
         }
         false
     }
@@ -352,7 +361,7 @@ impl Post {
         }
         self.start_successor();
         if late && !self.denying {
-            tracing::error!("no daemon has come back in time; cold reads fail until one does");
+            self.log.error(format_args!("no daemon has come back in time; cold reads fail until one does"));
             self.denying = true;
         }
         if self.denying {
@@ -372,7 +381,7 @@ impl Post {
             Word::receive(&socket)
         });
         if asked.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
-            tracing::error!("the keeper that has precedence does not answer and is passed over");
+            self.log.error(format_args!("the keeper that has precedence does not answer and is passed over"));
             self.passed_over = Instant::now().checked_add(PASSED_OVER);
         }
         asked.is_ok()
@@ -387,7 +396,8 @@ impl Post {
         let started = self.hands.start_daemon(program);
         self.tries_program = tries_program;
         if let Err(error) = &started {
-            tracing::error!(%error, "no daemon can be started in place of the one that vanished");
+            let why = failure(error);
+            self.log.error(format_args!("no daemon can be started in place of the one that vanished error={why}"));
         }
         self.absence.note_start(started.ok());
     }
@@ -400,48 +410,16 @@ impl Post {
             return;
         }
         self.denying = true;
-        let mut devices = Vec::new();
-        let listed = self.get(Kind::Watch).map(|watch| each_watch(watch, &mut |watched| devices.push(watched.device)));
-        let table = mount::mount_table();
-        if let Some(error) = listed.and_then(Result::err).as_ref().or(table.as_ref().err()) {
-            tracing::error!(%error, "cannot learn what is mounted");
-        }
-        for mounted in table.unwrap_or_default() {
-            let ours = devices.iter().any(|(major, minor)| mounted.device == format!("{major}:{minor}"));
-            if !ours {
-                continue;
-            }
-            let dir = mounted.target.display().to_string();
-            if let Err(error) = self.hands.detach(mounted.target) {
-                tracing::error!(dir, %error, "cannot take a mount out of the tree");
-            }
+        if let Some(watch) = find(&self.held, Kind::Watch) {
+            self.denial.take_down(watch, &self.hands, self.log);
         }
         self.deny();
     }
 
-    /// Denies every reader who waits now: first those whose events a daemon had taken, known by
-    /// their numbers there, for afterwards these numbers may name events that are taken here.
     fn deny(&mut self) {
-        let (Some(group), Some(journal)) = (self.get(Kind::Group), &self.journal) else { return };
-        let Ok(group) = group.try_clone_to_owned().map(Group::from) else { return };
-        let deny = Answer::Deny(libc::EIO);
-        if !self.denied_taken {
-            for event in journal.inherited() {
-                let _ = group.answer_number(event.number, deny);
-                journal.clear(event.number);
-            }
-            journal.clear_landing();
+        if let (Some(group), Some(journal)) = (find(&self.held, Kind::Group), &self.journal) {
+            self.denial.deny(group, journal);
         }
-        while let Ok(events) = group.take(journal, usize::MAX) {
-            for file in events.iter().filter_map(|event| event.file.as_ref().ok()) {
-                let _ = group.answer(file.as_fd(), deny);
-            }
-            journal.clear_landing();
-            if events.is_empty() {
-                break;
-            }
-        }
-        self.denied_taken = true;
     }
 }
 
@@ -450,6 +428,17 @@ fn answer(to: &OwnedFd, outcome: Result<(), i32>) -> io::Result<()> {
         Ok(()) => Word::new(Op::Done).send(to, None),
         Err(errno) => Word::new(Op::Failed).with(u64::from(errno.unsigned_abs())).send(to, None),
     }
+}
+
+/// What there is only one of, among what is held.
+fn find(held: &[(Name, OwnedFd)], kind: Kind) -> Option<BorrowedFd<'_>> {
+    let at = held.binary_search_by_key(&Name::only(kind), |(name, _)| *name).ok()?;
+    Some(held[at].1.as_fd())
+}
+
+/// Why something failed, in words for which no memory is asked.
+pub(super) fn failure(error: &io::Error) -> Errno {
+    Errno::from_raw(errno(error))
 }
 
 fn errno(error: &io::Error) -> i32 {

@@ -20,6 +20,7 @@ use std::path::Path;
 
 use rustix::mount::MountAttrFlags;
 
+use super::erofs::{self, Making, Stage};
 use super::{Announce, AttachError, MountWatch, WatchId};
 use crate::sys::cachefiles::MAX_COOKIE_KEY;
 use crate::sys::mount::FsContext;
@@ -87,18 +88,16 @@ pub fn mount(
     announce: Announce<'_>,
     sandbox: &Sandbox,
 ) -> Result<WatchId, AttachError> {
-    let make = || {
+    let mount = || {
         let context = FsContext::open("erofs")?;
         context.set("fsid", &name.id)?;
         name.domain.as_deref().map_or(Ok(()), |domain| context.set("domain_id", domain))?;
         context.mount(MountAttrFlags::empty())
     };
-    let mount = sandbox.outside(make).map_err(AttachError::Mount)?;
-    let at_target = |cause| AttachError::Target { target: target.to_owned(), cause };
-    let watch = watch.add(&mount).map_err(at_target)?;
-    announce(watch).map_err(AttachError::Unkept)?;
-    sandbox.outside(|| mount.attach(target)).map_err(at_target)?;
-    Ok(watch)
+    let make = || mount().map_err(AttachError::Mount);
+    // The kernel waits for us, and before Linux 6.10 it hears no signal meanwhile.
+    let making = Making { make: &make, needs: &[], reaches_us: &|_, _| true };
+    erofs::show(making, &[], &[], Stage { target, watch, announce, sandbox })
 }
 
 #[cfg(test)]

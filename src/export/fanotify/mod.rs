@@ -29,7 +29,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use self::service::MarkHold;
-use super::erofs::{self, Stage};
+use super::erofs::{self, Making, Stage};
 use super::probe::ColdByte;
 use super::{Announce, AttachError, LiveImage, MountWatch, WatchId};
 use crate::sys::mount::DetachedMount;
@@ -98,11 +98,10 @@ impl Fanotify {
             marks.push(self.mark(device)?);
         }
         let devices: Vec<_> = image.devices.iter().map(|device| device.path().to_owned()).collect();
-        let mount = || erofs::mount(&image.bootstrap, &devices);
-        let mount = stage.sandbox.outside(mount).map_err(AttachError::Mount)?;
-        let reaches_us = |cold: &ColdByte, mount: &DetachedMount| {
-            marks[cold.device].expect_own_read(|| stage.sandbox.outside(|| cold.read(mount)))
-        };
-        erofs::publish(mount, image, stage, &reaches_us)
+        let make = || erofs::mount(&image.bootstrap, &devices).map_err(AttachError::Mount);
+        let marks = &*marks;
+        let reaches_us =
+            |cold: &ColdByte, mount: &DetachedMount| marks[cold.device].expect_own_read(|| cold.read(mount));
+        erofs::publish(Making { make: &make, needs: &[], reaches_us: &reaches_us }, image, stage)
     }
 }

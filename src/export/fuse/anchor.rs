@@ -13,6 +13,7 @@ use nix::sys::stat::{Mode, fstat};
 
 use super::wire::NodeId;
 use super::{Anchor, Connection};
+use crate::sys::descriptors::alone;
 use crate::sys::inotify::device_numbers;
 use crate::sys::mount::mount_table;
 use crate::sys::sandbox::Sandbox;
@@ -35,7 +36,9 @@ impl Held {
             Anchor::Open(nodes) => Ok(Self { nodes, _file: None }),
             Anchor::Path(node, path) => {
                 let numbers = connection.numbers().ok_or_else(none)?;
-                let file = sandbox.try_outside(|| open(numbers, &path)?.ok_or_else(none))?;
+                // Once by a thread that may wait for an answer for ever; then the kernel knows the way.
+                let ask = || alone(&[], || open(numbers, &path).map(drop))?;
+                let file = sandbox.try_outside(|| ask().and_then(|()| open(numbers, &path)?.ok_or_else(none)))?;
                 Ok(Self { nodes: node..node + 1, _file: Some(file) })
             }
         }

@@ -10,13 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat};
 
 use super::negotiation::MAX_READ;
 use super::tree::{ImageTree, first_file};
 use super::{AnnounceLasting, Connected, Connection, Fuse, Keep, Lasting, Legacy, Transport};
 use crate::export::{AttachError, Backing, LiveImage, MountWatch, WatchId};
 use crate::image::Image;
+use crate::sys::descriptors::alone;
 use crate::sys::files::file_system_of;
 use crate::sys::fuse::{FusermountError, Options, find_fusermount, mount_by, unmount_by};
 use crate::sys::mount::{DetachedMount, MountError};
@@ -126,7 +127,7 @@ impl Fuse {
         let connect = || self.connect(device, tree, Backend::FuseTree).map_err(at(target));
         let connected = connect().inspect_err(|_| drop(undo()))?;
         let finish = || {
-            let root = sandbox.outside(|| File::open(target)).map_err(at(target))?;
+            let root = sandbox.outside(|| open_root(target)).map_err(at(target))?;
             let lasting = connected.make_lasting(&root, keep)?;
             widen_read_ahead(&root, sandbox);
             open_once(&image.image, &root, sandbox);
@@ -156,7 +157,8 @@ pub(super) fn show(
     let finish = || {
         let watched = watch.add(&mount).map_err(at(target))?;
         announce(watched, Some(&lasting)).map_err(AttachError::Unkept)?;
-        sandbox.outside(|| mount.attach(target)).map_err(at(target))?;
+        let root = [mount.as_fd()];
+        sandbox.outside(|| alone(&root, || mount.attach(target))?).map_err(at(target))?;
         Ok(watched)
     };
     match finish() {
@@ -187,18 +189,34 @@ fn is_forbidden(error: &AttachError) -> bool {
 }
 
 /// Opens and closes a file of the mount whose root is `root`, so that the kernel learns that we need not be
-/// asked about either.
+/// asked about either; and has it ask about the root, on which a watch is put.
 ///
 /// Else the first process that closes a file waits for us, and that may be a copy of one which is about to
 /// become our successor (seen on 6.18). Where no file can be opened the kernel learns it later.
 fn open_once(image: &Image, root: &impl AsFd, sandbox: &Sandbox) {
-    let Some((_, path)) = first_file(image) else { return };
+    ask_ahead(root, first_file(image).map(|(_, path)| path), sandbox);
+}
+
+/// Has the kernel ask for all that it wants to know of the root before a process may use it, and of the opening of the
+/// regular file `path`, on a thread that may wait for an answer for ever.
+pub(super) fn ask_ahead(root: &impl AsFd, path: Option<Vec<u8>>, sandbox: &Sandbox) {
     let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let root = root.as_fd();
-    let opened = sandbox.outside(|| openat(root, OsStr::from_bytes(&path), flags, Mode::empty()).map(drop));
-    if let Err(error) = opened {
-        tracing::debug!(%error, "no file was opened ahead");
+    let ask = || -> nix::Result<()> {
+        fstat(root)?;
+        path.map_or(Ok(()), |path| openat(root, OsStr::from_bytes(&path), flags, Mode::empty()).map(drop))
+    };
+    match sandbox.outside(|| alone(&[root], ask)) {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "nothing was asked ahead"),
+        Err(error) => tracing::debug!(%error, "nothing was asked ahead"),
     }
+}
+
+/// Opens the root of what was mounted at `target`, once the kernel has asked all that it wants to know for that.
+fn open_root(target: &Path) -> io::Result<File> {
+    alone(&[], || File::open(target).map(drop))??;
+    File::open(target)
 }
 
 /// Has the kernel read further ahead. Where that is forbidden, sequential reads are slower.

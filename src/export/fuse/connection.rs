@@ -301,7 +301,10 @@ impl Connection {
     /// which died had taken.
     pub(super) fn handle(self: &Arc<Self>, bytes: &[u8], before: Option<Before>) {
         let request = match Request::parse(bytes) {
-            Ok(request) if request.question.wants_answer() => request,
+            Ok(request) if request.question.wants_answer() => {
+                faultpoint::reach(moment(&request.question));
+                request
+            }
             other => {
                 let is_new = before.is_none();
                 if let (Some(log), Some(Before { slot: Some(slot) })) = (self.requests.get(), before) {
@@ -471,5 +474,17 @@ impl Connection {
         if let Some(unique) = error.owed_to() {
             self.duty(unique, None).fail(libc::EINVAL);
         }
+    }
+}
+
+/// What fault points call the moment after a question was taken.
+fn moment(question: &Question<'_>) -> &'static str {
+    match question {
+        Question::Lookup(_) => "asked-for-name",
+        Question::Attributes => "asked-for-attributes",
+        Question::Open => "asked-to-open",
+        Question::OpenDirectory => "asked-to-open-directory",
+        Question::Read { .. } => "asked-to-read",
+        _ => "asked-otherwise",
     }
 }

@@ -30,9 +30,10 @@ use super::reply::{Listed, Node, Statistics};
 use super::wire::{NodeId, ROOT};
 use super::{Anchor, Attachment, Connected, Fuse, Piece, Tree, TreeError, Visit, Wishes};
 use crate::base::{BLOCK, ByteRange};
-use crate::export::erofs::{self, NewSettings, Stage};
+use crate::export::erofs::{self, Making, NewSettings, Stage};
 use crate::export::probe::ColdByte;
 use crate::export::{AttachError, Backing, LiveImage, MountWatch, WatchId};
+use crate::sys::descriptors::alone;
 use crate::sys::faultpoint;
 use crate::sys::fuse::Options;
 use crate::sys::loopdev::LoopDevice;
@@ -74,15 +75,14 @@ impl Fuse {
         let announce = |watched| announce(watched, lasting.as_ref());
         let stage = Stage { target, watch, announce: &announce, sandbox };
         let paths = paths(&image.devices, straight, files.as_ref());
-        let attached = sandbox.outside(|| mount_over(&image.bootstrap, &paths)).and_then(|mount| {
-            let reaches_us = |cold: &ColdByte, mount: &DetachedMount| {
-                let seen = tree.expect_read(cold.device, || sandbox.outside(|| cold.read(mount)));
-                sandbox.outside(|| forget_pages(&paths[cold.device]));
-                seen
-            };
-            erofs::publish(mount, image, stage, &reaches_us)
-        });
-        match attached {
+        let make = || mount_over(&image.bootstrap, &paths);
+        let reaches_us = |cold: &ColdByte, mount: &DetachedMount| {
+            let seen = tree.expect_read(cold.device, || cold.read(mount));
+            forget_pages(&paths[cold.device]);
+            seen
+        };
+        let needs: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        match erofs::publish(Making { make: &make, needs: &needs, reaches_us: &reaches_us }, image, stage) {
             Ok(watch) => Ok(Attachment { watch, connected, _devices: image.devices.clone() }),
             Err(error) => {
                 connected.into_iter().for_each(Connected::close);
@@ -118,10 +118,10 @@ impl Fuse {
 }
 
 /// What EROFS is to read: files of the file system `files`, or those of the cache where they are read
-/// `straight`.
+/// `straight`. For a thread that has the former open.
 pub(super) fn paths(devices: &[Arc<dyn Backing>], straight: &[bool], files: Option<&DetachedMount>) -> Vec<PathBuf> {
     let served = |files: &DetachedMount, number: usize| {
-        PathBuf::from(format!("/proc/self/fd/{}/{number}", files.as_fd().as_raw_fd()))
+        PathBuf::from(format!("/proc/thread-self/fd/{}/{number}", files.as_fd().as_raw_fd()))
     };
     let path = |(number, (device, straight)): (usize, (&Arc<dyn Backing>, &bool))| match files {
         Some(files) if !straight => served(files, number),
@@ -186,11 +186,11 @@ impl Keep for Nobody {
 
 /// Serves `device` for a moment and mounts EROFS over it where nobody sees it. Tells what `read` finds, and
 /// whether `fail` fails while reads are refused.
-pub(in crate::export) fn try_device<T>(
+pub(in crate::export) fn try_device<T: Send>(
     bootstrap: &Path,
     device: Arc<dyn Backing>,
-    read: &dyn Fn(&DetachedMount) -> T,
-    fail: &dyn Fn(&DetachedMount) -> io::Result<()>,
+    read: &(dyn Fn(&DetachedMount) -> T + Sync),
+    fail: &(dyn Fn(&DetachedMount) -> io::Result<()> + Sync),
 ) -> Result<(T, bool), TryError> {
     let server = Fuse::new(Telemetry::default()).map_err(TryError::Serve)?;
     let serving = server.clone();
@@ -200,10 +200,15 @@ pub(in crate::export) fn try_device<T>(
     let tree = Arc::new(DeviceTree::new(&devices));
     let outcome = server.mount_devices(&tree, &Nobody, &Sandbox::off()).and_then(|(files, connected, _)| {
         let paths = paths(&devices, &[false], Some(&files));
-        let outcome = mount_over(bootstrap, &paths);
-        let outcome = outcome.map(|mount| (read(&mount), tree.expect_read(0, || fail(&mount))));
+        let tried = || {
+            let mount = mount_over(bootstrap, &paths)?;
+            Ok((read(&mount), tree.expect_read(0, || fail(&mount))))
+        };
+        let unusable = |cause| AttachError::Io { path: bootstrap.to_owned(), cause };
+        // As images are mounted, and for the same reason.
+        let outcome = alone(&[files.as_fd()], tried).map_err(unusable);
         connected.close();
-        outcome
+        outcome?
     });
     server.stop();
     // A thread that fails is heard of by the reads that it did not answer.

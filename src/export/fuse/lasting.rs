@@ -37,7 +37,7 @@ pub struct Lasting {
 
 /// Told of a mount before anybody can see it, so that no mount lives that a successor would not know of: of its
 /// superblock, and of its connection if it has one. An error undoes the mount.
-pub type AnnounceLasting<'a> = &'a dyn Fn(WatchId, Option<&Lasting>) -> io::Result<()>;
+pub type AnnounceLasting<'a> = &'a (dyn Fn(WatchId, Option<&Lasting>) -> io::Result<()> + Sync);
 
 /// What has to be kept of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -136,6 +136,7 @@ fn landlock_takes_mounts_away_whatever_its_rules_say() {
     };
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     mounted.attach(dir.path()).unwrap();
+    drop(mounted);
     let seen = thread::scope(|scope| {
         let confined = scope.spawn(|| {
             let policy = Policy { write: vec!["/".into()], devices: Vec::new(), read: Some(vec!["/".into()]) };

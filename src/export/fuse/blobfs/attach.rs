@@ -1,18 +1,13 @@
 //! From a directory and images to a mount, and on from there in another process.
 
-use std::ffi::OsStr;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::Mode;
-
 use super::names::Names;
 use super::tree::BlobTree;
-use crate::export::fuse::attach::show;
+use crate::export::fuse::attach::{ask_ahead, show};
 use crate::export::fuse::negotiation::MAX_READ;
 use crate::export::fuse::{AnnounceLasting, Attachment, Fuse, Keep, Legacy, Part};
 use crate::export::{AttachError, LiveImage, MountWatch, WatchId};
@@ -139,11 +134,5 @@ fn devices(images: &[LiveImage]) -> Vec<Arc<dyn crate::export::Backing>> {
 /// Opens and closes a file of ours, so that the kernel learns that closings need no asking. Else the first process
 /// that closes one waits for us, and that may be a copy of one which is about to become our successor.
 fn open_once(tree: &BlobTree, root: &impl AsFd, sandbox: &Sandbox) {
-    let Some(path) = tree.some_blob() else { return };
-    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let root = root.as_fd();
-    let opened = sandbox.outside(|| openat(root, OsStr::from_bytes(&path), flags, Mode::empty()).map(drop));
-    if let Err(error) = opened {
-        tracing::debug!(%error, "no file was opened ahead");
-    }
+    ask_ahead(root, tree.some_blob(), sandbox);
 }

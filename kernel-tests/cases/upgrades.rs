@@ -1,0 +1,136 @@
+//! Several upgrades at the same time: one takes place, and each command tells what happened.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use rafsd::daemon::keeper;
+use serde_json::Value;
+
+use super::fixture::{FILE, Fixture, content};
+use crate::host::Need;
+use crate::{Case, Ctx, Outcome, Place};
+
+const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::DiskStore, Need::Backend];
+
+pub(crate) const CASES: &[Case] = &[
+    Case {
+        name: "upgrades_at_the_same_time_are_one",
+        needs: NEEDS,
+        place: Place::Here,
+        run: upgrades_at_the_same_time_are_one,
+    },
+    Case {
+        name: "an_upgrade_to_another_program_is_told_from_this_one",
+        needs: NEEDS,
+        place: Place::Host,
+        run: an_upgrade_to_another_program,
+    },
+];
+
+/// Runs these commands at once. What each has printed, or why it failed.
+fn at_once(fixture: &Fixture<'_>, commands: &[Vec<&str>]) -> anyhow::Result<Vec<Result<Value, String>>> {
+    let start = |words: &Vec<&str>| {
+        let mut command = Command::new(&fixture.ctx.rafsd);
+        command.args(["upgrade", "--json"]).args(words).arg("--run").arg(fixture.run());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
+    };
+    let children = commands.iter().map(start).collect::<Result<Vec<_>, _>>()?;
+    let end = |child: std::process::Child| {
+        let output = child.wait_with_output()?;
+        if !output.status.success() {
+            return Ok(Err(String::from_utf8_lossy(&output.stderr).into_owned()));
+        }
+        Ok(Ok(serde_json::from_slice(&output.stdout)?))
+    };
+    children.into_iter().map(end).collect()
+}
+
+/// Ends a daemon that a keeper started.
+fn stop(mut fixture: Fixture<'_>) -> Outcome {
+    fixture.forget_daemon()?;
+    fixture.must(&["stop"])?;
+    let until = Instant::now() + Duration::from_secs(10);
+    while !keeper::statuses(&fixture.run()).is_empty() {
+        ensure!(Instant::now() < until, "keepers are left");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    ensure!(crate::mounts::below(&fixture.ctx.dir)?.is_empty(), "still mounted");
+    Ok(())
+}
+
+fn upgrades_at_the_same_time_are_one(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    fixture.restart(&["--restart", "keepers"])?;
+    let mount = fixture.mount("mnt")?;
+    let over = Arc::new(AtomicBool::new(false));
+    let reader = {
+        let (over, path, bytes) = (over.clone(), mount.join("0"), content(0, FILE));
+        std::thread::spawn(move || -> Outcome {
+            let (file, mut at, mut page) = (File::open(path)?, 0, [0; 4096]);
+            while !over.load(Ordering::Relaxed) {
+                file.read_exact_at(&mut page, at as u64)?;
+                ensure!(page == bytes[at..at + 4096], "a wrong byte at {at}");
+                at = (at + 4096 * 37) % FILE;
+            }
+            Ok(())
+        })
+    };
+    let mut served = BTreeSet::from([u64::from(fixture.info()?.pid)]);
+    for count in [2, 5, 5, 10] {
+        let said = at_once(&fixture, &vec![Vec::new(); count])?;
+        println!("{said:?}");
+        let mut new = BTreeSet::new();
+        let mut done = 0;
+        for said in said {
+            let said = said.map_err(|error| anyhow::anyhow!("a false alarm: {error}\n{}", fixture.log()))?;
+            new.insert(said["pid"].as_u64().context("a process")?);
+            done += usize::from(said["by_another"] == false);
+        }
+        // One that comes late finds nobody at it, and does it again.
+        ensure!(done == new.len() && done < count, "{done} have done it, processes {new:?}");
+        ensure!(new.is_disjoint(&served), "an old process: {new:?}, {served:?}");
+        let now = u64::from(fixture.info()?.pid);
+        ensure!(new.contains(&now), "process {now} serves, not one of {new:?}");
+        served.extend(new);
+        fixture.forget_daemon()?;
+    }
+    over.store(true, Ordering::Relaxed);
+    reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+    let takeovers = fixture.log().matches("took over from a daemon that has gone").count();
+    ensure!(takeovers == served.len() - 1, "{takeovers} takeovers, {served:?}");
+    fixture.umount(&mount)?;
+    stop(fixture)
+}
+
+fn an_upgrade_to_another_program(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    fixture.restart(&["--restart", "keepers"])?;
+    let mount = fixture.mount("mnt")?;
+    let (other, bad) = (ctx.dir.join("rafsd-next"), ctx.dir.join("rafsd-bad"));
+    fs::copy(&ctx.rafsd, &other)?;
+    // One that answers as ours does, and dies of its start.
+    fs::write(&bad, b"#!/bin/sh\n[ \"$1\" = --version ] && echo rafsd 9 && exit 0\nexit 1\n")?;
+    fs::set_permissions(&bad, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+
+    // Whoever comes first, each gets its own program.
+    let (own, next) = (ctx.rafsd.to_str().context("UTF-8")?, other.to_str().context("UTF-8")?);
+    for said in at_once(&fixture, &[vec!["--program", next], vec!["--program", own]])? {
+        let said = said.map_err(|error| anyhow::anyhow!("{error}\n{}", fixture.log()))?;
+        ensure!(said["by_another"] == false, "{said}");
+    }
+    fixture.forget_daemon()?;
+
+    let said = at_once(&fixture, &[vec!["--program", bad.to_str().context("UTF-8")?]])?.remove(0);
+
+    let error = said.err().context("it tells of success")?;
+    ensure!(error.contains("does not run") && error.contains("rafsd-bad"), "{error}");
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "afterwards");
+    fixture.umount(&mount)?;
+    stop(fixture)
+}
