@@ -42,6 +42,7 @@ pub(crate) const CASES: &[Case] = &[
     case("a_shown_directory_survives_kills", survives_kills),
     case("a_shown_directory_survives_kills_where_nothing_is_sent_again", survives_kills_without_resend),
     case("a_shown_directory_that_nobody_kept_fails_and_is_ended", what_nobody_kept_is_ended),
+    case("a_shown_directory_that_cannot_be_taken_over_fails_at_once", what_cannot_be_taken_over_fails),
     case("directories_that_cannot_be_shown_are_refused", what_cannot_be_shown_is_refused),
 ];
 
@@ -112,6 +113,22 @@ fn fetched(fixture: &Fixture<'_>) -> u64 {
 fn in_small_chunks(ctx: &Ctx) -> anyhow::Result<Fixture<'_>> {
     let build = ["--chunk-size", "4096"];
     Fixture::with(ctx, &build, Default::default(), &[], |dir| fs::write(dir.join("big"), content(9, FILE)))
+}
+
+fn what_cannot_be_taken_over_fails(ctx: &Ctx) -> Outcome {
+    let mut fixture = in_small_chunks(ctx)?;
+    let shown = Shown::new(&fixture, "vm", &[])?;
+    let blob = shown.blobs(0).remove(0);
+    fixture.kill()?;
+    fs::remove_dir_all(fixture.cache().join("bootstraps"))?;
+    fixture.start(&[])?;
+
+    // A reader that waits would keep the case from ending.
+    ensure!(fs::read(&blob).is_err(), "read without an image");
+    let list = fixture.must(&["list"])?;
+    ensure!(list.contains(&format!("{}: not served", text(&shown.at)?)), "{list}");
+    fixture.umount(&shown.at)?;
+    fixture.finish()
 }
 
 /// Number, links, time of change, mode and blocks.

@@ -3,13 +3,14 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use nix::mount::{MsFlags, mount, umount};
+use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -34,6 +35,7 @@ pub(crate) const CASES: &[Case] = &[
     case("umount_by_anybody_is_noticed", Place::Both, umount_by_anybody_is_noticed),
     case("a_busy_mount_is_refused_and_then_lazily_taken", Place::Both, a_busy_mount_is_refused_and_then_lazily_taken),
     case("mounting_starts_a_daemon_that_leaves_when_idle", Place::Both, mounting_starts_a_daemon_that_leaves_when_idle),
+    case("what_others_do_at_a_mount_point_is_left_alone", Place::Here, what_others_do_at_a_mount_point_is_left_alone),
     case("bad_requests_name_the_thing_and_leave_nothing", Place::Both, bad_requests_name_the_thing_and_leave_nothing),
     case("anybody_mounts_a_registered_image", Place::Guest, anybody_mounts_a_registered_image),
     case(
@@ -225,6 +227,9 @@ fn bad_requests_name_the_thing_and_leave_nothing(ctx: &Ctx) -> Outcome {
         (&["mount", &good, &dir_text, "--blobs", "ftp://host/x"], "http"),
         (&["mount", &good, &dir_text, "--blobs", "http://127.0.0.1:9/x"], "127.0.0.1:9"),
         (&["umount", &dir_text], &dir_text),
+        (&["mount", &good, "/", "--blobs", &url], "its own files"),
+        (&["mount", &good, &text(&fixture.cache()), "--blobs", &url], "its own files"),
+        (&["mount", &good, &text(&fixture.run().join("served")), "--blobs", &url], "its own files"),
     ];
 
     let before = left_behind(&fixture)?;
@@ -240,6 +245,45 @@ fn bad_requests_name_the_thing_and_leave_nothing(ctx: &Ctx) -> Outcome {
     let mounted = fixture.mount("mnt")?;
     ensure!(fs::read(mounted.join("0"))? == content(0, FILE), "the daemon is well");
     ensure!(left_behind(&fixture)?.len() > before.len(), "what is mounted would show");
+    fixture.finish()
+}
+
+fn what_others_do_at_a_mount_point_is_left_alone(ctx: &Ctx) -> Outcome {
+    let fixture = Fixture::files(ctx, 1)?;
+    let dir = fixture.mount("mnt")?;
+    let place = dir.to_str().context("UTF-8")?;
+    let cover = || mount(None::<&str>, &dir, Some("tmpfs"), MsFlags::empty(), None::<&str>).context("tmpfs");
+    let precious = dir.join("precious");
+
+    cover()?;
+    fs::write(&precious, "precious")?;
+    let refused = fixture.command(&["umount", place])?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    ensure!(!refused.status.success() && said.contains("something else is mounted over"), "{said}");
+    ensure!(precious.exists(), "another one's file system was unmounted");
+    umount(&dir)?;
+    ensure!(fs::read(dir.join("0"))? == content(0, FILE), "what is beneath is served on");
+
+    // Somebody unmounts it, a file of it is open, and somebody else is there by now.
+    let open = fs::File::open(dir.join("0"))?;
+    umount2(&dir, MntFlags::MNT_DETACH)?;
+    cover()?;
+    fs::write(&precious, "precious")?;
+    let told = fixture.must(&["umount", place])?;
+    ensure!(told.contains("still served") && precious.exists(), "{told}");
+    umount(&dir)?;
+    let again = fixture.mount("mnt").context("the place is free")?;
+    umount2(&again, MntFlags::MNT_DETACH)?;
+    fixture.mount("mnt").context("and again, whoever unmounted")?;
+    drop_caches()?;
+    let mut byte = [0];
+    open.read_exact_at(&mut byte, 1 << 20)?;
+    ensure!(byte[0] == content(0, FILE)[1 << 20], "the open file is served on");
+    drop(open);
+    // By another of its names.
+    let link = ctx.dir.join("link");
+    std::os::unix::fs::symlink(&dir, &link)?;
+    fixture.must(&["umount", link.to_str().context("UTF-8")?])?;
     fixture.finish()
 }
 

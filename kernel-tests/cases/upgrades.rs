@@ -31,6 +31,12 @@ pub(crate) const CASES: &[Case] = &[
         place: Place::Host,
         run: an_upgrade_to_another_program,
     },
+    Case {
+        name: "an_upgrade_to_settings_that_are_wrong_is_refused",
+        needs: NEEDS,
+        place: Place::Host,
+        run: an_upgrade_to_wrong_settings,
+    },
 ];
 
 /// Runs these commands at once. What each has printed, or why it failed.
@@ -62,6 +68,25 @@ fn stop(mut fixture: Fixture<'_>) -> Outcome {
     }
     ensure!(crate::mounts::below(&fixture.ctx.dir)?.is_empty(), "still mounted");
     Ok(())
+}
+
+fn an_upgrade_to_wrong_settings(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    let config = ctx.dir.join("config.toml");
+    fs::write(&config, "deadline = \"50s\"\n")?;
+    fixture.restart(&["--restart", "keepers", "--config", config.to_str().context("UTF-8")?])?;
+    let mount = fixture.mount("mnt")?;
+    let before = fixture.info()?.pid;
+
+    fs::write(&config, "deadlin = \"50s\"\n")?;
+    let refused = fixture.command(&["upgrade"])?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+
+    ensure!(!refused.status.success() && said.contains("did you mean \"deadline\""), "{said}");
+    ensure!(fixture.info()?.pid == before, "the daemon was ended for one that cannot start");
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "and serves on");
+    fixture.umount(&mount)?;
+    fixture.finish()
 }
 
 fn upgrades_at_the_same_time_are_one(ctx: &Ctx) -> Outcome {

@@ -24,10 +24,20 @@ use crate::codec::{Sha256, sha256};
 #[derive(Debug)]
 pub struct Bootstraps {
     dir: PathBuf,
-    /// How many owners keep each.
-    kept: Mutex<HashMap<Digest, usize>>,
+    /// Those that somebody keeps.
+    kept: Mutex<HashMap<Digest, Owners>>,
     asking: Mutex<()>,
     scratch: AtomicU64,
+}
+
+/// Who keeps a copy.
+#[derive(Debug, Default)]
+struct Owners {
+    count: usize,
+    /// It was made for one of them, and none has come to anything yet.
+    is_new: bool,
+    /// It is new, and one of them came to nothing: it goes with the last.
+    is_given_up: bool,
 }
 
 /// A bootstrap that stays where it is while this lives.
@@ -36,8 +46,6 @@ pub struct KeptBootstrap {
     owner: Arc<Bootstraps>,
     digest: Digest,
     path: PathBuf,
-    /// Whether the copy was made for this owner.
-    is_new: bool,
 }
 
 /// How the name of a note ends that says which bootstrap was made of something: the digest of that
@@ -55,24 +63,24 @@ impl KeptBootstrap {
         &self.path
     }
 
-    /// What takes the copy away again, if it was made for this owner.
-    pub fn undo(&self) -> Option<Undo> {
-        self.is_new.then(|| Undo { owner: self.owner.clone(), digest: self.digest })
+    /// The same once more.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        self.owner.keep_known(self.digest)
     }
-}
 
-/// Takes away a copy that was made for something that failed.
-#[derive(Debug)]
-pub struct Undo {
-    owner: Arc<Bootstraps>,
-    digest: Digest,
-}
+    /// Notes that what it is kept for has come to something: the copy stays when nobody keeps it any more.
+    pub fn settle(&self) {
+        if let Some(owners) = self.owner.kept.lock().unwrap().get_mut(&self.digest) {
+            (owners.is_new, owners.is_given_up) = (false, false);
+        }
+    }
 
-impl Undo {
-    /// To be called when its owner has let it go; it stays if somebody else keeps it by now.
-    pub fn discard(self) {
-        if let Err(error) = self.owner.remove(&self.digest.to_string()) {
-            tracing::warn!(%error, "the copy of a bootstrap that nobody needs stays until the next gc");
+    /// Notes that what it was kept for has come to nothing. If that is so for all who keep it, and it was made for
+    /// one of them, it goes with the last.
+    pub fn give_up(self) {
+        if let Some(owners) = self.owner.kept.lock().unwrap().get_mut(&self.digest) {
+            owners.is_given_up = owners.is_new;
         }
     }
 }
@@ -98,14 +106,20 @@ impl KeptBootstrap {
 impl Drop for KeptBootstrap {
     fn drop(&mut self) {
         let mut kept = self.owner.kept.lock().unwrap();
+        let mut is_given_up = false;
         if let Some(owners) = kept.get_mut(&self.digest) {
-            *owners -= 1;
-            if *owners == 0 {
+            owners.count -= 1;
+            if owners.count == 0 {
+                is_given_up = owners.is_given_up;
                 kept.remove(&self.digest);
             }
         }
         drop(kept);
-        note_use(&self.path);
+        if !is_given_up {
+            note_use(&self.path);
+        } else if let Err(error) = self.owner.remove(&self.digest.to_string()) {
+            tracing::warn!(%error, "the copy of a bootstrap that nobody needs stays until the next gc");
+        }
     }
 }
 
@@ -123,16 +137,14 @@ impl Bootstraps {
     pub fn keep(self: &Arc<Self>, bytes: &[u8]) -> Result<KeptBootstrap, StoreError> {
         let digest = sha256(bytes);
         // Kept before it is looked for: from here on nobody removes it.
-        *self.kept.lock().unwrap().entry(digest).or_insert(0) += 1;
-        let path = self.dir.join(digest.to_string());
-        let mut kept = KeptBootstrap { owner: Arc::clone(self), digest, path, is_new: false };
+        let kept = self.keep_known(digest);
         // A copy from before is used only if it is still what its name says.
         if File::open(&kept.path).and_then(sha256_of).is_ok_and(|there| there == digest) {
             note_use(&kept.path);
             return Ok(kept);
         }
         self.write(bytes, &kept.path)?;
-        kept.is_new = true;
+        self.kept.lock().unwrap().entry(digest).or_default().is_new = true;
         Ok(kept)
     }
 
@@ -163,9 +175,7 @@ impl Bootstraps {
         }
         let kept = self.keep(&make()?)?;
         if let Err(error) = self.write(format!("{}\n", kept.digest).as_bytes(), &note) {
-            let undo = kept.undo();
-            drop(kept);
-            undo.into_iter().for_each(Undo::discard);
+            kept.give_up();
             return Err(error.into());
         }
         Ok(kept)
@@ -185,9 +195,8 @@ impl Bootstraps {
 
     /// Keeps the copy with this digest, which a predecessor made and nobody looks at again.
     pub fn keep_known(self: &Arc<Self>, digest: Digest) -> KeptBootstrap {
-        *self.kept.lock().unwrap().entry(digest).or_insert(0) += 1;
-        let path = self.dir.join(digest.to_string());
-        KeptBootstrap { owner: Arc::clone(self), digest, path, is_new: false }
+        self.kept.lock().unwrap().entry(digest).or_default().count += 1;
+        KeptBootstrap { owner: Arc::clone(self), digest, path: self.dir.join(digest.to_string()) }
     }
 
     fn write(&self, bytes: &[u8], path: &Path) -> Result<(), StoreError> {
@@ -203,7 +212,7 @@ impl Bootstraps {
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
     }
 
-    fn is_held(&self, kept: &HashMap<Digest, usize>, digest: Digest) -> bool {
+    fn is_held(&self, kept: &HashMap<Digest, Owners>, digest: Digest) -> bool {
         kept.contains_key(&digest)
             || super::shelves::is_open(&self.asking, || HostDisk.is_open(&self.dir.join(digest.to_string())))
     }
@@ -367,20 +376,23 @@ mod tests {
     }
 
     #[test]
-    fn what_was_made_for_nothing_goes_unless_somebody_else_keeps_it() {
+    fn what_was_made_for_nothing_goes_with_the_last_who_keeps_it() {
         let dir = tempfile::tempdir().unwrap();
         let bootstraps = Bootstraps::new(dir.path().join("bootstraps"));
-        let made = bootstraps.keep_made(Digest([1; 32]), || Ok::<_, StoreError>(b"a bootstrap".to_vec())).unwrap();
-        let other = bootstraps.keep(b"a bootstrap").unwrap();
-        assert!(other.undo().is_none(), "it was there");
-        let (undo, again) = (made.undo().unwrap(), made.undo().unwrap());
-        drop(made);
-        undo.discard();
-        assert!(other.path().exists());
+        let keep = || bootstraps.keep_made(Digest([1; 32]), || Ok::<_, StoreError>(b"a bootstrap".to_vec())).unwrap();
+        let is_there = || fs::read_dir(bootstraps.dir()).unwrap().next().is_some();
+        let (first, second) = (keep(), keep());
+        first.give_up();
+        assert!(is_there(), "somebody keeps it");
+        second.give_up();
+        assert!(!is_there(), "notes included");
 
-        drop(other);
-        again.discard();
-
-        assert!(fs::read_dir(bootstraps.dir()).unwrap().next().is_none(), "notes included");
+        let (first, second) = (keep(), keep());
+        first.again().settle();
+        second.give_up();
+        drop(first);
+        assert!(is_there(), "it was good for something");
+        keep().give_up();
+        assert!(is_there(), "it was there before");
     }
 }

@@ -63,7 +63,7 @@ mod verify;
 mod victims;
 mod window;
 
-pub use bootstraps::{BootstrapStamp, Bootstraps, KeptBootstrap, Undo};
+pub use bootstraps::{BootstrapStamp, Bootstraps, KeptBootstrap};
 pub use device::Device;
 pub use disk::{Disk, DiskFile, FileFacts, FileSink, HostDisk};
 pub use engine::{Engine, StoreOptions};

@@ -48,7 +48,9 @@ pub enum StockError {
     #[error("blob {0} is pinned; `rafsd cache pin --remove {0}` ends that")]
     Pinned(String),
     /// The daemon has not yet found out what a predecessor left mounted.
-    #[error("it is not known yet which blobs are in use; try again in a moment")]
+    #[error(
+        "it is not known which blobs are in use: a daemon has just started, or mounts are left that it cannot serve (`rafsd status`)"
+    )]
     UsesUnknown,
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -14,9 +14,8 @@ impl NewDirs {
     /// Makes `dir` with all above it, for its owner alone.
     pub(super) fn make(&mut self, dir: &Path) -> io::Result<()> {
         let missing: Vec<_> = dir.ancestors().take_while(|above| !above.exists()).map(Path::to_owned).collect();
-        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         self.0.extend(missing.into_iter().rev());
-        Ok(())
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)
     }
 
     /// It did not come to nothing: they stay.

@@ -94,7 +94,7 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let file = file.map(|file| file.display().to_string());
     tracing::debug!(file, "settings are known");
     let keep_mounts = settings.keep_mounts;
-    let reload = Reload::new(args.settings, found, log.clone());
+    let reload = Arc::new(Reload::new(args.settings, found, log.clone()));
     let (start, way_out) = ((sandbox.clone(), log, reload, idle, &supervisor), sandbox);
     let daemon = match serve(&runtime, settings, start, inherited) {
         Ok(daemon) => {
@@ -133,7 +133,7 @@ fn make_dirs(settings: &mut Settings, made: &mut NewDirs) -> anyhow::Result<()> 
 fn serve(
     runtime: &Runtime,
     settings: Settings,
-    (sandbox, log, reload, idle, supervisor): (Sandbox, LogControl, Reload, Option<Duration>, &Supervisor),
+    (sandbox, log, reload, idle, supervisor): (Sandbox, LogControl, Arc<Reload>, Option<Duration>, &Supervisor),
     inherited: Option<keeper::Inheritance>,
 ) -> anyhow::Result<Arc<Daemon>> {
     let stop = Arc::new(Notify::new());
@@ -145,6 +145,8 @@ fn serve(
             None => Control::bind(&settings.run, inherited.is_some())?,
         };
         let control = control.with_log(log).with_metrics(metrics_listener(&settings, inherited.is_some())?);
+        let of_upgrade = reload.clone();
+        let control = control.with_check(Arc::new(move || of_upgrade.check()));
         // Before anything is mounted: from here on a signal is an orderly stop.
         watch_signals(stop.clone(), reload)?;
         control
@@ -342,11 +344,10 @@ async fn feed_watchdog(supervisor: Supervisor, daemon: Arc<Daemon>, period: Dura
     }
 }
 
-fn watch_signals(stop: Arc<Notify>, reload: Reload) -> io::Result<()> {
+fn watch_signals(stop: Arc<Notify>, reload: Arc<Reload>) -> io::Result<()> {
     let mut term = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
-    let reload = Arc::new(reload);
     tokio::spawn(async move {
         while hangup.recv().await.is_some() {
             let reload = reload.clone();

@@ -82,13 +82,17 @@ pub(super) fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
         }
         return Ok(exit(fine));
     };
-    if let Some(mount) = unserved(&info, name) {
-        bail!(
-            "what was mounted at {name} is not served, and what is missing cannot be read: {}; unmount it and mount it again",
+    let found = match (find(&images, name), unserved(&info, name)) {
+        (Err(_), Some(mount)) if args.json => {
+            print_json(mount)?;
+            return Ok(ExitCode::FAILURE);
+        }
+        (Err(_), Some(mount)) => bail!(
+            "what is mounted at {name} is not served, and cold reads of it fail: {}; unmount it and mount it again",
             mount.why
-        );
-    }
-    let found = find(&images, name)?;
+        ),
+        (found, _) => found?,
+    };
     let status: Vec<_> = found.into_iter().map(|image| status(image, &info)).collect();
     if args.json {
         status.iter().try_for_each(print_json)?;

@@ -181,7 +181,7 @@ fn is_between(error: &ClientError) -> bool {
         ClientError::NoDaemon { .. } | ClientError::HungUp { .. } | ClientError::Garbled { .. } => true,
         // It was there, and then it was not, or the other way round.
         ClientError::Unusable { .. } => true,
-        ClientError::NotAllowed { .. } | ClientError::Refused(_) => false,
+        ClientError::NotAllowed { .. } | ClientError::Silent { .. } | ClientError::Refused(_) => false,
     }
 }
 

@@ -16,7 +16,7 @@ use super::remote::FETCH_LAYER;
 use super::served::{Attachment, Mounted, Served, live};
 use super::{Daemon, DaemonError};
 use crate::base::BlobId;
-use crate::cache::{Device, Undo};
+use crate::cache::{Device, KeptBootstrap};
 use crate::export::fuse::{self, Blobfs, Lasting, Place};
 use crate::export::{BackendKind, LiveImage, WatchId};
 
@@ -114,16 +114,14 @@ impl Daemon {
         (dir, record): (&Path, RecordId),
     ) -> Result<Mounted, DaemonError> {
         // Of images that were made ready before another one failed, too.
-        let mut undo = Vec::new();
-        let ready = |spec| {
-            let ready = self.ready(spec, &shown.source)?;
-            undo.extend(ready.served.prepared.undo());
-            Ok(ready)
-        };
+        let mut kept = Vec::new();
+        let ready = |spec| self.ready(spec, &shown.source, &mut kept);
         let all = images.iter().map(ready).collect::<Result<Vec<_>, DaemonError>>();
         let attached = all.and_then(|all| self.attach_ready(place, shown, (images, all), (dir, record)));
-        if attached.is_err() {
-            undo.into_iter().for_each(Undo::discard);
+        if attached.is_ok() {
+            kept.iter().for_each(KeptBootstrap::settle);
+        } else {
+            kept.into_iter().for_each(KeptBootstrap::give_up);
         }
         attached
     }
@@ -152,24 +150,35 @@ impl Daemon {
         Ok(of_all(all, record, attached))
     }
 
-    /// An image whose devices are ready.
-    fn ready(&self, spec: &ImageSpec, source: &Path) -> Result<Ready, DaemonError> {
+    /// An image whose devices are ready; its bootstrap is noted in `kept` as soon as there is one.
+    fn ready(&self, spec: &ImageSpec, source: &Path, kept: &mut Vec<KeptBootstrap>) -> Result<Ready, DaemonError> {
         let found = self.look_up(spec)?;
         let queue = found.queue(self);
         let _turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
-        self.prepare(spec, &found)?.or_undone(|mut prepared| {
-            if self.is_stopping() {
-                return Err(DaemonError::Stopping);
-            }
-            let devices = self.devices_of(&mut prepared)?;
-            let mut served = Served::stored(BackendKind::Blobfs, Arc::new(prepared), &devices, WHY.to_owned());
-            served.shows = Some(source.to_owned());
-            Ok(Ready { served, devices })
-        })
+        let mut prepared = self.prepare(spec, &found)?;
+        kept.push(prepared.kept().again());
+        if self.is_stopping() {
+            return Err(DaemonError::Stopping);
+        }
+        let devices = self.devices_of(&mut prepared)?;
+        let mut served = Served::stored(BackendKind::Blobfs, Arc::new(prepared), &devices, WHY.to_owned());
+        served.shows = Some(source.to_owned());
+        Ok(Ready { served, devices })
     }
 
     /// Goes on with the mount of a dead daemon. `resume` gives the image of a record that has one.
     pub(super) fn adopt_blobfs(
+        &self,
+        (id, record): (RecordId, &Record),
+        watch: WatchId,
+        legacy: Option<fuse::Legacy>,
+        resume: Resume<'_>,
+    ) -> Result<Mounted, DaemonError> {
+        // Whoever waits there must not wait for somebody who never comes.
+        self.adopt_shown((id, record), watch, legacy, resume).inspect_err(|_| self.release_connection(id))
+    }
+
+    fn adopt_shown(
         &self,
         (id, record): (RecordId, &Record),
         watch: WatchId,
@@ -189,8 +198,6 @@ impl Daemon {
         let live: Vec<_> = all.iter().map(Ready::live).collect();
         let what = Blobfs { images: &live, blob_dir: shown.blob_dir.as_deref() };
         let attached = self.backends.fuse()?.adopt_blobfs(&what, watch, legacy);
-        // Whoever waits there must not wait for somebody who never comes.
-        let attached = attached.inspect_err(|_| self.release_connection(id));
         let attached = attached.map_err(|cause| DaemonError::Start { what: "a FUSE connection", cause })?;
         Ok(of_all(all, id, attached))
     }

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use reqwest::Method;
 use serde::Serialize;
@@ -15,6 +16,9 @@ use super::api::{
     UnmountRequest, Unmounted, UnregisterRequest, UpgradeRequest,
 };
 use super::control::SOCKET;
+
+/// How long an answer may take that needs no work.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Talks to the daemon of one run directory.
 #[derive(Clone, Debug)]
@@ -39,6 +43,9 @@ pub enum ClientError {
         #[source]
         cause: io::Error,
     },
+    /// It is there and says nothing.
+    #[error("the daemon at {} does not answer within {} s; it may be stopped or stuck", socket.display(), PATIENCE.as_secs())]
+    Silent { socket: PathBuf },
     /// The connection broke.
     #[error("the daemon at {} hung up", socket.display())]
     HungUp {
@@ -186,6 +193,7 @@ impl Client {
                 ClientError::NoDaemon { socket }
             }
             Err(cause) => ClientError::Unusable { socket, cause },
+            Ok(_) if cause.is_timeout() => ClientError::Silent { socket },
             Ok(_) => ClientError::HungUp { socket, cause },
         }
     }
@@ -198,7 +206,10 @@ impl Client {
     ) -> Result<T, ClientError> {
         let garbled = |cause| ClientError::Garbled { socket: self.socket.clone(), cause };
         // The host is not looked at: the socket decides where this goes.
+        let asks_only = method == Method::GET;
         let request = self.http.request(method, format!("http://rafsd/v1/{path}")).json(body);
+        // What is only asked for is known at once; what is to be done may take its time.
+        let request = if asks_only { request.timeout(PATIENCE) } else { request };
         let answer = request.send().await.map_err(|cause| self.no_answer(cause))?;
         if answer.status().is_success() {
             return answer.json().await.map_err(garbled);

@@ -78,6 +78,12 @@ pub enum DaemonError {
     TooManyPulls,
     #[error("an image is mounted at {} already", .0.display())]
     Mounted(PathBuf),
+    #[error("something else is mounted over the image at {}; unmount that first", .0.display())]
+    Covered(PathBuf),
+    #[error("{} is where this daemon keeps its own files, or leads there; mount at another place", .0.display())]
+    OwnPlace(PathBuf),
+    #[error("another daemon could not use the settings: {0}")]
+    Settings(String),
     #[error("no image of this daemon is mounted at {}", .0.display())]
     NotMounted(PathBuf),
     #[error("another image in domain {domain} promises other bytes for blob {blob}; use another domain")]

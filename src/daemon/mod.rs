@@ -47,6 +47,7 @@ mod stored;
 mod trace;
 mod turns;
 mod unkept;
+mod unmounts;
 mod unserved;
 
 pub use alive::Stuck;

@@ -3,13 +3,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use tokio::runtime::Handle;
 
 use super::DaemonError;
 use super::api::observe::millis;
-use super::api::{BackendChoice, ImageReport, Info, MountRequest, PrefetchTarget, Unmounted};
+use super::api::{BackendChoice, ImageReport, Info, MountRequest, PrefetchTarget};
 use super::keeper::{self, Keepers};
 use super::known::KnownImages;
 use super::objects::Objects;
@@ -18,7 +18,7 @@ use super::origins::Origins;
 use super::prefetch::Prefetches;
 use super::prepare::{Prepared, Wanted, prepare};
 use super::pulls::Pulls;
-use super::records::{Record, RecordId, Records};
+use super::records::{RecordId, Records};
 use super::references::References;
 use super::remote::FETCH_LAYER;
 use super::served::{Mounted, Served};
@@ -33,11 +33,10 @@ use crate::cache::{Engine, Store, StoreOptions};
 use crate::credentials::Credentials;
 use crate::export::cachefiles::FsId;
 use crate::export::fuse::Transport;
-use crate::export::{BackendKind, MountWatch, fuse};
+use crate::export::{BackendKind, MountWatch};
 use crate::net::hosts::{LimitTables, Registries};
 use crate::source::BlobSource;
 use crate::sys::descriptors::alone;
-use crate::sys::mount::{detach, unmount};
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::Telemetry;
 
@@ -138,9 +137,18 @@ impl Daemon {
     /// The one name of a directory of the host, given by an absolute path. Looked up by a thread that may wait for ever:
     /// the path may lead through a mount of ours.
     pub(super) fn directory(&self, dir: &Path) -> Result<PathBuf, DaemonError> {
+        let found = self.real_name(dir).ok_or_else(|| DaemonError::NotADirectory(dir.to_owned()))?;
+        // What lies there would be out of reach, or look as if it were ours.
+        let own = [&self.options.cache, &self.options.run];
+        match own.iter().any(|own| own.starts_with(&found) || found.starts_with(own)) {
+            true => Err(DaemonError::OwnPlace(found)),
+            false => Ok(found),
+        }
+    }
+
+    pub(super) fn real_name(&self, dir: &Path) -> Option<PathBuf> {
         let look = || std::fs::canonicalize(dir).ok().filter(|found| dir.is_absolute() && found.is_dir());
-        let found = self.options.sandbox.outside(|| alone(&[], look)).ok().flatten();
-        found.ok_or_else(|| DaemonError::NotADirectory(dir.to_owned()))
+        self.options.sandbox.outside(|| alone(&[], look)).ok().flatten()
     }
 
     /// Mounts an image and returns when it is usable. Blocks.
@@ -149,6 +157,7 @@ impl Daemon {
         let dir = self.directory(&request.dir)?;
         let request = &MountRequest { dir: dir.clone(), ..request.clone() };
         request.image.whereabouts()?;
+        self.note_taken_away(&dir);
         let reserved = self.reserve(&dir)?;
         let mounted = self.mount_reserved(request).inspect_err(|error| self.forget_trace(request, error))?;
         let report = mounted.served.report(Some(&dir), &self.telemetry);
@@ -326,43 +335,6 @@ impl Daemon {
             && state.registered.is_empty()
     }
 
-    /// Unmounts `dir`. Returns when the file system is gone, or after a moment if somebody else
-    /// keeps it alive; it stays served until then. Blocks.
-    pub fn unmount(&self, dir: &Path, lazy: bool) -> Result<Unmounted, DaemonError> {
-        let watch = {
-            let state = self.state.lock().unwrap();
-            let mounted = state.mounts.get(dir).and_then(Option::as_ref);
-            mounted.map(|mounted| mounted.watch)
-        };
-        let watch = watch.or_else(|| self.unserved_at(dir)).ok_or_else(|| DaemonError::NotMounted(dir.to_owned()))?;
-        self.options.sandbox.outside(|| take_down(dir, lazy))?;
-        self.prefetches.cancel(Some(dir));
-        let until = Instant::now() + Duration::from_secs(2);
-        while self.watch.is_alive(watch) && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        let mut state = self.state.lock().unwrap();
-        // The watching thread may have been first, and somebody else may have mounted there since.
-        let is_ours = |mounted: &Option<Mounted>| mounted.as_ref().is_some_and(|mounted| mounted.watch == watch);
-        if state.mounts.get(dir).is_some_and(is_ours)
-            && let Some(Some(mounted)) = state.mounts.remove(dir)
-        {
-            self.note_lingering(&mounted);
-            state.lingering.push(mounted);
-        }
-        drop(state);
-        self.bury();
-        Ok(Unmounted { still_served: self.watch.is_alive(watch) })
-    }
-
-    /// A successor must not take the mount point for ours any more.
-    fn note_lingering(&self, mounted: &Mounted) {
-        let change = |record| Record { lingering: true, ..record };
-        if let Err(error) = self.records.change(mounted.record, change) {
-            tracing::warn!(%error, "cannot write down that an image was unmounted");
-        }
-    }
-
     /// Lets go of what served superblocks that are gone.
     pub(super) fn bury(&self) {
         let mut gone = Vec::new();
@@ -392,21 +364,6 @@ impl Daemon {
             self.bury();
         }
         Ok(())
-    }
-}
-
-/// Unmounts what is at `dir`: by ourselves, or by the program that mounted it for who may not.
-fn take_down(dir: &Path, lazy: bool) -> Result<(), DaemonError> {
-    let outcome = if lazy { detach(dir) } else { unmount(dir) };
-    match outcome {
-        Err(cause) if cause.raw_os_error() == Some(libc::EPERM) => match fuse::unmount_unprivileged(dir, lazy) {
-            Some(outcome) => {
-                let refused = |error: crate::sys::fuse::FusermountError| io::Error::other(error.to_string());
-                outcome.map_err(|error| DaemonError::Unmount { dir: dir.to_owned(), cause: refused(error) })
-            }
-            None => Err(DaemonError::Unmount { dir: dir.to_owned(), cause }),
-        },
-        outcome => outcome.map_err(|cause| DaemonError::Unmount { dir: dir.to_owned(), cause }),
     }
 }
 

@@ -9,7 +9,7 @@ use super::DaemonError;
 use super::known::{Known, KnownImages, Origin};
 use crate::base::{BLOCK, BlobId, Digest};
 use crate::blob::{BlobKind, BlobTables, TablesError, Unit, UnitMap};
-use crate::cache::{Bootstraps, ImageKey, KeptBootstrap, Undo};
+use crate::cache::{Bootstraps, ImageKey, KeptBootstrap};
 use crate::export::{Backing, LiveImage};
 use crate::image::{Device, Image};
 use crate::reader::bootstrap::{Found, layer_key};
@@ -118,17 +118,18 @@ impl Prepared {
 
     /// Serves it by `serve`. If that fails, the copy of the bootstrap goes again that was made for it.
     pub(super) fn or_undone<T>(self, serve: impl FnOnce(Self) -> Result<T, DaemonError>) -> Result<T, DaemonError> {
-        let undo = self.kept.undo();
+        let kept = self.kept.again();
         let served = serve(self);
-        if served.is_err() {
-            undo.into_iter().for_each(Undo::discard);
+        match &served {
+            Ok(_) => kept.settle(),
+            Err(_) => kept.give_up(),
         }
         served
     }
 
-    /// What takes the copy of the bootstrap away, if it was made for this.
-    pub(super) fn undo(&self) -> Option<Undo> {
-        self.kept.undo()
+    /// The copy of the bootstrap.
+    pub(super) fn kept(&self) -> &KeptBootstrap {
+        &self.kept
     }
 
     /// Under whose limits its readers are.
@@ -174,12 +175,8 @@ pub(super) fn prepare(
         return Ok(Prepared { maps: known.maps, ..Prepared::again(kept, Arc::new(image), source) });
     }
     let kept = wanted.keep(bootstraps)?;
-    let undo = kept.undo();
-    let prepared = prepare_kept(wanted, (kept, before), source, saved, runtime);
-    if prepared.is_err() {
-        undo.into_iter().for_each(Undo::discard);
-    }
-    prepared
+    let held = kept.again();
+    prepare_kept(wanted, (kept, before), source, saved, runtime).inspect_err(|_| held.give_up())
 }
 
 /// Everything else that a mount needs. `before` is where the bootstrap came from, as seen before it was read.

@@ -174,6 +174,7 @@ impl Daemon {
         let devices = prepared.maps.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let own = std::mem::replace(&mut prepared.maps, devices.iter().map(|device| device.map()).collect());
         self.remember(&mut prepared, own);
+        prepared.kept().settle();
         drop(turn);
         let plan = plan(&prepared.image, &PrefetchOrder::All);
         let prefetch = Prefetch::start(self.engine(), &devices, &plan.wants, plan.rest);

@@ -166,9 +166,13 @@ impl Records {
     /// Writes a record, in place of an older one of that name.
     pub(super) fn write(&self, id: RecordId, record: &Record) -> io::Result<()> {
         let (path, new) = (self.path(id), self.dir.join(format!(".{}{UNFINISHED}", id.0)));
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(&Envelope { version: record.version(), record })?)?;
-        fs::rename(&new, &path)
+        let bytes = serde_json::to_vec(&Envelope { version: record.version(), record })?;
+        let put = || {
+            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+            file.write_all(&bytes)?;
+            fs::rename(&new, &path)
+        };
+        put().inspect_err(|_| drop(fs::remove_file(&new)))
     }
 
     /// Writes a record anew with a change.
@@ -179,7 +183,13 @@ impl Records {
     /// Takes away what cannot be read, once nothing lives that it could be about.
     pub(super) fn remove_unreadable(&self) {
         for (id, record) in self.load().unwrap_or_default() {
-            if let Err(error) = record {
+            // One that could not be looked at is another matter.
+            let makes_no_sense = |kind| {
+                matches!(kind, io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof | io::ErrorKind::Unsupported)
+            };
+            if let Err(error) = record
+                && makes_no_sense(error.kind())
+            {
                 tracing::warn!(%error, "the record of an image could not be read, and is about nothing any more");
                 self.remove(id);
             }

@@ -1,7 +1,7 @@
 //! Mounts that a predecessor left and that cannot be served: their cold reads fail. Who asks is told of them, until
 //! they have been unmounted.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::Daemon;
 use super::api::UnservedReport;
@@ -24,6 +24,10 @@ pub(super) struct Unserved {
 impl Daemon {
     /// Takes note of a superblock that lives and cannot be served.
     pub(super) fn leave_unserved(&self, unserved: Unserved) {
+        tracing::warn!(
+            why = unserved.why,
+            "nothing is evicted from the cache until a mount has gone that is not served"
+        );
         self.watch.adopt(unserved.watch);
         self.state.lock().unwrap().unserved.push(unserved);
     }
@@ -61,11 +65,5 @@ impl Daemon {
     pub(super) fn unserved(&self) -> Vec<UnservedReport> {
         let state = self.state.lock().unwrap();
         state.unserved.iter().map(|it| UnservedReport { dir: it.dir.clone(), why: it.why.clone() }).collect()
-    }
-
-    /// The superblock that is not served at `dir`.
-    pub(super) fn unserved_at(&self, dir: &Path) -> Option<WatchId> {
-        let state = self.state.lock().unwrap();
-        state.unserved.iter().find(|it| it.dir.as_deref() == Some(dir)).map(|it| it.watch)
     }
 }

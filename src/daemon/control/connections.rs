@@ -21,8 +21,22 @@ use tokio::sync::Semaphore;
 
 use super::failure;
 
-/// Most connections of one listener at once; further ones wait to be taken.
-const MOST: usize = 256;
+/// How a listener treats those who connect.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Manners {
+    /// How long each may take for the head of a request.
+    pub(super) patience: Duration,
+    /// Most connections at once; further ones wait to be taken.
+    pub(super) most: usize,
+    /// When a connection is cut, whatever is under way over it.
+    pub(super) longest: Option<Duration>,
+}
+
+/// For those who may control the daemon, and wait long for what they asked.
+pub(super) const TRUSTED: Manners = Manners { patience: PATIENCE, most: Semaphore::MAX_PERMITS, longest: None };
+
+/// For whoever reaches the address.
+pub(super) const ANYBODY: Manners = Manners { patience: PATIENCE, most: 64, longest: Some(Duration::from_secs(30)) };
 
 /// How long a client may take for the head of a request, counted from when it could have begun; and again for
 /// its body.
@@ -32,17 +46,17 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) const MOST_BODY: usize = 128 << 20;
 
 /// Answers who connects to `listener` until `until` is over, and then those whose requests are under way. `router`
-/// is what answers a connection, `patience` how long each may take for the head of a request.
+/// is what answers a connection.
 ///
 /// # Errors
 /// None: what goes wrong with a connection ends that one. The type is that of whatever else may end serving.
 pub(super) async fn serve<L: Listener>(
     mut listener: L,
     router: impl Fn(&L::Io) -> Router,
-    patience: Duration,
+    manners: Manners,
     until: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let (graceful, slots) = (GracefulShutdown::new(), Arc::new(Semaphore::new(MOST)));
+    let (graceful, slots) = (GracefulShutdown::new(), Arc::new(Semaphore::new(manners.most)));
     let mut until = pin!(until);
     loop {
         let next = async {
@@ -52,11 +66,14 @@ pub(super) async fn serve<L: Listener>(
         let (stream, slot) = tokio::select! { next = next => next, () = &mut until => break };
         let service = TowerToHyperService::new(router(&stream));
         let mut builder = http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(patience);
+        builder.timer(TokioTimer::new()).header_read_timeout(manners.patience);
         let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a client's connection has ended");
+            let longest = manners.longest.unwrap_or(Duration::MAX);
+            match tokio::time::timeout(longest, connection).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "a client's connection has ended"),
+                Err(_) => tracing::debug!("a client's connection was cut: it took too long"),
             }
             drop(slot);
         });
@@ -101,7 +118,12 @@ mod tests {
         let router = Router::new()
             .fallback(|body: String| async move { format!("heard {body}") })
             .layer(middleware::from_fn_with_state(patience, take_in));
-        let server = tokio::spawn(serve(listener, move |_| router.clone(), patience, std::future::pending()));
+        let server = tokio::spawn(serve(
+            listener,
+            move |_| router.clone(),
+            Manners { patience, ..TRUSTED },
+            std::future::pending(),
+        ));
         let mut client = UnixStream::connect(&path).await.unwrap();
         client.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
@@ -127,6 +149,27 @@ mod tests {
         let both = format!("{request}\r\none{request}Connection: close\r\n\r\ntwo");
         let answer = answer(&both, PATIENCE).await;
         assert!(answer.contains("heard one") && answer.contains("heard two"), "{answer}");
+    }
+
+    /// Who never reads what he asked for is in nobody's way for long.
+    #[tokio::test]
+    async fn who_reads_nothing_is_cut_off_and_makes_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let router = Router::new().fallback(|| async { "x".repeat(1 << 20) });
+        let manners = Manners { patience: PATIENCE, most: 1, longest: Some(SHORT) };
+        let server = tokio::spawn(serve(listener, move |_| router.clone(), manners, std::future::pending()));
+        let mut idler = UnixStream::connect(&path).await.unwrap();
+        idler.write_all(&b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(64)).await.unwrap();
+
+        let mut client = UnixStream::connect(&path).await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        let mut first = [0; 12];
+        client.read_exact(&mut first).await.unwrap();
+
+        assert_eq!(&first, b"HTTP/1.1 200");
+        server.abort();
     }
 
     #[tokio::test]

@@ -31,7 +31,7 @@ use serde::Serialize;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, oneshot};
 
-use self::connections::{MOST_BODY, PATIENCE};
+use self::connections::{MOST_BODY, PATIENCE, TRUSTED};
 use self::peer::Peer;
 use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, UpgradeRequest};
 use super::{Daemon, DaemonError, Ending};
@@ -48,12 +48,21 @@ pub const SOCKET: &str = "rafsd.sock";
 pub const GRACE: Duration = Duration::from_secs(5);
 
 /// The listening socket.
-#[derive(Debug)]
 pub struct Control {
     listener: UnixListener,
     file: SocketFile,
     log: LogControl,
     metrics: Option<TcpListener>,
+    check: Check,
+}
+
+/// Tells what keeps another daemon from being started with the settings as they are now.
+pub type Check = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").field("listener", &self.listener).field("file", &self.file).finish_non_exhaustive()
+    }
 }
 
 /// The socket's name, removed with this value; nothing for a socket of somebody else.
@@ -73,6 +82,7 @@ struct Shared {
     daemon: Arc<Daemon>,
     stop: Arc<Notify>,
     log: LogControl,
+    check: Check,
 }
 
 impl Control {
@@ -115,13 +125,19 @@ impl Control {
     }
 
     fn over(listener: UnixListener, file: SocketFile) -> Self {
-        Self { listener, file, log: LogControl::silent(), metrics: None }
+        Self { listener, file, log: LogControl::silent(), metrics: None, check: Arc::new(|| Ok(())) }
     }
 
     /// Lets clients change what `log` logs.
     #[must_use]
     pub fn with_log(self, log: LogControl) -> Self {
         Self { log, ..self }
+    }
+
+    /// Asks `check` before it makes room for another daemon.
+    #[must_use]
+    pub fn with_check(self, check: Check) -> Self {
+        Self { check, ..self }
     }
 
     /// Answers `GET /metrics` on `listener` as well, to whoever asks: it must be of the loopback
@@ -135,7 +151,7 @@ impl Control {
     /// had nothing to serve for that long. Requests under way then have [`GRACE`] to end; another
     /// notice of `stop` cuts that short.
     pub async fn serve(self, daemon: Arc<Daemon>, stop: Arc<Notify>, idle: Option<Duration>) -> io::Result<()> {
-        let shared = Shared { daemon: daemon.clone(), stop: stop.clone(), log: self.log };
+        let shared = Shared { daemon: daemon.clone(), stop: stop.clone(), log: self.log, check: self.check };
         let router = Router::new()
             .route("/v1/info", get(info))
             .route("/v1/mounts", get(list).post(mount).delete(unmount))
@@ -183,7 +199,7 @@ impl Control {
             tracing::warn!("a client does not end its request; stopping all the same");
         };
         tokio::select! {
-            served = connections::serve(self.listener, of_peer, PATIENCE, until) => served,
+            served = connections::serve(self.listener, of_peer, TRUSTED, until) => served,
             () = cut => Ok(()),
             ended = metrics => ended,
         }
@@ -229,6 +245,7 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::NotTraced(_) => StatusCode::NOT_FOUND,
         DaemonError::Mounted(_)
         | DaemonError::Unmount { .. }
+        | DaemonError::Covered(_)
         | DaemonError::Attach(AttachError::Taken(_))
         | DaemonError::Contradiction { .. }
         | DaemonError::SeveralImages(_)
@@ -240,6 +257,8 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::TooManyTraces
         | DaemonError::TooManyPulls => StatusCode::CONFLICT,
         DaemonError::NotADirectory(_)
+        | DaemonError::OwnPlace(_)
+        | DaemonError::Settings(_)
         | DaemonError::Spec(_)
         | DaemonError::NotARegistry
         | DaemonError::BadLogin(_)
@@ -333,8 +352,9 @@ async fn upgrade(State(shared): State<Shared>, request: Body<UpgradeRequest>) ->
         Ok(request) => request,
         Err(refusal) => return refusal,
     };
-    let stop = shared.stop.clone();
+    let (stop, check) = (shared.stop.clone(), shared.check.clone());
     blocking(shared, move |daemon| {
+        check().map_err(DaemonError::Settings)?;
         daemon.set_successor(&request.program)?;
         daemon.ask_to(Ending::Upgrade);
         stop.notify_one();

@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 
-use super::connections::PATIENCE;
+use super::connections::ANYBODY;
 use super::{Body, Daemon, Shared, blocking, body, connections, failure, nowhere, wrong_method};
 use crate::daemon::api::observe::LogRules;
 use crate::telemetry::CONTENT_TYPE;
@@ -61,5 +61,5 @@ pub(super) async fn serve_metrics(listener: TcpListener, daemon: Arc<Daemon>) ->
         .method_not_allowed_fallback(wrong_method)
         .with_state(daemon);
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    connections::serve(listener, |_| router.clone(), PATIENCE, std::future::pending()).await
+    connections::serve(listener, |_| router.clone(), ANYBODY, std::future::pending()).await
 }

@@ -49,6 +49,8 @@ pub struct Fanotify {
     /// Held while an image is attached: two probes of one device would take each other's events.
     pub(super) attaching: Mutex<()>,
     pub(super) telemetry: Telemetry,
+    /// For what concerns no device.
+    log: Limiter,
 }
 
 /// A device with its mark.
@@ -117,6 +119,7 @@ impl Fanotify {
             keeps_marks: AtomicBool::new(false),
             attaching: Mutex::default(),
             telemetry,
+            log: Limiter::new(),
         }))
     }
 
@@ -222,8 +225,10 @@ impl Fanotify {
     fn handle(&self, taken: Taken) {
         let Taken { permission, file, range, pid } = taken;
         let Some(marked) = self.marked.read().unwrap().get(&file).cloned() else {
-            let request = self.telemetry.next_request().number();
-            tracing::error!(request, pid, "an event names no file of ours; denied");
+            if let Some(held_back) = self.log.admit(Instant::now()) {
+                let request = self.telemetry.next_request().number();
+                tracing::error!(request, pid, held_back, "a file of no image that is served is read; denied");
+            }
             return self.deny(permission);
         };
         if pid.cast_unsigned() == std::process::id() && marked.probing.load(Ordering::Acquire) {
