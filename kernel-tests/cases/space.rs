@@ -26,6 +26,7 @@ pub(crate) const CASES: &[Case] = &[
         "on_a_full_disk_readers_wait_for_what_nobody_uses_to_go",
         on_a_full_disk_readers_wait_for_what_nobody_uses_to_go,
     ),
+    case("a_daemon_that_starts_on_a_full_disk_makes_room", a_daemon_that_starts_on_a_full_disk_makes_room),
     case("images_that_share_a_blob_are_told_so", images_that_share_a_blob_are_told_so),
     case("the_cache_is_told_verified_pinned_and_collected", the_cache_is_told_verified_pinned_and_collected),
     Case {
@@ -247,6 +248,33 @@ fn on_a_full_disk_readers_wait_for_what_nobody_uses_to_go(ctx: &Ctx) -> Outcome 
     let stats = cache(&fixture)?["stats"].clone();
     ensure!(stats["refused_writes"].as_u64() > Some(0) && stats["evicted"].as_u64() > Some(0), "{stats}");
     fixture.stop()?;
+    drop(disk);
+    ensure!(crate::mounts::below(&ctx.dir)?.is_empty(), "mounts are left");
+    Ok(())
+}
+
+fn a_daemon_that_starts_on_a_full_disk_makes_room(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    fixture.stop()?;
+    let disk = SmallDisk::new(ctx, 32)?;
+    fixture.use_cache(&disk.0.join("cache"));
+    fixture.start(&[])?;
+    (0..2).try_for_each(|number| visit(&fixture, number))?;
+    let can_do = fixture.info()?.host.choice;
+    fixture.stop()?;
+    // Whatever else is on that disk.
+    let mut filler = fs::File::create(disk.0.join("filler"))?;
+    while std::io::Write::write_all(&mut filler, &[1; 1 << 16]).is_ok() {}
+    while std::io::Write::write_all(&mut filler, &[1; 512]).is_ok() {}
+
+    fixture.start(&[])?;
+
+    let can_do_now = fixture.info()?.host.choice;
+    ensure!(can_do_now == can_do, "{can_do_now:?}, not {can_do:?}: {}", fixture.log());
+    let mount = fixture.mount("mnt")?;
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "{}", fixture.log());
+    fixture.stop()?;
+    drop(filler);
     drop(disk);
     ensure!(crate::mounts::below(&ctx.dir)?.is_empty(), "mounts are left");
     Ok(())

@@ -154,9 +154,23 @@ impl Daemon {
         let thread =
             spawn("mnt-0", &daemon, |daemon| daemon.follow_unmounts()).map_err(start("the watch on mounts"))?;
         *daemon.watcher.lock().unwrap() = Some(thread);
-        daemon.backends.examine().map_err(start("the examination of this host"))?;
         daemon.say_uses_are_known();
+        daemon.make_room_to_examine();
+        daemon.backends.examine().map_err(start("the examination of this host"))?;
         Ok(daemon)
+    }
+
+    /// What this host can do is tried out on the cache's disk: a full one would look like a host that can do little.
+    fn make_room_to_examine(&self) {
+        const NEEDED: u64 = 4 << 20;
+        let free = || rustix::fs::statvfs(&self.options.cache).map_or(u64::MAX, |it| it.f_bavail * it.f_frsize);
+        if free() < NEEDED && !(self.store.make_room(NEEDED) && free() >= NEEDED) {
+            tracing::warn!(
+                cache = %self.options.cache.display(),
+                "the cache's disk is full, and nothing there can go: this host may be found to do less than it can; \
+                 make room and restart the daemon"
+            );
+        }
     }
 
     /// Goes on with the images of a dead daemon, and with its readers.
