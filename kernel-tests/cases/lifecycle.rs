@@ -249,7 +249,7 @@ fn bad_requests_name_the_thing_and_leave_nothing(ctx: &Ctx) -> Outcome {
 }
 
 fn what_others_do_at_a_mount_point_is_left_alone(ctx: &Ctx) -> Outcome {
-    let fixture = Fixture::files(ctx, 1)?;
+    let mut fixture = Fixture::files(ctx, 1)?;
     let dir = fixture.mount("mnt")?;
     let place = dir.to_str().context("UTF-8")?;
     let cover = || mount(None::<&str>, &dir, Some("tmpfs"), MsFlags::empty(), None::<&str>).context("tmpfs");
@@ -284,6 +284,16 @@ fn what_others_do_at_a_mount_point_is_left_alone(ctx: &Ctx) -> Outcome {
     let link = ctx.dir.join("link");
     std::os::unix::fs::symlink(&dir, &link)?;
     fixture.must(&["umount", link.to_str().context("UTF-8")?])?;
+    // The end of a daemon.
+    fixture.mount("mnt")?;
+    cover()?;
+    fs::write(&precious, "precious")?;
+    fixture.stop()?;
+    ensure!(precious.exists(), "the end of a daemon unmounted another one's file system");
+    umount(&dir)?;
+    fixture.start(&[])?;
+    // Complete, it may need no daemon any more.
+    umount(&dir).context("what was beneath")?;
     fixture.finish()
 }
 

@@ -228,8 +228,9 @@ impl Core {
         }
     }
 
-    /// Notes where a reader is, of `image` if that is known, and fetches ahead of it if it walks forward. Not while reads are recorded that
-    /// a kernel only tells of what is missing: what had come before its reader would be in no trace.
+    /// Notes where a reader is, of `image` if that is known, and fetches ahead of it if it walks forward. Not while
+    /// reads are recorded that a kernel only tells of what is missing: what had come before its reader would be in no
+    /// trace.
     pub(super) fn observe(self: &Arc<Self>, units: Range<UnitIndex>, image: Option<ImageKey>) {
         let options = &self.engine.options;
         let reach = Reach { first: options.readahead_first, most: options.readahead_most };
@@ -256,8 +257,10 @@ impl Core {
     /// Fetches what is absent of `units` and in nobody's hands yet, ahead of a reader of `image`.
     pub(super) fn prefetch(self: &Arc<Self>, units: Range<UnitIndex>, image: Option<ImageKey>) {
         let map = self.map();
-        let request = Request::new(RequestId::NONE, Class::Prefetch);
-        let request = image.map_or_else(|| request.clone(), |image| request.clone().of(image));
+        let mut request = Request::new(RequestId::NONE, Class::Prefetch);
+        if let Some(image) = image {
+            request = request.of(image);
+        }
         // Nobody waits; it says for whom it is.
         let wait = Wait::of(request, Box::new(drop));
         let absent = units.filter(|&index| !self.ledger.presence.get(index) && is_needed(&map.units()[index as usize]));

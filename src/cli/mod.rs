@@ -26,7 +26,6 @@ mod log;
 mod manual;
 mod merge;
 mod mount;
-mod newdirs;
 mod opened;
 mod optimize;
 mod prefetch;

@@ -12,7 +12,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::connect::{Place, block_on};
-use super::newdirs::NewDirs;
 use super::reload::Reload;
 use super::settings::SettingsArgs;
 use super::userdirs::ensure_own;
@@ -23,6 +22,7 @@ use crate::daemon::settings::{Origin, Resolved, Restart, Settings, TABLE};
 use crate::daemon::{Daemon, DaemonError, Ending, Options, keeper};
 use crate::export::fuse::Transport;
 use crate::net::Clock;
+use crate::sys::newdirs::NewDirs;
 use crate::sys::sandbox::{Policy, Sandbox};
 use crate::sys::service::Supervisor;
 use crate::sys::{memory, process};

@@ -16,6 +16,7 @@ use crate::base::Chain;
 use crate::sys::cachefiles;
 use crate::sys::files::file_system;
 use crate::sys::mount::FsContext;
+use crate::sys::newdirs::NewDirs;
 
 /// One thing that was tried.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,14 +52,10 @@ impl Host {
     ///
     /// `bound` says that this process has bound a cache of cachefiles already, which only one can.
     pub fn examine(cache: &Path, bound: bool) -> io::Result<Self> {
-        let missing = cache.ancestors().take_while(|dir| !dir.exists()).count();
-        std::fs::create_dir_all(cache)?;
-        let host = Self::examine_existing(cache, bound);
-        for dir in cache.ancestors().take(missing) {
-            // Somebody else may have found a use for it meanwhile.
-            let _ = std::fs::remove_dir(dir);
-        }
-        host
+        // They go again, unless somebody else has found a use for them meanwhile.
+        let mut made = NewDirs::default();
+        made.make(cache)?;
+        Self::examine_existing(cache, bound)
     }
 
     fn examine_existing(cache: &Path, bound: bool) -> io::Result<Self> {

@@ -74,6 +74,43 @@ impl Clock {
     }
 }
 
+/// A time that only moves by hand, for tests.
+#[cfg(test)]
+#[derive(Clone)]
+pub(super) struct Hand(Arc<std::sync::Mutex<Instant>>);
+
+#[cfg(test)]
+impl Hand {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(std::sync::Mutex::new(Instant::now())))
+    }
+
+    pub(super) fn pass(&self, time: Duration) {
+        *self.0.lock().unwrap() += time;
+    }
+
+    pub(super) fn clock(&self) -> Clock {
+        Clock::kept_by(Arc::new(self.clone()))
+    }
+}
+
+#[cfg(test)]
+impl Timekeeper for Hand {
+    fn now(&self) -> Instant {
+        *self.0.lock().unwrap()
+    }
+
+    fn wall(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH
+    }
+
+    fn sleep_until(&self, at: Instant) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let hand = self.clone();
+        let is_over = move || if hand.now() >= at { std::task::Poll::Ready(()) } else { std::task::Poll::Pending };
+        Box::pin(std::future::poll_fn(move |_| is_over()))
+    }
+}
+
 impl fmt::Debug for Clock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.0.is_some() { "Clock(kept)" } else { "Clock(system)" })

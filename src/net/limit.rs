@@ -137,7 +137,7 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     use super::*;
-    use crate::net::Timekeeper;
+    use crate::net::clock::Hand;
 
     /// Whether the future is done by now.
     fn poll<T>(future: &mut Pin<Box<impl Future<Output = T>>>) -> Option<T> {
@@ -194,30 +194,11 @@ mod tests {
         assert_eq!(slots.0.lock().unwrap().free, 1);
     }
 
-    /// A time that only moves by hand.
-    #[derive(Clone)]
-    struct Hand(Arc<Mutex<Instant>>);
-
-    impl Timekeeper for Hand {
-        fn now(&self) -> Instant {
-            *self.0.lock().unwrap()
-        }
-
-        fn wall(&self) -> std::time::SystemTime {
-            std::time::SystemTime::UNIX_EPOCH
-        }
-
-        fn sleep_until(&self, at: Instant) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-            let hand = self.clone();
-            Box::pin(std::future::poll_fn(move |_| if hand.now() >= at { Poll::Ready(()) } else { Poll::Pending }))
-        }
-    }
-
     #[test]
     fn bytes_come_at_the_rate_after_one_burst() {
-        let hand = Hand(Arc::new(Mutex::new(Instant::now())));
-        let rate = Rate::new(1000, Clock::kept_by(Arc::new(hand.clone())));
-        let pass = |ms| *hand.0.lock().unwrap() += Duration::from_millis(ms);
+        let hand = Hand::new();
+        let rate = Rate::new(1000, hand.clock());
+        let pass = |ms| hand.pass(Duration::from_millis(ms));
         pass(1000);
 
         assert!(poll(&mut Box::pin(rate.pay(100, Class::Prefetch))).is_some(), "a burst of 100 ms");
@@ -231,14 +212,14 @@ mod tests {
 
     #[test]
     fn readers_do_not_pay_for_prefetch_and_prefetch_pays_for_them() {
-        let hand = Hand(Arc::new(Mutex::new(Instant::now())));
-        let rate = Rate::new(1000, Clock::kept_by(Arc::new(hand.clone())));
-        *hand.0.lock().unwrap() += Duration::from_secs(1);
+        let hand = Hand::new();
+        let rate = Rate::new(1000, hand.clock());
+        hand.pass(Duration::from_secs(1));
 
         assert!(poll(&mut Box::pin(rate.pay(10_000, Class::Prefetch))).is_none());
         assert!(poll(&mut Box::pin(rate.pay(100, Class::OnDemand))).is_some());
         assert!(poll(&mut Box::pin(rate.pay(1, Class::OnDemand))).is_none());
-        *hand.0.lock().unwrap() += Duration::from_secs(10);
+        hand.pass(Duration::from_secs(10));
         assert!(poll(&mut Box::pin(rate.pay(0, Class::Prefetch))).is_none(), "101 bytes of readers are counted too");
     }
 }

@@ -112,36 +112,12 @@ mod tests {
     use reqwest::header::{HeaderValue, RETRY_AFTER};
 
     use super::*;
-    use crate::net::Timekeeper;
-
-    /// A time that only moves by hand.
-    #[derive(Clone)]
-    struct Hand(Arc<Mutex<Instant>>);
-
-    impl Hand {
-        fn pass(&self, seconds: u64) {
-            *self.0.lock().unwrap() += Duration::from_secs(seconds);
-        }
-    }
-
-    impl Timekeeper for Hand {
-        fn now(&self) -> Instant {
-            *self.0.lock().unwrap()
-        }
-
-        fn wall(&self) -> std::time::SystemTime {
-            std::time::SystemTime::UNIX_EPOCH
-        }
-
-        fn sleep_until(&self, at: Instant) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-            let hand = self.clone();
-            Box::pin(std::future::poll_fn(move |_| if hand.now() >= at { Poll::Ready(()) } else { Poll::Pending }))
-        }
-    }
+    use crate::net::Timekeeper as _;
+    use crate::net::clock::Hand;
 
     fn pace(limits: HostLimits) -> (Arc<HostPace>, Hand) {
-        let hand = Hand(Arc::new(Mutex::new(Instant::now())));
-        (Arc::new(HostPace::new(limits, Clock::kept_by(Arc::new(hand.clone())))), hand)
+        let hand = Hand::new();
+        (Arc::new(HostPace::new(limits, hand.clock())), hand)
     }
 
     /// What comes of it now.
@@ -174,9 +150,9 @@ mod tests {
 
         let resting = enter(&pace, &hand).unwrap().unwrap_err();
         assert_eq!(resting.retry_after(), Some(Duration::from_secs(7)), "{resting}");
-        hand.pass(6);
+        hand.pass(Duration::from_secs(6));
         assert!(enter(&pace, &hand).unwrap().is_err());
-        hand.pass(1);
+        hand.pass(Duration::from_secs(1));
         assert!(enter(&pace, &hand).unwrap().is_ok());
     }
 
@@ -184,9 +160,9 @@ mod tests {
     fn nobody_is_kept_from_looking_again_for_longer_than_is_sensible() {
         let (pace, hand) = pace(HostLimits::default());
         enter(&pace, &hand).unwrap().unwrap().answered(503, &asks_for("18446744073709551615"));
-        hand.pass(29);
+        hand.pass(Duration::from_secs(29));
         assert!(enter(&pace, &hand).unwrap().is_err());
-        hand.pass(1);
+        hand.pass(Duration::from_secs(1));
         assert!(enter(&pace, &hand).unwrap().is_ok());
     }
 
@@ -201,7 +177,7 @@ mod tests {
         drop(first);
 
         assert!(matches!(poll(second).unwrap(), Err(SendError::Resting(_))));
-        hand.pass(3);
+        hand.pass(Duration::from_secs(3));
         assert!(enter(&pace, &hand).unwrap().is_ok(), "its place is free again");
     }
 
@@ -215,9 +191,9 @@ mod tests {
         let mut late = pin!(first.pay(3000, until));
         assert!(poll(second.as_mut()).is_none() && poll(paid.as_mut()).is_none() && poll(late.as_mut()).is_none());
 
-        hand.pass(3);
+        hand.pass(Duration::from_secs(3));
         assert!(poll(paid).unwrap().is_ok());
-        hand.pass(2);
+        hand.pass(Duration::from_secs(2));
 
         assert!(matches!(poll(late).unwrap(), Err(SendError::Late)));
         assert!(matches!(poll(second).unwrap(), Err(SendError::Late)));

@@ -23,6 +23,7 @@ pub mod loopdev;
 pub mod memory;
 pub mod mmap;
 pub mod mount;
+pub mod newdirs;
 pub mod process;
 pub mod requestlog;
 pub mod sandbox;

@@ -207,14 +207,7 @@ fn split_mountinfo(line: &mut [u8]) -> Option<((u32, u32), &[u8])> {
     let target = fields.nth(1)?;
     // Only a field that has an end is whole.
     fields.next()?;
-    let (mut from, mut len) = (0, 0);
-    while from < target.len() {
-        let octal = target.get(from + 1..from + 4).filter(|_| target[from] == b'\\');
-        let octal = octal.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        target[len] = octal.unwrap_or(target[from]);
-        from += if octal.is_some() { 4 } else { 1 };
-        len += 1;
-    }
+    let len = unescape_in_place(target);
     Some((device, &target[..len]))
 }
 
@@ -247,22 +240,24 @@ fn parse_mountinfo(line: &str) -> Option<MountInfo> {
 
 /// Undoes the `\040` style escapes of the mount table.
 fn unescape(text: &str) -> String {
-    let mut out = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&byte, after)) = rest.split_first() {
-        let octal = after.get(..3).filter(|d| byte == b'\\' && d.iter().all(|c| (b'0'..=b'7').contains(c)));
-        match octal.and_then(|d| u8::from_str_radix(std::str::from_utf8(d).ok()?, 8).ok()) {
-            Some(value) => {
-                out.push(value);
-                rest = &after[3..];
-            }
-            None => {
-                out.push(byte);
-                rest = after;
-            }
-        }
+    let mut bytes = text.as_bytes().to_vec();
+    let len = unescape_in_place(&mut bytes);
+    String::from_utf8_lossy(&bytes[..len]).into_owned()
+}
+
+/// The same in the same place; gives the length of what came of it.
+fn unescape_in_place(text: &mut [u8]) -> usize {
+    let (mut from, mut len) = (0, 0);
+    while from < text.len() {
+        let digits = text
+            .get(from + 1..from + 4)
+            .filter(|digits| text[from] == b'\\' && digits.iter().all(|digit| (b'0'..=b'7').contains(digit)));
+        let octal = digits.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        text[len] = octal.unwrap_or(text[from]);
+        from += if octal.is_some() { 4 } else { 1 };
+        len += 1;
     }
-    String::from_utf8_lossy(&out).into_owned()
+    len
 }
 
 #[cfg(test)]

@@ -34,8 +34,8 @@ pub(super) struct Object {
     pub(super) name: String,
     file: Arc<OwnedFd>,
     size: u64,
-    /// None for an object of no image that is served: its reads are denied.
-    spec: Option<Arc<ObjectSpec>>,
+    /// Not there while no image that is served has the object: its reads are denied.
+    spec: OnceLock<Arc<ObjectSpec>>,
     device: OnceLock<Arc<dyn Fill>>,
     /// Held while the device is made: there must not be two over one file.
     making: Mutex<()>,
@@ -43,12 +43,29 @@ pub(super) struct Object {
 
 impl Object {
     pub(super) fn new(name: String, file: OwnedFd, spec: Arc<ObjectSpec>) -> Self {
-        Self { size: spec.size, spec: Some(spec), ..Self::unserved(name, file, 0) }
+        Self { spec: OnceLock::from(spec.clone()), ..Self::unserved(name, file, spec.size) }
     }
 
     /// One of no image that is served.
     pub(super) fn unserved(name: String, file: OwnedFd, size: u64) -> Self {
-        Self { name, file: Arc::new(file), size, spec: None, device: OnceLock::new(), making: Mutex::default() }
+        Self {
+            name,
+            file: Arc::new(file),
+            size,
+            spec: OnceLock::new(),
+            device: OnceLock::new(),
+            making: Mutex::default(),
+        }
+    }
+
+    /// Whether an image that is served has it.
+    pub(super) fn is_served(&self) -> bool {
+        self.spec.get().is_some()
+    }
+
+    /// An image that is served has it, from now on.
+    pub(super) fn serve(&self, spec: Arc<ObjectSpec>) {
+        let _ = self.spec.set(spec);
     }
 
     /// Length in bytes, rounded up to whole blocks as the kernel rounds it.
@@ -67,7 +84,7 @@ impl Object {
             return Ok(device);
         }
         let unserved = || io::Error::new(io::ErrorKind::NotFound, "no image that is served has it");
-        let spec = self.spec.as_ref().ok_or_else(unserved)?;
+        let spec = self.spec.get().ok_or_else(unserved)?;
         let present = data_ranges(self.file.as_fd(), self.len())?;
         let device =
             (spec.open)(Box::new(ObjectSink { file: self.file.clone(), is_ready: AtomicBool::new(false) }), &present);

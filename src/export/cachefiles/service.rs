@@ -137,7 +137,8 @@ impl Cachefiles {
         blobs: Vec<(String, ObjectSpec)>,
     ) -> Result<Registration, AttachError> {
         let volume = name.volume_key();
-        let mut known = self.known.lock().unwrap();
+        let mut registering = self.known.lock().unwrap();
+        let known = &mut *registering;
         let key = (volume.clone(), name.id.clone().into_bytes());
         if known.objects.contains_key(&key) || !known.sysfs.insert(name.sysfs_name()) {
             return Err(AttachError::Taken(name.mount_options()));
@@ -153,6 +154,8 @@ impl Cachefiles {
             known.insert(key.clone(), (Arc::new(spec), users + 1));
             keys.push(key);
         }
+        drop(registering);
+        self.serve_open();
         Ok(Registration { service: self.clone(), name: name.clone(), keys })
     }
 
@@ -249,7 +252,26 @@ impl Cachefiles {
             Some(spec) => Object::new(name, open.object, spec),
             None => Object::unserved(name, open.object, size),
         };
+        let is_served = object.is_served();
         self.open.lock().unwrap().insert(open.object_id, Arc::new(object));
+        if !is_served {
+            // An image with it may have been registered meanwhile.
+            self.serve_open();
+        }
+    }
+
+    /// Serves open objects of which nothing was known, and is by now: the kernel does not ask for them again.
+    fn serve_open(&self) {
+        let open = self.open.lock().unwrap();
+        let unserved: Vec<_> = open.values().filter(|object| !object.is_served()).cloned().collect();
+        drop(open);
+        let known = self.known.lock().unwrap();
+        for object in unserved {
+            let mut all = known.objects.iter();
+            if let Some((_, (spec, _))) = all.find(|((volume, cookie), _)| object_name(volume, cookie) == object.name) {
+                object.serve(spec.clone());
+            }
+        }
     }
 
     fn read(&self, msg_id: u32, object_id: u32, range: ByteRange) {

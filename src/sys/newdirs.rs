@@ -8,18 +8,21 @@ use std::path::{Path, PathBuf};
 /// Those that were not there before, the outer ones first. With this value they go again, but for what something
 /// was put into.
 #[derive(Debug, Default)]
-pub(super) struct NewDirs(Vec<PathBuf>);
+pub struct NewDirs(Vec<PathBuf>);
 
 impl NewDirs {
     /// Makes `dir` with all above it, for its owner alone.
-    pub(super) fn make(&mut self, dir: &Path) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// What the file system says; those that came about before that go with this value too.
+    pub fn make(&mut self, dir: &Path) -> io::Result<()> {
         let missing: Vec<_> = dir.ancestors().take_while(|above| !above.exists()).map(Path::to_owned).collect();
         self.0.extend(missing.into_iter().rev());
         DirBuilder::new().recursive(true).mode(0o700).create(dir)
     }
 
     /// It did not come to nothing: they stay.
-    pub(super) fn stay(mut self) {
+    pub fn stay(mut self) {
         self.0.clear();
     }
 }
