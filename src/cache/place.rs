@@ -47,21 +47,19 @@ impl Place {
     }
 
     /// Merges `map` with the one saved and saves the outcome; `None` if they disagree.
-    pub(super) fn settle_map(&self, map: &UnitMap) -> Result<Option<UnitMap>, StoreError> {
+    pub(super) fn settle_map(&self, map: &Arc<UnitMap>) -> Result<Option<Arc<UnitMap>>, StoreError> {
         if let Some(known) = self.saved() {
-            let merged = known.merge(map);
-            if let Some(merged) = &merged
-                && *merged != known
-            {
-                self.save(merged)?;
+            let Some(merged) = known.merge(map) else { return Ok(None) };
+            if merged != known {
+                self.save(&merged)?;
             }
-            return Ok(merged);
+            return Ok(Some(if merged == **map { Arc::clone(map) } else { Arc::new(merged) }));
         }
         self.disk.create_dir(&self.dir).map_err(at(&self.dir))?;
         // What is present was checked against a map that is lost.
         self.forget_presence()?;
         self.save(map)?;
-        Ok(Some(map.clone()))
+        Ok(Some(Arc::clone(map)))
     }
 
     /// Opens `data` for writing, creating or replacing what is missing or does not fit.

@@ -271,11 +271,12 @@ impl Store {
     fn find_or_open(&self, map: &Arc<UnitMap>, source: &Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
         let mut shelves = self.shelves.alive();
         let common = map.blob().to_string();
+        if let Some(device) = self.shared(&mut shelves, &common, map, source)? {
+            return Ok(device);
+        }
         let own = format!("{common}.{}", &map.fingerprint().to_string()[..16]);
-        for name in [common, own] {
-            if let Some(device) = self.shared(&mut shelves, &name, map, source)? {
-                return Ok(device);
-            }
+        if let Some(device) = self.shared(&mut shelves, &own, map, source)? {
+            return Ok(device);
         }
         Err(StoreError::Contradiction { blob: map.blob().clone() })
     }
@@ -318,7 +319,6 @@ impl Store {
             return Ok(Some(Arc::clone(map)));
         }
         let Some(merged) = place.settle_map(map)? else { return Ok(None) };
-        let merged = if merged == **map { Arc::clone(map) } else { Arc::new(merged) };
         self.settled.note(name, place.saved_file(), &merged);
         Ok(Some(merged))
     }

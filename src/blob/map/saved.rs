@@ -6,7 +6,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{UnitMap, UnitMapError};
-use crate::base::{BlobId, ByteRange};
+use crate::base::{BlobId, ByteRange, Digest};
 use crate::blob::zran::Contexts;
 use crate::blob::{BlobKey, Check, Part, Recipe, Unit};
 use crate::codec::xts::{IV_LEN, KEY_LEN};
@@ -15,6 +15,24 @@ impl UnitMap {
     /// The map as bytes that [`UnitMap::from_bytes`] understands: our own format, for our own
     /// cache directory, guarded by a checksum.
     pub fn to_bytes(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(size_of::<SavedHead>() + self.units.len() * size_of::<SavedUnit>() + SUM_LEN);
+        self.body(|unit| SavedUnit::from(unit), |piece| out.extend_from_slice(piece));
+        let sum = blake3::hash(&out);
+        out.extend_from_slice(sum.as_bytes());
+        out
+    }
+
+    /// BLAKE3 of what [`UnitMap::to_bytes`] would give, had each unit become what `unit` makes of it.
+    pub(super) fn digest_with(&self, unit: impl Fn(&Unit) -> Unit) -> Digest {
+        let mut hasher = blake3::Hasher::new();
+        self.body(|it| SavedUnit::from(&unit(it)), |piece| drop(hasher.update(piece)));
+        let sum = hasher.finalize();
+        Digest(*hasher.update(sum.as_bytes()).finalize().as_bytes())
+    }
+
+    /// Hands `take` everything but the checksum, in pieces that fit into a processor's cache: maps have millions of bytes,
+    /// and who only wants their digest need not have them all at once.
+    fn body(&self, saved: impl Fn(&Unit) -> SavedUnit, mut take: impl FnMut(&[u8])) {
         let mut id = [0; BlobId::MAX_LEN];
         id[..self.blob.as_str().len()].copy_from_slice(self.blob.as_str().as_bytes());
         let head = SavedHead {
@@ -29,21 +47,23 @@ impl UnitMap {
             key: self.key.as_ref().map_or([0; KEY_LEN], |key| *key.key()),
             iv: self.key.as_ref().map_or([0; IV_LEN], |key| *key.iv()),
         };
-        let mut out = head.as_bytes().to_vec();
-        for unit in &self.units {
-            out.extend_from_slice(SavedUnit::from(unit).as_bytes());
+        take(head.as_bytes());
+        let mut piece = Vec::with_capacity(PIECE * size_of::<SavedUnit>());
+        for units in self.units.chunks(PIECE) {
+            piece.clear();
+            units.iter().for_each(|unit| piece.extend_from_slice(saved(unit).as_bytes()));
+            take(&piece);
         }
         if let Some(contexts) = &self.contexts {
-            contexts.save(&mut out);
+            piece.clear();
+            contexts.save(&mut piece);
+            take(&piece);
         }
-        let sum = blake3::hash(&out);
-        out.extend_from_slice(sum.as_bytes());
-        out
     }
 
     /// Reads a saved map back. Any difference from what was saved is an error.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, UnitMapError> {
-        let (body, sum) = bytes.split_last_chunk::<32>().ok_or(UnitMapError::Saved("too short"))?;
+        let (body, sum) = bytes.split_last_chunk::<SUM_LEN>().ok_or(UnitMapError::Saved("too short"))?;
         if blake3::hash(body).as_bytes() != sum {
             return Err(UnitMapError::Saved("checksum mismatch"));
         }
@@ -80,6 +100,10 @@ impl UnitMap {
 }
 
 const SAVED_MAGIC: [u8; 8] = *b"rafsdum2";
+/// BLAKE3 of everything before it.
+const SUM_LEN: usize = blake3::OUT_LEN;
+/// How many units are saved at once.
+const PIECE: usize = 512;
 /// Bit of [`SavedHead::flags`]: the blob is encrypted.
 const HAS_KEY: u32 = 0x1;
 /// Bit of [`SavedHead::flags`]: units may be vacant.
