@@ -158,6 +158,10 @@ impl Shelves {
         &self.root
     }
 
+    pub(super) fn disk(&self) -> Arc<dyn Disk> {
+        Arc::clone(&self.disk)
+    }
+
     /// The copies of bootstraps.
     pub fn bootstraps(&self) -> &Arc<Bootstraps> {
         &self.bootstraps

@@ -153,6 +153,7 @@ impl Store {
         let shelves = Shelves::prepare(root, Arc::new(Twins::new(options.twins)), disk, held)?;
         let engine =
             Engine::over(options, runtime, Arc::clone(&shelves.twins), telemetry).map_err(StoreError::Threads)?;
+        engine.space.room.ask(Box::new((shelves.disk(), shelves.devices_dir.clone())));
         let wants_twins = Arc::default();
         let evictor = Evictor::start(&shelves, &engine, &wants_twins).map_err(StoreError::Threads)?;
         let scrub = Scrub::start(&shelves, &engine).map_err(StoreError::Threads)?;
