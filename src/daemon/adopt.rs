@@ -219,7 +219,8 @@ impl Daemon {
             if all_served {
                 unused.for_each(|(id, file)| fanotify.forget(*id, file));
             } else {
-                self.retire(&unused.map(|(id, _)| *id).collect());
+                let unused: Vec<_> = unused.map(|(id, file)| (*id, file)).collect();
+                self.retire(&self.serve_what_is_present(&fanotify, &unused));
                 fanotify.keep_marks(true);
             }
             fanotify.resume(events, all_served);
@@ -250,8 +251,9 @@ impl Daemon {
         each.map(|(served, order)| (dir.clone(), served.clone(), mounted.watch, order.clone())).collect()
     }
 
-    /// Superblocks of which nothing is known may read any of these files: they stay marked, so that
-    /// whoever asks for a hole is denied. Images that are mounted from now on get files of their own.
+    /// Superblocks of which nothing is known may read any of these files, of which it is not known either what is
+    /// in them: they stay marked, so that whoever asks is denied. Images that are mounted from now on get files of
+    /// their own.
     fn retire(&self, files: &BTreeSet<InodeId>) {
         for name in self.store.directories() {
             let path = self.store.data_path(&name);

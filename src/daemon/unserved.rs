@@ -1,12 +1,23 @@
 //! Mounts that a predecessor left and that cannot be served: their cold reads fail. Who asks is told of them, until
 //! they have been unmounted.
+//!
+//! What is present of them is read all the same. The kernel asks about each read of a file that is not complete, and
+//! what is in a file says the store, whatever became of the image that reads it.
 
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use super::Daemon;
 use super::api::UnservedReport;
 use super::records::RecordId;
-use crate::export::WatchId;
+use super::{Daemon, DaemonError};
+use crate::base::Chain;
+use crate::export::fanotify::{Caretaking, Fanotify};
+use crate::export::{Backing, WatchId};
+use crate::source::AbsentSource;
+use crate::sys::files::{InodeId, inode_id_at};
 use crate::sys::mount::mount_table;
 
 /// A superblock that lives and is not served.
@@ -40,6 +51,40 @@ impl Daemon {
         self.leave_unserved(Unserved { watch, record: None, dir, why: "its record cannot be read".to_owned() });
     }
 
+    /// Answers for files that a dead daemon had marked and no image that is served uses: what is present is read, what is
+    /// missing is denied, or comes with another image that has the blob. Gives the files of which the store does not
+    /// know what is in them.
+    pub(super) fn serve_what_is_present(
+        &self,
+        fanotify: &Arc<Fanotify>,
+        files: &[(InodeId, &OwnedFd)],
+    ) -> BTreeSet<InodeId> {
+        let here = |name: String| Some((inode_id_at(&self.store.data_path(&name)).ok()?, name));
+        let names: HashMap<_, _> = self.store.directories().into_iter().filter_map(here).collect();
+        let mut unknown = BTreeSet::new();
+        for (id, file) in files {
+            // One that has no name any more was put aside before.
+            let taken = names.get(id).map(|name| self.take_care_of(fanotify, name, file));
+            match taken {
+                Some(Ok(caretaking)) => self.state.lock().unwrap().caretakings.push(caretaking),
+                Some(Err(error)) => {
+                    tracing::error!(error = %Chain(&error), "nothing can be read of a blob that an image uses which is not served");
+                    unknown.insert(*id);
+                }
+                None => {}
+            }
+        }
+        unknown
+    }
+
+    fn take_care_of(&self, fanotify: &Arc<Fanotify>, name: &str, file: &OwnedFd) -> Result<Caretaking, DaemonError> {
+        let unusable = |cause| DaemonError::Io { path: self.store.data_path(name), cause };
+        let file = File::from(file.try_clone().map_err(unusable)?);
+        let nowhere = Arc::new(AbsentSource::because("the image that reads it is not served; unmount it and mount it again"));
+        let device = self.store.adopt(name, file, nowhere)?;
+        Ok(fanotify.take_care_of(&(device as Arc<dyn Backing>))?)
+    }
+
     /// Lets go of those that have gone, with all that was kept for them.
     pub(super) fn bury_the_unserved(&self) {
         let gone: Vec<_> = {
@@ -54,6 +99,8 @@ impl Daemon {
             return;
         }
         // The marks that were kept for them go as well, and blobs may.
+        let caretakings = std::mem::take(&mut self.state.lock().unwrap().caretakings);
+        caretakings.into_iter().for_each(Caretaking::release);
         if let (Some(fanotify), _) = self.backends.services() {
             fanotify.keep_marks(false);
         }
