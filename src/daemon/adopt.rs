@@ -198,7 +198,8 @@ impl Daemon {
                 let (dir, why) = (record.dir.as_deref().unwrap_or(Path::new("-")), Chain(&error).to_string());
                 tracing::error!(dir = %dir.display(), error = why, "an image cannot be served any more; its cold reads fail");
                 if let Some(watch) = watch {
-                    self.leave_unserved(Unserved { watch, record: Some(id), dir: record.dir.clone(), why });
+                    let uses = self.uses_of(&record);
+                    self.leave_unserved(Unserved { watch, record: Some(id), dir: record.dir.clone(), uses, why });
                 }
             }
             prefetches.extend(self.wanted_prefetch(&record));
@@ -215,13 +216,11 @@ impl Daemon {
         let (fanotify, cachefiles) = self.backends.services();
         if let Some(fanotify) = fanotify {
             let all_served = self.state.lock().unwrap().unserved.is_empty();
-            let unused = files.iter().filter(|(id, _)| !fanotify.serves(**id));
             if all_served {
+                let unused = files.iter().filter(|(id, _)| !fanotify.serves(**id));
                 unused.for_each(|(id, file)| fanotify.forget(*id, file));
             } else {
-                let unused: Vec<_> = unused.map(|(id, file)| (*id, file)).collect();
-                self.retire(&self.serve_what_is_present(&fanotify, &unused));
-                fanotify.keep_marks(true);
+                self.retire(&self.serve_what_is_present(&fanotify, &files));
             }
             fanotify.resume(events, all_served);
         }
@@ -262,13 +261,6 @@ impl Daemon {
             {
                 tracing::error!(path = %path.display(), %error, "images with this blob cannot be served");
             }
-        }
-    }
-
-    /// Lets blobs go that nobody uses, unless there is a superblock of which nobody knows what it uses.
-    pub(super) fn say_uses_are_known(&self) {
-        if self.state.lock().unwrap().unserved.is_empty() {
-            self.store.say_uses_are_known();
         }
     }
 

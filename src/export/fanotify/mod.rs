@@ -32,6 +32,7 @@ use self::service::MarkHold;
 use super::erofs::{self, Making, Stage};
 use super::probe::ColdByte;
 use super::{Announce, AttachError, Backing, LiveImage, MountWatch, WatchId};
+use crate::sys::files::InodeId;
 use crate::sys::mount::DetachedMount;
 use crate::sys::sandbox::Sandbox;
 
@@ -104,6 +105,11 @@ impl Fanotify {
     /// Answers for a device that a dead process had marked, of an image that cannot be adopted.
     pub fn take_care_of(self: &Arc<Self>, device: &Arc<dyn Backing>) -> Result<Caretaking, AttachError> {
         self.mark(device).map(Caretaking)
+    }
+
+    /// The same for one that an image brings which is known, beyond the end of that.
+    pub fn share_care_of(self: &Arc<Self>, id: InodeId) -> Option<Caretaking> {
+        self.share(id).map(Caretaking)
     }
 
     fn attach_marked(
