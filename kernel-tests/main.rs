@@ -72,6 +72,7 @@ const TABLES: &[&[Case]] = &[
     cases::interop::CASES,
     cases::sharing::CASES,
     cases::space::CASES,
+    cases::unserved::CASES,
     cases::faults::CASES,
     cases::takeover::CASES,
     cases::selfwait::CASES,

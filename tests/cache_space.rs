@@ -65,14 +65,15 @@ impl Blob {
     }
 
     fn source(&self) -> Arc<Plain> {
-        Arc::new(Plain { stored: self.plain.clone().into(), reads: AtomicUsize::new(0) })
+        Arc::new(Plain { stored: self.plain.clone().into(), reads: AtomicUsize::new(0), requests: AtomicUsize::new(0) })
     }
 }
 
-/// A source that always has the bytes, and counts how many it was asked for.
+/// A source that always has the bytes, and counts how many it was asked for, and how often.
 struct Plain {
     stored: Bytes,
     reads: AtomicUsize,
+    requests: AtomicUsize,
 }
 
 impl BlobSource for Plain {
@@ -83,6 +84,7 @@ impl BlobSource for Plain {
     fn read<'a>(&'a self, _: &'a BlobId, range: ByteRange, _: ReadCtx) -> BoxFuture<'a, Result<Bytes, SourceError>> {
         let range = usize::try_from(range.start()).unwrap()..usize::try_from(range.end()).unwrap();
         self.reads.fetch_add(range.len(), Ordering::SeqCst);
+        self.requests.fetch_add(1, Ordering::SeqCst);
         Box::pin(async move { Ok(self.stored.slice(range)) })
     }
 
@@ -713,6 +715,105 @@ fn on_a_full_disk_a_reader_waits_for_what_nobody_uses_to_go() {
         .filter(|unit| matches!(fill_blocking(&*third, unit.blocks()), Err(FillError::NoSpace { .. })));
     assert!(refused.count() > 0);
     assert_bytes(&device, &new);
+}
+
+/// Takes the rest of a disk.
+fn fill_up(path: &Path) {
+    use std::io::Write as _;
+    let mut file = File::create(path).unwrap();
+    for size in [MIB, 4096] {
+        while file.write_all(&vec![1; size]).is_ok() {}
+    }
+    file.sync_all().unwrap();
+}
+
+/// Reads `unit` this often, each time in vain.
+fn fail(device: &Device, unit: &Unit, times: usize) {
+    for _ in 0..times {
+        let outcome = fill_blocking(device, unit.blocks());
+        assert!(matches!(outcome, Err(FillError::NoSpace { .. })), "{outcome:?}");
+    }
+}
+
+#[test]
+fn on_a_full_disk_nothing_is_fetched_until_there_is_room() {
+    let disk = match Disk::new(&["mkfs.ext4", "-q", "-m", "0"], 24) {
+        Ok(disk) => disk,
+        Err(why) => return eprintln!("SKIPPED on_a_full_disk_nothing_is_fetched_until_there_is_room: {why}"),
+    };
+    let bench = Bench::new();
+    let (old, new) = (Blob::numbered(1, 4), Blob::numbered(2, 12));
+    let store = bench.store_at(&disk.at.join("cache"), options());
+    store.say_uses_are_known();
+    let held = open(&store, &old);
+    fill_blocking(&*held, old.all()).unwrap();
+    held.flush().unwrap();
+    let source = new.source();
+    let device = store.device(new.map(), source.clone()).unwrap();
+    fill_blocking(&*device, new.units[0].blocks()).unwrap();
+    fill_up(&disk.at.join("ballast"));
+    let requests = || source.requests.load(Ordering::SeqCst);
+    let before = requests();
+
+    fail(&device, &new.units[1], 200);
+    std::thread::sleep(Duration::from_millis(100));
+    fail(&device, &new.units[2], 200);
+    // Several readers, and a read of many units.
+    std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(|| fail(&device, &new.units[3], 50)))));
+    assert!(fill_blocking(&*device, new.all()).is_err());
+    assert!(requests() <= before + 1, "{} requests", requests() - before);
+    assert!(!device.present(new.units[1].blocks()) && device.present(new.units[0].blocks()));
+
+    // Room that somebody else makes: the next read has its data.
+    fs::remove_file(disk.at.join("ballast")).unwrap();
+    eventually("there is room", || fill_blocking(&*device, new.units[1].blocks()).is_ok());
+    fill_up(&disk.at.join("ballast"));
+    let before = requests();
+    fail(&device, &new.units[2], 200);
+    assert!(requests() <= before + 2, "{} requests", requests() - before);
+
+    // A blob that nobody uses any more makes room as well.
+    drop(held);
+    eventually("it goes", || fill_blocking(&*device, new.units[2].blocks()).is_ok());
+    assert!(!disk.at.join("cache/v1/blob-1").exists());
+    for unit in &new.units[..48] {
+        fill_blocking(&*device, unit.blocks()).unwrap();
+    }
+    let mut got = vec![0; 48 * UNIT];
+    device.open_data().unwrap().read_exact_at(&mut got, 0).unwrap();
+    assert!(got == new.plain[..48 * UNIT], "wrong bytes");
+}
+
+/// Refuses what it is told to, whatever room its disk has.
+#[derive(Clone, Default)]
+struct Stubborn(Arc<AtomicBool>);
+
+impl Sink for Stubborn {
+    fn write_at(&self, _: &[u8], _: u64) -> std::io::Result<()> {
+        if self.0.load(Ordering::SeqCst) { Err(std::io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
+    }
+
+    fn sync(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn where_the_disk_has_room_and_writes_are_refused_requests_are_few_all_the_same() {
+    let bench = Bench::new();
+    let (blob, sink) = (Blob::numbered(1, 1), Stubborn::default());
+    let (store, source) = (bench.store(options()), blob.source());
+    let sinks = Box::new(sink.clone());
+    let device = Device::with_sink(blob.map(), source.clone(), sinks, &[], Arc::clone(store.engine()));
+    sink.0.store(true, Ordering::SeqCst);
+    let began = Instant::now();
+
+    fail(&device, &blob.units[0], 300);
+
+    let (requests, seconds) = (source.requests.load(Ordering::SeqCst), began.elapsed().as_secs());
+    assert!(requests as u64 <= 3 + seconds, "{requests} requests in {seconds} s");
+    sink.0.store(false, Ordering::SeqCst);
+    eventually("it is tried again", || fill_blocking(&*device, blob.units[0].blocks()).is_ok());
 }
 
 // ---- the command without a daemon -----------------------------------------------------------------

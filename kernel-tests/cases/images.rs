@@ -168,6 +168,12 @@ fn a_full_cache_is_an_error_and_then_heals(ctx: &Ctx) -> Outcome {
     ensure!(fixture.log().contains("no room left"), "{}", fixture.log());
     drop_caches()?;
     ensure!(fs::read(dir.join("0"))? == content(0, FILE), "what was readable stays readable");
+    let requests = || fixture.fetched().iter().map(|(_, count)| count).sum::<usize>();
+    let before = requests();
+    for file in ["1", "2", "3"].into_iter().cycle().take(12) {
+        ensure!(fs::read(dir.join(file)).is_err_and(|e| e.raw_os_error() == Some(told)), "file {file} without room");
+    }
+    ensure!(requests() == before, "{} requests for reads without room", requests() - before);
 
     fs::remove_file(&ballast)?;
     ensure!(fs::read(dir.join("3"))? == content(3, FILE), "after there is room again");

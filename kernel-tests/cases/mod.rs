@@ -27,5 +27,6 @@ pub(crate) mod sharing;
 pub(crate) mod space;
 pub(crate) mod takeover;
 pub(crate) mod unprivileged;
+pub(crate) mod unserved;
 pub(crate) mod upgrades;
 pub(crate) mod v5;

@@ -49,7 +49,7 @@ fn image(fixture: &Fixture<'_>, number: usize) -> anyhow::Result<(PathBuf, PathB
 }
 
 /// Mounts, reads all of and unmounts another image.
-fn visit(fixture: &Fixture<'_>, number: usize) -> anyhow::Result<()> {
+pub(crate) fn visit(fixture: &Fixture<'_>, number: usize) -> anyhow::Result<()> {
     let (bootstrap, blobs) = image(fixture, number)?;
     let dir = fixture.ctx.dir.join(format!("visit-{number}"));
     fs::create_dir(&dir)?;

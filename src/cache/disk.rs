@@ -18,7 +18,7 @@ use rustix::fs::OFlags;
 
 use super::sink::Sink;
 use crate::base::ByteRange;
-use crate::sys::files::{data_ranges, is_open_elsewhere};
+use crate::sys::files::{data_ranges, has_room, is_open_elsewhere};
 
 /// The directory tree of a store.
 ///
@@ -58,6 +58,17 @@ pub trait Disk: Send + Sync + 'static {
 
     /// Returns when the names in `dir` are on stable storage.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+
+    /// Whether `bytes` more can be written below the directory `dir` now. Changes nothing that outlasts the call.
+    fn has_room(&self, dir: &Path, bytes: u64) -> io::Result<bool> {
+        has_room(dir, bytes)
+    }
+
+    /// Bytes below the directory `dir` that nothing occupies, for whomever they are.
+    fn free(&self, dir: &Path) -> io::Result<u64> {
+        let stat = rustix::fs::statvfs(dir)?;
+        Ok(stat.f_bfree.saturating_mul(stat.f_frsize))
+    }
 
     /// Whether anybody at all has the file at `path` open, a kernel that has it mounted included.
     ///

@@ -22,6 +22,7 @@ use super::engine::StoreOptions;
 use super::miss::NotFetched;
 use super::pool::{Job, Queue};
 use super::queues::{Choice, Queues, Running, Signal};
+use super::sink::Scratch;
 use super::stream;
 use super::window::{Led, Window, groups};
 use crate::base::{Class, Fault, RequestId};
@@ -139,8 +140,8 @@ impl Fetcher {
             while let Some(turn) = self.next_turn(&mut state) {
                 drop(state);
                 match turn {
-                    Turn::Start(window, slot) if window.bulk => drop(self.runtime.spawn(stream::run(window, slot))),
-                    Turn::Start(window, slot) => drop(self.runtime.spawn(run(window, slot))),
+                    Turn::Start(window, slot) if window.core.engine.space.room.is_short() => look_first(window, slot),
+                    Turn::Start(window, slot) => start(window, slot),
                     Turn::Later(wake) => self.look_again(wake),
                     Turn::Expired(window, limit) => self.expire(window, limit),
                 }
@@ -280,6 +281,37 @@ impl Drop for Slot {
         drop(state);
         self.fetcher.pump();
     }
+}
+
+/// Has a read run.
+fn start(window: Window, slot: Slot) {
+    let runtime = slot.fetcher.runtime.clone();
+    if window.bulk {
+        drop(runtime.spawn(stream::run(window, slot)));
+    } else {
+        drop(runtime.spawn(run(window, slot)));
+    }
+}
+
+/// The same after the disk has been asked whether there is room for what it brings: on the pool, because that waits.
+/// What there is no room for at once is asked for one by one, what there is none for at all by nobody.
+fn look_first(window: Window, slot: Slot) {
+    let jobs = Arc::clone(&slot.fetcher.jobs);
+    let units = window.units.iter().map(|led| (window.core.id, led.lead.unit())).collect();
+    let urgency = window.units.iter().map(|led| led.lead.urgency().clone()).collect();
+    let run = Box::new(move |_: &mut Scratch| {
+        let bytes = window.units.iter().map(|led| led.unit.blocks().len()).sum();
+        if window.core.engine.space.has_room(bytes) {
+            start(window, slot);
+        } else if window.is_divisible() {
+            drop(slot);
+            window.core.clone().split(window);
+        } else {
+            drop(slot);
+            fail_now(window, &NotFetched::NoRoom);
+        }
+    });
+    jobs.push(Job { units, urgency, run });
 }
 
 /// Runs one read and hands its units to the pool. Dropping the task cancels the waiters.
@@ -427,9 +459,12 @@ pub(super) fn fail(jobs: &Queue, window: Window, cause: SourceError) {
 }
 
 fn fail_by(jobs: &Queue, window: Window, cause: NotFetched) {
-    jobs.push(Job::new(Class::OnDemand, move |_| {
-        for led in window.units {
-            window.core.fetch_failed(led, &cause);
-        }
-    }));
+    jobs.push(Job::new(Class::OnDemand, move |_| fail_now(window, &cause)));
+}
+
+/// The same for who may run completions.
+fn fail_now(window: Window, cause: &NotFetched) {
+    for led in window.units {
+        window.core.fetch_failed(led, cause);
+    }
 }

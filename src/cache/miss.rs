@@ -41,6 +41,8 @@ pub(super) enum NotFetched {
     Source(Arc<SourceError>),
     /// It did not get its turn, by this limit of its image.
     Limit(&'static str),
+    /// There is no room to put them, so that nobody was asked.
+    NoRoom,
 }
 
 impl Core {
@@ -235,7 +237,8 @@ impl Core {
         let options = &self.engine.options;
         let reach = Reach { first: options.readahead_first, most: options.readahead_most };
         let hides = self.ledger.file().is_none() && self.is_traced();
-        if units.is_empty() || reach.first == 0 || hides || self.engine.space.is_spent() {
+        let space = &self.engine.space;
+        if units.is_empty() || reach.first == 0 || hides || space.is_spent() || space.room.is_short() {
             return;
         }
         // A list knows better what is next than a guess, which would be in its way.
@@ -319,16 +322,22 @@ impl Core {
     /// Writes checked blocks and publishes them. Where the disk is full, waits until what nobody
     /// uses has gone, and tries once more.
     pub(super) fn land_checked(&self, index: UnitIndex, unit: &Unit, blocks: &[u8]) -> io::Result<bool> {
+        let (space, bytes) = (&self.engine.space, blocks.len() as u64);
         let fresh = match self.ledger.land(index, unit, blocks) {
             Err(cause) if is_full(&cause) => {
                 count(&self.engine.counters.refused_writes, 1);
-                let room = self.engine.space.make_room(blocks.len() as u64);
-                if room { self.ledger.land(index, unit, blocks)? } else { return Err(cause) }
+                let outcome = if space.make_room(bytes) { self.ledger.land(index, unit, blocks) } else { Err(cause) };
+                outcome.inspect_err(|cause| {
+                    if is_full(cause) {
+                        space.room.refused(bytes, Instant::now());
+                    }
+                })?
             }
             outcome => outcome?,
         };
         if fresh {
-            self.engine.space.landed(blocks.len() as u64);
+            space.landed(bytes);
+            space.room.written(bytes);
         }
         Ok(fresh)
     }
@@ -371,6 +380,7 @@ impl Core {
         let error = match cause {
             NotFetched::Source(cause) => FillError::Source { blob, unit, stored, cause: Arc::clone(cause) },
             NotFetched::Limit(limit) => FillError::Limited { blob, unit, stored, limit },
+            NotFetched::NoRoom => FillError::NoSpace { blob, unit },
         };
         self.counters.failed();
         led.lead.finish(&Err(error));

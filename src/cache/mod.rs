@@ -12,7 +12,7 @@
 //! publishes, and the last unit to settle runs the completion.
 //!
 //! What there is, who uses it and how it goes is in [`Shelves`]: `space` counts bytes, `victims`
-//! chooses, `evictor` removes, `verify` and `scrub` read again. `twins` knows where else bytes are,
+//! chooses, `evictor` removes, `room` asks a full disk before anything is fetched for it, `verify` and `scrub` read again. `twins` knows where else bytes are,
 //! so that `copy` spares fetching them.
 
 mod admission;
@@ -45,6 +45,7 @@ mod presence;
 mod queues;
 mod readahead;
 mod request;
+mod room;
 #[cfg(all(test, feature = "shuttle"))]
 mod schedules;
 mod scrub;

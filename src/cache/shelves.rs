@@ -2,7 +2,8 @@
 //!
 //! A blob is in use while somebody of this process holds its device, while a last job holds its
 //! ledger, and while anybody at all has its data file open: a kernel with the file mounted, taken
-//! out of the tree or not, a mount that a dead daemon left, a reader of another process. Until the
+//! out of the tree or not, a mount that a dead daemon left, a reader of another process. So is one that is reserved for
+//! a mount that nobody serves: not every file system tells who has a file open. Until the
 //! owner of the store has said that it knows all uses, everything is in use.
 //!
 //! What goes is renamed under the lock that devices are opened under, so that a mount finds either
@@ -12,7 +13,7 @@
 //! After a crash in the middle there is the blob, or its rest under a name that means nothing and
 //! is swept at the next start.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -77,6 +78,8 @@ pub struct Shelves {
     open: Mutex<HashMap<String, Shelf>>,
     bootstraps: Arc<Bootstraps>,
     uses_known: AtomicBool,
+    /// Directories that somebody may be using of whom nothing else is known.
+    reserved: Mutex<BTreeSet<String>>,
     asking: Mutex<()>,
     trash: AtomicU64,
     kernel: OnceLock<Arc<dyn KernelCache>>,
@@ -147,6 +150,7 @@ impl Shelves {
             twins,
             open: Mutex::default(),
             uses_known: AtomicBool::new(false),
+            reserved: Mutex::default(),
             asking: Mutex::default(),
             trash: AtomicU64::new(0),
             kernel: OnceLock::new(),
@@ -158,6 +162,10 @@ impl Shelves {
         &self.root
     }
 
+    pub(super) fn disk(&self) -> Arc<dyn Disk> {
+        Arc::clone(&self.disk)
+    }
+
     /// The copies of bootstraps.
     pub fn bootstraps(&self) -> &Arc<Bootstraps> {
         &self.bootstraps
@@ -166,6 +174,11 @@ impl Shelves {
     /// From now on a blob that nobody is known to use may go.
     pub(super) fn say_uses_are_known(&self) {
         self.uses_known.store(true, Ordering::Release);
+    }
+
+    /// As [`super::Store::reserve`].
+    pub(super) fn reserve(&self, names: BTreeSet<String>) {
+        *self.reserved.lock().unwrap() = names;
     }
 
     pub(super) fn are_uses_known(&self) -> bool {
@@ -214,6 +227,7 @@ impl Shelves {
     /// Whether anybody may be using the blob in directory `name`.
     pub(super) fn is_used(&self, alive: &HashMap<String, Shelf>, name: &str) -> bool {
         !self.are_uses_known()
+            || self.reserved.lock().unwrap().contains(name)
             || alive.get(name).is_some_and(Shelf::is_alive)
             || is_open(&self.asking, || self.disk.is_open(&self.dir(name).join("data")))
     }

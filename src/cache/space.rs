@@ -14,6 +14,7 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::engine::StoreOptions;
+use super::room::Room;
 
 /// Called once with whether there is room under the limit.
 type Parked = Box<dyn FnOnce(bool) + Send>;
@@ -35,6 +36,7 @@ pub(super) struct Space {
     wake: Condvar,
     /// and who needs room on this.
     looked: Condvar,
+    pub(super) room: Room,
 }
 
 #[derive(Default)]
@@ -79,6 +81,7 @@ impl Space {
             state: Mutex::default(),
             wake: Condvar::new(),
             looked: Condvar::new(),
+            room: Room::default(),
         }
     }
 
@@ -150,6 +153,12 @@ impl Space {
             state = self.looked.wait(state).unwrap();
         }
         state.freed > freed
+    }
+
+    /// Whether `bytes` can be written, as far as can be told beforehand. Waits for the disk and for the evictor if a
+    /// write was refused before.
+    pub(super) fn has_room(&self, bytes: u64) -> bool {
+        self.room.has(bytes, Instant::now(), || self.make_room(bytes))
     }
 
     /// `thread` is the evictor from now on.

@@ -16,7 +16,7 @@
 //! Files appear under their names complete or not at all. `data` is never punched, shortened or
 //! preallocated: a kernel may have it mounted.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
@@ -153,6 +153,7 @@ impl Store {
         let shelves = Shelves::prepare(root, Arc::new(Twins::new(options.twins)), disk, held)?;
         let engine =
             Engine::over(options, runtime, Arc::clone(&shelves.twins), telemetry).map_err(StoreError::Threads)?;
+        engine.space.room.ask(Box::new((shelves.disk(), shelves.devices_dir.clone())));
         let wants_twins = Arc::default();
         let evictor = Evictor::start(&shelves, &engine, &wants_twins).map_err(StoreError::Threads)?;
         let scrub = Scrub::start(&shelves, &engine).map_err(StoreError::Threads)?;
@@ -187,6 +188,12 @@ impl Store {
         self.engine.twins.open();
         self.shelves.say_uses_are_known();
         self.engine.space.kick();
+    }
+
+    /// The blobs in these directories count as used whatever else is known, and none that were named before: somebody
+    /// may read them of whom nothing else tells.
+    pub fn reserve(&self, names: BTreeSet<String>) {
+        self.shelves.reserve(names);
     }
 
     /// Has devices that lie elsewhere, such as in the kernel's cache, copy what is here whole already: first of all of

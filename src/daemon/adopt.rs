@@ -198,7 +198,8 @@ impl Daemon {
                 let (dir, why) = (record.dir.as_deref().unwrap_or(Path::new("-")), Chain(&error).to_string());
                 tracing::error!(dir = %dir.display(), error = why, "an image cannot be served any more; its cold reads fail");
                 if let Some(watch) = watch {
-                    self.leave_unserved(Unserved { watch, record: Some(id), dir: record.dir.clone(), why });
+                    let uses = self.uses_of(&record);
+                    self.leave_unserved(Unserved { watch, record: Some(id), dir: record.dir.clone(), uses, why });
                 }
             }
             prefetches.extend(self.wanted_prefetch(&record));
@@ -215,12 +216,11 @@ impl Daemon {
         let (fanotify, cachefiles) = self.backends.services();
         if let Some(fanotify) = fanotify {
             let all_served = self.state.lock().unwrap().unserved.is_empty();
-            let unused = files.iter().filter(|(id, _)| !fanotify.serves(**id));
             if all_served {
+                let unused = files.iter().filter(|(id, _)| !fanotify.serves(**id));
                 unused.for_each(|(id, file)| fanotify.forget(*id, file));
             } else {
-                self.retire(&unused.map(|(id, _)| *id).collect());
-                fanotify.keep_marks(true);
+                self.retire(&self.serve_what_is_present(&fanotify, &files));
             }
             fanotify.resume(events, all_served);
         }
@@ -250,8 +250,9 @@ impl Daemon {
         each.map(|(served, order)| (dir.clone(), served.clone(), mounted.watch, order.clone())).collect()
     }
 
-    /// Superblocks of which nothing is known may read any of these files: they stay marked, so that
-    /// whoever asks for a hole is denied. Images that are mounted from now on get files of their own.
+    /// Superblocks of which nothing is known may read any of these files, of which it is not known either what is
+    /// in them: they stay marked, so that whoever asks is denied. Images that are mounted from now on get files of
+    /// their own.
     fn retire(&self, files: &BTreeSet<InodeId>) {
         for name in self.store.directories() {
             let path = self.store.data_path(&name);
@@ -260,13 +261,6 @@ impl Daemon {
             {
                 tracing::error!(path = %path.display(), %error, "images with this blob cannot be served");
             }
-        }
-    }
-
-    /// Lets blobs go that nobody uses, unless there is a superblock of which nobody knows what it uses.
-    pub(super) fn say_uses_are_known(&self) {
-        if self.state.lock().unwrap().unserved.is_empty() {
-            self.store.say_uses_are_known();
         }
     }
 

@@ -39,6 +39,11 @@ impl Shown {
     pub(super) fn further_prefetches(&self) -> impl Iterator<Item = &PrefetchOrder> {
         self.further.iter().map(|image| &image.spec.prefetch)
     }
+
+    /// The digests of the other bootstraps, with the devices of each.
+    pub(super) fn further_devices(&self) -> impl Iterator<Item = (&str, &[DeviceFile])> {
+        self.further.iter().map(|image| (image.key.as_str(), image.devices.as_slice()))
+    }
 }
 
 /// An image in a record that is not the mount's first.

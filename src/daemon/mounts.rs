@@ -32,6 +32,7 @@ use crate::blob::UnitMap;
 use crate::cache::{Engine, Store, StoreOptions};
 use crate::credentials::Credentials;
 use crate::export::cachefiles::FsId;
+use crate::export::fanotify::Caretaking;
 use crate::export::fuse::Transport;
 use crate::export::{BackendKind, MountWatch};
 use crate::net::hosts::{LimitTables, Registries};
@@ -105,6 +106,8 @@ pub(super) struct State {
     pub(super) registered: BTreeMap<FsId, (Served, RecordId)>,
     /// Superblocks of a dead daemon that could not be taken over: their cold reads fail.
     pub(super) unserved: Vec<Unserved>,
+    /// Devices that they may read, on the fanotify path.
+    pub(super) caretakings: Vec<Caretaking>,
 }
 
 /// The domain of this daemon's own mounts on the cachefiles path.

@@ -137,7 +137,7 @@ impl Daemon {
                     "the daemon and its keepers were killed; it was unmounted from {}, and somebody has files of it open",
                     target.display()
                 );
-                self.leave_unserved(Unserved { watch, record: None, dir: None, why });
+                self.leave_unserved(Unserved { watch, record: None, dir: None, uses: None, why });
             }
             Err(error) => tracing::warn!(%error, dir = %target.display(), "cannot learn when it has gone"),
         }

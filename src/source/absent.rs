@@ -14,7 +14,12 @@ pub struct AbsentSource {
 impl AbsentSource {
     /// For a source that could not be opened.
     pub fn new(why: OpenError) -> Self {
-        Self { why: crate::base::Chain(&why).to_string() }
+        Self::because(&crate::base::Chain(&why).to_string())
+    }
+
+    /// For one that there is none of, for this reason.
+    pub fn because(why: &str) -> Self {
+        Self { why: why.to_owned() }
     }
 
     fn error(&self, blob: &BlobId) -> SourceError {

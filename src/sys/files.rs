@@ -147,6 +147,25 @@ pub fn clone_range(from: BorrowedFd<'_>, range: ByteRange, to: BorrowedFd<'_>, a
     }
 }
 
+/// Whether `bytes` more can be written below `dir` now, by the limits that this process is under. They are allocated for
+/// a file without a name, which is gone when this returns. Where the file system allocates nothing beforehand, by what it
+/// says is free.
+pub fn has_room(dir: &Path, bytes: u64) -> io::Result<bool> {
+    use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open, statvfs};
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let allocated = open(dir, flags, Mode::RUSR | Mode::WUSR)
+        .map(|file| rustix::io::retry_on_intr(|| fallocate(&file, FallocateFlags::empty(), 0, bytes)));
+    match allocated {
+        Ok(Ok(())) => Ok(true),
+        Ok(Err(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT)) => Ok(false),
+        // Also where there is no room for an inode, which data does not need.
+        Ok(Err(_)) | Err(_) => {
+            let stat = statvfs(dir)?;
+            Ok(stat.f_bavail.saturating_mul(stat.f_frsize) >= bytes)
+        }
+    }
+}
+
 /// `EROFS_SUPER_MAGIC_V1` of `linux/magic.h`.
 const EROFS_SUPER_MAGIC: libc::c_long = 0xe0f5_e1e2;
 

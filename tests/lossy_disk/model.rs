@@ -191,6 +191,13 @@ impl State {
         Err(errno)
     }
 
+    /// Whether no write will succeed for lack of room until the fault is taken away.
+    fn is_full(&self) -> bool {
+        let is_full =
+            |it: &Fault| it.at == 0 && it.stays && it.errno == libc::ENOSPC && it.kinds.contains(&Kind::Write);
+        self.fault.as_ref().is_some_and(is_full)
+    }
+
     fn facts(&self, node: Node) -> FileFacts {
         match self.files.get(&node) {
             Some(file) => FileFacts {
@@ -321,6 +328,14 @@ impl Model {
 }
 
 impl Disk for Model {
+    fn has_room(&self, _: &Path, _: u64) -> io::Result<bool> {
+        Ok(!self.alive()?.is_full())
+    }
+
+    fn free(&self, _: &Path) -> io::Result<u64> {
+        Ok(if self.alive()?.is_full() { 0 } else { u64::MAX })
+    }
+
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
         let mut state = self.alive()?;
         let mut at = ROOT;

@@ -31,7 +31,8 @@ use std::sync::Arc;
 use self::service::MarkHold;
 use super::erofs::{self, Making, Stage};
 use super::probe::ColdByte;
-use super::{Announce, AttachError, LiveImage, MountWatch, WatchId};
+use super::{Announce, AttachError, Backing, LiveImage, MountWatch, WatchId};
+use crate::sys::files::InodeId;
 use crate::sys::mount::DetachedMount;
 use crate::sys::sandbox::Sandbox;
 
@@ -49,6 +50,19 @@ impl Attachment {
     /// Dropping an attachment leaves the marks: readers then wait instead of seeing holes.
     pub fn release(self) {
         self.marks.into_iter().for_each(MarkHold::release);
+    }
+}
+
+/// A device that no image is known for, and that something reads. Keeps it marked until it is released.
+#[derive(Debug)]
+pub struct Caretaking(MarkHold);
+
+impl Caretaking {
+    /// Lets go of the device. Only when nothing reads it any more.
+    ///
+    /// Dropping it leaves the mark, as with an [`Attachment`].
+    pub fn release(self) {
+        self.0.release();
     }
 }
 
@@ -86,6 +100,16 @@ impl Fanotify {
             marks.push(self.mark(device)?);
         }
         Ok(Attachment { watch, marks })
+    }
+
+    /// Answers for a device that a dead process had marked, of an image that cannot be adopted.
+    pub fn take_care_of(self: &Arc<Self>, device: &Arc<dyn Backing>) -> Result<Caretaking, AttachError> {
+        self.mark(device).map(Caretaking)
+    }
+
+    /// The same for one that an image brings which is known, beyond the end of that.
+    pub fn share_care_of(self: &Arc<Self>, id: InodeId) -> Option<Caretaking> {
+        self.share(id).map(Caretaking)
     }
 
     fn attach_marked(

@@ -380,6 +380,14 @@ impl Fanotify {
         Ok(hold)
     }
 
+    /// Another share in a device that is in the table.
+    pub(super) fn share(self: &Arc<Self>, id: InodeId) -> Option<MarkHold> {
+        let _changing = self.changing.lock().unwrap();
+        let marked = self.marked.read().unwrap().get(&id).cloned()?;
+        *marked.users.lock().unwrap() += 1;
+        Some(MarkHold { service: Arc::clone(self), marked })
+    }
+
     /// Not to be called with `changing` held: a device that is settled calls back at once.
     fn unmark_when_settled(self: &Arc<Self>, marked: &Arc<Marked>) {
         let (service, weak) = (Arc::downgrade(self), Arc::downgrade(marked));
