@@ -25,22 +25,35 @@ pub struct UnitMap {
     key: Option<BlobKey>,
     /// How the blob is entered, if it is a gzip file that somebody else made.
     contexts: Option<Arc<Contexts>>,
-    layout: Memo,
+    layout: Memo<Digest>,
+    checkable: Memo<(UnitIndex, u64)>,
     is_listed: bool,
 }
 
-/// A digest that was computed when somebody wanted it. Says nothing that the map does not say, and so makes no
-/// two maps differ.
-#[derive(Clone, Debug, Default)]
-struct Memo(OnceLock<Digest>);
+/// What was computed when somebody wanted it. Says nothing that the map does not say, and so makes no two maps differ;
+/// a clone, which may be changed, starts without it.
+#[derive(Debug)]
+struct Memo<T>(OnceLock<T>);
 
-impl PartialEq for Memo {
+impl<T> Default for Memo<T> {
+    fn default() -> Self {
+        Self(OnceLock::new())
+    }
+}
+
+impl<T> Clone for Memo<T> {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl<T> PartialEq for Memo<T> {
     fn eq(&self, _: &Self) -> bool {
         true
     }
 }
 
-impl Eq for Memo {}
+impl<T> Eq for Memo<T> {}
 
 /// Why a list of units is not a map of a blob.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -95,7 +108,17 @@ impl UnitMap {
         units: Vec<Unit>,
         key: Option<BlobKey>,
     ) -> Result<Self, UnitMapError> {
-        Self { blob, decoded_len, units, key, contexts: None, is_listed: false, layout: Memo::default() }.checked()
+        Self {
+            blob,
+            decoded_len,
+            units,
+            key,
+            contexts: None,
+            is_listed: false,
+            layout: Memo::default(),
+            checkable: Memo::default(),
+        }
+        .checked()
     }
 
     /// The same units of a blob that is entered through `contexts`, if it is a gzip file.
@@ -132,12 +155,22 @@ impl UnitMap {
             }
         }
         place_vacant(&mut units);
-        Self { blob, decoded_len, units, key: None, contexts: None, is_listed: true, layout: Memo::default() }.checked()
+        Self {
+            blob,
+            decoded_len,
+            units,
+            key: None,
+            contexts: None,
+            is_listed: true,
+            layout: Memo::default(),
+            checkable: Memo::default(),
+        }
+        .checked()
     }
 
     /// Checks every rule and rounds the length up to whole blocks.
     fn checked(self) -> Result<Self, UnitMapError> {
-        let Self { blob, decoded_len, units, key, contexts, is_listed, layout } = self;
+        let Self { blob, decoded_len, units, key, contexts, is_listed, layout, .. } = self;
         if units.len() > MAX_UNITS {
             return Err(UnitMapError::TooMany(units.len()));
         }
@@ -175,7 +208,7 @@ impl UnitMap {
         if !in_order {
             check_shared(&units)?;
         }
-        Ok(Self { blob, decoded_len, units, key, contexts, is_listed, layout })
+        Ok(Self { blob, decoded_len, units, key, contexts, is_listed, layout, checkable: Memo::default() })
     }
 
     /// Whether units may be vacant now and known later.
@@ -288,6 +321,15 @@ impl UnitMap {
             |unit: &Unit| if self.is_listed { Unit::vacant(0) } else { Unit { check: Check::Unknown, ..*unit } };
         let compute = || self.digest_with(placed);
         *self.layout.0.get_or_init(compute)
+    }
+
+    /// How many units can be checked, and how many plain bytes they have together.
+    pub fn checkable(&self) -> (UnitIndex, u64) {
+        let compute = || {
+            let checkable = self.units.iter().filter(|unit| unit.check != Check::Unknown);
+            checkable.fold((0, 0), |(count, bytes), unit| (count + 1, bytes + unit.decoded.len()))
+        };
+        *self.checkable.0.get_or_init(compute)
     }
 
     /// The same units without the digests that images named for them; checks that the blob itself
@@ -456,6 +498,18 @@ mod tests {
         }
         let one = listed(&[(0, unit(0, 4097)), (3, unit(16384, 10))]).unwrap();
         assert_eq!(one.fingerprint(), whole(&one));
+    }
+
+    #[test]
+    fn what_is_counted_is_counted_anew_for_a_map_that_was_changed() {
+        let known = Unit { check: Check::Blake3([7; 32]), ..unit(0, 4097) };
+        let both = map(&[known, unit(8192, 10)]).unwrap();
+        assert_eq!(both.checkable(), (2, 4107));
+        assert_eq!(both.without_digests().checkable(), (1, 10));
+        let one = listed(&[(0, unit(0, 4097))]).unwrap();
+        assert_eq!(one.checkable(), (1, 4097));
+        let more = one.merge(&listed(&[(3, unit(16384, 10))]).unwrap()).unwrap();
+        assert_eq!(more.checkable(), (2, 4107));
     }
 
     fn listed(known: &[(UnitIndex, Unit)]) -> Result<UnitMap, UnitMapError> {

@@ -10,7 +10,6 @@ use super::background::Background;
 use super::engine::Engine;
 use super::guides::Guides;
 use super::inflight::Inflight;
-use super::is_needed;
 use super::ledger::{FlushError, Ledger};
 use super::readahead::Streams;
 use super::sources::Sources;
@@ -124,8 +123,8 @@ impl Core {
 
     /// Takes over a map that was merged from the one before, so that all its units are where they were.
     pub(super) fn learn(&self, map: Arc<UnitMap>) {
-        let needed = map.units().iter().filter(|unit| is_needed(unit)).count();
-        self.completeness.needed.store(u32::try_from(needed).unwrap_or(u32::MAX), Ordering::Release);
+        let (needed, _) = map.checkable();
+        self.completeness.needed.store(needed, Ordering::Release);
         *self.map.write().unwrap() = map;
         self.note_completeness();
     }

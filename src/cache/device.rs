@@ -160,16 +160,14 @@ impl Device {
         }
     }
 
-    /// How the device is doing. Looks at every unit: for people who ask, not for each read.
+    /// How the device is doing. Looks at every unit that is there: for people who ask, not for each read.
     pub fn health(&self) -> DeviceHealth {
         let (core, map) = (&self.core, self.map());
         let (waiting, since) = core.inflight.waiting();
         let failures = &core.inflight.failures;
-        let (mut needed_bytes, mut present_bytes) = (0, 0);
-        for (index, unit) in (0..).zip(map.units()).filter(|(_, unit)| is_needed(unit)) {
-            needed_bytes += unit.decoded.len();
-            present_bytes += if core.ledger.presence.get(index) { unit.decoded.len() } else { 0 };
-        }
+        let (_, needed_bytes) = map.checkable();
+        let present = core.ledger.presence.present().filter_map(|index| map.units().get(index as usize));
+        let present_bytes = present.filter(|unit| is_needed(unit)).map(|unit| unit.decoded.len()).sum();
         DeviceHealth {
             waiting,
             oldest_wait: since.map(|since| since.elapsed()),
@@ -195,8 +193,8 @@ impl Device {
     /// Bytes of the units that are present, in whole blocks.
     pub fn present_bytes(&self) -> u64 {
         let layout = self.core.layout();
-        let present = (0..).zip(layout.units()).filter(|(index, _)| self.core.ledger.presence.get(*index));
-        present.map(|(_, unit)| unit.blocks().len()).sum()
+        let present = self.core.ledger.presence.present().filter_map(|index| layout.units().get(index as usize));
+        present.map(|unit| unit.blocks().len()).sum()
     }
 
     /// A copy of the presence of all units.

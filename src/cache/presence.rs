@@ -100,6 +100,18 @@ impl Presence {
         self.count.load(Ordering::Acquire)
     }
 
+    /// The units that are present, in order. One that comes meanwhile may be among them.
+    pub(super) fn present(&self) -> impl Iterator<Item = UnitIndex> + '_ {
+        (0..).zip(&self.words).flat_map(|(number, word)| {
+            let mut left = word.load(Ordering::Acquire);
+            std::iter::from_fn(move || {
+                let lowest = left.trailing_zeros();
+                left = left.checked_sub(1)? & left;
+                Some(number * u64::BITS + lowest)
+            })
+        })
+    }
+
     /// A plain copy of the bits.
     pub(super) fn snapshot(&self) -> Vec<u64> {
         self.words.iter().map(|word| word.load(Ordering::Acquire)).collect()
@@ -126,7 +138,10 @@ mod tests {
         assert!(!presence.publish(64), "already there");
         assert!(presence.publish(4));
         assert_eq!((presence.count(), presence.all(3..5), presence.all(3..6)), (3, true, false));
+        assert_eq!(presence.present().collect::<Vec<_>>(), [3, 4, 64]);
 
+        presence.publish(127);
+        assert_eq!(presence.present().last(), Some(127));
         presence.withdraw(&[1 << 3, 0]);
         assert_eq!((presence.count(), presence.get(3), presence.get(4), presence.get(64)), (1, true, false, false));
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{UnitMap, UnitMapError};
+use super::{Memo, UnitMap, UnitMapError};
 use crate::base::{BlobId, ByteRange, Digest};
 use crate::blob::zran::Contexts;
 use crate::blob::{BlobKey, Check, Part, Recipe, Unit};
@@ -100,7 +100,8 @@ impl UnitMap {
             (false, false) => return Err(UnitMapError::Saved("too long")),
         };
         let (decoded_len, is_listed) = (head.decoded_len.get(), flags & IS_LISTED != 0);
-        Self { blob, decoded_len, units, key, contexts, is_listed, layout: super::Memo::default() }.checked()
+        Self { blob, decoded_len, units, key, contexts, is_listed, layout: Memo::default(), checkable: Memo::default() }
+            .checked()
     }
 }
 
