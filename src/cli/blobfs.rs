@@ -78,11 +78,11 @@ pub(super) fn run(args: BlobfsArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut out = io::stdout().lock();
-    writeln!(out, "{}: {} with blobs in {}", request.dir.display(), request.source.display(), request.blob_dir)?;
+    say!(out, "{}: {} with blobs in {}", request.dir.display(), request.source.display(), request.blob_dir)?;
     for report in &reports {
-        writeln!(out, "  {}.bootstrap", report.image)?;
+        say!(out, "  {}.bootstrap", report.image)?;
         for device in &report.devices {
-            writeln!(out, "    {}", device.blob)?;
+            say!(out, "    {}", device.blob)?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -8,7 +8,7 @@ use super::connect::{DaemonArgs, Place, block_on};
 use super::prefetch::order;
 use super::{print_json, trace};
 use crate::base::ByteSize;
-use crate::daemon::api::{BackendChoice, Blobs, ImageReport, ImageSpec, MountRequest, UnmountRequest};
+use crate::daemon::api::{BackendChoice, Blobs, ImageReport, ImageSpec, MountRequest, UnmountRequest, UnservedReport};
 use crate::daemon::keeper;
 use crate::oci::{Platform, Reference};
 
@@ -162,7 +162,7 @@ pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         print_json(&report)?;
     } else {
-        writeln!(io::stdout(), "{}: {} ({})", request.dir.display(), report.backend, report.why)?;
+        say!(io::stdout(), "{}: {} ({})", request.dir.display(), report.backend, report.why)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -193,7 +193,7 @@ pub(super) fn umount(args: UmountArgs) -> anyhow::Result<ExitCode> {
         anyhow::Ok(unmounted)
     })?;
     if unmounted.still_served {
-        writeln!(io::stdout(), "{}: still served until the last file is closed", request.dir.display())?;
+        say!(io::stdout(), "{}: still served until the last file is closed", request.dir.display())?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -227,21 +227,31 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
         print_json(&images)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut out = io::stdout().lock();
+    table(&mut io::stdout().lock(), &images, &unserved)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A line for each, below a head; nothing at all for none.
+fn table(out: &mut dyn Write, images: &[ImageReport], unserved: &[UnservedReport]) -> io::Result<()> {
     if !images.is_empty() || !unserved.is_empty() {
-        writeln!(out, "{:<10}  {:>9}  {:>10}  {:<12}  WHERE", "BACKEND", "PRESENT", "FETCHED", "IMAGE")?;
+        say!(out, "{:<10}  {:>9}  {:>10}  {:<12}  WHERE", "BACKEND", "PRESENT", "FETCHED", "IMAGE")?;
     }
-    for image in &images {
+    for image in images {
         let options = image.mount_options.as_deref().unwrap_or_default();
         let place = image.dir.as_deref().map_or_else(|| format!("-o {options}"), |dir| dir.display().to_string());
         let (present, fetched) = progress(image);
-        writeln!(out, "{:<10}  {present:>9}  {fetched:>10}  {:<12}  {place}", image.backend, &image.image[..12])?;
+        say!(
+            out,
+            "{:<10}  {present:>9}  {fetched:>10}  {:<12}  {place}",
+            image.backend.to_string(),
+            &image.image[..12]
+        )?;
     }
-    for mount in &unserved {
+    for mount in unserved {
         let place = mount.dir.as_deref().map_or_else(|| "-".into(), Path::to_string_lossy);
-        writeln!(out, "{:<10}  {:>9}  {:>10}  {:<12}  {place}: not served, {}", "-", "-", "-", "-", mount.why)?;
+        say!(out, "{:<10}  {:>9}  {:>10}  {:<12}  {place}: not served, {}", "-", "-", "-", "-", mount.why)?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Part of the units that is present, and stored bytes fetched so far.
@@ -273,4 +283,27 @@ pub(super) fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
 /// Paths travel as JSON, which has no words for other bytes.
 fn utf8(path: &Path) -> anyhow::Result<&str> {
     path.to_str().with_context(|| format!("the path {} is not UTF-8", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::api::samples;
+
+    #[test]
+    fn each_image_has_one_line_whatever_its_mount_point_is_called() {
+        let (mut image, mut unserved) = (samples::image(), samples::info().unserved);
+        image.dir = Some("/mnt\nfanotify  complete  /forged\u{1b}[2J".into());
+        unserved[0].dir = Some("/old\r/new".into());
+        let mut out = Vec::new();
+        table(&mut out, &[image], &unserved).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "\
+BACKEND       PRESENT     FETCHED  IMAGE         WHERE
+fanotify          11%     2.0 MiB  4708d6385377  /mnt\\nfanotify  complete  /forged\\u{1b}[2J
+-                   -           -  -             /old\\r/new: not served, no connection
+"
+        );
+    }
 }

@@ -119,7 +119,7 @@ fn write(result: &TraceResult, output: &Path) -> anyhow::Result<()> {
 /// What a trace does not tell, for a person.
 fn warn(report: &TraceReport) {
     // A closed stderr leaves nobody to tell.
-    let say = |text: String| drop(writeln!(io::stderr(), "rafsd: {text}"));
+    let say = |text: String| drop(say!(io::stderr(), "rafsd: {text}"));
     for blob in &report.unseen {
         say(format!("blob {blob} is complete: the kernel reads it alone, unseen; mount with --trace to see it"));
     }

@@ -65,7 +65,7 @@ pub(super) fn run(args: UpgradeArgs) -> anyhow::Result<ExitCode> {
         let Upgraded { from_version, to_version, pid, by_another, total_ms, .. } = &done;
         let from = from_version.as_deref().unwrap_or("?");
         let how = if *by_another { ", brought by another upgrade," } else { "" };
-        writeln!(io::stdout(), "{from} -> {to_version}: process {pid}{how} serves after {total_ms} ms")?;
+        say!(io::stdout(), "{from} -> {to_version}: process {pid}{how} serves after {total_ms} ms")?;
     }
     Ok(ExitCode::SUCCESS)
 }
