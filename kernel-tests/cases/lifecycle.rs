@@ -298,7 +298,7 @@ fn what_others_do_at_a_mount_point_is_left_alone(ctx: &Ctx) -> Outcome {
 }
 
 /// Files of a daemon that are about images: copies of bootstraps, blobs, and records.
-fn left_behind(fixture: &Fixture<'_>) -> anyhow::Result<BTreeSet<PathBuf>> {
+pub(super) fn left_behind(fixture: &Fixture<'_>) -> anyhow::Result<BTreeSet<PathBuf>> {
     let mut found = BTreeSet::new();
     let mut todo = vec![fixture.cache().join("bootstraps"), fixture.cache().join("v1"), fixture.run().join("served")];
     while let Some(path) = todo.pop() {

@@ -13,6 +13,7 @@
 mod adopt;
 mod alive;
 pub mod api;
+mod asker;
 mod attribution;
 mod blobfs;
 pub mod client;
@@ -52,5 +53,6 @@ mod unserved;
 
 pub use alive::Stuck;
 pub use error::DaemonError;
+pub use asker::Asker;
 pub use mounts::{Daemon, Options};
 pub use stop::Ending;

@@ -23,9 +23,12 @@ pub enum Ending {
 }
 
 impl Daemon {
-    /// Notes how to end, once. What was asked first holds.
+    /// Notes how to end, once. What was asked first holds. Mounts that are being made are given up for good.
     pub fn ask_to(&self, ending: Ending) {
-        let _ = self.ending.set(ending);
+        if self.ending.set(ending).is_ok() && ending == Ending::Stop {
+            // It would be unmounted at once.
+            self.give_up();
+        }
     }
 
     /// How it was asked to end, if it was.
@@ -64,6 +67,7 @@ impl Daemon {
     }
 
     /// Unmounts everything that can be unmounted, makes the cache durable and ends the threads.
+        self.give_up();
     /// What is busy and incomplete is left to the keepers: its readers wait and never see zeros.
     /// Blocks.
     pub fn stop(&self) {
@@ -97,6 +101,7 @@ impl Daemon {
         self.end_watch();
     }
 
+        self.give_up();
     /// Leaves everything as it is to a successor: one that the keepers start at once if
     /// `start_another`, else one that somebody else starts. Readers wait meanwhile. Blocks.
     pub fn hand_over(&self, start_another: bool) {
@@ -136,7 +141,7 @@ impl Daemon {
         }
     }
 
-    /// Waits, for a while, for mounts that are being made: they end on their own deadlines.
+    /// Waits, for a while, for mounts that are being made: they have been given up, but the kernel may be at it.
     fn wait_for_reservations(&self) {
         let until = Instant::now() + Duration::from_secs(60);
         while self.state.lock().unwrap().mounts.values().any(Option::is_none) && Instant::now() < until {

@@ -128,7 +128,8 @@ fn perform(stage: &Stage, args: &DemoArgs, runtime: &Handle) -> anyhow::Result<S
         prefetch: PrefetchOrder::None,
         ..ImageSpec::default()
     };
-    daemon.mount(&MountRequest { image: spec, dir: mount.clone(), backend: args.backend, trace: None })?;
+    let request = MountRequest { image: spec, dir: mount.clone(), backend: args.backend, trace: None };
+    daemon.mount(&request, &daemon.asker())?;
     let mount_seconds = clock.elapsed().as_secs_f64();
     stage.stop.check()?;
     say(format_args!("mounted; running {} from the mount", subject.program))?;

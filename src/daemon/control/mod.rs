@@ -1,5 +1,6 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
+mod awaited;
 mod blobfs;
 mod cache;
 mod connections;
@@ -30,10 +31,14 @@ use nix::sys::socket::{SockType, getsockopt, sockopt};
 use serde::Serialize;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinError;
 
+use self::awaited::awaited;
 use self::connections::{MOST_BODY, PATIENCE, TRUSTED};
 use self::peer::Peer;
-use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, UpgradeRequest};
+use super::api::{
+    Failure, ImageReport, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, UpgradeRequest,
+};
 use super::{Daemon, DaemonError, Ending};
 use crate::base::Chain;
 use crate::export::AttachError;
@@ -46,6 +51,9 @@ pub const SOCKET: &str = "rafsd.sock";
 
 /// How long requests under way have to end once the daemon is asked to stop.
 pub const GRACE: Duration = Duration::from_secs(5);
+
+/// How long those then have to hear that what they asked for was given up.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// The listening socket.
 pub struct Control {
@@ -180,11 +188,13 @@ impl Control {
         };
         let file = self.file;
         let (tell, told) = oneshot::channel();
-        let (again, watched) = (stop.clone(), daemon.clone());
+        let (again, watched, asked) = (stop.clone(), daemon.clone(), daemon.clone());
         let until = async move {
             match idle {
                 Some(idle) => tokio::select! { () = stop.notified() => {}, () = idle_for(watched, idle) => {} },
                 None => stop.notified().await,
+            asked.give_up();
+            tokio::time::sleep(LAST_WORDS).await;
             }
             // Gone before the daemon is: whoever comes now starts another one and waits for us.
             drop(file);
@@ -221,7 +231,12 @@ where
     T: Serialize + Send + 'static,
     F: FnOnce(&Arc<Daemon>) -> Result<T, DaemonError> + Send + 'static,
 {
-    match tokio::task::spawn_blocking(move || work(&shared.daemon)).await {
+    answer(tokio::task::spawn_blocking(move || work(&shared.daemon)).await)
+}
+
+/// What came of work that a client asked for, as the answer.
+fn answer<T: Serialize>(outcome: Result<Result<T, DaemonError>, JoinError>) -> Response {
+    match outcome {
         Ok(Ok(value)) => Json(value).into_response(),
         Ok(Err(error)) => failure(status(&error), Chain(&error).to_string()),
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
@@ -278,7 +293,8 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         DaemonError::Stock(error) => cache::status(error),
         DaemonError::Crowded => StatusCode::BAD_GATEWAY,
-        DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+        // Nobody hears the second one.
+        DaemonError::Stopping | DaemonError::Abandoned => StatusCode::SERVICE_UNAVAILABLE,
         DaemonError::NoSuccessor => StatusCode::CONFLICT,
         DaemonError::Io { .. }
         | DaemonError::Record { .. }
@@ -320,7 +336,8 @@ async fn mount(State(shared): State<Shared>, request: Body<MountRequest>) -> Res
         Ok(request) => request,
         Err(refusal) => return refusal,
     };
-    blocking(shared, move |daemon| daemon.mount(&request)).await
+    let undo = |daemon: &Daemon, report: ImageReport| report.dir.iter().for_each(|dir| daemon.take_back(dir));
+    awaited(shared, move |daemon, asker| daemon.mount(&request, asker), undo).await
 }
 
 async fn unmount(State(shared): State<Shared>, request: Body<UnmountRequest>) -> Response {
@@ -336,7 +353,10 @@ async fn register(State(shared): State<Shared>, request: Body<RegisterRequest>) 
         Ok(request) => request,
         Err(refusal) => return refusal,
     };
-    blocking(shared, move |daemon| daemon.register(&request)).await
+    let (id, domain) = (request.id.clone(), request.domain.clone());
+    // Somebody else may have been faster.
+    let undo = move |daemon: &Daemon, _: ImageReport| drop(daemon.unregister(&id, domain.as_deref()));
+    awaited(shared, move |daemon, asker| daemon.register(&request, asker), undo).await
 }
 
 async fn unregister(State(shared): State<Shared>, request: Body<UnregisterRequest>) -> Response {
