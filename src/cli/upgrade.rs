@@ -110,10 +110,10 @@ impl<'a> Upgrade<'a> {
         drop(turn);
         ensure!(
             runs(after.pid, &self.program) != Some(false),
-            "process {} serves, version {}, but it does not run {}; see the log of the daemon",
-            after.pid,
+            "{} has ended in its start, and version {}, process {}, goes on in its place; the log of the daemon tells why",
+            self.program.display(),
             after.version,
-            self.program.display()
+            after.pid
         );
         Ok(self.report(Some(before.version), after, false))
     }

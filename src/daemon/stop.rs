@@ -2,11 +2,11 @@
 
 use std::io;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::keeper::{Kind, Name};
+use super::successor::try_out;
 use super::{Daemon, DaemonError};
 use crate::base::Chain;
 
@@ -39,11 +39,9 @@ impl Daemon {
     /// Makes `program` the one that the keepers start as a successor.
     ///
     /// # Errors
-    /// If it cannot be run, or nobody would start a successor; if this daemon is about to end already.
+    /// If it could not go on, or nobody would start a successor; if this daemon is about to end already.
     pub fn set_successor(&self, program: &Path) -> Result<(), DaemonError> {
-        if self.options.keepers.successor.is_none() {
-            return Err(DaemonError::NoSuccessor);
-        }
+        let Some(command) = &self.options.keepers.successor else { return Err(DaemonError::NoSuccessor) };
         if self.asked_to().is_some() {
             return Err(DaemonError::Stopping);
         }
@@ -56,24 +54,20 @@ impl Daemon {
             return Err(DaemonError::Relative(program.to_owned()));
         }
         let file = std::fs::File::open(program).map_err(unusable)?;
-        // It must at least be a program of ours that runs here.
-        let run = || Command::new(program).arg("--version").stdin(Stdio::null()).output();
-        let said = self.options.sandbox.outside(run).map_err(unusable)?;
-        if !said.status.success() || !said.stdout.starts_with(b"rafsd ") {
-            return Err(unusable(io::Error::other("it does not answer --version as rafsd does")));
-        }
+        let arguments = command.get(1..).unwrap_or_default();
+        self.options.sandbox.outside(|| try_out(program, arguments))?;
         let name = Name::only(Kind::Program);
         self.keepers.hold(name, Arc::new(file)).map_err(|cause| DaemonError::Start { what: "a successor", cause })
     }
 
     /// Unmounts everything that can be unmounted, makes the cache durable and ends the threads.
-        self.give_up();
     /// What is busy and incomplete is left to the keepers: its readers wait and never see zeros.
     /// Blocks.
     pub fn stop(&self) {
         self.state.lock().unwrap().stopping = true;
         self.prefetches.cancel(None);
         self.pulls.close();
+        self.give_up();
         self.wait_for_reservations();
         let dirs: Vec<_> = self.state.lock().unwrap().mounts.keys().cloned().collect();
         for dir in dirs {
@@ -101,13 +95,13 @@ impl Daemon {
         self.end_watch();
     }
 
-        self.give_up();
     /// Leaves everything as it is to a successor: one that the keepers start at once if
     /// `start_another`, else one that somebody else starts. Readers wait meanwhile. Blocks.
     pub fn hand_over(&self, start_another: bool) {
         self.state.lock().unwrap().stopping = true;
         self.prefetches.cancel(None);
         self.pulls.close();
+        self.give_up();
         self.wait_for_reservations();
         self.outlive_the_unkept();
         // While readers are still served: afterwards there is little left to make durable.

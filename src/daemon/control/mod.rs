@@ -61,11 +61,7 @@ pub struct Control {
     file: SocketFile,
     log: LogControl,
     metrics: Option<TcpListener>,
-    check: Check,
 }
-
-/// Tells what keeps another daemon from being started with the settings as they are now.
-pub type Check = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
 
 impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -90,7 +86,6 @@ struct Shared {
     daemon: Arc<Daemon>,
     stop: Arc<Notify>,
     log: LogControl,
-    check: Check,
 }
 
 impl Control {
@@ -133,19 +128,13 @@ impl Control {
     }
 
     fn over(listener: UnixListener, file: SocketFile) -> Self {
-        Self { listener, file, log: LogControl::silent(), metrics: None, check: Arc::new(|| Ok(())) }
+        Self { listener, file, log: LogControl::silent(), metrics: None }
     }
 
     /// Lets clients change what `log` logs.
     #[must_use]
     pub fn with_log(self, log: LogControl) -> Self {
         Self { log, ..self }
-    }
-
-    /// Asks `check` before it makes room for another daemon.
-    #[must_use]
-    pub fn with_check(self, check: Check) -> Self {
-        Self { check, ..self }
     }
 
     /// Answers `GET /metrics` on `listener` as well, to whoever asks: it must be of the loopback
@@ -159,7 +148,7 @@ impl Control {
     /// had nothing to serve for that long. Requests under way then have [`GRACE`] to end; another
     /// notice of `stop` cuts that short.
     pub async fn serve(self, daemon: Arc<Daemon>, stop: Arc<Notify>, idle: Option<Duration>) -> io::Result<()> {
-        let shared = Shared { daemon: daemon.clone(), stop: stop.clone(), log: self.log, check: self.check };
+        let shared = Shared { daemon: daemon.clone(), stop: stop.clone(), log: self.log };
         let router = Router::new()
             .route("/v1/info", get(info))
             .route("/v1/mounts", get(list).post(mount).delete(unmount))
@@ -193,8 +182,6 @@ impl Control {
             match idle {
                 Some(idle) => tokio::select! { () = stop.notified() => {}, () = idle_for(watched, idle) => {} },
                 None => stop.notified().await,
-            asked.give_up();
-            tokio::time::sleep(LAST_WORDS).await;
             }
             // Gone before the daemon is: whoever comes now starts another one and waits for us.
             drop(file);
@@ -206,6 +193,8 @@ impl Control {
                 return std::future::pending().await;
             }
             tokio::select! { () = tokio::time::sleep(GRACE) => {}, () = again.notified() => {} }
+            asked.give_up();
+            tokio::time::sleep(LAST_WORDS).await;
             tracing::warn!("a client does not end its request; stopping all the same");
         };
         tokio::select! {
@@ -372,9 +361,8 @@ async fn upgrade(State(shared): State<Shared>, request: Body<UpgradeRequest>) ->
         Ok(request) => request,
         Err(refusal) => return refusal,
     };
-    let (stop, check) = (shared.stop.clone(), shared.check.clone());
+    let stop = shared.stop.clone();
     blocking(shared, move |daemon| {
-        check().map_err(DaemonError::Settings)?;
         daemon.set_successor(&request.program)?;
         daemon.ask_to(Ending::Upgrade);
         stop.notify_one();
