@@ -93,7 +93,7 @@ impl ImageArgs {
 /// Places of blobs, with paths that mean the same to the daemon.
 pub(super) fn places(blobs: Vec<String>) -> anyhow::Result<Blobs> {
     let place = |place: String| {
-        if place.contains("://") { Ok(place) } else { Ok(utf8(&absolute(Path::new(&place))?)?.to_owned()) }
+        if place.contains("://") { Ok(place) } else { Ok(absolute(Path::new(&place))?.display().to_string()) }
     };
     Ok(blobs.into_iter().map(place).collect::<anyhow::Result<Vec<_>>>()?.into())
 }
@@ -152,7 +152,6 @@ Examples:
 /// Exit status: 0 when the mount is usable.
 pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
     let dir = absolute(&args.dir)?;
-    utf8(&dir)?;
     let trace = args.trace.as_deref().map(trace::place).transpose()?;
     let request = MountRequest { image: args.image.spec()?, dir, backend: args.backend, trace };
     let report = block_on(async {
@@ -270,25 +269,48 @@ fn progress(image: &ImageReport) -> (String, String) {
     (part, ByteSize(fetched).to_string())
 }
 
-/// The place of a mount. A file system that nobody answers for does not say where it is; the directory around it does.
+/// The place of a mount, as the daemon is told it. A file system that nobody answers for does not say where it is; the
+/// directory around it does.
 pub(super) fn mount_point(path: &Path) -> anyhow::Result<PathBuf> {
     let around = || Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?));
-    path.canonicalize().or_else(|error| around().ok_or(error)).with_context(|| format!("cannot use {}", path.display()))
+    let found = path.canonicalize().or_else(|error| around().ok_or(error));
+    sayable(found.with_context(|| format!("cannot use {}", path.display()))?)
 }
 
+/// A path as the daemon is told it: absolute, and the real one.
 pub(super) fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
-    path.canonicalize().with_context(|| format!("cannot use {}", path.display()))
+    sayable(path.canonicalize().with_context(|| format!("cannot use {}", path.display()))?)
 }
 
 /// Paths travel as JSON, which has no words for other bytes.
-fn utf8(path: &Path) -> anyhow::Result<&str> {
-    path.to_str().with_context(|| format!("the path {} is not UTF-8", path.display()))
+pub(super) fn sayable(path: PathBuf) -> anyhow::Result<PathBuf> {
+    if path.to_str().is_none() {
+        bail!("the daemon cannot be told of {}, because this name is not UTF-8; give it another one", path.display());
+    }
+    Ok(path)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStrExt as _;
+
     use super::*;
     use crate::daemon::api::samples;
+
+    #[test]
+    fn a_name_that_cannot_be_told_is_told_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let bootstrap = dir.path().join(std::ffi::OsStr::from_bytes(b"boot\xff"));
+        std::fs::write(&bootstrap, "").unwrap();
+        let spec = ImageSpec { blobs: "/".into(), ..ImageSpec::default() };
+
+        let refused = [named(&bootstrap, spec).map(drop), mount_point(&bootstrap).map(drop)];
+
+        for refused in refused {
+            let error = format!("{:#}", refused.unwrap_err());
+            assert!(error.contains("boot\u{fffd}, because this name is not UTF-8"), "{error}");
+        }
+    }
 
     #[test]
     fn each_image_has_one_line_whatever_its_mount_point_is_called() {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 
 use super::connect::{Place, block_on};
+use super::mount::absolute;
 use super::print_json;
 use crate::daemon::api::{Info, UpgradeRequest};
 use crate::daemon::client::{Client, ClientError};
@@ -55,7 +56,7 @@ struct Upgraded {
 /// Exit status: 0 when the program that was asked for serves.
 pub(super) fn run(args: UpgradeArgs) -> anyhow::Result<ExitCode> {
     let program = match &args.program {
-        Some(program) => program.canonicalize().with_context(|| format!("cannot use {}", program.display()))?,
+        Some(program) => absolute(program)?,
         None => std::env::current_exe().context("cannot find this program")?,
     };
     let done = block_on(Upgrade::new(&args.place, program)?.run())?;
