@@ -80,6 +80,7 @@ const TABLES: &[&[Case]] = &[
     cases::v5::CASES,
     cases::many::CASES,
     cases::lifecycle::CASES,
+    cases::givenup::CASES,
     cases::unprivileged::CASES,
     cases::meddling::CASES,
     cases::baddays::CASES,

@@ -62,6 +62,16 @@ fn flip(path: &Path, at: usize) {
 }
 
 #[test]
+fn a_name_that_is_told_in_an_error_stays_in_its_line() {
+    let output = rafsd(&[&"check", &"/nowhere\nrafsd: all is well\u{1b}[2J"]);
+
+    assert_eq!(status(&output), 2);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("/nowhere\\nrafsd: all is well\\u{1b}[2J: "), "{said:?}");
+    assert!(said.lines().count() == 1 && !said.contains('\u{1b}'), "{said:?}");
+}
+
+#[test]
 fn a_sound_image_is_sound_at_every_depth() {
     let built = Built::new(b"other");
     for depth in ["meta", "blob", "data"] {

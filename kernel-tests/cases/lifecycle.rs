@@ -26,6 +26,11 @@ const fn case(name: &'static str, place: Place, run: fn(&Ctx) -> Outcome) -> Cas
 
 pub(crate) const CASES: &[Case] = &[
     case("doctor_finds_the_backend_under_test", Place::Both, doctor_finds_the_backend_under_test),
+    case(
+        "who_has_too_few_descriptors_is_told_so_and_nothing_else",
+        Place::Host,
+        who_has_too_few_descriptors_is_told_so,
+    ),
     case("a_client_that_stalls_does_not_hold_up_a_stop", Place::Both, a_client_that_stalls_does_not_hold_up_a_stop),
     case(
         "the_demo_runs_and_cleans_up_even_when_interrupted",
@@ -68,6 +73,33 @@ fn doctor_finds_the_backend_under_test(ctx: &Ctx) -> Outcome {
     let host: serde_json::Value = serde_json::from_slice(&elsewhere.stdout)?;
     let events = host["findings"].as_array().into_iter().flatten().find(|f| f["name"] == "pre-content-events");
     ensure!(events.is_some_and(|finding| finding["works"] == false), "events on tmpfs: {host}");
+    Ok(())
+}
+
+fn who_has_too_few_descriptors_is_told_so(ctx: &Ctx) -> Outcome {
+    let cache = ctx.dir.join("cache");
+    let findings = |limit: u32| -> anyhow::Result<Option<Vec<serde_json::Value>>> {
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--nofile={limit}")).arg(&ctx.rafsd).args(["doctor", "--json", "--cache"]).arg(&cache);
+        let output = command.output()?;
+        // With too few it cannot even begin.
+        let Ok(host) = serde_json::from_slice::<serde_json::Value>(&output.stdout) else { return Ok(None) };
+        Ok(Some(host["findings"].as_array().context("findings")?.clone()))
+    };
+    let all = findings(1024)?.context("with enough of them")?;
+    let mut told = 0;
+    for limit in 4..40 {
+        for (finding, expected) in findings(limit)?.iter().flatten().zip(&all) {
+            let (detail, remedy) = (finding["detail"].as_str().unwrap_or_default(), finding["remedy"].as_str());
+            let is_told = remedy.is_some_and(|remedy| remedy.contains("more open files"));
+            // What needs another finding is not tried.
+            let is_skipped = detail.starts_with("not tried");
+            ensure!(finding == expected || is_told || is_skipped, "with {limit} descriptors: {finding}");
+            told += usize::from(is_told && finding["name"] == "pre-content-events");
+        }
+    }
+    let has_events = all.iter().any(|finding| finding["name"] == "pre-content-events" && finding["works"] == true);
+    ensure!(told > 0 || !has_events, "it never came to the events");
     Ok(())
 }
 
@@ -298,7 +330,7 @@ fn what_others_do_at_a_mount_point_is_left_alone(ctx: &Ctx) -> Outcome {
 }
 
 /// Files of a daemon that are about images: copies of bootstraps, blobs, and records.
-fn left_behind(fixture: &Fixture<'_>) -> anyhow::Result<BTreeSet<PathBuf>> {
+pub(super) fn left_behind(fixture: &Fixture<'_>) -> anyhow::Result<BTreeSet<PathBuf>> {
     let mut found = BTreeSet::new();
     let mut todo = vec![fixture.cache().join("bootstraps"), fixture.cache().join("v1"), fixture.run().join("served")];
     while let Some(path) = todo.pop() {

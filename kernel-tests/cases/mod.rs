@@ -7,6 +7,7 @@ pub(crate) mod events;
 pub(crate) mod faults;
 mod fixture;
 pub(crate) mod fuse;
+pub(crate) mod givenup;
 pub(crate) mod idmap;
 pub(crate) mod images;
 pub(crate) mod interop;

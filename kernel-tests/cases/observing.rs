@@ -142,6 +142,8 @@ fn what_cannot_be_served_is_told_and_unmounted(ctx: &Ctx) -> Outcome {
     let status = fixture.command(&["status", place])?;
     let said = String::from_utf8_lossy(&status.stderr);
     ensure!(status.status.code() == Some(1) && said.contains("is not served"), "{said}");
+    let counted = || number(&get(&fixture.run(), "/metrics")?.1, "rafsd_unserved_mounts");
+    ensure!(counted()? == 1.0, "in the metrics");
     let cold = fs::read(mount.join("1"));
     ensure!(cold.is_err(), "{:?}", cold.map(|bytes| bytes[0]));
     fixture.umount(&mount)?;
@@ -150,6 +152,7 @@ fn what_cannot_be_served_is_told_and_unmounted(ctx: &Ctx) -> Outcome {
         ensure!(Instant::now() < until, "still told: {:?}", fixture.info()?.unserved);
         std::thread::sleep(Duration::from_millis(20));
     }
+    ensure!(counted()? == 0.0, "in the metrics, afterwards");
     let again = fixture.mount("mnt")?;
     ensure!(fs::read(again.join("1"))? == content(1, FILE), "mounted again");
     fixture.umount(&again)?;

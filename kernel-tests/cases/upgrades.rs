@@ -2,17 +2,20 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rafsd::daemon::keeper;
 use serde_json::Value;
 
-use super::fixture::{FILE, Fixture, content};
+use super::fixture::{FILE, Fixture, content, drop_caches};
 use crate::host::Need;
 use crate::{Case, Ctx, Outcome, Place};
 
@@ -30,6 +33,18 @@ pub(crate) const CASES: &[Case] = &[
         needs: NEEDS,
         place: Place::Host,
         run: an_upgrade_to_another_program,
+    },
+    Case {
+        name: "a_program_that_cannot_go_on_is_refused_and_nothing_ends",
+        needs: NEEDS,
+        place: Place::Host,
+        run: a_program_that_cannot_go_on,
+    },
+    Case {
+        name: "a_program_that_dies_of_its_start_makes_way_for_the_one_before",
+        needs: NEEDS,
+        place: Place::Host,
+        run: a_program_that_dies_of_its_start,
     },
     Case {
         name: "an_upgrade_to_settings_that_are_wrong_is_refused",
@@ -137,11 +152,8 @@ fn an_upgrade_to_another_program(ctx: &Ctx) -> Outcome {
     let mut fixture = Fixture::files(ctx, 1)?;
     fixture.restart(&["--restart", "keepers"])?;
     let mount = fixture.mount("mnt")?;
-    let (other, bad) = (ctx.dir.join("rafsd-next"), ctx.dir.join("rafsd-bad"));
+    let other = ctx.dir.join("rafsd-next");
     fs::copy(&ctx.rafsd, &other)?;
-    // One that answers as ours does, and dies of its start.
-    fs::write(&bad, b"#!/bin/sh\n[ \"$1\" = --version ] && echo rafsd 9 && exit 0\nexit 1\n")?;
-    fs::set_permissions(&bad, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
 
     // Whoever comes first, each gets its own program.
     let (own, next) = (ctx.rafsd.to_str().context("UTF-8")?, other.to_str().context("UTF-8")?);
@@ -150,12 +162,96 @@ fn an_upgrade_to_another_program(ctx: &Ctx) -> Outcome {
         ensure!(said["by_another"] == false, "{said}");
     }
     fixture.forget_daemon()?;
-
-    let said = at_once(&fixture, &[vec!["--program", bad.to_str().context("UTF-8")?]])?.remove(0);
-
-    let error = said.err().context("it tells of success")?;
-    ensure!(error.contains("does not run") && error.contains("rafsd-bad"), "{error}");
     ensure!(fs::read(mount.join("0"))? == content(0, FILE), "afterwards");
+    fixture.umount(&mount)?;
+    stop(fixture)
+}
+
+/// A script that can be run, at a new file `name`.
+fn script(ctx: &Ctx, name: &str, text: &str) -> anyhow::Result<PathBuf> {
+    let path = ctx.dir.join(name);
+    fs::write(&path, format!("#!/bin/sh\n{text}\n"))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+/// Answers what is asked before an upgrade, and dies of its start.
+const DIES: &str = "case \"$*\" in --version) echo rafsd 9;; *--only-check) ;; *) exit 7;; esac";
+
+/// What `rafsd upgrade` to `program` says, which must fail.
+fn refusal(fixture: &Fixture<'_>, program: &Path) -> anyhow::Result<String> {
+    let said = at_once(fixture, &[vec!["--program", program.to_str().context("UTF-8")?]])?.remove(0);
+    let error = said.err().context("it tells of success")?;
+    ensure!(error.lines().count() == 1, "{error}");
+    Ok(error)
+}
+
+fn a_program_that_cannot_go_on(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    fixture.restart(&["--restart", "keepers"])?;
+    let mount = fixture.mount("mnt")?;
+    let before = fixture.info()?.pid;
+    let text = ctx.dir.join("text");
+    fs::write(&text, "not a program")?;
+    let refuses =
+        "[ $1 = --version ] && echo rafsd 0.0 && exit\necho \"rafsd: unexpected argument '--restart'\" >&2\nexit 2";
+    for (program, words) in [
+        (text, "Permission denied"),
+        (PathBuf::from("/bin/true"), "it does not answer --version as rafsd does, but: something else"),
+        (script(ctx, "fails", "exit 1")?, "it does not answer --version as rafsd does, but: exit status: 1"),
+        (script(ctx, "refuses", refuses)?, "could not use the settings: unexpected argument '--restart'"),
+    ] {
+        let error = refusal(&fixture, &program)?;
+        ensure!(error.contains(words), "{}: {error}", program.display());
+        ensure!(fixture.info()?.pid == before, "the daemon was ended for {}", program.display());
+    }
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "it serves on");
+    fixture.umount(&mount)?;
+    fixture.finish()
+}
+
+fn a_program_that_dies_of_its_start(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    fixture.restart(&["--restart", "keepers"])?;
+    let mount = fixture.mount("mnt")?;
+    let bad = script(ctx, "rafsd-bad", DIES)?;
+    let before = fixture.info()?.pid;
+
+    let error = refusal(&fixture, &bad)?;
+
+    let now = fixture.info()?.pid;
+    ensure!(error.contains("rafsd-bad has ended in its start"), "{error}");
+    ensure!(error.contains(&format!("process {now}, goes on in its place")) && now != before, "{error}");
+    fixture.forget_daemon()?;
+
+    // A package brings a bad program in the place of the one that serves.
+    let next = ctx.dir.join("rafsd-next");
+    fs::copy(&ctx.rafsd, &next)?;
+    fixture.must(&["upgrade", "--program", next.to_str().context("UTF-8")?])?;
+    let good = fs::metadata(&next)?.ino();
+    let runs_good = |pid: u32| fs::metadata(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ino() == good);
+    let until = Instant::now() + Duration::from_secs(10);
+    while fixture.keepers().len() < 2 || !fixture.keepers().into_iter().all(runs_good) {
+        ensure!(Instant::now() < until, "keepers of another program stay:\n{}", fixture.log());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    fs::rename(&bad, &next)?;
+    let error = refusal(&fixture, &next)?;
+    let now = fixture.info()?.pid;
+    ensure!(error.contains("rafsd-next has ended in its start"), "{error}");
+    ensure!(runs_good(now), "another program serves: {error}\n{}", fixture.log());
+    drop_caches()?;
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "by the program before");
+    // It finds its way without a name of its own: keepers, and the next one.
+    let keepers = fixture.keepers();
+    kill(Pid::from_raw(i32::try_from(now)?), Signal::SIGKILL)?;
+    let until = Instant::now() + Duration::from_secs(10);
+    while !fixture.info().is_ok_and(|info| info.pid != now && runs_good(info.pid)) {
+        ensure!(Instant::now() < until, "nobody comes, of keepers {keepers:?}:\n{}", fixture.log());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    fixture.must(&["upgrade"])?;
+    ensure!(!runs_good(fixture.info()?.pid), "it is the program of the command");
     fixture.umount(&mount)?;
     stop(fixture)
 }

@@ -2,7 +2,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 
 use super::connect::{DaemonArgs, block_on};
 use super::mount::{SourceArgs, absolute, named};
@@ -57,9 +57,6 @@ Example:
 /// Exit status: 0 when the mount is usable.
 pub(super) fn run(args: BlobfsArgs) -> anyhow::Result<ExitCode> {
     let (source, dir) = (absolute(&args.source)?, absolute(&args.dir)?);
-    for path in [&source, &dir] {
-        path.to_str().with_context(|| format!("the path {} is not UTF-8", path.display()))?;
-    }
     let of_registry = args.from.spec()?;
     let of_file = ImageSpec { platform: None, offline: false, ..of_registry.clone() };
     let is_reference = |image: &PathBuf| image.to_str().is_some_and(Reference::is_meant);
@@ -78,11 +75,11 @@ pub(super) fn run(args: BlobfsArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut out = io::stdout().lock();
-    writeln!(out, "{}: {} with blobs in {}", request.dir.display(), request.source.display(), request.blob_dir)?;
+    say!(out, "{}: {} with blobs in {}", request.dir.display(), request.source.display(), request.blob_dir)?;
     for report in &reports {
-        writeln!(out, "  {}.bootstrap", report.image)?;
+        say!(out, "  {}.bootstrap", report.image)?;
         for device in &report.devices {
-            writeln!(out, "    {}", device.blob)?;
+            say!(out, "    {}", device.blob)?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -75,7 +75,7 @@ pub(super) fn run(args: &CheckArgs) -> ExitCode {
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
             // A closed stderr leaves nobody to tell.
-            let _ = writeln!(io::stderr(), "rafsd: {error:#}");
+            let _ = say!(io::stderr(), "rafsd: {error:#}");
             ExitCode::from(UNKNOWN)
         }
     }
@@ -129,17 +129,17 @@ fn describe(args: &CheckArgs, report: &Report) -> io::Result<()> {
     let mut out = io::stdout().lock();
     let found = &report.found;
     for finding in &found.findings {
-        writeln!(out, "{finding}")?;
+        say!(out, "{finding}")?;
     }
     let kept = found.findings.len() as u64;
     if found.errors + found.remarks > kept {
-        writeln!(out, "... and {} more", found.errors + found.remarks - kept)?;
+        say!(out, "... and {} more", found.errors + found.remarks - kept)?;
     }
     for blob in &report.blobs {
         let size = |bytes| ByteSize(bytes).to_string();
         match &blob.unchecked {
-            Some(kind) => writeln!(out, "blob {}: not looked at, it is {kind}", blob.id)?,
-            None if report.depth == check::Depth::Data => writeln!(
+            Some(kind) => say!(out, "blob {}: not looked at, it is {kind}", blob.id)?,
+            None if report.depth == check::Depth::Data => say!(
                 out,
                 "blob {}: {} of {} chunks are what they should be ({} stored, {} plain), {} are used by no file",
                 blob.id,
@@ -149,7 +149,7 @@ fn describe(args: &CheckArgs, report: &Report) -> io::Result<()> {
                 size(blob.decoded_bytes),
                 blob.unpromised
             )?,
-            None => writeln!(out, "blob {}: {} chunks", blob.id, blob.chunks)?,
+            None => say!(out, "blob {}: {} chunks", blob.id, blob.chunks)?,
         }
     }
     let verdict = if !found.is_sound() {
@@ -159,7 +159,7 @@ fn describe(args: &CheckArgs, report: &Report) -> io::Result<()> {
     } else {
         "sound"
     };
-    writeln!(
+    say!(
         out,
         "{}: {verdict}; {} paths, {} inodes, {} chunks, {} errors, {} remarks",
         args.image.display(),

@@ -7,7 +7,7 @@ use anyhow::Context;
 
 use super::base::layer;
 use super::progress::Bar;
-use crate::base::ByteSize;
+use crate::base::{ByteSize, Plain};
 use crate::build::{self, DictionaryReport, DictionarySpec};
 use crate::reader::LoadError;
 
@@ -75,7 +75,7 @@ pub(super) fn run(args: ChunkdictArgs) -> anyhow::Result<ExitCode> {
 
 /// The report for a person.
 fn summary(report: &DictionaryReport) -> String {
-    let mut out = format!("dictionary {} ({})\n", report.bootstrap, ByteSize(report.bootstrap_bytes));
+    let mut out = format!("dictionary {} ({})\n", Plain(&report.bootstrap), ByteSize(report.bootstrap_bytes));
     out += &format!(
         "chunks     {} of {} in {} images, {} where the images have {}\n",
         report.chunks,

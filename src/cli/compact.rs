@@ -8,7 +8,7 @@ use anyhow::Context;
 use super::base::layer;
 use super::opened::BlobsArgs;
 use super::progress::Bar;
-use crate::base::ByteSize;
+use crate::base::{ByteSize, Plain};
 use crate::build::{self, CompactReport, CompactSpec, Existing, Fate};
 
 /// Rewrite an image without dead chunks and without tiny blobs
@@ -115,9 +115,9 @@ fn summary(report: &CompactReport) -> String {
     if report.nothing_to_do {
         out += "nothing to do: every blob is large enough and well used\n";
     }
-    out += &format!("bootstrap  {} ({})\n", report.bootstrap, ByteSize(report.bootstrap_bytes));
+    out += &format!("bootstrap  {} ({})\n", Plain(&report.bootstrap), ByteSize(report.bootstrap_bytes));
     for blob in &report.new_blobs {
-        out += &format!("new blob   {} ({}, {} chunks)\n", blob.path, ByteSize(blob.stored_bytes), blob.chunks);
+        out += &format!("new blob   {} ({}, {} chunks)\n", Plain(&blob.path), ByteSize(blob.stored_bytes), blob.chunks);
     }
     for blob in &report.blobs {
         let fate = match blob.fate {

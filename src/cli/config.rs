@@ -88,11 +88,11 @@ fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
             1 => ", limits of 1 host".to_owned(),
             count => format!(", limits of {count} hosts"),
         };
-        writeln!(out, "{}: {set} settings{registries}{hosts}, no mistakes", args.file.display())?;
+        say!(out, "{}: {set} settings{registries}{hosts}, no mistakes", args.file.display())?;
         return Ok(ExitCode::SUCCESS);
     }
     for mistake in &resolved.mistakes {
-        writeln!(out, "{}: {mistake}", args.file.display())?;
+        say!(out, "{}: {mistake}", args.file.display())?;
     }
     Ok(ExitCode::FAILURE)
 }
@@ -108,7 +108,7 @@ fn print(args: &PrintArgs) -> anyhow::Result<()> {
     }
     let mut out = io::stdout().lock();
     if let Some(file) = file {
-        writeln!(out, "# file: {}", file.display())?;
+        say!(out, "# file: {}", file.display())?;
     }
     for (setting, origin) in TABLE.iter().zip(&resolved.origins) {
         let value = setting.field.show(&resolved.settings).toml();

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
-use crate::base::ByteSize;
+use crate::base::{ByteSize, Plain};
 use crate::build::{self, ConvertReport, ConvertSpec};
 use crate::reader::bootstrap;
 
@@ -62,14 +62,14 @@ pub(super) fn run(args: &ConvertArgs) -> anyhow::Result<ExitCode> {
 
 /// The report for a person.
 fn summary(report: &ConvertReport) -> String {
-    let mut out = format!("bootstrap  {} ({})\n", report.bootstrap, ByteSize(report.bootstrap_bytes));
+    let mut out = format!("bootstrap  {} ({})\n", Plain(&report.bootstrap), ByteSize(report.bootstrap_bytes));
     for table in &report.tables {
         let chunks = if table.chunks == table.chunks_of_blob {
             format!("{} chunks", table.chunks)
         } else {
             format!("{} of its {} chunks, those that the image leads to", table.chunks, table.chunks_of_blob)
         };
-        out += &format!("table      {} ({})\n", table.path, ByteSize(table.bytes));
+        out += &format!("table      {} ({})\n", Plain(&table.path), ByteSize(table.bytes));
         out += &format!("           of blob {}, {chunks}\n", table.blob);
     }
     for id in &report.kept_blobs {

@@ -164,7 +164,7 @@ fn list(args: &ListArgs) -> anyhow::Result<ExitCode> {
     }
     let mut out = io::stdout().lock();
     for line in table(&all) {
-        writeln!(out, "{line}")?;
+        say!(out, "{line}")?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -49,17 +49,17 @@ pub(super) fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
         print_json(&host)?;
     } else {
         let mut out = io::stdout().lock();
-        writeln!(out, "kernel {}, cache at {} on {}", host.kernel, cache.display(), host.cache_file_system)?;
+        say!(out, "kernel {}, cache at {} on {}", host.kernel, cache.display(), host.cache_file_system)?;
         for finding in &host.findings {
             let mark = if finding.works { "yes" } else { "no " };
-            writeln!(out, "  {mark}  {:<20} {}", finding.name, finding.detail)?;
+            say!(out, "  {mark}  {:<20} {}", finding.name, finding.detail)?;
             if let Some(remedy) = &finding.remedy {
-                writeln!(out, "       {:<20} -> {remedy}", "")?;
+                say!(out, "       {:<20} -> {remedy}", "")?;
             }
         }
         match host.choice {
-            Some(kind) => writeln!(out, "images are served by {kind}")?,
-            None => writeln!(out, "no image can be mounted here")?,
+            Some(kind) => say!(out, "images are served by {kind}")?,
+            None => say!(out, "no image can be mounted here")?,
         }
     }
     Ok(if host.choice.is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

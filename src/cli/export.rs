@@ -7,7 +7,7 @@ use anyhow::Context;
 
 use super::opened::BlobsArgs;
 use super::progress::Bar;
-use crate::base::ByteSize;
+use crate::base::{ByteSize, Plain};
 use crate::tools::export::{self, ExportReport, Verity};
 
 /// Write an image as one disk that the kernel mounts without rafsd
@@ -77,7 +77,7 @@ pub fn run(args: ExportArgs) -> anyhow::Result<ExitCode> {
 /// The report for a person.
 fn summary(report: &ExportReport) -> String {
     let size = |bytes| ByteSize(bytes).to_string();
-    let mut out = format!("disk       {} ({})\n", report.disk, size(report.disk_bytes));
+    let mut out = format!("disk       {} ({})\n", Plain(&report.disk), size(report.disk_bytes));
     out += &format!("data       {} of {} devices\n", size(report.data_bytes), report.devices);
     if report.is_placed_anew {
         out += "devices    placed anew: the image did not say where they belong\n";
@@ -86,7 +86,7 @@ fn summary(report: &ExportReport) -> String {
         out += &format!("root hash  {}\n", verity.root_hash);
         out += &format!(
             "hash tree  {} at byte {} ({}), over {} blocks of 4096 bytes\n",
-            verity.hash_file,
+            Plain(&verity.hash_file),
             verity.hash_offset,
             size(verity.hash_bytes),
             verity.data_blocks

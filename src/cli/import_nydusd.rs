@@ -87,7 +87,7 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
     }
     for Remark { key, text } in imported.remarks() {
         // A closed stderr leaves nobody to tell.
-        let _ = writeln!(io::stderr(), "{key}: {text}");
+        let _ = say!(io::stderr(), "{key}: {text}");
     }
     let printed = if args.out.is_some() { imported.command() + "\n" } else { config };
     io::stdout().write_all(printed.as_bytes())?;

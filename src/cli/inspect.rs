@@ -107,17 +107,17 @@ fn write_facts(out: &mut dyn Write, depth: usize, value: &serde_json::Value) -> 
             Null => {}
             Array(items) if items.iter().all(|item| matches!(item, Object(_))) => {
                 for (number, item) in items.iter().enumerate() {
-                    writeln!(out, "{name} {number}")?;
+                    say!(out, "{name} {number}")?;
                     write_facts(out, depth + 1, item)?;
                 }
             }
             Array(items) => {
                 for item in items {
-                    writeln!(out, "{name:<24} {}", item.as_str().map_or_else(|| item.to_string(), str::to_owned))?;
+                    say!(out, "{name:<24} {}", item.as_str().map_or_else(|| item.to_string(), str::to_owned))?;
                 }
             }
-            String(text) => writeln!(out, "{name:<24} {text}")?,
-            other => writeln!(out, "{name:<24} {other}")?,
+            String(text) => say!(out, "{name:<24} {text}")?,
+            other => say!(out, "{name:<24} {other}")?,
         }
     }
     Ok(())

@@ -67,18 +67,18 @@ pub(super) fn recover(args: RecoverArgs) -> anyhow::Result<ExitCode> {
     let mut out = io::stdout().lock();
     let status = match keeper::recover(&args.place.run) {
         Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-            writeln!(out, "nothing to recover: no daemon has left anything behind")?;
+            say!(out, "nothing to recover: no daemon has left anything behind")?;
             return Ok(ExitCode::SUCCESS);
         }
         other => other.context("the keeper does not answer")?,
     };
     if !status.orphaned {
-        writeln!(out, "nothing to recover: the daemon is running")?;
+        say!(out, "nothing to recover: the daemon is running")?;
     } else if status.alive == 0 {
-        writeln!(out, "recovered: all mounts of the dead daemon have ended")?;
+        say!(out, "recovered: all mounts of the dead daemon have ended")?;
     } else {
         let alive = status.alive;
-        writeln!(out, "recovered: out of the tree; {alive} still have open files, whose cold reads now fail with EIO")?;
+        say!(out, "recovered: out of the tree; {alive} still have open files, whose cold reads now fail with EIO")?;
     }
     Ok(ExitCode::SUCCESS)
 }

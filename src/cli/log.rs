@@ -28,6 +28,6 @@ pub(super) fn run(args: LogArgs) -> anyhow::Result<ExitCode> {
         };
         answer.map_err(|e| args.place.explain(e))
     })?;
-    writeln!(io::stdout(), "{}", rules.level)?;
+    say!(io::stdout(), "{}", rules.level)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -9,7 +9,7 @@ use anyhow::Context;
 use super::base::WhiteoutArg;
 use super::list;
 use super::progress::Bar;
-use crate::base::{BlobId, ByteSize, Digest};
+use crate::base::{BlobId, ByteSize, Digest, Plain};
 use crate::build::{self, BlobFacts, Layer, MAX_HINTS, MergeReport, MergeSpec, MergeVersion, Packed};
 use crate::image::Image;
 use crate::reader::bootstrap;
@@ -192,7 +192,7 @@ fn prefetch_list(file: &Path) -> anyhow::Result<Vec<Vec<u8>>> {
 
 /// The report for a person.
 fn summary(report: &MergeReport) -> String {
-    let mut out = format!("bootstrap  {} ({})\n", report.bootstrap, ByteSize(report.bootstrap_bytes));
+    let mut out = format!("bootstrap  {} ({})\n", Plain(&report.bootstrap), ByteSize(report.bootstrap_bytes));
     for id in &report.blobs {
         out += &format!("blob       {id}\n");
     }

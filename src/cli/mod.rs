@@ -1,8 +1,16 @@
 //! Commands: parse, call the library, print.
 //!
-//! Human output goes to stdout, `--json` prints the same facts for scripts, logs and progress go
-//! to stderr. Exit status is 0 for success, 1 for failure, 2 for a wrong command line; what a
+//! Human output goes to stdout, line by line through `say!`, `--json` prints the same facts for scripts, logs and
+//! progress go to stderr. Exit status is 0 for success, 1 for failure, 2 for a wrong command line; what a
 //! command adds to that is in its help.
+
+/// Writes one line for people to `$out`. A name or a message in it neither makes another line of it nor drives a
+/// terminal.
+macro_rules! say {
+    ($out:expr, $($line:tt)+) => {
+        writeln!($out, "{}", $crate::base::Plain(format_args!($($line)+)))
+    };
+}
 
 mod base;
 mod blobfs;
@@ -186,7 +194,7 @@ pub fn run() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         // A closed stderr leaves nobody to tell.
-        let _ = writeln!(io::stderr(), "rafsd: {error:#}");
+        let _ = say!(io::stderr(), "rafsd: {error:#}");
         ExitCode::FAILURE
     })
 }

@@ -8,7 +8,7 @@ use super::connect::{DaemonArgs, Place, block_on};
 use super::prefetch::order;
 use super::{print_json, trace};
 use crate::base::ByteSize;
-use crate::daemon::api::{BackendChoice, Blobs, ImageReport, ImageSpec, MountRequest, UnmountRequest};
+use crate::daemon::api::{BackendChoice, Blobs, ImageReport, ImageSpec, MountRequest, UnmountRequest, UnservedReport};
 use crate::daemon::keeper;
 use crate::oci::{Platform, Reference};
 
@@ -93,7 +93,7 @@ impl ImageArgs {
 /// Places of blobs, with paths that mean the same to the daemon.
 pub(super) fn places(blobs: Vec<String>) -> anyhow::Result<Blobs> {
     let place = |place: String| {
-        if place.contains("://") { Ok(place) } else { Ok(utf8(&absolute(Path::new(&place))?)?.to_owned()) }
+        if place.contains("://") { Ok(place) } else { Ok(absolute(Path::new(&place))?.display().to_string()) }
     };
     Ok(blobs.into_iter().map(place).collect::<anyhow::Result<Vec<_>>>()?.into())
 }
@@ -152,7 +152,6 @@ Examples:
 /// Exit status: 0 when the mount is usable.
 pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
     let dir = absolute(&args.dir)?;
-    utf8(&dir)?;
     let trace = args.trace.as_deref().map(trace::place).transpose()?;
     let request = MountRequest { image: args.image.spec()?, dir, backend: args.backend, trace };
     let report = block_on(async {
@@ -162,7 +161,7 @@ pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         print_json(&report)?;
     } else {
-        writeln!(io::stdout(), "{}: {} ({})", request.dir.display(), report.backend, report.why)?;
+        say!(io::stdout(), "{}: {} ({})", request.dir.display(), report.backend, report.why)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -193,7 +192,7 @@ pub(super) fn umount(args: UmountArgs) -> anyhow::Result<ExitCode> {
         anyhow::Ok(unmounted)
     })?;
     if unmounted.still_served {
-        writeln!(io::stdout(), "{}: still served until the last file is closed", request.dir.display())?;
+        say!(io::stdout(), "{}: still served until the last file is closed", request.dir.display())?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -227,21 +226,31 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
         print_json(&images)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut out = io::stdout().lock();
+    table(&mut io::stdout().lock(), &images, &unserved)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A line for each, below a head; nothing at all for none.
+fn table(out: &mut dyn Write, images: &[ImageReport], unserved: &[UnservedReport]) -> io::Result<()> {
     if !images.is_empty() || !unserved.is_empty() {
-        writeln!(out, "{:<10}  {:>9}  {:>10}  {:<12}  WHERE", "BACKEND", "PRESENT", "FETCHED", "IMAGE")?;
+        say!(out, "{:<10}  {:>9}  {:>10}  {:<12}  WHERE", "BACKEND", "PRESENT", "FETCHED", "IMAGE")?;
     }
-    for image in &images {
+    for image in images {
         let options = image.mount_options.as_deref().unwrap_or_default();
         let place = image.dir.as_deref().map_or_else(|| format!("-o {options}"), |dir| dir.display().to_string());
         let (present, fetched) = progress(image);
-        writeln!(out, "{:<10}  {present:>9}  {fetched:>10}  {:<12}  {place}", image.backend, &image.image[..12])?;
+        say!(
+            out,
+            "{:<10}  {present:>9}  {fetched:>10}  {:<12}  {place}",
+            image.backend.to_string(),
+            &image.image[..12]
+        )?;
     }
-    for mount in &unserved {
+    for mount in unserved {
         let place = mount.dir.as_deref().map_or_else(|| "-".into(), Path::to_string_lossy);
-        writeln!(out, "{:<10}  {:>9}  {:>10}  {:<12}  {place}: not served, {}", "-", "-", "-", "-", mount.why)?;
+        say!(out, "{:<10}  {:>9}  {:>10}  {:<12}  {place}: not served, {}", "-", "-", "-", "-", mount.why)?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Part of the units that is present, and stored bytes fetched so far.
@@ -260,17 +269,63 @@ fn progress(image: &ImageReport) -> (String, String) {
     (part, ByteSize(fetched).to_string())
 }
 
-/// The place of a mount. A file system that nobody answers for does not say where it is; the directory around it does.
+/// The place of a mount, as the daemon is told it. A file system that nobody answers for does not say where it is; the
+/// directory around it does.
 pub(super) fn mount_point(path: &Path) -> anyhow::Result<PathBuf> {
     let around = || Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?));
-    path.canonicalize().or_else(|error| around().ok_or(error)).with_context(|| format!("cannot use {}", path.display()))
+    let found = path.canonicalize().or_else(|error| around().ok_or(error));
+    sayable(found.with_context(|| format!("cannot use {}", path.display()))?)
 }
 
+/// A path as the daemon is told it: absolute, and the real one.
 pub(super) fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
-    path.canonicalize().with_context(|| format!("cannot use {}", path.display()))
+    sayable(path.canonicalize().with_context(|| format!("cannot use {}", path.display()))?)
 }
 
 /// Paths travel as JSON, which has no words for other bytes.
-fn utf8(path: &Path) -> anyhow::Result<&str> {
-    path.to_str().with_context(|| format!("the path {} is not UTF-8", path.display()))
+pub(super) fn sayable(path: PathBuf) -> anyhow::Result<PathBuf> {
+    if path.to_str().is_none() {
+        bail!("the daemon cannot be told of {}, because this name is not UTF-8; give it another one", path.display());
+    }
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStrExt as _;
+
+    use super::*;
+    use crate::daemon::api::samples;
+
+    #[test]
+    fn a_name_that_cannot_be_told_is_told_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let bootstrap = dir.path().join(std::ffi::OsStr::from_bytes(b"boot\xff"));
+        std::fs::write(&bootstrap, "").unwrap();
+        let spec = ImageSpec { blobs: "/".into(), ..ImageSpec::default() };
+
+        let refused = [named(&bootstrap, spec).map(drop), mount_point(&bootstrap).map(drop)];
+
+        for refused in refused {
+            let error = format!("{:#}", refused.unwrap_err());
+            assert!(error.contains("boot\u{fffd}, because this name is not UTF-8"), "{error}");
+        }
+    }
+
+    #[test]
+    fn each_image_has_one_line_whatever_its_mount_point_is_called() {
+        let (mut image, mut unserved) = (samples::image(), samples::info().unserved);
+        image.dir = Some("/mnt\nfanotify  complete  /forged\u{1b}[2J".into());
+        unserved[0].dir = Some("/old\r/new".into());
+        let mut out = Vec::new();
+        table(&mut out, &[image], &unserved).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "\
+BACKEND       PRESENT     FETCHED  IMAGE         WHERE
+fanotify          11%     2.0 MiB  4708d6385377  /mnt\\nfanotify  complete  /forged\\u{1b}[2J
+-                   -           -  -             /old\\r/new: not served, no connection
+"
+        );
+    }
 }

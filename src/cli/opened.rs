@@ -95,7 +95,7 @@ impl RegistryArgs {
         let fetch = remote::endpoints(&network, repository.host(), ca, Instant::now() + FETCH_LAYER)?;
         let dir = std::env::temp_dir();
         let scratch = remote::scratch(&dir).with_context(|| format!("cannot write to {}", dir.display()))?;
-        let bytes = remote::bootstrap(runtime.handle(), &fetch, &resolved, scratch)?;
+        let bytes = runtime.block_on(remote::bootstrap(&fetch, &resolved, scratch))?;
         let found = bootstrap::of_bytes(bytes, Path::new(&reference.to_string()))?;
         Ok(Place { found, origin: Origin::Registry(Box::new(network), Box::new(resolved)) })
     }

@@ -7,7 +7,7 @@ use anyhow::Context;
 use super::list;
 use super::opened::BlobsArgs;
 use super::progress::Bar;
-use crate::base::ByteSize;
+use crate::base::{ByteSize, Plain};
 use crate::build::{self, Existing, OptimizeReport, OptimizeSpec};
 use crate::tools::hotlist::{self, MAX_LIST};
 
@@ -91,10 +91,10 @@ const SHOWN_REMARKS: usize = 10;
 /// The report for a person.
 fn summary(report: &OptimizeReport) -> String {
     let blob = &report.blob;
-    let mut out = format!("bootstrap  {} ({})\n", report.bootstrap, ByteSize(report.bootstrap_bytes));
+    let mut out = format!("bootstrap  {} ({})\n", Plain(&report.bootstrap), ByteSize(report.bootstrap_bytes));
     out += &format!(
         "hot blob   {} ({}, {} chunks of {}, {} of them encoded anew)\n",
-        blob.path,
+        Plain(&blob.path),
         ByteSize(blob.stored_bytes),
         blob.chunks,
         ByteSize(report.hot_bytes),
@@ -109,7 +109,7 @@ fn summary(report: &OptimizeReport) -> String {
     }
     out += &format!("prefetch   {} paths\n", report.prefetched_paths);
     for remark in report.remarks.iter().take(SHOWN_REMARKS) {
-        out += &format!("remark     {} {}\n", remark.path, remark.problem);
+        out += &format!("remark     {} {}\n", Plain(&remark.path), remark.problem);
     }
     match report.remarks.len().saturating_sub(SHOWN_REMARKS) {
         0 => out,

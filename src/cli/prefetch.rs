@@ -81,7 +81,7 @@ pub(super) fn run(args: PrefetchArgs) -> anyhow::Result<ExitCode> {
         if args.json {
             print_json(&stopped)?;
         } else {
-            writeln!(io::stdout(), "{} stopped", stopped.len())?;
+            say!(io::stdout(), "{} stopped", stopped.len())?;
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -96,7 +96,7 @@ pub(super) fn run(args: PrefetchArgs) -> anyhow::Result<ExitCode> {
         let report = client.prefetch(&PrefetchRequest { target, order }).await.map_err(explain)?;
         for remark in &report.remarks {
             // A closed stderr leaves nobody to tell.
-            let _ = writeln!(io::stderr(), "rafsd: {remark}");
+            let _ = say!(io::stderr(), "rafsd: {remark}");
         }
         if !args.wait {
             return Ok(report);
@@ -107,12 +107,12 @@ pub(super) fn run(args: PrefetchArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         print_json(&report)?;
     } else {
-        writeln!(io::stdout(), "{}", summary(&report))?;
+        say!(io::stdout(), "{}", summary(&report))?;
     }
     let failed = args.wait && report.stats.state != PrefetchState::Done;
     if failed && !args.json {
         for failure in report.stats.failures.iter().chain(&report.stats.trouble) {
-            let _ = writeln!(io::stderr(), "rafsd: {failure}");
+            let _ = say!(io::stderr(), "rafsd: {failure}");
         }
     }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::base::Plain;
 use crate::build::Progress;
 use crate::cache::PrefetchStats;
 
@@ -42,7 +43,8 @@ pub(super) async fn follow<R>(
     stats: impl Fn(&R) -> &PrefetchStats,
     next: impl AsyncFn(&R) -> anyhow::Result<R>,
 ) -> anyhow::Result<R> {
-    let bar = ProgressBar::with_draw_target(Some(stats(&report).bytes), on_terminal()).with_prefix(name.to_owned());
+    let bar =
+        ProgressBar::with_draw_target(Some(stats(&report).bytes), on_terminal()).with_prefix(Plain(name).to_string());
     bar.set_style(style("{prefix} {wide_bar} {bytes}/{total_bytes} ({bytes_per_sec})"));
     let mut told = None;
     while !stats(&report).state.is_end() && until.is_none_or(|until| Instant::now() < until) {
@@ -51,7 +53,7 @@ pub(super) async fn follow<R>(
         if now.trouble != told {
             told.clone_from(&now.trouble);
             if let Some(trouble) = &told {
-                bar.suspend(|| drop(writeln!(io::stderr(), "rafsd: {trouble}; asking again")));
+                bar.suspend(|| drop(say!(io::stderr(), "rafsd: {trouble}; asking again")));
             }
         }
         tokio::time::sleep(STEP).await;

@@ -80,13 +80,13 @@ pub(super) fn run(args: PullArgs) -> anyhow::Result<ExitCode> {
     let mut failed = false;
     for report in &reports {
         if !args.json {
-            writeln!(io::stdout(), "{}", summary(report))?;
+            say!(io::stdout(), "{}", summary(report))?;
         }
         if report.stats.state != PrefetchState::Done {
             failed = true;
             for failure in report.stats.failures.iter().chain(&report.stats.trouble) {
                 // A closed stderr leaves nobody to tell.
-                let _ = writeln!(io::stderr(), "rafsd: {}: {failure}", report.name);
+                let _ = say!(io::stderr(), "rafsd: {}: {failure}", report.name);
             }
         }
     }

@@ -45,7 +45,7 @@ pub(super) fn register(args: RegisterArgs) -> anyhow::Result<ExitCode> {
         print_json(&report)?;
     } else {
         let options = report.mount_options.as_deref().unwrap_or_default();
-        writeln!(io::stdout(), "mount -t erofs -o {options} none DIR")?;
+        say!(io::stdout(), "mount -t erofs -o {options} none DIR")?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -35,14 +35,6 @@ impl Reload {
         }
     }
 
-    /// Whether another daemon could be started with the settings as they are now.
-    ///
-    /// # Errors
-    /// What is wrong with them.
-    pub(super) fn check(&self) -> Result<(), String> {
-        self.args.resolve().map(drop).map_err(|error| format!("{error:#}"))
-    }
-
     /// Gives the keys of what has changed and could not be applied.
     fn apply(&self) -> anyhow::Result<Vec<&'static str>> {
         let (resolved, _) = self.args.resolve()?;

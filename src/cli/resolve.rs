@@ -93,13 +93,13 @@ fn text(report: &ResolveReport) -> String {
         };
         let platform = document.platform.as_ref().map(|it| format!(" for {it}")).unwrap_or_default();
         let (kind, digest) = (&document.kind, &document.digest);
-        let _ = writeln!(out, "{:indent$}{kind} sha256:{digest}{platform}{how}", "", indent = 2 * depth + 2);
+        let _ = say!(out, "{:indent$}{kind} sha256:{digest}{platform}{how}", "", indent = 2 * depth + 2);
     }
     for layer in &report.layers {
         let about = layer.about.as_ref().map(|it| format!(" of {it}")).unwrap_or_default();
         let indent = 2 * report.documents.len() + 2;
         let size = ByteSize(layer.bytes).to_string();
-        let _ = writeln!(out, "{:indent$}{:<9} {size:>9}  {}{about}", "", layer.role, layer.digest);
+        let _ = say!(out, "{:indent$}{:<9} {size:>9}  {}{about}", "", layer.role, layer.digest);
     }
     let version = report.rafs_version.as_ref().map(|it| format!(", RAFS v{it}")).unwrap_or_default();
     let layout = match report.layout.as_deref() {
@@ -108,17 +108,17 @@ fn text(report: &ResolveReport) -> String {
         Some("zran") => ", data in the layers of the ordinary image",
         _ => "",
     };
-    let _ = writeln!(out, "what     {}{version}{layout}", report.kind);
+    let _ = say!(out, "what     {}{version}{layout}", report.kind);
     for source in &report.sources {
-        let _ = writeln!(out, "blobs    {source}");
+        let _ = say!(out, "blobs    {source}");
     }
-    let _ = writeln!(out, "login    {}", report.login);
+    let _ = say!(out, "login    {}", report.login);
     if let (Some(backend), Some(why)) = (&report.backend, &report.why) {
-        let _ = writeln!(out, "backend  {backend} ({why})");
+        let _ = say!(out, "backend  {backend} ({why})");
     }
     let _ = match &report.problem {
-        Some(problem) => writeln!(out, "cannot be mounted: {problem}"),
-        None => writeln!(out, "can be mounted: rafsd mount docker://{} DIR", report.reference),
+        Some(problem) => say!(out, "cannot be mounted: {problem}"),
+        None => say!(out, "can be mounted: rafsd mount docker://{} DIR", report.reference),
     };
     out
 }

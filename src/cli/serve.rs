@@ -19,7 +19,7 @@ use crate::cache::StoreError;
 use crate::credentials::{Credentials, Programs, Runner, Sources};
 use crate::daemon::control::Control;
 use crate::daemon::settings::{Origin, Resolved, Restart, Settings, TABLE};
-use crate::daemon::{Daemon, DaemonError, Ending, Options, keeper};
+use crate::daemon::{Daemon, DaemonError, Ending, ONLY_CHECK, Options, keeper};
 use crate::export::fuse::Transport;
 use crate::net::Clock;
 use crate::sys::newdirs::NewDirs;
@@ -47,6 +47,10 @@ pub(super) struct ServeArgs {
     /// Leave the terminal's session and the working directory
     #[arg(long, hide = true)]
     detached: bool,
+
+    /// Only see whether the settings can be used: asked before an upgrade to this program
+    #[arg(long = ONLY_CHECK.trim_start_matches('-'), hide = true)]
+    only_check: bool,
 }
 
 /// How long to wait for a predecessor to leave the cache.
@@ -60,6 +64,11 @@ const CONTROL_NAME: &str = "control";
 
 /// Exit status: 0 after an orderly stop.
 pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    if args.only_check {
+        let (resolved, _) = args.settings.resolve()?;
+        logging::parse(&resolved.settings.log).context("cannot use the rules of the log")?;
+        return Ok(ExitCode::SUCCESS);
+    }
     // First, because it takes descriptors that it knows by number.
     let supervisor = Supervisor::from_environment();
     let (mut resolved, file) = args.settings.resolve()?;
@@ -145,8 +154,6 @@ fn serve(
             None => Control::bind(&settings.run, inherited.is_some())?,
         };
         let control = control.with_log(log).with_metrics(metrics_listener(&settings, inherited.is_some())?);
-        let of_upgrade = reload.clone();
-        let control = control.with_check(Arc::new(move || of_upgrade.check()));
         // Before anything is mounted: from here on a signal is an orderly stop.
         watch_signals(stop.clone(), reload)?;
         control
@@ -210,7 +217,7 @@ fn metrics_listener(settings: &Settings, takes_over: bool) -> anyhow::Result<Opt
 
 /// How the keepers are started, and how they start a daemon in place of this one.
 fn plan(settings: &Settings, supervisor: &Supervisor) -> anyhow::Result<keeper::Plan> {
-    let program = std::env::current_exe().context("cannot find this program")?;
+    let program = process::own_program().context("cannot find this program")?;
     let managed = ["NOTIFY_SOCKET", "INVOCATION_ID"].iter().any(|name| std::env::var_os(name).is_some());
     let by_keepers = match settings.restart {
         Restart::Keepers => true,

@@ -30,7 +30,7 @@ pub(super) fn run(args: ServeBlobsArgs) -> anyhow::Result<ExitCode> {
     let dir = args.dir.canonicalize().with_context(|| format!("cannot use {}", args.dir.display()))?;
     let options = ServerOptions { listen: args.listen, ..ServerOptions::default() };
     let server = BlobServer::start(dir, options).with_context(|| format!("cannot listen at {}", args.listen))?;
-    writeln!(io::stdout(), "{}", server.url())?;
+    say!(io::stdout(), "{}", server.url())?;
     block_on(async {
         let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }

@@ -57,10 +57,10 @@ fn describe(out: &mut dyn Write, report: &Report) -> io::Result<()> {
     for pair in &report.pairs {
         let [first, second] = &pair.images;
         let (blobs, chunks, bytes) = (pair.blobs.len(), pair.chunks, size(pair.chunk_bytes));
-        writeln!(out, "{first} and {second} share {blobs} blobs, {chunks} chunks ({bytes})")?;
+        say!(out, "{first} and {second} share {blobs} blobs, {chunks} chunks ({bytes})")?;
     }
     if let Some(total) = &report.total {
-        writeln!(
+        say!(
             out,
             "together   {} blobs, {} of them shared; {} chunks ({}), {} of them shared ({})",
             total.blobs,
@@ -76,10 +76,10 @@ fn describe(out: &mut dyn Write, report: &Report) -> io::Result<()> {
 
 fn describe_image(out: &mut dyn Write, image: &ImageStat) -> io::Result<()> {
     let size = |bytes| ByteSize(bytes).to_string();
-    writeln!(out, "{} ({})", image.name, image.format)?;
+    say!(out, "{} ({})", image.name, image.format)?;
     let kinds: Vec<_> = image.inodes.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
-    writeln!(out, "  inodes     {}; {} paths", kinds.join(", "), image.paths)?;
-    writeln!(
+    say!(out, "  inodes     {}; {} paths", kinds.join(", "), image.paths)?;
+    say!(
         out,
         "  metadata   {}, of it {} directories, {} links, {} xattrs, {} chunk table",
         size(image.bootstrap_bytes),
@@ -88,7 +88,7 @@ fn describe_image(out: &mut dyn Write, image: &ImageStat) -> io::Result<()> {
         size(image.xattr_bytes),
         size(image.chunk_table_bytes)
     )?;
-    writeln!(
+    say!(
         out,
         "  files      {} in {} pieces, {} in holes; {} different chunks ({}), {:.2} : 1",
         size(image.file_bytes),
@@ -99,7 +99,7 @@ fn describe_image(out: &mut dyn Write, image: &ImageStat) -> io::Result<()> {
         image.dedup_ratio
     )?;
     for blob in &image.blobs {
-        writeln!(
+        say!(
             out,
             "  blob       {}: {} stored, {} decoded, {:.2} : 1; {} of {} chunks used",
             blob.id,
@@ -111,7 +111,7 @@ fn describe_image(out: &mut dyn Write, image: &ImageStat) -> io::Result<()> {
         )?;
     }
     for (limit, count) in &image.chunk_sizes {
-        writeln!(out, "  chunks     up to {:>10}: {count}", size(*limit))?;
+        say!(out, "  chunks     up to {:>10}: {count}", size(*limit))?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::connect::{Place, block_on};
 use super::mount::mount_point;
 use super::print_json;
-use crate::base::ByteSize;
+use crate::base::{ByteSize, Plain};
 use crate::daemon::api::observe::{Activity, FailedUnits, ImageState, Trouble};
 use crate::daemon::api::{DeviceReport, ImageReport, Info, UnservedReport};
 use crate::export::BackendKind;
@@ -158,7 +158,7 @@ fn text(status: &Status<'_>) -> String {
     let mut out = String::new();
     let mut line = |name: &str, value: &str| {
         // Writing to a string cannot fail.
-        let _ = writeln!(out, "  {name:<14} {value}");
+        let _ = say!(out, "  {name:<14} {value}");
     };
     let (needed, present) = totals(image);
     line("state", &state(image));
@@ -193,7 +193,7 @@ fn text(status: &Status<'_>) -> String {
         line("blob", &blob(device));
     }
     let place = image.dir.as_deref().map_or_else(|| "registered".to_owned(), |dir| dir.display().to_string());
-    format!("{place}: image {}\n{out}", &image.image[..16.min(image.image.len())])
+    format!("{}: image {}\n{out}", Plain(place), &image.image[..16.min(image.image.len())])
 }
 
 fn state(image: &ImageReport) -> String {
@@ -289,7 +289,7 @@ pub(super) fn seconds(ms: u64) -> String {
 fn overview(info: &Info, activity: &Activity) -> String {
     let mut out = String::new();
     let mut line = |name: &str, value: &str| {
-        let _ = writeln!(out, "  {name:<14} {value}");
+        let _ = say!(out, "  {name:<14} {value}");
     };
     let choice = info.host.choice.map_or("no image can be mounted here; `rafsd doctor` tells why".to_owned(), |kind| {
         format!("new images go by {kind}")
@@ -367,6 +367,22 @@ mod tests {
         });
         for words in ["degraded: data is missing", "(failing, 12.0 s ago: no answer in time)", "keeper         dead"] {
             assert!(text.contains(words), "{words} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn no_name_makes_another_line_or_drives_a_terminal() {
+        let hostile = "/mnt\n  state          complete\u{1b}[2J";
+        let text = shown(|image, _| {
+            image.dir = Some(hostile.into());
+            image.sources[0].source = hostile.to_owned();
+        });
+        let (mut info, activity) = (samples::info(), samples::activity());
+        info.unserved[0].dir = Some(hostile.into());
+        let overview = overview(&info, &activity);
+        for text in [text, overview] {
+            assert!(text.contains("/mnt\\n  state          complete\\u{1b}[2J"), "{text}");
+            assert!(!text.contains('\u{1b}') && !text.contains("\n  state          complete"), "{text}");
         }
     }
 

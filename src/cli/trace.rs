@@ -7,6 +7,7 @@ use anyhow::Context;
 use clap::Subcommand;
 
 use super::connect::{Place, block_on};
+use super::mount::sayable;
 use super::prefetch::target;
 use super::print_json;
 use crate::daemon::api::{PrefetchTarget, TraceReport, TraceRequest, TraceResult};
@@ -119,7 +120,7 @@ fn write(result: &TraceResult, output: &Path) -> anyhow::Result<()> {
 /// What a trace does not tell, for a person.
 fn warn(report: &TraceReport) {
     // A closed stderr leaves nobody to tell.
-    let say = |text: String| drop(writeln!(io::stderr(), "rafsd: {text}"));
+    let say = |text: String| drop(say!(io::stderr(), "rafsd: {text}"));
     for blob in &report.unseen {
         say(format!("blob {blob} is complete: the kernel reads it alone, unseen; mount with --trace to see it"));
     }
@@ -133,5 +134,5 @@ pub(super) fn place(file: &Path) -> anyhow::Result<PathBuf> {
     let unusable = || format!("cannot write to {}", file.display());
     let name = file.file_name().with_context(unusable)?;
     let dir = file.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    Ok(dir.canonicalize().with_context(unusable)?.join(name))
+    sayable(dir.canonicalize().with_context(unusable)?.join(name))
 }

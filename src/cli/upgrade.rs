@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 
 use super::connect::{Place, block_on};
+use super::mount::absolute;
 use super::print_json;
 use crate::daemon::api::{Info, UpgradeRequest};
 use crate::daemon::client::{Client, ClientError};
@@ -55,7 +56,7 @@ struct Upgraded {
 /// Exit status: 0 when the program that was asked for serves.
 pub(super) fn run(args: UpgradeArgs) -> anyhow::Result<ExitCode> {
     let program = match &args.program {
-        Some(program) => program.canonicalize().with_context(|| format!("cannot use {}", program.display()))?,
+        Some(program) => absolute(program)?,
         None => std::env::current_exe().context("cannot find this program")?,
     };
     let done = block_on(Upgrade::new(&args.place, program)?.run())?;
@@ -65,7 +66,7 @@ pub(super) fn run(args: UpgradeArgs) -> anyhow::Result<ExitCode> {
         let Upgraded { from_version, to_version, pid, by_another, total_ms, .. } = &done;
         let from = from_version.as_deref().unwrap_or("?");
         let how = if *by_another { ", brought by another upgrade," } else { "" };
-        writeln!(io::stdout(), "{from} -> {to_version}: process {pid}{how} serves after {total_ms} ms")?;
+        say!(io::stdout(), "{from} -> {to_version}: process {pid}{how} serves after {total_ms} ms")?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -110,10 +111,10 @@ impl<'a> Upgrade<'a> {
         drop(turn);
         ensure!(
             runs(after.pid, &self.program) != Some(false),
-            "process {} serves, version {}, but it does not run {}; see the log of the daemon",
-            after.pid,
+            "{} has ended in its start, and version {}, process {}, goes on in its place; the log of the daemon tells why",
+            self.program.display(),
             after.version,
-            self.program.display()
+            after.pid
         );
         Ok(self.report(Some(before.version), after, false))
     }

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 use super::DaemonError;
 use super::api::PrefetchOrder;
@@ -141,6 +142,7 @@ impl Daemon {
             turns: Turns::default(),
             pulls: Pulls::default(),
             errands: Arc::default(),
+            gives_up: watch::Sender::new(false),
         });
         if takes_over {
             daemon.take_over(left, events)?;

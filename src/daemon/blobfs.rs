@@ -10,6 +10,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::api::{BlobfsRequest, ImageReport, ImageSpec, PrefetchOrder};
+use super::asker::Asker;
 use super::connections::Kept;
 use super::records::{DeviceFile, Record, RecordId};
 use super::remote::FETCH_LAYER;
@@ -77,8 +78,9 @@ struct Ready {
 }
 
 impl Daemon {
-    /// Shows a directory of the host with the blobs of images in it, and returns when it is usable. Blocks.
-    pub fn mount_blobfs(&self, request: &BlobfsRequest) -> Result<Vec<ImageReport>, DaemonError> {
+    /// Shows a directory of the host with the blobs of images in it, and returns when it is usable. Given up as long as it
+    /// is being prepared, it leaves nothing behind. Blocks.
+    pub fn mount_blobfs(&self, request: &BlobfsRequest, asker: &Asker) -> Result<Vec<ImageReport>, DaemonError> {
         let (source, dir) = (self.directory(&request.source)?, self.directory(&request.dir)?);
         if request.images.is_empty() {
             return Err(DaemonError::NoImages);
@@ -96,7 +98,7 @@ impl Daemon {
         let reserved = self.reserve(&dir)?;
         let record = self.records.reserve();
         let shown = Shown { source: source.clone(), blob_dir: blob_dir.map(ToOwned::to_owned), further: Vec::new() };
-        let mounted = self.attach_blobfs(&place, shown, &request.images, (&dir, record));
+        let mounted = self.attach_blobfs(&place, shown, (&request.images, asker), (&dir, record));
         let mounted = mounted.inspect_err(|_| self.forget(record))?;
         tracing::info!(dir = %dir.display(), source = %source.display(), "mounted with blobs in it");
         let (watched, all) = (mounted.watch, mounted.all().cloned().collect::<Vec<_>>());
@@ -115,12 +117,12 @@ impl Daemon {
         &self,
         place: &Place,
         shown: Shown,
-        images: &[ImageSpec],
+        (images, asker): (&[ImageSpec], &Asker),
         (dir, record): (&Path, RecordId),
     ) -> Result<Mounted, DaemonError> {
         // Of images that were made ready before another one failed, too.
         let mut kept = Vec::new();
-        let ready = |spec| self.ready(spec, &shown.source, &mut kept);
+        let ready = |spec| self.ready((spec, asker), &shown.source, &mut kept);
         let all = images.iter().map(ready).collect::<Result<Vec<_>, DaemonError>>();
         let attached = all.and_then(|all| self.attach_ready(place, shown, (images, all), (dir, record)));
         if attached.is_ok() {
@@ -156,15 +158,18 @@ impl Daemon {
     }
 
     /// An image whose devices are ready; its bootstrap is noted in `kept` as soon as there is one.
-    fn ready(&self, spec: &ImageSpec, source: &Path, kept: &mut Vec<KeptBootstrap>) -> Result<Ready, DaemonError> {
-        let found = self.look_up(spec)?;
+    fn ready(
+        &self,
+        (spec, asker): (&ImageSpec, &Asker),
+        source: &Path,
+        kept: &mut Vec<KeptBootstrap>,
+    ) -> Result<Ready, DaemonError> {
+        let found = self.look_up(spec, asker)?;
         let queue = found.queue(self);
-        let _turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
-        let mut prepared = self.prepare(spec, &found)?;
+        let _turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER, asker)).transpose()?;
+        let mut prepared = self.prepare(spec, &found, asker)?;
         kept.push(prepared.kept().again());
-        if self.is_stopping() {
-            return Err(DaemonError::Stopping);
-        }
+        asker.ensure_wanted()?;
         let devices = self.devices_of(&mut prepared)?;
         let mut served = Served::stored(BackendKind::Blobfs, Arc::new(prepared), &devices, WHY.to_owned());
         served.shows = Some(source.to_owned());

@@ -134,6 +134,8 @@ pub enum DaemonError {
     NoSuccessor,
     #[error("the daemon is stopping")]
     Stopping,
+    #[error("whoever asked for it has gone")]
+    Abandoned,
 }
 
 impl From<OciError> for DaemonError {

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use super::api::{ImageSpec, SpecError, Whereabouts};
+use super::asker::Asker;
 use super::prepare::{Layer, Named, Prepared, Wanted};
 use super::references::References;
 use super::remote::{FETCH_LAYER, LOOK_UP};
@@ -45,12 +46,12 @@ pub(super) fn shown(text: &str) -> String {
 
 impl Daemon {
     /// Finds out what `spec` means. Asks a registry if it names an image there. Blocks.
-    pub(super) fn look_up(&self, spec: &ImageSpec) -> Result<Found, DaemonError> {
+    pub(super) fn look_up(&self, spec: &ImageSpec, asker: &Asker) -> Result<Found, DaemonError> {
         match spec.whereabouts()? {
             Whereabouts::File(path) => Ok(Found::File(path)),
             Whereabouts::Registry(reference) => {
                 let platform = spec.wanted_platform()?;
-                let resolved = self.resolve_now(spec, &reference, platform.as_ref())?;
+                let resolved = self.resolve_now(spec, &reference, platform.as_ref(), asker)?;
                 Ok(Found::Image(Box::new(resolved)))
             }
         }
@@ -63,12 +64,13 @@ impl Daemon {
         spec: &ImageSpec,
         reference: &Reference,
         platform: Option<&Platform>,
+        asker: &Asker,
     ) -> Result<Resolved, DaemonError> {
         let mut kept = self.references.find(reference, platform);
         let queue = self.turns.queue(References::key(reference, platform));
         let until = Instant::now() + LOOK_UP;
         // The first who comes learns it for all.
-        let _turn = if kept.is_none() { Some(queue.wait(until)?) } else { None };
+        let _turn = if kept.is_none() { Some(queue.wait(until, asker)?) } else { None };
         if kept.is_none() {
             kept = self.references.find(reference, platform);
         }
@@ -88,7 +90,7 @@ impl Daemon {
                 }
                 Ok((oci::resolve(&registry, reference, platform).await?, true))
             };
-            self.runtime.block_on(asking).map_err(|error: OciError| DaemonError::from(error))
+            asker.block_on(&self.runtime, asking)?.map_err(|error: OciError| DaemonError::from(error))
         };
         match (&kept, reference.version()) {
             (Some(kept), Version::Digest(_)) => Ok(kept.clone()),
@@ -104,10 +106,10 @@ impl Daemon {
     }
 
     /// Reads everything that is needed to serve an image. Blocks.
-    pub(super) fn prepare(&self, spec: &ImageSpec, found: &Found) -> Result<Prepared, DaemonError> {
+    pub(super) fn prepare(&self, spec: &ImageSpec, found: &Found, asker: &Asker) -> Result<Prepared, DaemonError> {
         let source = self.origins.open(spec).map_err(DaemonError::SourceSpec)?;
         let resolved = match found {
-            Found::File(path) => return self.prepare_from(&Wanted::File(path), &source),
+            Found::File(path) => return self.prepare_from(&Wanted::File(path), &source, asker),
             Found::Image(resolved) => resolved,
         };
         let image = resolved.image()?;
@@ -120,17 +122,17 @@ impl Daemon {
         let layer = Layer {
             digest,
             shown: &shown,
-            fetch: &|| self.fetch_bootstrap(spec, resolved),
+            fetch: &|| self.fetch_bootstrap(spec, resolved, asker),
             admit: &|image| if spec.blobs.is_empty() { remote::ensure_named(resolved, image) } else { Ok(()) },
         };
-        let mut prepared = self.prepare_from(&Wanted::Layer(&layer), &source)?;
+        let mut prepared = self.prepare_from(&Wanted::Layer(&layer), &source, asker)?;
         let (reference, manifest) = (resolved.reference.to_string(), resolved.manifest_digest);
         prepared.named = Some(Named { reference, manifest });
         Ok(prepared)
     }
 
     /// The bootstrap of an image, out of its layer, which is checked before anything looks into it.
-    fn fetch_bootstrap(&self, spec: &ImageSpec, resolved: &Resolved) -> Result<Vec<u8>, DaemonError> {
+    fn fetch_bootstrap(&self, spec: &ImageSpec, resolved: &Resolved, asker: &Asker) -> Result<Vec<u8>, DaemonError> {
         let reference = &resolved.reference;
         if spec.offline {
             return Err(OciError::Unknown { reference: reference.clone() }.into());
@@ -141,7 +143,7 @@ impl Daemon {
         let fetch =
             self.origins.registry(reference.repository().host(), spec.ca.as_deref(), Instant::now() + FETCH_LAYER);
         let fetch = fetch.map_err(DaemonError::SourceSpec)?;
-        remote::bootstrap(&self.runtime, &fetch, resolved, scratch).map_err(|error| match error {
+        asker.block_on(&self.runtime, remote::bootstrap(&fetch, resolved, scratch))?.map_err(|error| match error {
             // Our own disk is nobody else's fault, and there may be room to be made.
             OciError::Fetch(FetchError::Taking { cause, .. }) => self.unwritten(&cause),
             other => other.into(),

@@ -13,6 +13,7 @@
 mod adopt;
 mod alive;
 pub mod api;
+mod asker;
 mod attribution;
 mod blobfs;
 pub mod client;
@@ -44,6 +45,7 @@ pub mod stock;
 mod stockclient;
 mod stop;
 mod stored;
+mod successor;
 mod trace;
 mod turns;
 mod unkept;
@@ -51,6 +53,8 @@ mod unmounts;
 mod unserved;
 
 pub use alive::Stuck;
+pub use asker::Asker;
 pub use error::DaemonError;
 pub use mounts::{Daemon, Options};
 pub use stop::Ending;
+pub use successor::ONLY_CHECK;

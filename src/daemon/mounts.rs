@@ -6,10 +6,12 @@ use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime};
 
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 use super::DaemonError;
 use super::api::observe::millis;
 use super::api::{BackendChoice, ImageReport, Info, MountRequest, PrefetchTarget};
+use super::asker::{Asker, WhileWanted};
 use super::keeper::{self, Keepers};
 use super::known::KnownImages;
 use super::objects::Objects;
@@ -27,7 +29,7 @@ use super::stop::Ending;
 use super::trace::Traces;
 use super::turns::Turns;
 use super::unserved::Unserved;
-use crate::base::BlobId;
+use crate::base::{BlobId, Chain};
 use crate::blob::UnitMap;
 use crate::cache::{Engine, Store, StoreOptions};
 use crate::credentials::Credentials;
@@ -94,6 +96,8 @@ pub struct Daemon {
     pub(super) pulls: Pulls,
     /// A copy for each request that takes its time and has nothing to show for it yet.
     pub(super) errands: Arc<()>,
+    /// Whether what somebody waits for is given up: see [`Asker`].
+    pub(super) gives_up: watch::Sender<bool>,
 }
 
 #[derive(Debug, Default)]
@@ -154,15 +158,16 @@ impl Daemon {
         self.options.sandbox.outside(|| alone(&[], look)).ok().flatten()
     }
 
-    /// Mounts an image and returns when it is usable. Blocks.
-    pub fn mount(&self, request: &MountRequest) -> Result<ImageReport, DaemonError> {
+    /// Mounts an image and returns when it is usable. Given up as long as it is being prepared, it leaves nothing behind.
+    /// Blocks.
+    pub fn mount(&self, request: &MountRequest, asker: &Asker) -> Result<ImageReport, DaemonError> {
         // One directory, one name: two spellings must not be two mounts.
         let dir = self.directory(&request.dir)?;
         let request = &MountRequest { dir: dir.clone(), ..request.clone() };
         request.image.whereabouts()?;
         self.note_taken_away(&dir);
         let reserved = self.reserve(&dir)?;
-        let mounted = self.mount_reserved(request).inspect_err(|error| self.forget_trace(request, error))?;
+        let mounted = self.mount_reserved(request, asker).inspect_err(|error| self.forget_trace(request, error))?;
         let report = mounted.served.report(Some(&dir), &self.telemetry);
         tracing::info!(dir = %dir.display(), backend = %report.backend, image = report.image, "mounted");
         let (served, watched) = (mounted.served.clone(), mounted.watch);
@@ -172,6 +177,16 @@ impl Daemon {
         // Somebody may have unmounted it before we could write it down.
         self.bury();
         Ok(report)
+    }
+
+    /// Takes back what was mounted at `dir` for somebody who never learnt of it. Blocks.
+    pub(super) fn take_back(&self, dir: &Path) {
+        self.traces.discard(dir);
+        // Lazily: whoever found it meanwhile is served until the end.
+        match self.unmount(dir, true) {
+            Ok(_) | Err(DaemonError::NotMounted(_)) => {}
+            Err(error) => tracing::warn!(error = %Chain(&error), "stays mounted, though whoever asked has gone"),
+        }
     }
 
     /// A mount that failed is not recorded. The trace that it was refused for is another one's.
@@ -193,14 +208,17 @@ impl Daemon {
         Ok(Reservation { daemon: self, dir })
     }
 
-    fn mount_reserved(&self, request: &MountRequest) -> Result<Mounted, DaemonError> {
+    fn mount_reserved(&self, request: &MountRequest, asker: &Asker) -> Result<Mounted, DaemonError> {
         let (kind, why) = self.backends.choose(request.backend)?;
         // Held until the maps of the image are kept: who comes for the same one meanwhile finds all of it.
-        let found = self.look_up(&request.image)?;
+        let found = self.look_up(&request.image, asker)?;
         let queue = found.queue(self);
-        let _turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
-        let prepared = self.prepare(&request.image, &found)?;
-        prepared.or_undone(|prepared| self.mount_prepared(request, (kind, why), prepared))
+        let _turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER, asker)).transpose()?;
+        let prepared = self.prepare(&request.image, &found, asker)?;
+        prepared.or_undone(|prepared| {
+            asker.ensure_wanted()?;
+            self.mount_prepared(request, (kind, why), prepared)
+        })
     }
 
     fn mount_prepared(
@@ -231,14 +249,18 @@ impl Daemon {
         &self,
         wanted: &Wanted<'_>,
         source: &Arc<dyn BlobSource>,
+        asker: &Asker,
     ) -> Result<Prepared, DaemonError> {
+        let asked = WhileWanted { source: source.clone(), asker: asker.clone() };
         let saved = |blob: &BlobId| self.store.saved_map(blob).or_else(|| self.objects.saved(DOMAIN, blob));
         let bootstraps = self.store.shelves().bootstraps();
-        let once = || prepare(wanted, source.clone(), bootstraps, &self.images, &saved, &self.runtime);
-        match once() {
+        let once = || prepare(wanted, (source.clone(), &asked), bootstraps, &self.images, &saved, &self.runtime);
+        let outcome = match once() {
             Err(DaemonError::Store(error)) if error.is_full() && self.store.make_room(1) => once(),
             outcome => outcome,
-        }
+        };
+        // Whatever did not come for that reason.
+        outcome.map_err(|error| asker.refusal().unwrap_or(error))
     }
 
     /// The store, for what is said about it and done to it beside mounting.

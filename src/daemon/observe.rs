@@ -68,6 +68,7 @@ impl Daemon {
             let count = backends.iter().filter(|backend| **backend == kind).count();
             self.telemetry.images.at(label(kind)).set(count as u64);
         }
+        self.telemetry.unserved.set(self.unserved().len() as u64);
         self.telemetry.exposition()
     }
 

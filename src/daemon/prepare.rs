@@ -158,10 +158,11 @@ impl Prepared {
 const BOOTSTRAP_UNIT: usize = 1 << 20;
 
 /// Reads everything a mount needs, with a copy of the bootstrap in `bootstraps`. `saved` knows maps
-/// from before, which spare fetching a blob's tables; an image among `images` is not even read. Blocks; runs its fetches on `runtime`.
+/// from before, which spare fetching a blob's tables; an image among `images` is not even read. What is fetched for that
+/// comes from the second source, which may end it. Blocks; runs its fetches on `runtime`.
 pub(super) fn prepare(
     wanted: &Wanted<'_>,
-    source: Arc<dyn BlobSource>,
+    (source, asked): (Arc<dyn BlobSource>, &dyn BlobSource),
     bootstraps: &Arc<Bootstraps>,
     images: &KnownImages,
     saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
@@ -176,14 +177,14 @@ pub(super) fn prepare(
     }
     let kept = wanted.keep(bootstraps)?;
     let held = kept.again();
-    prepare_kept(wanted, (kept, before), source, saved, runtime).inspect_err(|_| held.give_up())
+    prepare_kept(wanted, (kept, before), (source, asked), saved, runtime).inspect_err(|_| held.give_up())
 }
 
 /// Everything else that a mount needs. `before` is where the bootstrap came from, as seen before it was read.
 fn prepare_kept(
     wanted: &Wanted<'_>,
     (kept, before): (KeptBootstrap, Option<Origin>),
-    source: Arc<dyn BlobSource>,
+    (source, asked): (Arc<dyn BlobSource>, &dyn BlobSource),
     saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Prepared, DaemonError> {
@@ -194,7 +195,7 @@ fn prepare_kept(
     let maps = image
         .devices()
         .iter()
-        .map(|device| map(device, &image, saved, source.as_ref(), runtime))
+        .map(|device| map(device, &image, saved, asked, runtime))
         .collect::<Result<Vec<_>, _>>()?;
     ensure_checkable(&image, &maps)?;
     let maps = maps.into_iter().map(Arc::new).collect();
@@ -277,6 +278,7 @@ mod tests {
         for path in [fifo.as_path(), Path::new("/dev/zero"), dir.path()] {
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let source = Arc::new(LocalSource::new(dir.path()).unwrap());
+            let source = (source.clone() as Arc<dyn BlobSource>, source.as_ref() as &dyn BlobSource);
             let store = Store::open(dir.path(), StoreOptions::default(), runtime.handle().clone()).unwrap();
             let bootstraps = store.shelves().bootstraps();
             let error =

@@ -166,10 +166,12 @@ impl Daemon {
     pub fn pull(self: &Arc<Self>, request: &PullRequest) -> Result<PullReport, DaemonError> {
         let spec = &request.image;
         let _beginning = self.pulls.begin()?;
-        let found = self.look_up(spec)?;
+        // It goes on without whoever asked for it.
+        let asker = &self.asker();
+        let found = self.look_up(spec, asker)?;
         let queue = found.queue(self);
-        let turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
-        let mut prepared = self.prepare(spec, &found)?;
+        let turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER, asker)).transpose()?;
+        let mut prepared = self.prepare(spec, &found, asker)?;
         let open = |map: &Arc<_>| self.store.device(Arc::clone(map), prepared.source.clone());
         let devices = prepared.maps.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let own = std::mem::replace(&mut prepared.maps, devices.iter().map(|device| device.map()).collect());

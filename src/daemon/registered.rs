@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::api::{BackendChoice, ImageReport, MountRequest, PrefetchOrder, RegisterRequest};
+use super::asker::Asker;
 use super::mounts::DOMAIN;
 use super::objects::Object;
 use super::order::plan;
@@ -110,16 +111,18 @@ impl Daemon {
         Ok((served, registration))
     }
 
-    /// Makes an image mountable by anybody under names of the caller's choice.
-    pub fn register(&self, request: &RegisterRequest) -> Result<ImageReport, DaemonError> {
+    /// Makes an image mountable by anybody under names of the caller's choice. Given up as long as it is being prepared,
+    /// it leaves nothing behind.
+    pub fn register(&self, request: &RegisterRequest, asker: &Asker) -> Result<ImageReport, DaemonError> {
         let _errand = Arc::clone(&self.errands);
         let name = FsId::new(&request.id, request.domain.as_deref())?;
         request.image.whereabouts()?;
         let (_, why) = self.backends.choose(BackendChoice::Cachefiles)?;
-        let found = self.look_up(&request.image)?;
+        let found = self.look_up(&request.image, asker)?;
         let queue = found.queue(self);
-        let turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER)).transpose()?;
-        self.prepare(&request.image, &found)?.or_undone(|prepared| {
+        let turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER, asker)).transpose()?;
+        self.prepare(&request.image, &found, asker)?.or_undone(|prepared| {
+            asker.ensure_wanted()?;
             ensure_block_size(&prepared.image)?;
             let served = self.serve_cachefiles(&request.image.prefetch, Arc::new(prepared), &name, why);
             // Its maps are known from here on.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::api::{DocumentReport, LayerReport, ResolveReport, ResolveRequest};
+use super::asker::Asker;
 use super::lookup::reference_of;
 use super::{Daemon, DaemonError};
 use crate::oci::document::{Parsed, annotation};
@@ -14,12 +15,12 @@ const LOGIN: Duration = Duration::from_secs(30);
 
 impl Daemon {
     /// Where a reference leads, and how it would be mounted here. That it cannot be mounted is no error. Blocks.
-    pub fn resolve(&self, request: &ResolveRequest) -> Result<ResolveReport, DaemonError> {
+    pub fn resolve(&self, request: &ResolveRequest, asker: &Asker) -> Result<ResolveReport, DaemonError> {
         let _errand = Arc::clone(&self.errands);
         let spec = &request.image;
         let reference = reference_of(spec)?;
         let platform = spec.wanted_platform()?;
-        let resolved = self.resolve_now(spec, &reference, platform.as_ref())?;
+        let resolved = self.resolve_now(spec, &reference, platform.as_ref(), asker)?;
         let backend = self.backends.choose(request.backend);
         let problem = match (resolved.image(), &backend) {
             (Ok(image), Ok(_)) if image.layout == Layout::External && spec.blobs.is_empty() => {

@@ -10,8 +10,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::runtime::Handle;
-
 use super::DaemonError;
 use crate::base::Digest;
 use crate::blob::BlobTables;
@@ -53,16 +51,11 @@ pub fn scratch(dir: &Path) -> io::Result<File> {
 }
 
 /// The bootstrap of an image, out of its layer, which is kept in `scratch` and checked before anything looks into it.
-/// Blocks; asks `fetch` on `runtime`.
+/// Blocks while it unpacks: only for threads that may.
 ///
 /// # Errors
 /// It is no RAFS image, the layer cannot be had or is not what its digest says, or there is no bootstrap in it.
-pub fn bootstrap(
-    runtime: &Handle,
-    fetch: &Endpoints,
-    resolved: &Resolved,
-    mut scratch: File,
-) -> Result<Vec<u8>, OciError> {
+pub async fn bootstrap(fetch: &Endpoints, resolved: &Resolved, mut scratch: File) -> Result<Vec<u8>, OciError> {
     let reference = &resolved.reference;
     let unusable = |cause| OciError::Bootstrap { reference: reference.clone(), cause: Arc::new(cause) };
     let layer = &resolved.image()?.bootstrap;
@@ -71,7 +64,7 @@ pub fn bootstrap(
     }
     let mut take = |piece: &[u8]| scratch.write_all(piece);
     let registry = Registry::new(fetch, reference.repository());
-    runtime.block_on(registry.blob(layer, "the bootstrap layer", &mut take))?;
+    registry.blob(layer, "the bootstrap layer", &mut take).await?;
     scratch.seek(SeekFrom::Start(0)).map_err(|cause| unusable(LayerError::Scratch(cause)))?;
     unpack(scratch).map_err(unusable)
 }

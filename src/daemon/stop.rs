@@ -2,11 +2,11 @@
 
 use std::io;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::keeper::{Kind, Name};
+use super::successor::try_out;
 use super::{Daemon, DaemonError};
 use crate::base::Chain;
 
@@ -23,9 +23,12 @@ pub enum Ending {
 }
 
 impl Daemon {
-    /// Notes how to end, once. What was asked first holds.
+    /// Notes how to end, once. What was asked first holds. Mounts that are being made are given up for good.
     pub fn ask_to(&self, ending: Ending) {
-        let _ = self.ending.set(ending);
+        if self.ending.set(ending).is_ok() && ending == Ending::Stop {
+            // It would be unmounted at once.
+            self.give_up();
+        }
     }
 
     /// How it was asked to end, if it was.
@@ -36,11 +39,9 @@ impl Daemon {
     /// Makes `program` the one that the keepers start as a successor.
     ///
     /// # Errors
-    /// If it cannot be run, or nobody would start a successor; if this daemon is about to end already.
+    /// If it could not go on, or nobody would start a successor; if this daemon is about to end already.
     pub fn set_successor(&self, program: &Path) -> Result<(), DaemonError> {
-        if self.options.keepers.successor.is_none() {
-            return Err(DaemonError::NoSuccessor);
-        }
+        let Some(command) = &self.options.keepers.successor else { return Err(DaemonError::NoSuccessor) };
         if self.asked_to().is_some() {
             return Err(DaemonError::Stopping);
         }
@@ -53,12 +54,8 @@ impl Daemon {
             return Err(DaemonError::Relative(program.to_owned()));
         }
         let file = std::fs::File::open(program).map_err(unusable)?;
-        // It must at least be a program of ours that runs here.
-        let run = || Command::new(program).arg("--version").stdin(Stdio::null()).output();
-        let said = self.options.sandbox.outside(run).map_err(unusable)?;
-        if !said.status.success() || !said.stdout.starts_with(b"rafsd ") {
-            return Err(unusable(io::Error::other("it does not answer --version as rafsd does")));
-        }
+        let arguments = command.get(1..).unwrap_or_default();
+        self.options.sandbox.outside(|| try_out(program, arguments))?;
         let name = Name::only(Kind::Program);
         self.keepers.hold(name, Arc::new(file)).map_err(|cause| DaemonError::Start { what: "a successor", cause })
     }
@@ -70,6 +67,7 @@ impl Daemon {
         self.state.lock().unwrap().stopping = true;
         self.prefetches.cancel(None);
         self.pulls.close();
+        self.give_up();
         self.wait_for_reservations();
         let dirs: Vec<_> = self.state.lock().unwrap().mounts.keys().cloned().collect();
         for dir in dirs {
@@ -103,6 +101,7 @@ impl Daemon {
         self.state.lock().unwrap().stopping = true;
         self.prefetches.cancel(None);
         self.pulls.close();
+        self.give_up();
         self.wait_for_reservations();
         self.outlive_the_unkept();
         // While readers are still served: afterwards there is little left to make durable.
@@ -136,7 +135,7 @@ impl Daemon {
         }
     }
 
-    /// Waits, for a while, for mounts that are being made: they end on their own deadlines.
+    /// Waits, for a while, for mounts that are being made: they have been given up, but the kernel may be at it.
     fn wait_for_reservations(&self) {
         let until = Instant::now() + Duration::from_secs(60);
         while self.state.lock().unwrap().mounts.values().any(Option::is_none) && Instant::now() < until {

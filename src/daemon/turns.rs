@@ -5,10 +5,14 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::DaemonError;
+use super::asker::Asker;
 use crate::base::Digest;
+
+/// How often it is looked whether whoever waits is still waited for.
+const STEP: Duration = Duration::from_millis(50);
 
 /// What somebody has a turn at, by digest.
 #[derive(Debug, Default)]
@@ -47,15 +51,16 @@ impl Queue {
     /// Waits for all who came before.
     ///
     /// # Errors
-    /// `until` came first.
-    pub(super) fn wait(&self, until: Instant) -> Result<Turn<'_>, DaemonError> {
+    /// `until` came first, or `asker` waits no longer.
+    pub(super) fn wait(&self, until: Instant, asker: &Asker) -> Result<Turn<'_>, DaemonError> {
         let mut is_taken = self.0.is_taken.lock().unwrap();
         while *is_taken {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(DaemonError::Crowded);
             }
-            is_taken = self.0.given_back.wait_timeout(is_taken, left).unwrap().0;
+            asker.ensure_wanted()?;
+            is_taken = self.0.given_back.wait_timeout(is_taken, left.min(STEP)).unwrap().0;
         }
         *is_taken = true;
         Ok(Turn(&self.0))
@@ -73,9 +78,12 @@ impl Drop for Turn<'_> {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::time::Duration;
 
     use super::*;
+
+    fn take(queue: &Queue) -> Turn<'_> {
+        queue.wait(later(), &Asker::patient()).unwrap()
+    }
 
     fn later() -> Instant {
         Instant::now() + Duration::from_secs(60)
@@ -88,7 +96,7 @@ mod tests {
             for _ in 0..8 {
                 scope.spawn(|| {
                     let queue = turns.queue(thing);
-                    let _turn = queue.wait(later()).unwrap();
+                    let _turn = take(&queue);
                     assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
                     std::thread::yield_now();
                     inside.fetch_sub(1, Ordering::SeqCst);
@@ -97,9 +105,9 @@ mod tests {
         });
 
         let queue = turns.queue(thing);
-        let turn = queue.wait(later()).unwrap();
-        drop(turns.queue(Digest([2; 32])).wait(later()).unwrap());
-        assert!(matches!(turns.queue(thing).wait(Instant::now()), Err(DaemonError::Crowded)));
+        let turn = take(&queue);
+        drop(take(&turns.queue(Digest([2; 32]))));
+        assert!(matches!(turns.queue(thing).wait(Instant::now(), &Asker::patient()), Err(DaemonError::Crowded)));
         assert_eq!(turns.0.lock().unwrap().len(), 2);
         drop(turn);
         drop(queue);

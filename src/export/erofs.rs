@@ -52,8 +52,8 @@ pub(super) struct Making<'a> {
     pub(super) make: &'a (dyn Fn() -> Result<DetachedMount, AttachError> + Sync),
     /// What it opens by a number that this process has.
     pub(super) needs: &'a [BorrowedFd<'a>],
-    /// Reads a byte that is missing and tells whether we were asked for it.
-    pub(super) reaches_us: &'a (dyn Fn(&ColdByte, &DetachedMount) -> bool + Sync),
+    /// Reads a byte that is missing and tells whether we were asked for it, unless it cannot be tried.
+    pub(super) reaches_us: &'a (dyn Fn(&ColdByte, &DetachedMount) -> io::Result<bool> + Sync),
 }
 
 /// Mounts `image`, and shows it when a missing byte of each of its devices has been asked of us.
@@ -77,8 +77,10 @@ pub(super) fn show(
     let work = |announce: &dyn Fn(WatchId) -> io::Result<()>| {
         let mount = (making.make)()?;
         for cold in cold {
-            if !(making.reaches_us)(cold, &mount) {
-                return Err(AttachError::Bypassed { path: devices[cold.device].path().to_owned() });
+            let path = devices[cold.device].path();
+            let untried = |cause| AttachError::Io { path: path.to_owned(), cause };
+            if !(making.reaches_us)(cold, &mount).map_err(untried)? {
+                return Err(AttachError::Bypassed { path: path.to_owned() });
             }
         }
         let watched = watch.add(&mount).map_err(at_target)?;

@@ -4,6 +4,7 @@
 //! file system of the cache matters as much as the kernel. Each finding says what was tried, and
 //! when it failed, what is missing and what to do about it.
 
+use std::error::Error;
 use std::io;
 use std::path::Path;
 
@@ -17,6 +18,7 @@ use crate::sys::cachefiles;
 use crate::sys::files::file_system;
 use crate::sys::mount::FsContext;
 use crate::sys::newdirs::NewDirs;
+use crate::sys::process::is_out_of_files;
 
 /// One thing that was tried.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,6 +109,22 @@ fn missing(name: &'static str, detail: String, remedy: &'static str) -> Finding 
     Finding { name: name.to_owned(), works: false, detail, remedy: Some(remedy.to_owned()) }
 }
 
+/// The same for what failed for this reason. Without descriptors nothing works, and nothing is known.
+fn failed(name: &'static str, error: &(dyn Error + 'static), remedy: &'static str) -> Finding {
+    let is_it = |cause: &(dyn Error + 'static)| cause.downcast_ref::<io::Error>().is_some_and(is_out_of_files);
+    let mut next = Some(error);
+    let mut is_starved = false;
+    while let Some(cause) = next {
+        is_starved |= is_it(cause);
+        next = cause.source();
+    }
+    missing(name, Chain(error).to_string(), if is_starved { MORE_FILES } else { remedy })
+}
+
+/// What to do about a lack of descriptors.
+const MORE_FILES: &str =
+    "allow more open files: LimitNOFILE of the service, `ulimit -n`, or fs.file-max for all processes";
+
 fn cachefiles(cache: &Path, bound: bool) -> Finding {
     const NAME: &str = "cachefiles";
     if bound {
@@ -119,6 +137,7 @@ fn cachefiles(cache: &Path, bound: bool) -> Finding {
                 Some(libc::ENOENT) => "load the cachefiles module, or use a kernel built with CACHEFILES (up to 7.1)",
                 Some(libc::EBUSY) => "stop the daemon that has it open: cachefilesd, nydusd or another rafsd",
                 Some(libc::EPERM | libc::EACCES) => "run as root in the initial user namespace",
+                Some(libc::EMFILE | libc::ENFILE) => MORE_FILES,
                 _ => "see the kernel log",
             };
             return missing(NAME, format!("{} cannot be opened ({e})", cachefiles::DEVICE), remedy);
@@ -136,6 +155,7 @@ fn cachefiles(cache: &Path, bound: bool) -> Finding {
                 Some(libc::EINVAL) => "use a kernel built with CACHEFILES_ONDEMAND (Linux 5.19 to 7.1)",
                 Some(libc::EOPNOTSUPP) => "put the cache on ext4 or XFS",
                 Some(libc::EROFS) => "put the cache on a writable file system",
+                Some(libc::EMFILE | libc::ENFILE) => MORE_FILES,
                 _ => "see the kernel log",
             };
             missing(NAME, format!("an on-demand cache cannot be bound ({e})"), remedy)
@@ -151,12 +171,12 @@ fn on_demand_erofs() -> Finding {
     let context = match FsContext::open("erofs") {
         Ok(context) => context,
         Err(e) if e.cause.raw_os_error() == Some(libc::EPERM) => {
-            return missing(NAME, Chain(&e).to_string(), "run as root in the initial user namespace");
+            return failed(NAME, &e, "run as root in the initial user namespace");
         }
-        Err(e) => return missing(NAME, Chain(&e).to_string(), "load the erofs module, or use a kernel with EROFS_FS"),
+        Err(e) => return failed(NAME, &e, "load the erofs module, or use a kernel with EROFS_FS"),
     };
     match context.set("fsid", "probe") {
-        Err(e) => missing(NAME, Chain(&e).to_string(), REMEDY),
+        Err(e) => failed(NAME, &e, REMEDY),
         Ok(()) => match context.messages().first() {
             Some(message) => missing(NAME, message.clone(), REMEDY),
             None => works(NAME, "EROFS knows the fsid option"),
@@ -177,9 +197,9 @@ fn file_backed(cache: &Path) -> Finding {
                 }
                 _ => "see the kernel log",
             };
-            missing(NAME, Chain(&e).to_string(), remedy)
+            failed(NAME, &e, remedy)
         }
-        Err(e) => missing(NAME, Chain(&e).to_string(), "make the cache directory writable"),
+        Err(e) => failed(NAME, &e, "make the cache directory writable"),
     }
 }
 
@@ -203,7 +223,7 @@ fn pre_content(cache: &Path) -> Finding {
         SelfTestError::Silent => "use Linux 6.14 or later, with the cache on ext4, XFS or btrfs itself",
         _ => "see the kernel log and report it: this kernel would show wrong data",
     };
-    missing(NAME, Chain(&e).to_string(), remedy)
+    failed(NAME, &e, remedy)
 }
 
 fn fuse(cache: &Path) -> Finding {
@@ -222,7 +242,7 @@ fn fuse(cache: &Path) -> Finding {
         FuseTestError::Fusermount(_) => "see /etc/fuse.conf, and that fusermount3 is owned by root and set-uid",
         FuseTestError::Mount(_) | FuseTestError::Scratch(_) | FuseTestError::Silent(_) => "see the kernel log",
     };
-    missing(NAME, Chain(&error).to_string(), remedy)
+    failed(NAME, &error, remedy)
 }
 
 fn unreachable_fuse_device() -> Finding {
@@ -246,5 +266,5 @@ fn fuse_device(cache: &Path) -> Finding {
         SelfTestError::Scratch(_) => "make the cache directory writable",
         _ => "see the kernel log",
     };
-    missing(NAME, Chain(&error).to_string(), remedy)
+    failed(NAME, &error, remedy)
 }

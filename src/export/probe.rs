@@ -15,6 +15,7 @@ use nix::sys::stat::Mode;
 use super::Backing;
 use crate::base::{BLOCK, ByteRange};
 use crate::image::{Extent, Image, ImageError, Kind};
+use crate::sys::process::is_out_of_files;
 
 /// A byte of a file that lies in a part of its device that is not filled yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,8 +74,30 @@ fn first_block(decoded: ByteRange) -> ByteRange {
 }
 
 impl ColdByte {
+    /// Whether a read of the byte through the mount whose root is `root` reaches us: `expect` has it done, and looks.
+    ///
+    /// # Errors
+    /// There is no descriptor left to read it with, so that nothing is known.
+    pub(super) fn reaches_us(
+        &self,
+        root: &impl AsFd,
+        expect: impl FnOnce(&mut dyn FnMut() -> io::Result<()>) -> bool,
+    ) -> io::Result<bool> {
+        let mut untried = None;
+        let seen = expect(&mut || {
+            self.read(root).map_err(|error| {
+                let kind = error.kind();
+                if is_out_of_files(&error) {
+                    untried = Some(error);
+                }
+                kind.into()
+            })
+        });
+        untried.map_or(Ok(seen), Err)
+    }
+
     /// Reads the byte through the mount whose root is `root`. Blocks until the read is answered.
-    pub(super) fn read(&self, root: &impl AsFd) -> io::Result<()> {
+    fn read(&self, root: &impl AsFd) -> io::Result<()> {
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         // Name by name: the whole path may be longer than one call accepts.
         let mut at: OwnedFd = root.as_fd().try_clone_to_owned()?;

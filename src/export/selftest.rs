@@ -28,6 +28,7 @@ use crate::format::erofs::{
 use crate::format::rafs::DEVICE_TABLE_OFFSET;
 use crate::sys::fanotify::{Answer, EVENT_BUFFER, Group};
 use crate::sys::mount::{DetachedMount, FsContext, MountError};
+use crate::sys::process::is_out_of_files;
 
 /// What came of the test.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +41,8 @@ pub(super) enum SelfTestError {
     Mark(#[source] io::Error),
     #[error("cannot mount an EROFS image from a file")]
     Mount(#[source] MountError),
+    #[error("it could not be tried")]
+    Untried(#[source] io::Error),
     #[error("reads through the mount raise no events")]
     Silent,
     #[error("events do not carry the range that is read")]
@@ -90,12 +93,15 @@ pub(super) fn pre_content(dir: &Path) -> Result<(), SelfTestError> {
     let read = |name: &[u8]| read_first(&mount, name);
     let fill = || scratch.device.write_all_at(&[PATTERN; BLOCK_LEN], 0).is_ok();
     let (allowed, group) = answering(group, Answer::Allow, fill, || read(FILES[0].0))?;
-    if !matches!(allowed, Ok(PATTERN)) {
-        return Err(SelfTestError::WrongBytes);
+    match allowed {
+        Ok(PATTERN) => {}
+        Err(e) if is_out_of_files(&e) => return Err(SelfTestError::Untried(e)),
+        _ => return Err(SelfTestError::WrongBytes),
     }
     let (denied, _) = answering(group, Answer::Deny(libc::EIO), || true, || read(FILES[1].0))?;
     match denied {
         Err(e) if e.raw_os_error() == Some(libc::EIO) => Ok(()),
+        Err(e) if is_out_of_files(&e) => Err(SelfTestError::Untried(e)),
         _ => Err(SelfTestError::DenyIgnored),
     }
 }
@@ -114,6 +120,7 @@ pub(super) fn fuse_device(dir: &Path) -> Result<(), SelfTestError> {
         fuse::TryError::Attach(error) => SelfTestError::Attach(error),
     })?;
     match (allowed, failed) {
+        (Err(e), _) if is_out_of_files(&e) => Err(SelfTestError::Untried(e)),
         (Ok(PATTERN), true) => Ok(()),
         (Ok(PATTERN), false) => Err(SelfTestError::DenyIgnored),
         _ => Err(SelfTestError::WrongBytes),
@@ -163,12 +170,12 @@ impl Backing for Plain {
 ///
 /// This always ends: a read that comes late is denied, and one that comes later still finds no
 /// group any more, whose end lets it through.
-fn answering<T: Send>(
+fn answering(
     group: Group,
     answer: Answer,
     prepare: impl Fn() -> bool,
-    read: impl FnOnce() -> T + Send,
-) -> Result<(T, Group), SelfTestError> {
+    read: impl FnOnce() -> io::Result<u8> + Send,
+) -> Result<(io::Result<u8>, Group), SelfTestError> {
     std::thread::scope(|scope| {
         let reader = scope.spawn(read);
         let mut events = Events::default();
@@ -179,9 +186,13 @@ fn answering<T: Send>(
         // Closed before the reader is waited for, unless there is nothing to wait for.
         let group = done().then_some(group);
         let result = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        answered.map_err(SelfTestError::Group)?;
+        answered.map_err(SelfTestError::Untried)?;
         match (events, group) {
-            (Events { seen: 0, .. }, _) => Err(SelfTestError::Silent),
+            (Events { seen: 0, .. }, _) => match result {
+                // It never came to a read.
+                Err(e) if is_out_of_files(&e) => Err(SelfTestError::Untried(e)),
+                _ => Err(SelfTestError::Silent),
+            },
             (Events { ranges: 0, .. }, _) => Err(SelfTestError::NoRange),
             (Events { .. }, Some(group)) => Ok((result, group)),
             (Events { .. }, None) => Err(SelfTestError::DenyIgnored),
@@ -210,8 +221,17 @@ impl Events {
         while !done() && Instant::now() < until {
             let mut fds = [PollFd::new(group.as_fd(), PollFlags::POLLIN)];
             let _ = poll(&mut fds, PollTimeout::from(20u8));
-            for event in group.read(&mut buffer).unwrap_or_default() {
-                let Ok(file) = event.file else { continue };
+            let events = match group.read(&mut buffer) {
+                // The kernel had no descriptor for an event, which it denied.
+                Err(e) if is_out_of_files(&e) => return Err(e),
+                events => events.unwrap_or_default(),
+            };
+            for event in events {
+                let file = match event.file.map_err(io::Error::from_raw_os_error) {
+                    Ok(file) => file,
+                    Err(e) if is_out_of_files(&e) => return Err(e),
+                    Err(_) => continue,
+                };
                 self.seen += 1;
                 self.ranges += u32::from(event.range.is_some());
                 group.answer(file.as_fd(), choose())?;

@@ -2,9 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
+
+use super::files::inode_id_at;
 
 /// Makes the process deaf to the signals that stop a service or a terminal job. `SIGKILL` stays.
 pub fn ignore_stop_signals() -> io::Result<()> {
@@ -24,6 +27,19 @@ pub fn leave_session() -> io::Result<()> {
     }
 }
 
+/// A path at which this process, and its children that run the same, find this very program: another file may have its
+/// name by now.
+///
+/// # Errors
+/// `/proc` is not there.
+pub fn own_program() -> io::Result<PathBuf> {
+    const LINK: &str = "/proc/self/exe";
+    let named = std::env::current_exe()?;
+    let own = inode_id_at(Path::new(LINK))?;
+    let is_own = inode_id_at(&named).is_ok_and(|found| found == own);
+    Ok(if is_own { named } else { LINK.into() })
+}
+
 /// Gives the process a name of its own in `ps` and `top`; at most 15 bytes are kept.
 pub fn set_name(name: &std::ffi::CStr) {
     // Only a bad pointer could make this fail.
@@ -35,6 +51,11 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     Ok(hard)
+}
+
+/// Whether something failed because this process, or all of them together, have as many files open as they may.
+pub fn is_out_of_files(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
 /// How many descriptors this process may have open now.

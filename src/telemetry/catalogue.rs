@@ -179,6 +179,12 @@ pub(super) const DEDUP_UNITS: Metric =
     counter("rafsd_dedup_units", None, &[], Experimental, "Units copied from another blob in the cache, not fetched");
 pub(super) const DEDUP: Metric = counter("rafsd_dedup", Bytes, &[], Experimental, "Decoded bytes of those units");
 pub(super) const IMAGES: Metric = gauge("rafsd_images", None, &["backend"], "Images mounted or registered now");
+pub(super) const UNSERVED: Metric = gauge(
+    "rafsd_unserved_mounts",
+    None,
+    &[],
+    "Mounts of an earlier daemon that live and cannot be served: their cold reads fail, and nothing is evicted",
+);
 pub(super) const ADOPTIONS: Metric =
     counter("rafsd_adoptions", None, &[], Experimental, "Whether this daemon took over from another, 1 or 0");
 pub(super) const ADOPTED_MOUNTS: Metric =
@@ -218,6 +224,7 @@ pub const CATALOGUE: &[Metric] = &[
     DEDUP_UNITS,
     DEDUP,
     IMAGES,
+    UNSERVED,
     ADOPTIONS,
     ADOPTED_MOUNTS,
     ADOPTED_READS,

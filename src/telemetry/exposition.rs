@@ -147,6 +147,7 @@ fn each(of: &Telemetry, show: &mut dyn FnMut(&Metric, &dyn Series) -> fmt::Resul
     show(&catalogue::DEDUP_UNITS, &space.dedup_units)?;
     show(&catalogue::DEDUP, &space.dedup_bytes)?;
     show(&catalogue::IMAGES, &of.images)?;
+    show(&catalogue::UNSERVED, &of.unserved)?;
     show(&catalogue::ADOPTIONS, &adoption.adoptions)?;
     show(&catalogue::ADOPTED_MOUNTS, &adoption.mounts)?;
     show(&catalogue::ADOPTED_READS, &adoption.reads)

@@ -2,16 +2,21 @@
 //!
 //! Lines have facts as fields. A line about a request of the kernel has its number in the field
 //! `request`, in every layer. Addresses are logged as sources describe themselves, without user and
-//! query.
+//! query. A line of text stays a line, whatever names and messages are in it.
 
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::sync::{Arc, Mutex};
 
+use tracing_subscriber::field::MakeExt as _;
 use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::format::{FormatFields, debug_fn};
+use tracing_subscriber::fmt::{MakeWriter, layer};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
+
+use crate::base::Plain;
 
 /// How lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,12 +45,8 @@ impl LogControl {
     /// Begins to log. Once per process.
     pub fn start(rules: Targets, format: Format) -> Self {
         let (filter, handle) = reload::Layer::new(rules.clone());
-        let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
-        let layer = match format {
-            Format::Text => layer.boxed(),
-            Format::Json => layer.json().boxed(),
-        };
-        tracing_subscriber::registry().with(layer.with_filter(filter)).init();
+        let lines = lines(format, io::stderr, io::stderr().is_terminal());
+        tracing_subscriber::registry().with(lines.with_filter(filter)).init();
         Self { filter: Some(handle), rules: Arc::new(Mutex::new(rules)) }
     }
 
@@ -78,6 +79,33 @@ impl fmt::Display for LogControl {
     }
 }
 
+/// Writes lines of this form by `writer`; for people, coloured if `colours`.
+fn lines<W>(format: Format, writer: W, colours: bool) -> Box<dyn Layer<Registry> + Send + Sync>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let layer = layer().with_writer(writer).with_ansi(colours);
+    match format {
+        Format::Text => layer.fmt_fields(plain_fields()).boxed(),
+        Format::Json => layer.json().boxed(),
+    }
+}
+
+/// Fields as the library writes them, but all in one line. The library itself lets a newline pass, with which a name
+/// could forge a line.
+fn plain_fields() -> impl for<'a> FormatFields<'a> + Send + Sync {
+    debug_fn(|writer, field, value| {
+        let value = Plain(format_args!("{value:?}"));
+        match (field.name(), writer.has_ansi_escapes()) {
+            ("message", _) => write!(writer, "{value}"),
+            (name, false) => write!(writer, "{name}={value}"),
+            // In italics, and dim.
+            (name, true) => write!(writer, "\u{1b}[3m{name}\u{1b}[0m\u{1b}[2m=\u{1b}[0m{value}"),
+        }
+    })
+    .delimited(" ")
+}
+
 /// Rules as people write them: a level, or a list like `info,rafsd::cache=debug`. A level alone holds
 /// for this program; libraries then speak at most at `warn`.
 pub fn parse(rules: &str) -> Result<Targets, InvalidRules> {
@@ -94,7 +122,51 @@ pub fn parse(rules: &str) -> Result<Targets, InvalidRules> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
+
+    /// Keeps what was logged.
+    #[derive(Clone, Default)]
+    struct Kept(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Kept {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What a log of this form says of a hostile name.
+    fn logged(format: Format, colours: bool) -> String {
+        let kept = Kept::default();
+        let writer = kept.clone();
+        let name = "/mnt\n2026-01-01T00:00:00Z ERROR rafsd: forged\u{1b}[2J";
+        let log = tracing_subscriber::registry().with(lines(format, move || writer.clone(), colours));
+        tracing::subscriber::with_default(log, || {
+            tracing::info!(dir = %name, backend = ?Some(1), "mounted {name}");
+        });
+        let bytes = kept.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn a_name_neither_forges_a_line_nor_drives_a_terminal() {
+        let name = "/mnt\\n2026-01-01T00:00:00Z ERROR rafsd: forged\\u{1b}[2J";
+        let text = logged(Format::Text, false);
+        assert!(text.ends_with(&format!(": mounted {name} dir={name} backend=Some(1)\n")), "{text:?}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+
+        let coloured = logged(Format::Text, true);
+        assert!(coloured.contains("\u{1b}[3mdir\u{1b}[0m") && coloured.contains(name), "{coloured:?}");
+        assert!(!coloured.contains("\u{1b}[2J") && coloured.lines().count() == 1, "{coloured:?}");
+
+        let json: serde_json::Value = serde_json::from_str(&logged(Format::Json, false)).unwrap();
+        assert_eq!(json["fields"]["dir"], "/mnt\n2026-01-01T00:00:00Z ERROR rafsd: forged\u{1b}[2J");
+    }
 
     #[test]
     fn rules_are_levels_or_lists_and_nothing_else() {

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tracing::Level;
 
 use super::logging::Format;
+use crate::base::Plain;
 
 /// Longest line, in bytes. A path is 4096 at most, and is cut off.
 const LINE: usize = 1024;
@@ -104,7 +105,7 @@ fn line(format: Format, now: Duration, level: &str, what: fmt::Arguments<'_>) ->
     let now = Timestamp(now);
     // A line takes everything, and cuts off what has no room.
     let _ = match format {
-        Format::Text => write!(line, "{now} {level:>5} {TARGET}: {what}"),
+        Format::Text => write!(line, "{now} {level:>5} {TARGET}: {}", Plain(what)),
         Format::Json => {
             let head =
                 write!(line, r#"{{"timestamp":"{now}","level":"{level}","target":"{TARGET}","fields":{{"message":""#);
@@ -150,6 +151,8 @@ mod tests {
     fn a_line_looks_like_those_of_others() {
         let expected = "2024-02-29T23:59:59.000042Z ERROR rafsd::daemon::keeper: it is over: 7\n";
         assert_eq!(said(Format::Text, format_args!("it is over: {}", 7)), expected);
+        let hostile = said(Format::Text, format_args!("cannot unmount {}", "/mnt\n\u{1b}[2J"));
+        assert!(hostile.ends_with(": cannot unmount /mnt\\n\\u{1b}[2J\n"), "{hostile:?}");
         let json = said(Format::Json, format_args!("a \"b\"\\\n{}", 'ü'));
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         assert_eq!(json["fields"]["message"], "a \"b\"\\ ü");

@@ -49,6 +49,8 @@ pub struct Counters {
     pub space: Space,
     /// Images served now. Counted by `daemon`.
     pub images: Family<Backend, Gauge>,
+    /// Mounts of a predecessor that cannot be served. Counted by `daemon`.
+    pub unserved: Gauge,
     /// What a successor took over. Counted by whoever adopts.
     pub adoption: Adoption,
     places: places::Places,

@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use self::options::{BlobArgs, PrefetchArgs, SelectionArgs};
 use super::base::BaseArgs;
 use super::progress::Bar;
-use crate::base::ByteSize;
+use crate::base::{ByteSize, Plain};
 use crate::build::{self, BuildError, BuildReport, BuildSpec, Compression, LayerReport, Source, Whiteouts};
 use crate::format::rafs::DigestAlgorithm;
 
@@ -141,10 +141,15 @@ fn open(path: &Path) -> Result<Source, BuildError> {
 fn summary(report: &BuildReport) -> String {
     let size = |bytes| ByteSize(bytes).to_string();
     let place = if report.bootstrap_in_blob { "in " } else { "" };
-    let mut out = format!("bootstrap  {place}{} ({})\n", report.bootstrap, size(report.bootstrap_bytes));
+    let mut out = format!("bootstrap  {place}{} ({})\n", Plain(&report.bootstrap), size(report.bootstrap_bytes));
     for blob in &report.blobs {
         let batches = if blob.batches > 0 { format!(", {} batches", blob.batches) } else { String::new() };
-        out += &format!("blob       {} ({}, {} chunks{batches})\n", blob.path, size(blob.stored_bytes), blob.chunks);
+        out += &format!(
+            "blob       {} ({}, {} chunks{batches})\n",
+            Plain(&blob.path),
+            size(blob.stored_bytes),
+            blob.chunks
+        );
     }
     for id in &report.base_blobs {
         out += &format!("needs      blob {id} of the parent or the dictionary\n");

@@ -176,7 +176,7 @@ pub(super) fn run(args: CacheArgs) -> anyhow::Result<ExitCode> {
                 Cache::Idle(shelves) => stock::pin(&shelves, blob, pinned)?,
             };
             args.cache.tell(&serde_json::json!({ "name": name, "pinned": pinned }), |out, _| {
-                writeln!(out, "{name}: {}", if pinned { "pinned" } else { "not pinned" })
+                say!(out, "{name}: {}", if pinned { "pinned" } else { "not pinned" })
             })
         }
         Command::Drop(args) => {
@@ -184,8 +184,7 @@ pub(super) fn run(args: CacheArgs) -> anyhow::Result<ExitCode> {
                 Cache::Served(client) => block_on(async { Ok(client.drop_blob(&args.blob).await?) })?,
                 Cache::Idle(shelves) => stock::drop_blob(&shelves, &args.blob)?,
             };
-            args.cache
-                .tell(&removed, |out, removed| writeln!(out, "{}: {} freed", removed.name, ByteSize(removed.bytes)))
+            args.cache.tell(&removed, |out, removed| say!(out, "{}: {} freed", removed.name, ByteSize(removed.bytes)))
         }
     }
 }

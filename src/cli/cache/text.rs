@@ -23,7 +23,7 @@ fn ago(seconds: u64) -> String {
 
 pub(super) fn list(out: &mut dyn Write, report: &CacheReport) -> io::Result<()> {
     if !report.blobs.is_empty() {
-        writeln!(out, "{:<16}  {:>10}  {:>8}  {:<12}  USE", "BLOB", "SIZE", "PRESENT", "LAST USED")?;
+        say!(out, "{:<16}  {:>10}  {:>8}  {:<12}  USE", "BLOB", "SIZE", "PRESENT", "LAST USED")?;
     }
     for blob in &report.blobs {
         let BlobReport { stock, .. } = blob;
@@ -33,10 +33,10 @@ pub(super) fn list(out: &mut dyn Write, report: &CacheReport) -> io::Result<()> 
             (false, units) => format!("{}%", u64::from(stock.units_present) * 100 / u64::from(units)),
         };
         let (name, size) = (short(&stock.name), ByteSize(stock.bytes).to_string());
-        writeln!(out, "{name:<16}  {size:>10}  {present:>8}  {:<12}  {}", ago(stock.last_used), uses(blob))?;
+        say!(out, "{name:<16}  {size:>10}  {present:>8}  {:<12}  {}", ago(stock.last_used), uses(blob))?;
     }
     let kept: u64 = report.bootstraps.iter().map(|bootstrap| bootstrap.bytes).sum();
-    writeln!(
+    say!(
         out,
         "{} blobs, {} bootstraps ({}): {} on disk at {}",
         report.blobs.len(),
@@ -46,10 +46,10 @@ pub(super) fn list(out: &mut dyn Write, report: &CacheReport) -> io::Result<()> 
         report.dir.display()
     )?;
     if report.kernel_cache_bytes > 0 {
-        writeln!(out, "of it {} in the kernel's own cache", ByteSize(report.kernel_cache_bytes))?;
+        say!(out, "of it {} in the kernel's own cache", ByteSize(report.kernel_cache_bytes))?;
     }
     match report.stats.as_ref().and_then(|stats| stats.limit_bytes) {
-        Some(limit) => writeln!(out, "limit {}", ByteSize(limit)),
+        Some(limit) => say!(out, "limit {}", ByteSize(limit)),
         None => Ok(()),
     }
 }
@@ -67,13 +67,13 @@ fn uses(blob: &BlobReport) -> String {
 
 pub(super) fn usage(out: &mut dyn Write, images: &[ImageUsage]) -> io::Result<()> {
     if !images.is_empty() {
-        writeln!(out, "{:<16}  {:>10}  {:>10}  {:>6}  MOUNTED AT", "IMAGE", "SIZE", "SHARED", "INODES")?;
+        say!(out, "{:<16}  {:>10}  {:>10}  {:>6}  MOUNTED AT", "IMAGE", "SIZE", "SHARED", "INODES")?;
     }
     for image in images {
         let (size, shared) = (ByteSize(image.bytes).to_string(), ByteSize(image.shared_bytes).to_string());
         let dirs: Vec<_> = image.mounted.iter().map(|dir| dir.display().to_string()).collect();
         let name = short(&image.image);
-        writeln!(out, "{name:<16}  {size:>10}  {shared:>10}  {:>6}  {}", image.inodes, dirs.join(", "))?;
+        say!(out, "{name:<16}  {size:>10}  {shared:>10}  {:>6}  {}", image.inodes, dirs.join(", "))?;
     }
     Ok(())
 }
@@ -82,13 +82,13 @@ pub(super) fn verified(out: &mut dyn Write, reports: &[VerifyReport]) -> io::Res
     for report in reports {
         for spoilt in &report.spoilt {
             let done = if report.mended { "it will be brought again" } else { "in use, so it was left as it is" };
-            writeln!(out, "{}: unit {} at {}: {}; {done}", report.name, spoilt.unit, spoilt.start, spoilt.what)?;
+            say!(out, "{}: unit {} at {}: {}; {done}", report.name, spoilt.unit, spoilt.start, spoilt.what)?;
         }
     }
     let units: u64 = reports.iter().map(|report| u64::from(report.units)).sum();
     let bytes: u64 = reports.iter().map(|report| report.bytes).sum();
     let spoilt: usize = reports.iter().map(|report| report.spoilt.len()).sum();
-    writeln!(out, "{} verified, {units} units, {}: {spoilt} spoilt", reports.len(), ByteSize(bytes))
+    say!(out, "{} verified, {units} units, {}: {spoilt} spoilt", reports.len(), ByteSize(bytes))
 }
 
 pub(super) fn collected(out: &mut dyn Write, report: &GcReport) -> io::Result<()> {
@@ -98,8 +98,8 @@ pub(super) fn collected(out: &mut dyn Write, report: &GcReport) -> io::Result<()
             LotKind::Bootstrap => "bootstrap",
             LotKind::Kernel => "kernel",
         };
-        writeln!(out, "{kind:<9}  {:<16}  {:>10}", short(&removed.name), ByteSize(removed.bytes).to_string())?;
+        say!(out, "{kind:<9}  {:<16}  {:>10}", short(&removed.name), ByteSize(removed.bytes).to_string())?;
     }
     let verb = if report.dry_run { "would be freed" } else { "freed" };
-    writeln!(out, "{} {verb}, {} left", ByteSize(report.freed_bytes), ByteSize(report.left_bytes))
+    say!(out, "{} {verb}, {} left", ByteSize(report.freed_bytes), ByteSize(report.left_bytes))
 }

@@ -128,7 +128,8 @@ fn perform(stage: &Stage, args: &DemoArgs, runtime: &Handle) -> anyhow::Result<S
         prefetch: PrefetchOrder::None,
         ..ImageSpec::default()
     };
-    daemon.mount(&MountRequest { image: spec, dir: mount.clone(), backend: args.backend, trace: None })?;
+    let request = MountRequest { image: spec, dir: mount.clone(), backend: args.backend, trace: None };
+    daemon.mount(&request, &daemon.asker())?;
     let mount_seconds = clock.elapsed().as_secs_f64();
     stage.stop.check()?;
     say(format_args!("mounted; running {} from the mount", subject.program))?;
@@ -155,7 +156,7 @@ fn perform(stage: &Stage, args: &DemoArgs, runtime: &Handle) -> anyhow::Result<S
 }
 
 fn say(what: std::fmt::Arguments<'_>) -> io::Result<()> {
-    writeln!(io::stderr(), "{what}")
+    say!(io::stderr(), "{what}")
 }
 
 impl Show {
@@ -168,7 +169,7 @@ impl Show {
         let size = |bytes| ByteSize(bytes).to_string();
         let part = |bytes: u64| (bytes * 100).checked_div(stored).unwrap_or(0);
         let mut out = io::stdout().lock();
-        let mut line = |name: &str, text: String| writeln!(out, "  {name:<16} {text}");
+        let mut line = |name: &str, text: String| say!(out, "  {name:<16} {text}");
         line("served by", format!("{} ({})", self.image.backend, self.image.why))?;
         line(
             "image",

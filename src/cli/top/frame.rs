@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 
 use super::rates::Rates;
-use crate::base::ByteSize;
+use crate::base::{ByteSize, Plain};
 use crate::cli::status::{percent, seconds};
 use crate::daemon::api::observe::{Activity, ImageState, SourceActivity};
 
@@ -141,7 +141,7 @@ fn micros(us: u64) -> String {
 /// The line, cut to `columns` characters, without anything that a terminal would obey: paths and
 /// messages of servers may hold any character.
 fn cut(line: &str, columns: usize) -> String {
-    let shown: String = line.chars().map(|c| if c.is_control() { '?' } else { c }).take(columns + 1).collect();
+    let shown: String = Plain(line).to_string().chars().take(columns + 1).collect();
     if shown.chars().count() <= columns {
         return shown;
     }

@@ -1,5 +1,6 @@
 //! The daemon behind a Unix socket: JSON over HTTP, so that `curl --unix-socket` works too.
 
+mod awaited;
 mod blobfs;
 mod cache;
 mod connections;
@@ -30,10 +31,14 @@ use nix::sys::socket::{SockType, getsockopt, sockopt};
 use serde::Serialize;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinError;
 
+use self::awaited::awaited;
 use self::connections::{MOST_BODY, PATIENCE, TRUSTED};
 use self::peer::Peer;
-use super::api::{Failure, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, UpgradeRequest};
+use super::api::{
+    Failure, ImageReport, MountRequest, RegisterRequest, UnmountRequest, UnregisterRequest, UpgradeRequest,
+};
 use super::{Daemon, DaemonError, Ending};
 use crate::base::Chain;
 use crate::export::AttachError;
@@ -47,17 +52,16 @@ pub const SOCKET: &str = "rafsd.sock";
 /// How long requests under way have to end once the daemon is asked to stop.
 pub const GRACE: Duration = Duration::from_secs(5);
 
+/// How long those then have to hear that what they asked for was given up.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
 /// The listening socket.
 pub struct Control {
     listener: UnixListener,
     file: SocketFile,
     log: LogControl,
     metrics: Option<TcpListener>,
-    check: Check,
 }
-
-/// Tells what keeps another daemon from being started with the settings as they are now.
-pub type Check = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
 
 impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -82,7 +86,6 @@ struct Shared {
     daemon: Arc<Daemon>,
     stop: Arc<Notify>,
     log: LogControl,
-    check: Check,
 }
 
 impl Control {
@@ -125,19 +128,13 @@ impl Control {
     }
 
     fn over(listener: UnixListener, file: SocketFile) -> Self {
-        Self { listener, file, log: LogControl::silent(), metrics: None, check: Arc::new(|| Ok(())) }
+        Self { listener, file, log: LogControl::silent(), metrics: None }
     }
 
     /// Lets clients change what `log` logs.
     #[must_use]
     pub fn with_log(self, log: LogControl) -> Self {
         Self { log, ..self }
-    }
-
-    /// Asks `check` before it makes room for another daemon.
-    #[must_use]
-    pub fn with_check(self, check: Check) -> Self {
-        Self { check, ..self }
     }
 
     /// Answers `GET /metrics` on `listener` as well, to whoever asks: it must be of the loopback
@@ -151,7 +148,7 @@ impl Control {
     /// had nothing to serve for that long. Requests under way then have [`GRACE`] to end; another
     /// notice of `stop` cuts that short.
     pub async fn serve(self, daemon: Arc<Daemon>, stop: Arc<Notify>, idle: Option<Duration>) -> io::Result<()> {
-        let shared = Shared { daemon: daemon.clone(), stop: stop.clone(), log: self.log, check: self.check };
+        let shared = Shared { daemon: daemon.clone(), stop: stop.clone(), log: self.log };
         let router = Router::new()
             .route("/v1/info", get(info))
             .route("/v1/mounts", get(list).post(mount).delete(unmount))
@@ -180,7 +177,7 @@ impl Control {
         };
         let file = self.file;
         let (tell, told) = oneshot::channel();
-        let (again, watched) = (stop.clone(), daemon.clone());
+        let (again, watched, asked) = (stop.clone(), daemon.clone(), daemon.clone());
         let until = async move {
             match idle {
                 Some(idle) => tokio::select! { () = stop.notified() => {}, () = idle_for(watched, idle) => {} },
@@ -196,6 +193,8 @@ impl Control {
                 return std::future::pending().await;
             }
             tokio::select! { () = tokio::time::sleep(GRACE) => {}, () = again.notified() => {} }
+            asked.give_up();
+            tokio::time::sleep(LAST_WORDS).await;
             tracing::warn!("a client does not end its request; stopping all the same");
         };
         tokio::select! {
@@ -221,7 +220,12 @@ where
     T: Serialize + Send + 'static,
     F: FnOnce(&Arc<Daemon>) -> Result<T, DaemonError> + Send + 'static,
 {
-    match tokio::task::spawn_blocking(move || work(&shared.daemon)).await {
+    answer(tokio::task::spawn_blocking(move || work(&shared.daemon)).await)
+}
+
+/// What came of work that a client asked for, as the answer.
+fn answer<T: Serialize>(outcome: Result<Result<T, DaemonError>, JoinError>) -> Response {
+    match outcome {
         Ok(Ok(value)) => Json(value).into_response(),
         Ok(Err(error)) => failure(status(&error), Chain(&error).to_string()),
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
@@ -278,7 +282,8 @@ fn status(error: &DaemonError) -> StatusCode {
         | DaemonError::NoBackend { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         DaemonError::Stock(error) => cache::status(error),
         DaemonError::Crowded => StatusCode::BAD_GATEWAY,
-        DaemonError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+        // Nobody hears the second one.
+        DaemonError::Stopping | DaemonError::Abandoned => StatusCode::SERVICE_UNAVAILABLE,
         DaemonError::NoSuccessor => StatusCode::CONFLICT,
         DaemonError::Io { .. }
         | DaemonError::Record { .. }
@@ -320,7 +325,8 @@ async fn mount(State(shared): State<Shared>, request: Body<MountRequest>) -> Res
         Ok(request) => request,
         Err(refusal) => return refusal,
     };
-    blocking(shared, move |daemon| daemon.mount(&request)).await
+    let undo = |daemon: &Daemon, report: ImageReport| report.dir.iter().for_each(|dir| daemon.take_back(dir));
+    awaited(shared, move |daemon, asker| daemon.mount(&request, asker), undo).await
 }
 
 async fn unmount(State(shared): State<Shared>, request: Body<UnmountRequest>) -> Response {
@@ -336,7 +342,10 @@ async fn register(State(shared): State<Shared>, request: Body<RegisterRequest>) 
         Ok(request) => request,
         Err(refusal) => return refusal,
     };
-    blocking(shared, move |daemon| daemon.register(&request)).await
+    let (id, domain) = (request.id.clone(), request.domain.clone());
+    // Somebody else may have been faster.
+    let undo = move |daemon: &Daemon, _: ImageReport| drop(daemon.unregister(&id, domain.as_deref()));
+    awaited(shared, move |daemon, asker| daemon.register(&request, asker), undo).await
 }
 
 async fn unregister(State(shared): State<Shared>, request: Body<UnregisterRequest>) -> Response {
@@ -352,9 +361,8 @@ async fn upgrade(State(shared): State<Shared>, request: Body<UpgradeRequest>) ->
         Ok(request) => request,
         Err(refusal) => return refusal,
     };
-    let (stop, check) = (shared.stop.clone(), shared.check.clone());
+    let stop = shared.stop.clone();
     blocking(shared, move |daemon| {
-        check().map_err(DaemonError::Settings)?;
         daemon.set_successor(&request.program)?;
         daemon.ask_to(Ending::Upgrade);
         stop.notify_one();

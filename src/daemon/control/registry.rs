@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use axum::routing::{get, post};
 
-use super::{Body, Shared, blocking, body, nowhere};
+use super::{Body, Shared, awaited, blocking, body, nowhere};
 use crate::daemon::api::{PullRequest, ResolveRequest};
 use crate::oci::OciError;
 
@@ -22,7 +22,7 @@ async fn resolve(State(shared): State<Shared>, request: Body<ResolveRequest>) ->
         Ok(request) => request,
         Err(refusal) => return refusal,
     };
-    blocking(shared, move |daemon| daemon.resolve(&request)).await
+    awaited(shared, move |daemon, asker| daemon.resolve(&request, asker), |_, _| ()).await
 }
 
 async fn pull(State(shared): State<Shared>, request: Body<PullRequest>) -> Response {

@@ -105,11 +105,11 @@ impl Absence {
         self.wants_successor = false;
     }
 
-    /// Forgets the one that was started last, if it has died, and tells whether it has.
-    pub(super) fn reap(&mut self) -> bool {
-        let died =
-            |child| waitpid(child, Some(WaitPidFlag::WNOHANG)).is_ok_and(|status: WaitStatus| status.pid().is_some());
-        self.child.take_if(|child| died(*child)).is_some()
+    /// Forgets the one that was started last, if it has died, and tells how.
+    pub(super) fn reap(&mut self) -> Option<WaitStatus> {
+        let status = waitpid(self.child?, Some(WaitPidFlag::WNOHANG)).ok().filter(|status| status.pid().is_some())?;
+        self.child = None;
+        Some(status)
     }
 
     /// Whether to start one now.

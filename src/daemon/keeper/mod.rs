@@ -15,10 +15,11 @@
 //! Keepers outlive daemons. When a successor has everything, it replaces those that would start
 //! another daemon than it is, or deny readers at another time: `renewal`.
 //!
-//! * `post` is the keeper process, `denial` what it does to readers and mounts, `hands` what it does outside of its sandbox, `door` where it is reached, `wire` what is said, this file the daemon's
+//! * `post` is the keeper process, `choice` which program it starts, `denial` what it does to readers and mounts, `hands` what it does outside of its sandbox, `door` where it is reached, `wire` what is said, this file the daemon's
 //!   end, `inherit` that of a successor.
 
 mod absence;
+mod choice;
 mod denial;
 mod door;
 mod hands;

@@ -20,8 +20,10 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::wait::WaitStatus;
 
 use super::absence::Absence;
+use super::choice::{Candidate, Choice};
 use super::denial::Denial;
 use super::door::Door;
 use super::hands::Hands;
@@ -73,11 +75,12 @@ pub fn keep(daemon: OwnedFd, mut orders: Orders) -> io::Result<()> {
     process::protect_from_oom();
     process::set_name(if orders.rank == 0 { c"rafsd-keeper" } else { c"rafsd-spare" });
     let starts_daemons = orders.successor.is_some();
+    let choice = Choice::new();
     let hands = Hands::start(orders.successor.take())?;
     if orders.sandbox {
         sandbox::confine_keeper(&orders.run).map_err(io::Error::other)?;
     }
-    let mut post = Post::new(daemon, orders, hands, starts_daemons);
+    let mut post = Post::new(daemon, orders, (hands, choice), starts_daemons);
     // The last thing that takes memory is done.
     post.say_hello()?;
     post.stand();
@@ -103,14 +106,13 @@ struct Post {
     denying: bool,
     denial: Denial,
     log: MemorylessLog,
-    /// Whether the last start was of another program than the usual one.
-    tries_program: bool,
+    choice: Choice,
     /// Until when the other keeper is not asked, because it did not answer.
     passed_over: Option<Instant>,
 }
 
 impl Post {
-    fn new(daemon: OwnedFd, orders: Orders, hands: Hands, starts_daemons: bool) -> Self {
+    fn new(daemon: OwnedFd, orders: Orders, (hands, choice): (Hands, Choice), starts_daemons: bool) -> Self {
         let sibling = socket_path(&orders.run, 1 - orders.rank.min(1));
         let door = Door::new(&orders.run, orders.rank);
         let log = MemorylessLog::new(orders.log_format);
@@ -127,7 +129,7 @@ impl Post {
             denying: false,
             denial: Denial::new(),
             log,
-            tries_program: false,
+            choice,
             passed_over: None,
         }
     }
@@ -211,7 +213,7 @@ impl Post {
             (Op::Serving, _) => {
                 self.absence.note_service();
                 // What was started has not died of its start. When it makes room, another one may be to be tried.
-                self.tries_program = false;
+                self.choice.note_service();
                 Ok(())
             }
             (Op::TakePost, _) => self.door.open().map_err(|e| errno(&e)),
@@ -343,9 +345,16 @@ impl Post {
         if self.is_replaced() {
             return true;
         }
-        if self.absence.reap() && std::mem::take(&mut self.tries_program) {
-            // What was to be started in place of the usual program dies of its start.
-            self.held.retain(|(name, _)| name.kind != Kind::Program);
+        if let Some(status) = self.absence.reap()
+            && let Some(candidate) = self.choice.note_end()
+        {
+            let (how, number) = match status {
+                WaitStatus::Exited(_, code) => ("exit status", code),
+                WaitStatus::Signaled(_, signal, _) => ("signal", signal as i32),
+                _ => ("end", 0),
+            };
+            self.log.error(format_args!("{candidate} has died of its start ({how} {number}); another one is tried"));
+            self.note_failure(candidate);
         }
         let late = self.absence.has_lasted(self.orders.patience);
         let is_needed = self.alive() > 0;
@@ -391,15 +400,27 @@ impl Post {
         if !self.absence.is_time_to_start() {
             return;
         }
-        let program = self.get(Kind::Program);
-        let tries_program = program.is_some();
+        let (candidate, program) = self.choice.next(self.get(Kind::Program));
         let started = self.hands.start_daemon(program);
-        self.tries_program = tries_program;
-        if let Err(error) = &started {
-            let why = failure(error);
-            self.log.error(format_args!("no daemon can be started in place of the one that vanished error={why}"));
+        match &started {
+            Ok(_) => self.choice.note_start(candidate),
+            Err(error) => {
+                let why = failure(error);
+                self.log.error(format_args!(
+                    "{candidate} cannot be started in place of a daemon that has gone error={why}"
+                ));
+                self.note_failure(candidate);
+            }
         }
         self.absence.note_start(started.ok());
+    }
+
+    /// Has something else started next than this, which could not go on.
+    fn note_failure(&mut self, candidate: Candidate) {
+        self.choice.note_failure(candidate);
+        if candidate == Candidate::Given {
+            self.held.retain(|(name, _)| name.kind != Kind::Program);
+        }
     }
 
     /// Takes the mounts out of the tree and denies their readers.

@@ -96,7 +96,7 @@ pub fn mount(
     };
     let make = || mount().map_err(AttachError::Mount);
     // The kernel waits for us, and before Linux 6.10 it hears no signal meanwhile.
-    let making = Making { make: &make, needs: &[], reaches_us: &|_, _| true };
+    let making = Making { make: &make, needs: &[], reaches_us: &|_, _| Ok(true) };
     erofs::show(making, &[], &[], Stage { target, watch, announce, sandbox })
 }
 

@@ -124,8 +124,9 @@ impl Fanotify {
         let devices: Vec<_> = image.devices.iter().map(|device| device.path().to_owned()).collect();
         let make = || erofs::mount(&image.bootstrap, &devices).map_err(AttachError::Mount);
         let marks = &*marks;
-        let reaches_us =
-            |cold: &ColdByte, mount: &DetachedMount| marks[cold.device].expect_own_read(|| cold.read(mount));
+        let reaches_us = |cold: &ColdByte, mount: &DetachedMount| {
+            cold.reaches_us(mount, |read| marks[cold.device].expect_own_read(read))
+        };
         erofs::publish(Making { make: &make, needs: &[], reaches_us: &reaches_us }, image, stage)
     }
 }

@@ -77,7 +77,7 @@ impl Fuse {
         let paths = paths(&image.devices, straight, files.as_ref());
         let make = || mount_over(&image.bootstrap, &paths);
         let reaches_us = |cold: &ColdByte, mount: &DetachedMount| {
-            let seen = tree.expect_read(cold.device, || cold.read(mount));
+            let seen = cold.reaches_us(mount, |read| tree.expect_read(cold.device, read));
             forget_pages(&paths[cold.device]);
             seen
         };
