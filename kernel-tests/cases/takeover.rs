@@ -489,9 +489,8 @@ fn keepers_go_by_the_settings_of_the_daemon(ctx: &Ctx) -> Outcome {
     let program = fs::read_link(format!("/proc/{daemon}/exe"))?;
     ensure!(program == other, "process {daemon} runs {}", program.display());
 
-    // Nobody can be started any more: readers are denied when the new deadline has passed.
-    fs::remove_file(&other)?;
-    fs::write(&other, b"no program")?;
+    // Whoever is started ends again: readers are denied when the new deadline has passed.
+    fs::write(&config, "no settings")?;
     ensure!(siege.missing()? > 0, "nothing is missing");
     kill(Pid::from_raw(i32::try_from(daemon)?), Signal::SIGKILL)?;
     let clock = Instant::now();
@@ -500,8 +499,7 @@ fn keepers_go_by_the_settings_of_the_daemon(ctx: &Ctx) -> Outcome {
     ensure!(got.is_err_and(is_failure), "{got:?}");
     ensure!(waited < Duration::from_secs(if ctx.in_guest { 60 } else { 20 }), "after {waited:?}");
 
-    fs::remove_file(&other)?;
-    fs::copy(&ctx.rafsd, &other)?;
+    fs::write(&config, "deadline = \"2s\"\n")?;
     let _ = another_daemon(&siege.fixture, daemon)?;
     if !is_fanotify(ctx) {
         // The kernel let go of its cache; see `without_a_successor_reads_fail_in_time`.
