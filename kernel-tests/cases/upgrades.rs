@@ -47,6 +47,12 @@ pub(crate) const CASES: &[Case] = &[
         run: a_program_that_dies_of_its_start,
     },
     Case {
+        name: "a_program_that_dies_after_it_took_over_makes_way_as_well",
+        needs: NEEDS,
+        place: Place::Here,
+        run: a_program_that_dies_after_it_took_over,
+    },
+    Case {
         name: "an_upgrade_to_settings_that_are_wrong_is_refused",
         needs: NEEDS,
         place: Place::Host,
@@ -208,6 +214,31 @@ fn a_program_that_cannot_go_on(ctx: &Ctx) -> Outcome {
     ensure!(fs::read(mount.join("0"))? == content(0, FILE), "it serves on");
     fixture.umount(&mount)?;
     fixture.finish()
+}
+
+fn a_program_that_dies_after_it_took_over(ctx: &Ctx) -> Outcome {
+    let mut fixture = Fixture::files(ctx, 1)?;
+    let token = fixture.run().join("token");
+    fixture.set_environment("RAFSD_FAULT_POINT", format!("examined:{}", token.display()));
+    fixture.restart(&["--restart", "keepers"])?;
+    let mount = fixture.mount("mnt")?;
+    let next = ctx.dir.join("rafsd-next");
+    fs::copy(&ctx.rafsd, &next)?;
+    let before = fixture.info()?.pid;
+    fs::write(&token, b"")?;
+
+    let error = refusal(&fixture, &next)?;
+
+    let now = fixture.info()?.pid;
+    ensure!(!token.exists() && now != before, "nobody died: {error}");
+    ensure!(error.contains("rafsd-next has ended in its start"), "{error}");
+    let runs = |pid: u32| fs::metadata(format!("/proc/{pid}/exe")).map(|exe| exe.ino());
+    ensure!(runs(now)? == fs::metadata(&ctx.rafsd)?.ino(), "the program that died goes on: {error}\n{}", fixture.log());
+    fixture.forget_daemon()?;
+    drop_caches()?;
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "by the program before");
+    fixture.umount(&mount)?;
+    stop(fixture)
 }
 
 fn a_program_that_dies_of_its_start(ctx: &Ctx) -> Outcome {

@@ -159,6 +159,7 @@ impl Daemon {
         daemon.say_uses_are_known();
         daemon.make_room_to_examine();
         daemon.backends.examine().map_err(start("the examination of this host"))?;
+        faultpoint::reach("examined");
         Ok(daemon)
     }
 

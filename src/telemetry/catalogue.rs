@@ -183,7 +183,7 @@ pub(super) const UNSERVED: Metric = gauge(
     "rafsd_unserved_mounts",
     None,
     &[],
-    "Mounts of an earlier daemon that live and cannot be served: their cold reads fail, and nothing is evicted",
+    "Mounts of an earlier daemon that live and cannot be served: their cold reads fail, and their blobs stay in the cache",
 );
 pub(super) const ADOPTIONS: Metric =
     counter("rafsd_adoptions", None, &[], Experimental, "Whether this daemon took over from another, 1 or 0");

@@ -14,7 +14,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A daemon that served this long did not die of its start.
 const SETTLED: Duration = Duration::from_secs(30);
 /// One that served this long after it had taken everything over has answered those who waited before.
-const SERVED: Duration = Duration::from_secs(2);
+pub(super) const SERVED: Duration = Duration::from_secs(2);
 
 /// The daemon that is there or missing, and the attempts to start another one.
 #[derive(Debug)]
@@ -34,6 +34,8 @@ pub(super) struct Absence {
     child: Option<Pid>,
     /// Whether a daemon was missed before, since one last served for a while.
     is_known: bool,
+    /// Whether the daemon that has gone left of its own will, or had served for a while.
+    had_stayed: bool,
 }
 
 impl Absence {
@@ -51,6 +53,7 @@ impl Absence {
             pause: Duration::ZERO,
             child: None,
             is_known: false,
+            had_stayed: false,
         }
     }
 
@@ -76,13 +79,19 @@ impl Absence {
         };
         // One that died of its start has served nobody: the readers who waited for it wait on.
         let has_served = self.serving.take().is_some_and(|since| since.elapsed() >= SERVED);
-        if parting.is_some() || has_served || is_settled || !self.is_known {
+        self.had_stayed = parting.is_some() || has_served || is_settled;
+        if self.had_stayed || !self.is_known {
             self.since = now;
         }
         self.is_known = true;
         self.next_attempt = now + self.pause;
         self.wants_successor = parting.unwrap_or(true) && self.starts_daemons;
         parting.is_none()
+    }
+
+    /// Whether the daemon that has gone did not die of its start.
+    pub(super) fn had_stayed(&self) -> bool {
+        self.had_stayed
     }
 
     /// Another daemon has come.
@@ -154,10 +163,12 @@ mod tests {
         absence.note_service();
         absence.begin();
         assert_eq!(absence.since, since, "it served too short");
+        assert!(!absence.had_stayed());
         absence.end();
         absence.serving = Instant::now().checked_sub(SERVED);
         absence.begin();
         assert_ne!(absence.since, since);
+        assert!(absence.had_stayed());
     }
 
     #[test]

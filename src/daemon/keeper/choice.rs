@@ -61,7 +61,7 @@ impl Choice {
         self.started = Some(candidate);
     }
 
-    /// What was started serves, so that it has not died of its start.
+    /// What was started has served for a while, so that it did not die of its start.
     pub(super) fn note_service(&mut self) {
         self.started = None;
     }

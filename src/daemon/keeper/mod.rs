@@ -47,6 +47,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use self::post::socket_path;
+use self::renewal::Renewal;
 use self::wire::{Op, Word};
 use crate::sys::service::Supervisor;
 use crate::sys::{fdpass, service};
@@ -157,8 +158,8 @@ struct State {
     ends: [Option<End>; RANKS],
     /// Everything they hold, for one that has to be started again.
     held: BTreeMap<Name, Held>,
-    /// Whether those of a predecessor have to be looked at.
-    renews: bool,
+    /// When those of a predecessor have to be looked at, if they have.
+    renewal: Option<Renewal>,
     finished: bool,
 }
 
@@ -181,7 +182,7 @@ impl Keepers {
     pub fn start(plan: Plan, inherited: Option<Inheritance>) -> io::Result<Arc<Self>> {
         let (ends, held) = inherited.map_or_else(Default::default, |all| (all.ends, all.held));
         let held = held.into_iter().map(|(name, fd)| (name, Arc::new(fd) as Held)).collect();
-        let state = Mutex::new(State { ends, held, renews: false, finished: false });
+        let state = Mutex::new(State { ends, held, renewal: None, finished: false });
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let this = Arc::new(Self { plan, state, wake, watcher: Mutex::default() });
         this.complete()?;
@@ -238,13 +239,13 @@ impl Keepers {
     }
 
     /// Tells them that whoever waits is being answered, after everything was taken over: from then on the
-    /// time that readers wait counts anew. And has those replaced that go by other settings.
+    /// time that readers wait counts anew. And has those replaced that go by other settings, once this daemon has
+    /// served for a while: if it dies of its start, they go on as before.
     pub fn note_takeover(&self) {
         let mut state = self.state.lock().unwrap();
         // One that does not hear it denies readers early.
         let _ = self.tell_all(&mut state, Word::new(Op::Serving), None);
-        drop(state);
-        self.renew();
+        state.renewal = Some(Renewal::of(&state.held));
     }
 
     /// Leaves the mounts to them, and to a successor: at once if `successor`, else whenever one comes.

@@ -212,8 +212,6 @@ impl Post {
             }
             (Op::Serving, _) => {
                 self.absence.note_service();
-                // What was started has not died of its start. When it makes room, another one may be to be tried.
-                self.choice.note_service();
                 Ok(())
             }
             (Op::TakePost, _) => self.door.open().map_err(|e| errno(&e)),
@@ -245,6 +243,9 @@ impl Post {
 
     fn note_absence(&mut self) {
         let unexpected = self.absence.begin();
+        if self.absence.had_stayed() {
+            self.choice.note_service();
+        }
         if unexpected && self.orders.rank == 0 && self.door.listener().is_some() {
             let successor = self.absence.wants_successor();
             self.log.error(format_args!("the daemon vanished; readers of its mounts wait successor={successor}"));

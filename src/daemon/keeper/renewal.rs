@@ -6,39 +6,59 @@
 //! daemon would start them stay: they know how often daemons have died lately, and since when readers
 //! wait.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
 
+use super::absence::SERVED;
 use super::wire::{Kind, Name, Op, Word};
-use super::{End, Keepers, Plan, RANKS, dismiss};
+use super::{End, Held, Keepers, Plan, RANKS, State, dismiss};
 use crate::sys::faultpoint;
 use crate::sys::files::inode_id_at;
 use crate::sys::service;
 
+/// The keepers of a predecessor are to be replaced.
+pub(super) struct Renewal {
+    due: Instant,
+    /// The program that an upgrade had asked for: this daemon, or one that was never reached.
+    program: Option<Held>,
+}
+
+impl Renewal {
+    /// Of keepers that hold all this, when this daemon has not died of its start.
+    pub(super) fn of(held: &BTreeMap<Name, Held>) -> Self {
+        Self { due: Instant::now() + SERVED, program: held.get(&Name::only(Kind::Program)).cloned() }
+    }
+}
+
 impl Keepers {
-    /// Has those replaced that a predecessor started otherwise than this daemon does. To be called
-    /// when everything has been taken over; returns at once.
-    pub(super) fn renew(&self) {
-        let mut state = self.state.lock().unwrap();
-        state.renews = true;
-        // It was to start this very daemon, or one that was never reached.
-        if state.held.remove(&Name::only(Kind::Program)).is_some() {
-            self.forget_at_the_supervisor(Name::only(Kind::Program));
+    /// Whether a [`Renewal`] is due. The program that it knows of is not held any more then.
+    fn is_renewal_due(&self, state: &mut State) -> bool {
+        let Some(renewal) = state.renewal.as_mut().filter(|renewal| Instant::now() >= renewal.due) else {
+            return false;
+        };
+        let name = Name::only(Kind::Program);
+        // Somebody may have asked for another one meanwhile.
+        if let Some(program) = renewal.program.take()
+            && state.held.get(&name).is_some_and(|held| Arc::ptr_eq(held, &program))
+        {
+            state.held.remove(&name);
+            self.forget_at_the_supervisor(name);
         }
-        drop(state);
-        // A full counter wakes as well.
-        let _ = self.wake.write(1);
+        true
     }
 
-    /// Replaces what [`Keepers::renew`] asked for. At no time fewer than two hold everything.
+    /// Replaces those that a predecessor started otherwise than this daemon does, if it is time for that. At no time fewer
+    /// than two hold everything.
     pub(super) fn replace_foreign(&self) -> io::Result<()> {
         for rank in 0..RANKS {
             let mut state = self.state.lock().unwrap();
-            if state.finished || !state.renews {
+            if state.finished || !self.is_renewal_due(&mut state) {
                 return Ok(());
             }
             let Some(old) = state.ends[rank].as_ref().filter(|old| !self.plan.has_started(rank, old)) else { continue };
@@ -49,7 +69,9 @@ impl Keepers {
                 let _ = old.tell(Word::new(Op::Relief).with(u64::from(new.pid)), None);
             };
             let filled = self.fill_post(rank, &state.held, meanwhile);
-            state.renews = filled.is_ok();
+            if filled.is_err() {
+                state.renewal = None;
+            }
             faultpoint::reach("keeper-posted");
             if let Some(old) = state.ends[rank].replace(filled?) {
                 dismiss(old);
@@ -57,7 +79,7 @@ impl Keepers {
         }
         let mut state = self.state.lock().unwrap();
         // Unless somebody has asked for another one meanwhile.
-        if std::mem::take(&mut state.renews) && !state.held.contains_key(&Name::only(Kind::Program)) {
+        if state.renewal.take().is_some() && !state.held.contains_key(&Name::only(Kind::Program)) {
             // Those that stayed. One that does not hear this is dead.
             let _ = self.tell_all(&mut state, Word::about(Op::Release, Name::only(Kind::Program)), None);
         }
