@@ -22,6 +22,7 @@ use super::engine::StoreOptions;
 use super::miss::NotFetched;
 use super::pool::{Job, Queue};
 use super::queues::{Choice, Queues, Running, Signal};
+use super::room::Need;
 use super::sink::Scratch;
 use super::stream;
 use super::window::{Led, Window, groups};
@@ -300,8 +301,8 @@ fn look_first(window: Window, slot: Slot) {
     let units = window.units.iter().map(|led| (window.core.id, led.lead.unit())).collect();
     let urgency = window.units.iter().map(|led| led.lead.urgency().clone()).collect();
     let run = Box::new(move |_: &mut Scratch| {
-        let bytes = window.units.iter().map(|led| led.unit.blocks().len()).sum();
-        if window.core.engine.space.has_room(bytes) {
+        let need = Need::of(window.units.iter().map(|led| led.unit.blocks().len()));
+        if window.core.engine.space.has_room(need) {
             start(window, slot);
         } else if window.is_divisible() {
             drop(slot);
