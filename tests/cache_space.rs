@@ -816,6 +816,34 @@ fn where_the_disk_has_room_and_writes_are_refused_requests_are_few_all_the_same(
     eventually("it is tried again", || fill_blocking(&*device, blob.units[0].blocks()).is_ok());
 }
 
+/// Refuses its first write, as a disk does whose last room is taken for a moment.
+#[derive(Default)]
+struct Reluctant(AtomicBool);
+
+impl Sink for Reluctant {
+    fn write_at(&self, _: &[u8], _: u64) -> std::io::Result<()> {
+        let is_first = !self.0.swap(true, Ordering::SeqCst);
+        if is_first { Err(std::io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
+    }
+
+    fn sync(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_write_that_is_refused_is_tried_again_although_nothing_can_go() {
+    let bench = Bench::new();
+    let blob = Blob::numbered(1, 1);
+    let (store, source) = (bench.store(options()), blob.source());
+    let device =
+        Device::with_sink(blob.map(), source.clone(), Box::<Reluctant>::default(), &[], Arc::clone(store.engine()));
+
+    fill_blocking(&*device, blob.units[0].blocks()).unwrap();
+
+    assert_eq!((store.stats().refused_writes, source.requests.load(Ordering::SeqCst)), (0, 1));
+}
+
 // ---- the command without a daemon -----------------------------------------------------------------
 
 fn rafsd(bench: &Bench, args: &[&str]) -> (Option<i32>, String, String) {
