@@ -14,7 +14,8 @@ use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class};
 use rafsd::blob::{Check, Recipe, Unit, UnitMap};
 use rafsd::cache::{
-    Device, Fill, FillError, LotKind, Shelves, Sink, StockError, Store, StoreError, StoreOptions, Wanted, fill_blocking,
+    Device, Fill, FillError, ImageKey, LotKind, Shelves, Sink, StockError, Store, StoreError, StoreOptions, Wanted,
+    fill_blocking,
 };
 use rafsd::codec::blake3;
 use rafsd::source::{BlobSource, BoxFuture, ReadCtx, SourceError};
@@ -814,6 +815,28 @@ fn where_the_disk_has_room_and_writes_are_refused_requests_are_few_all_the_same(
     assert!(requests as u64 <= 3 + seconds, "{requests} requests in {seconds} s");
     sink.0.store(false, Ordering::SeqCst);
     eventually("it is tried again", || fill_blocking(&*device, blob.units[0].blocks()).is_ok());
+}
+
+#[test]
+fn what_is_not_fetched_because_the_disk_is_full_counts_for_no_limit() {
+    let bench = Bench::new();
+    let (blob, sink) = (Blob::numbered(1, 1), Stubborn::default());
+    let rate = Some(4 * UNIT as u64);
+    let store = bench.store(StoreOptions { image_rate: rate, prefetch_rate: rate, ..options() });
+    let (engine, source) = (Arc::clone(store.engine()), blob.source());
+    let device = Device::with_sink(blob.map(), source.clone(), Box::new(sink.clone()), &[], engine);
+    let _use = device.used_by(ImageKey(1));
+    sink.0.store(true, Ordering::SeqCst);
+    // Until the disk is not believed for a second.
+    fail(&device, &blob.units[0], 2);
+    let (requests, began) = (source.requests.load(Ordering::SeqCst), Instant::now());
+
+    fail(&device, &blob.units[0], 50);
+    assert!(fill_blocking(&*device, blob.all()).is_err());
+
+    // At that rate, 66 units took 16 s.
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    assert!(source.requests.load(Ordering::SeqCst) <= requests + 3);
 }
 
 /// Refuses its first write, as a disk does whose last room is taken for a moment.

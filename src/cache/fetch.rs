@@ -25,6 +25,7 @@ use super::queues::{Choice, Queues, Running, Signal};
 use super::room::Need;
 use super::sink::Scratch;
 use super::stream;
+use super::users::ImageKey;
 use super::window::{Led, Window, groups};
 use crate::base::{Class, Fault, RequestId};
 use crate::blob::UnitIndex;
@@ -227,8 +228,8 @@ impl Fetcher {
             began: Instant::now(),
             signal: Arc::clone(&signal),
         });
-        let bytes = window.stored.len();
-        Turn::Start(window, Slot { fetcher: Arc::clone(self), ticket, bytes, class, signal })
+        let (bytes, bulk) = (window.stored.len(), window.bulk);
+        Turn::Start(window, Slot { fetcher: Arc::clone(self), ticket, bytes, class, image, bulk, signal })
     }
 
     /// Pumps again at `wake`, unless everything has ended by then.
@@ -263,10 +264,26 @@ pub(super) struct Slot {
     ticket: u64,
     bytes: u64,
     class: Class,
+    /// Who has paid for it.
+    image: Option<ImageKey>,
+    bulk: bool,
     pub(super) signal: Arc<Signal>,
 }
 
 impl Slot {
+    /// Nobody will be asked: gives back what was paid for that by any limits.
+    fn not_used(self) {
+        let mut state = self.fetcher.state.lock().unwrap();
+        if self.bulk {
+            state.admission.refund(self.bytes);
+        }
+        if let Some(image) = self.image {
+            state.allowances.refund(image, self.bytes);
+        }
+        // Dropping the slot locks as well.
+        drop(state);
+    }
+
     /// The bytes have come: another read may start. The memory stays taken.
     pub(super) fn fetched(&self) {
         self.fetcher.state.lock().unwrap().end(self.ticket);
@@ -304,11 +321,12 @@ fn look_first(window: Window, slot: Slot) {
         let need = Need::of(window.units.iter().map(|led| led.unit.blocks().len()));
         if window.core.engine.space.has_room(need) {
             start(window, slot);
-        } else if window.is_divisible() {
-            drop(slot);
+            return;
+        }
+        slot.not_used();
+        if window.is_divisible() {
             window.core.clone().split(window);
         } else {
-            drop(slot);
             fail_now(window, &NotFetched::NoRoom);
         }
     });
