@@ -785,6 +785,35 @@ fn on_a_full_disk_nothing_is_fetched_until_there_is_room() {
     assert!(got == new.plain[..48 * UNIT], "wrong bytes");
 }
 
+#[test]
+fn what_has_its_blocks_comes_again_on_a_full_disk() {
+    let disk = match Disk::new(&["mkfs.ext4", "-q", "-m", "0"], 24) {
+        Ok(disk) => disk,
+        Err(why) => return eprintln!("SKIPPED what_has_its_blocks_comes_again_on_a_full_disk: {why}"),
+    };
+    let bench = Bench::new();
+    let root = disk.at.join("cache");
+    let (old, new) = (Blob::numbered(1, 1), Blob::numbered(2, 1));
+    let store = bench.store_at(&root, options());
+    store.say_uses_are_known();
+    bring(&store, &old);
+    let data = File::options().write(true).open(root.join("v1/blob-1/data")).unwrap();
+    data.write_all_at(&[0x55; 3], 2 * UNIT as u64).unwrap();
+    data.sync_all().unwrap();
+    drop(data);
+    eventually("not in use", || !store.shelves().inventory().unwrap().blobs[0].in_use);
+    store.shelves().verify("blob-1", &mut |_| true).unwrap();
+    let (device, other) = (open(&store, &old), open(&store, &new));
+    assert!(!device.present(old.units[2].blocks()));
+    fill_up(&disk.at.join("ballast"));
+    fail(&other, &new.units[0], 20);
+
+    eventually("it is tried", || fill_blocking(&*device, old.units[2].blocks()).is_ok());
+
+    assert_bytes(&device, &old);
+    fail(&other, &new.units[0], 20);
+}
+
 /// Refuses what it is told to, whatever room its disk has.
 #[derive(Clone, Default)]
 struct Stubborn(Arc<AtomicBool>);

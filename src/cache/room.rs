@@ -91,7 +91,9 @@ struct Refusal {
     free: u64,
     /// Length of a unit that there was no room for: when one that is not shorter has been written, all this is over.
     unit: u64,
-    /// When a write was last refused, or the disk last said that one would be.
+    /// When a write was last refused,
+    refused: Instant,
+    /// or the disk last said that one would be.
     at: Instant,
     /// Whether the disk has said since that there is room.
     promised: bool,
@@ -122,12 +124,13 @@ impl Room {
         let mut refusal = self.refusal.lock().unwrap();
         let known = refusal.as_ref();
         let until = if says_room && known.is_some_and(|known| known.promised) { now + DOUBT } else { now };
-        let new = Refusal { bytes, until, free: u64::MAX, unit: bytes, at: now, promised: false };
+        let new = Refusal { bytes, until, free: u64::MAX, unit: bytes, refused: now, at: now, promised: false };
         // What is believed for longer than that is believed.
         let known = known.filter(|known| known.until > until);
         let shorter = |known: &Refusal| Refusal {
             bytes: known.bytes.min(bytes),
             unit: known.unit.min(bytes),
+            refused: now,
             at: now,
             promised: false,
             ..*known
@@ -180,11 +183,19 @@ impl Room {
             }
             Some(known) => {
                 let Need { bytes, unit } = need;
-                *known = Refusal { bytes, until: now + BELIEF, free, unit, at: now, promised: false };
+                let until = now + BELIEF;
+                *known = Refusal { bytes, until, free, unit, refused: known.refused, at: now, promised: false };
             }
             None => {}
         }
         has
+    }
+}
+
+impl Room {
+    /// Whether what seems to need no room may be written whatever the disk says, because no write was refused lately.
+    pub(super) fn may_try(&self, now: Instant) -> bool {
+        self.refusal.lock().unwrap().is_none_or(|known| now.saturating_duration_since(known.refused) >= DOUBT)
     }
 }
 
@@ -411,6 +422,19 @@ mod tests {
             }
             assert!(asking.join().unwrap());
         });
+    }
+
+    #[test]
+    fn what_needs_no_room_is_tried_unless_a_write_was_refused_lately() {
+        let (room, _) = room(with(0));
+        let now = Instant::now();
+        assert!(room.may_try(now));
+        room.refused(10, now);
+        assert!(!room.has(one(10), now + DOUBT / 2, nothing_goes), "which is only said");
+
+        assert!(!room.may_try(now + DOUBT / 2) && room.may_try(now + DOUBT));
+        room.refused(10, now + DOUBT);
+        assert!(!room.may_try(now + DOUBT + BELIEF));
     }
 
     #[test]

@@ -69,6 +69,15 @@ pub fn data_ranges(file: BorrowedFd<'_>, len: u64) -> io::Result<Vec<ByteRange>>
     Ok(ranges)
 }
 
+/// Whether all of `range` of a file is data, none of it a hole, as far as the file system tells them apart.
+///
+/// Moves the position of the file; users of this function write by offset only.
+pub fn is_data(file: BorrowedFd<'_>, range: ByteRange) -> io::Result<bool> {
+    let begins = seek(file, range.start(), libc::SEEK_DATA)? == Some(range.start());
+    Ok(range.is_empty()
+        || begins && seek(file, range.start(), libc::SEEK_HOLE)?.is_some_and(|hole| hole >= range.end()))
+}
+
 fn seek(file: BorrowedFd<'_>, at: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
     let at = i64::try_from(at).map_err(io::Error::other)?;
     // SAFETY: plain numbers in and out; the descriptor is open because it is borrowed.
@@ -243,6 +252,9 @@ mod tests {
 
         assert_eq!(ranges, [ByteRange::at(65536, 4096).unwrap(), ByteRange::at(262_144, 8192).unwrap()]);
         assert_eq!(data_ranges(file.as_fd(), 4096).unwrap(), []);
+        let is_data = |at, len| is_data(file.as_fd(), ByteRange::at(at, len).unwrap()).unwrap();
+        assert!(is_data(262_144, 8192) && is_data(266_240, 4096) && !is_data(262_144, 8193) && !is_data(258_048, 8192));
+        assert!(!is_data(0, 4096) && !is_data(2 << 20, 1));
     }
 
     #[test]
