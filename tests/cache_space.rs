@@ -14,7 +14,8 @@ use bytes::Bytes;
 use rafsd::base::{BlobId, ByteRange, Class};
 use rafsd::blob::{Check, Recipe, Unit, UnitMap};
 use rafsd::cache::{
-    Device, Fill, FillError, LotKind, Shelves, Sink, StockError, Store, StoreError, StoreOptions, Wanted, fill_blocking,
+    Device, Fill, FillError, ImageKey, LotKind, Shelves, Sink, StockError, Store, StoreError, StoreOptions, Wanted,
+    fill_blocking,
 };
 use rafsd::codec::blake3;
 use rafsd::source::{BlobSource, BoxFuture, ReadCtx, SourceError};
@@ -784,6 +785,35 @@ fn on_a_full_disk_nothing_is_fetched_until_there_is_room() {
     assert!(got == new.plain[..48 * UNIT], "wrong bytes");
 }
 
+#[test]
+fn what_has_its_blocks_comes_again_on_a_full_disk() {
+    let disk = match Disk::new(&["mkfs.ext4", "-q", "-m", "0"], 24) {
+        Ok(disk) => disk,
+        Err(why) => return eprintln!("SKIPPED what_has_its_blocks_comes_again_on_a_full_disk: {why}"),
+    };
+    let bench = Bench::new();
+    let root = disk.at.join("cache");
+    let (old, new) = (Blob::numbered(1, 1), Blob::numbered(2, 1));
+    let store = bench.store_at(&root, options());
+    store.say_uses_are_known();
+    bring(&store, &old);
+    let data = File::options().write(true).open(root.join("v1/blob-1/data")).unwrap();
+    data.write_all_at(&[0x55; 3], 2 * UNIT as u64).unwrap();
+    data.sync_all().unwrap();
+    drop(data);
+    eventually("not in use", || !store.shelves().inventory().unwrap().blobs[0].in_use);
+    store.shelves().verify("blob-1", &mut |_| true).unwrap();
+    let (device, other) = (open(&store, &old), open(&store, &new));
+    assert!(!device.present(old.units[2].blocks()));
+    fill_up(&disk.at.join("ballast"));
+    fail(&other, &new.units[0], 20);
+
+    eventually("it is tried", || fill_blocking(&*device, old.units[2].blocks()).is_ok());
+
+    assert_bytes(&device, &old);
+    fail(&other, &new.units[0], 20);
+}
+
 /// Refuses what it is told to, whatever room its disk has.
 #[derive(Clone, Default)]
 struct Stubborn(Arc<AtomicBool>);
@@ -814,6 +844,56 @@ fn where_the_disk_has_room_and_writes_are_refused_requests_are_few_all_the_same(
     assert!(requests as u64 <= 3 + seconds, "{requests} requests in {seconds} s");
     sink.0.store(false, Ordering::SeqCst);
     eventually("it is tried again", || fill_blocking(&*device, blob.units[0].blocks()).is_ok());
+}
+
+#[test]
+fn what_is_not_fetched_because_the_disk_is_full_counts_for_no_limit() {
+    let bench = Bench::new();
+    let (blob, sink) = (Blob::numbered(1, 1), Stubborn::default());
+    let rate = Some(4 * UNIT as u64);
+    let store = bench.store(StoreOptions { image_rate: rate, prefetch_rate: rate, ..options() });
+    let (engine, source) = (Arc::clone(store.engine()), blob.source());
+    let device = Device::with_sink(blob.map(), source.clone(), Box::new(sink.clone()), &[], engine);
+    let _use = device.used_by(ImageKey(1));
+    sink.0.store(true, Ordering::SeqCst);
+    // Until the disk is not believed for a second.
+    fail(&device, &blob.units[0], 2);
+    let (requests, began) = (source.requests.load(Ordering::SeqCst), Instant::now());
+
+    fail(&device, &blob.units[0], 50);
+    assert!(fill_blocking(&*device, blob.all()).is_err());
+
+    // At that rate, 66 units took 16 s.
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    assert!(source.requests.load(Ordering::SeqCst) <= requests + 3);
+}
+
+/// Refuses its first write, as a disk does whose last room is taken for a moment.
+#[derive(Default)]
+struct Reluctant(AtomicBool);
+
+impl Sink for Reluctant {
+    fn write_at(&self, _: &[u8], _: u64) -> std::io::Result<()> {
+        let is_first = !self.0.swap(true, Ordering::SeqCst);
+        if is_first { Err(std::io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
+    }
+
+    fn sync(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_write_that_is_refused_is_tried_again_although_nothing_can_go() {
+    let bench = Bench::new();
+    let blob = Blob::numbered(1, 1);
+    let (store, source) = (bench.store(options()), blob.source());
+    let device =
+        Device::with_sink(blob.map(), source.clone(), Box::<Reluctant>::default(), &[], Arc::clone(store.engine()));
+
+    fill_blocking(&*device, blob.units[0].blocks()).unwrap();
+
+    assert_eq!((store.stats().refused_writes, source.requests.load(Ordering::SeqCst)), (0, 1));
 }
 
 // ---- the command without a daemon -----------------------------------------------------------------

@@ -109,6 +109,13 @@ impl Allowances {
         self.paid.retain(|_, paid| !paid.is_forgotten(rate, now));
         self.paid.entry(image).or_default().charge(rate, bytes, now);
     }
+
+    /// A read that was charged to `image` did not begin after all.
+    pub(super) fn refund(&mut self, image: ImageKey, bytes: u64) {
+        if let (Some(rate), Some(paid)) = (self.rate, self.paid.get_mut(&image)) {
+            paid.refund(rate, bytes);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -147,6 +154,9 @@ mod tests {
         assert_eq!(allowances.payer(&[ONE], |_| 0, start), Err(Wait::Until(later)));
         assert_eq!(allowances.payer(&[OTHER], |_| 0, start), Ok(Some(OTHER)));
         assert_eq!(allowances.payer(&[ONE], |_| 0, later), Ok(Some(ONE)));
+        allowances.refund(ONE, 1000);
+        allowances.refund(OTHER, 1000);
+        assert_eq!(allowances.payer(&[ONE], |_| 0, start), Ok(Some(ONE)), "as if it had not begun");
         allowances.charge(OTHER, 1, later + BURST);
         assert_eq!(allowances.paid.len(), 1, "who has paid is forgotten");
     }

@@ -59,9 +59,10 @@ pub trait Disk: Send + Sync + 'static {
     /// Returns when the names in `dir` are on stable storage.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 
-    /// Whether `bytes` more can be written below the directory `dir` now. Changes nothing that outlasts the call.
-    fn has_room(&self, dir: &Path, bytes: u64) -> io::Result<bool> {
-        has_room(dir, bytes)
+    /// Whether `bytes` more can be written below the directory `dir` now, of which so many are `tried`, and occupied until
+    /// this returns. Changes nothing that outlasts the call.
+    fn has_room(&self, dir: &Path, bytes: u64, tried: u64) -> io::Result<bool> {
+        has_room(dir, bytes, tried)
     }
 
     /// Bytes below the directory `dir` that nothing occupies, for whomever they are.

@@ -22,8 +22,10 @@ use super::engine::StoreOptions;
 use super::miss::NotFetched;
 use super::pool::{Job, Queue};
 use super::queues::{Choice, Queues, Running, Signal};
+use super::room::Need;
 use super::sink::Scratch;
 use super::stream;
+use super::users::ImageKey;
 use super::window::{Led, Window, groups};
 use crate::base::{Class, Fault, RequestId};
 use crate::blob::UnitIndex;
@@ -226,8 +228,8 @@ impl Fetcher {
             began: Instant::now(),
             signal: Arc::clone(&signal),
         });
-        let bytes = window.stored.len();
-        Turn::Start(window, Slot { fetcher: Arc::clone(self), ticket, bytes, class, signal })
+        let (bytes, bulk) = (window.stored.len(), window.bulk);
+        Turn::Start(window, Slot { fetcher: Arc::clone(self), ticket, bytes, class, image, bulk, signal })
     }
 
     /// Pumps again at `wake`, unless everything has ended by then.
@@ -262,10 +264,26 @@ pub(super) struct Slot {
     ticket: u64,
     bytes: u64,
     class: Class,
+    /// Who has paid for it.
+    image: Option<ImageKey>,
+    bulk: bool,
     pub(super) signal: Arc<Signal>,
 }
 
 impl Slot {
+    /// Nobody will be asked: gives back what was paid for that by any limits.
+    fn not_used(self) {
+        let mut state = self.fetcher.state.lock().unwrap();
+        if self.bulk {
+            state.admission.refund(self.bytes);
+        }
+        if let Some(image) = self.image {
+            state.allowances.refund(image, self.bytes);
+        }
+        // Dropping the slot locks as well.
+        drop(state);
+    }
+
     /// The bytes have come: another read may start. The memory stays taken.
     pub(super) fn fetched(&self) {
         self.fetcher.state.lock().unwrap().end(self.ticket);
@@ -294,20 +312,24 @@ fn start(window: Window, slot: Slot) {
 }
 
 /// The same after the disk has been asked whether there is room for what it brings: on the pool, because that waits.
-/// What there is no room for at once is asked for one by one, what there is none for at all by nobody.
+/// What there is no room for at once is asked for one by one, what there is none for at all by nobody. What had been
+/// written before and is absent again needs none.
 fn look_first(window: Window, slot: Slot) {
     let jobs = Arc::clone(&slot.fetcher.jobs);
     let units = window.units.iter().map(|led| (window.core.id, led.lead.unit())).collect();
     let urgency = window.units.iter().map(|led| led.lead.urgency().clone()).collect();
     let run = Box::new(move |_: &mut Scratch| {
-        let bytes = window.units.iter().map(|led| led.unit.blocks().len()).sum();
-        if window.core.engine.space.has_room(bytes) {
+        let need = Need::of(window.units.iter().map(|led| led.unit.blocks().len()));
+        let space = &window.core.engine.space;
+        let needs_none = || !window.is_divisible() && window.has_blocks() && space.room.may_try(Instant::now());
+        if space.has_room(need) || needs_none() {
             start(window, slot);
-        } else if window.is_divisible() {
-            drop(slot);
+            return;
+        }
+        slot.not_used();
+        if window.is_divisible() {
             window.core.clone().split(window);
         } else {
-            drop(slot);
             fail_now(window, &NotFetched::NoRoom);
         }
     });

@@ -319,22 +319,25 @@ impl Core {
         None
     }
 
-    /// Writes checked blocks and publishes them. Where the disk is full, waits until what nobody
-    /// uses has gone, and tries once more.
+    /// Writes checked blocks and publishes them. Where the disk is full, tries again while nobody asks
+    /// it for room, then waits until what nobody uses has gone, and tries once more.
     pub(super) fn land_checked(&self, index: UnitIndex, unit: &Unit, blocks: &[u8]) -> io::Result<bool> {
         let (space, bytes) = (&self.engine.space, blocks.len() as u64);
-        let fresh = match self.ledger.land(index, unit, blocks) {
-            Err(cause) if is_full(&cause) => {
-                count(&self.engine.counters.refused_writes, 1);
-                let outcome = if space.make_room(bytes) { self.ledger.land(index, unit, blocks) } else { Err(cause) };
-                outcome.inspect_err(|cause| {
-                    if is_full(cause) {
-                        space.room.refused(bytes, Instant::now());
-                    }
-                })?
+        let again = || space.room.undisturbed(|| self.ledger.land(index, unit, blocks));
+        let mut outcome = self.ledger.land(index, unit, blocks);
+        if outcome.as_ref().is_err_and(is_full) {
+            outcome = again();
+        }
+        if outcome.as_ref().is_err_and(is_full) {
+            count(&self.engine.counters.refused_writes, 1);
+            if space.make_room(bytes) {
+                outcome = again();
             }
-            outcome => outcome?,
-        };
+        }
+        if outcome.as_ref().is_err_and(is_full) {
+            space.room.refused(bytes, Instant::now());
+        }
+        let fresh = outcome?;
         if fresh {
             space.landed(bytes);
             space.room.written(bytes);

@@ -7,12 +7,15 @@
 //! The disk may be wrong about itself: it has room, and the write is refused all the same (a threshold of the
 //! kernel's own cache, blocks of metadata). Then it is not believed for a while.
 //!
-//! Locking: the disk is not asked under the lock.
+//! Asking may take the room that is asked for, for a moment. So one asks at a time, for no more than a unit, and a
+//! write that is refused is tried again while nobody asks.
+//!
+//! Locking: the disk is not asked under the lock of what is known.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::disk::Disk;
@@ -25,10 +28,31 @@ const BELIEF: Duration = Duration::from_millis(50);
 /// attempts cost requests.
 const DOUBT: Duration = Duration::from_secs(1);
 
+/// How long a refusal is remembered without another one, if the disk says that there is room: what was refused may
+/// never be asked for again.
+const MEMORY: Duration = Duration::from_secs(60);
+
+/// Bytes that are to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Need {
+    /// All of them,
+    pub(super) bytes: u64,
+    /// and those of the largest unit, which are written or refused together.
+    pub(super) unit: u64,
+}
+
+impl Need {
+    /// Units of so many bytes each.
+    pub(super) fn of(units: impl IntoIterator<Item = u64>) -> Self {
+        let sum = |need: Self, unit: u64| Self { bytes: need.bytes.saturating_add(unit), unit: need.unit.max(unit) };
+        units.into_iter().fold(Self { bytes: 0, unit: 0 }, sum)
+    }
+}
+
 /// Somebody who knows how full a disk is. May wait for it.
 pub(super) trait Gauge: Send + Sync {
-    /// Whether this many bytes could be written now.
-    fn has_room(&self, bytes: u64) -> bool;
+    /// Whether this could be written now. May occupy as much as a unit until it returns.
+    fn has_room(&self, need: Need) -> bool;
 
     /// Bytes that nothing occupies, whether they could be written or not.
     fn free(&self) -> u64;
@@ -36,8 +60,8 @@ pub(super) trait Gauge: Send + Sync {
 
 /// The disk of a store, below this directory. What cannot be asked is tried.
 impl Gauge for (Arc<dyn Disk>, PathBuf) {
-    fn has_room(&self, bytes: u64) -> bool {
-        self.0.has_room(&self.1, bytes).unwrap_or(true)
+    fn has_room(&self, need: Need) -> bool {
+        self.0.has_room(&self.1, need.bytes, need.unit).unwrap_or(true)
     }
 
     fn free(&self) -> u64 {
@@ -51,6 +75,8 @@ pub(super) struct Room {
     /// Whether there is a refusal. Read for every fetch, and almost never set.
     short: AtomicBool,
     refusal: Mutex<Option<Refusal>>,
+    /// Held by who asks the disk, or writes while nobody asks.
+    asking: Mutex<()>,
     /// `None` where no disk can be asked; nothing is remembered then.
     gauge: OnceLock<Box<dyn Gauge>>,
 }
@@ -63,6 +89,12 @@ struct Refusal {
     until: Instant,
     /// or until more than this is free.
     free: u64,
+    /// Length of a unit that there was no room for: when one that is not shorter has been written, all this is over.
+    unit: u64,
+    /// When a write was last refused,
+    refused: Instant,
+    /// or the disk last said that one would be.
+    at: Instant,
     /// Whether the disk has said since that there is room.
     promised: bool,
 }
@@ -78,19 +110,32 @@ impl Room {
         self.short.load(Ordering::Acquire)
     }
 
+    /// Calls `write` while nobody asks the disk for room, which takes some for a moment.
+    pub(super) fn undisturbed<T>(&self, write: impl FnOnce() -> T) -> T {
+        let _nobody_asks = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        write()
+    }
+
     /// A write of `bytes` was refused, and nothing could go to make room for it.
     pub(super) fn refused(&self, bytes: u64, now: Instant) {
-        if self.gauge.get().is_none() {
-            return;
-        }
+        let Some(gauge) = self.gauge.get() else { return };
+        // Else somebody else has taken what was promised to two.
+        let says_room = gauge.free() >= bytes;
         let mut refusal = self.refusal.lock().unwrap();
         let known = refusal.as_ref();
-        let until = if known.is_some_and(|known| known.promised) { now + DOUBT } else { now };
-        let new = Refusal { bytes, until, free: u64::MAX, promised: false };
+        let until = if says_room && known.is_some_and(|known| known.promised) { now + DOUBT } else { now };
+        let new = Refusal { bytes, until, free: u64::MAX, unit: bytes, refused: now, at: now, promised: false };
         // What is believed for longer than that is believed.
         let known = known.filter(|known| known.until > until);
-        *refusal =
-            Some(known.map_or(new, |known| Refusal { bytes: known.bytes.min(bytes), promised: false, ..*known }));
+        let shorter = |known: &Refusal| Refusal {
+            bytes: known.bytes.min(bytes),
+            unit: known.unit.min(bytes),
+            refused: now,
+            at: now,
+            promised: false,
+            ..*known
+        };
+        *refusal = Some(known.map_or(new, shorter));
         self.short.store(true, Ordering::Release);
     }
 
@@ -100,32 +145,57 @@ impl Room {
             return;
         }
         let mut refusal = self.refusal.lock().unwrap();
-        if refusal.is_some_and(|refusal| refusal.bytes <= bytes) {
-            *refusal = None;
-            self.short.store(false, Ordering::Release);
+        if refusal.is_some_and(|refusal| refusal.unit <= bytes) {
+            self.forget(&mut refusal);
         }
     }
 
-    /// Whether `bytes` can be written by all that is known, or after `make_room` said that something has gone.
+    fn forget(&self, refusal: &mut Option<Refusal>) {
+        *refusal = None;
+        self.short.store(false, Ordering::Release);
+    }
+
+    /// Whether `need` can be written by all that is known, or after `make_room` said that something has gone.
     /// Asks the disk, and waits for it, if something was refused.
-    pub(super) fn has(&self, bytes: u64, now: Instant, make_room: impl FnOnce() -> bool) -> bool {
+    pub(super) fn has(&self, need: Need, now: Instant, make_room: impl FnOnce() -> bool) -> bool {
         let known = *self.refusal.lock().unwrap();
         let (Some(known), Some(gauge)) = (known, self.gauge.get()) else { return true };
-        if bytes >= known.bytes && now < known.until && gauge.free() <= known.free {
+        if need.bytes >= known.bytes && now < known.until && gauge.free() <= known.free {
             return false;
         }
-        let has = gauge.has_room(bytes) || (make_room() && gauge.has_room(bytes));
+        let ask = || self.undisturbed(|| gauge.has_room(need));
+        let has = ask() || (make_room() && ask());
         // Looked at afterwards: what becomes free from now on is news.
-        let free = if has { 0 } else { gauge.free() };
+        let free = gauge.free();
         let mut refusal = self.refusal.lock().unwrap();
         match &mut *refusal {
-            Some(refusal) if has => refusal.promised = true,
+            Some(known) if has && now.saturating_duration_since(known.at) >= MEMORY => self.forget(&mut refusal),
+            Some(known) if has => {
+                known.promised = true;
+                // There is room for what was refused too. It need not come again to end this.
+                if now >= known.until && free >= known.unit {
+                    known.unit = known.unit.min(need.unit);
+                }
+            }
             // One that came meanwhile, and is believed whatever becomes free.
-            Some(refusal) if refusal.until > now + BELIEF => refusal.bytes = refusal.bytes.min(bytes),
-            Some(refusal) => *refusal = Refusal { bytes, until: now + BELIEF, free, promised: false },
+            Some(known) if known.until > now + BELIEF => {
+                *known = Refusal { bytes: known.bytes.min(need.bytes), at: now, ..*known };
+            }
+            Some(known) => {
+                let Need { bytes, unit } = need;
+                let until = now + BELIEF;
+                *known = Refusal { bytes, until, free, unit, refused: known.refused, at: now, promised: false };
+            }
             None => {}
         }
         has
+    }
+}
+
+impl Room {
+    /// Whether what seems to need no room may be written whatever the disk says, because no write was refused lately.
+    pub(super) fn may_try(&self, now: Instant) -> bool {
+        self.refusal.lock().unwrap().is_none_or(|known| now.saturating_duration_since(known.refused) >= DOUBT)
     }
 }
 
@@ -151,9 +221,9 @@ mod tests {
     }
 
     impl Gauge for Arc<Small> {
-        fn has_room(&self, bytes: u64) -> bool {
+        fn has_room(&self, need: Need) -> bool {
             self.asked.fetch_add(1, Ordering::SeqCst);
-            bytes + self.kept <= Gauge::free(self)
+            need.bytes + self.kept <= Gauge::free(self)
         }
 
         fn free(&self) -> u64 {
@@ -171,6 +241,11 @@ mod tests {
         Small { free: free.into(), ..Small::default() }
     }
 
+    /// A unit alone.
+    fn one(unit: u64) -> Need {
+        Need::of([unit])
+    }
+
     fn nothing_goes() -> bool {
         false
     }
@@ -179,7 +254,7 @@ mod tests {
     fn nobody_is_asked_before_something_was_refused() {
         let (room, disk) = room(with(0));
 
-        assert!(!room.is_short() && room.has(10, Instant::now(), || unreachable!()));
+        assert!(!room.is_short() && room.has(one(10), Instant::now(), || unreachable!()));
         assert_eq!(disk.asked.load(Ordering::SeqCst), 0);
     }
 
@@ -190,7 +265,7 @@ mod tests {
         room.refused(10, now);
 
         for later in 0..1000 {
-            assert!(room.is_short() && !room.has(10, now + Duration::from_millis(later), nothing_goes));
+            assert!(room.is_short() && !room.has(one(10), now + Duration::from_millis(later), nothing_goes));
         }
         assert_eq!(disk.asked.load(Ordering::SeqCst), 20);
     }
@@ -200,12 +275,12 @@ mod tests {
         let (room, disk) = room(Small { kept: 5, ..with(9) });
         let now = Instant::now();
         room.refused(10, now);
-        assert!(!room.has(10, now, nothing_goes));
+        assert!(!room.has(one(10), now, nothing_goes));
 
         disk.free.store(14, Ordering::SeqCst);
-        assert!(!room.has(10, now, nothing_goes), "not enough");
+        assert!(!room.has(one(10), now, nothing_goes), "not enough");
         disk.free.store(15, Ordering::SeqCst);
-        assert!(room.has(10, now, nothing_goes));
+        assert!(room.has(one(10), now, nothing_goes));
         room.written(10);
 
         assert!(!room.is_short());
@@ -216,13 +291,13 @@ mod tests {
         let (room, _) = room(with(5));
         let now = Instant::now();
         room.refused(10, now);
-        assert!(!room.has(10, now, nothing_goes));
+        assert!(!room.has(one(10), now, nothing_goes));
 
-        assert!(room.has(5, now, nothing_goes));
+        assert!(room.has(one(5), now, nothing_goes));
         room.written(5);
 
-        assert!(room.is_short() && !room.has(10, now, nothing_goes), "which says nothing of what is longer");
-        assert!(!room.has(6, now, nothing_goes) && !room.has(6, now, || unreachable!("just asked")));
+        assert!(room.is_short() && !room.has(one(10), now, nothing_goes), "which says nothing of what is longer");
+        assert!(!room.has(one(6), now, nothing_goes) && !room.has(one(6), now, || unreachable!("just asked")));
     }
 
     #[test]
@@ -235,7 +310,7 @@ mod tests {
             disk.free.store(64, Ordering::SeqCst);
             true
         };
-        assert!(room.has(10, now, goes));
+        assert!(room.has(one(10), now, goes));
         assert!(room.is_short(), "until something is written");
     }
 
@@ -245,13 +320,121 @@ mod tests {
         let now = Instant::now();
         room.refused(10, now);
         room.refused(10, now);
-        assert!(room.has(10, now, nothing_goes), "both had begun before anything was known");
+        assert!(room.has(one(10), now, nothing_goes), "both had begun before anything was known");
 
         room.refused(10, now);
         room.refused(10, now);
         disk.free.store(2000, Ordering::SeqCst);
-        assert!(!room.has(10, now + DOUBT - BELIEF, nothing_goes), "however many had been let through");
-        assert!(room.has(10, now + DOUBT, nothing_goes));
+        assert!(!room.has(one(10), now + DOUBT - BELIEF, nothing_goes), "however many had been let through");
+        assert!(room.has(one(10), now + DOUBT, nothing_goes));
+    }
+
+    #[test]
+    fn no_room_for_many_units_is_over_when_one_is_written() {
+        let (room, _) = room(with(25));
+        let now = Instant::now();
+        room.refused(10, now);
+
+        assert!(!room.has(Need::of([10; 4]), now, nothing_goes) && room.has(one(10), now, nothing_goes));
+        room.written(10);
+
+        assert!(!room.is_short());
+    }
+
+    #[test]
+    fn with_room_for_what_was_refused_it_need_not_come_again() {
+        let (room, disk) = room(with(0));
+        let now = Instant::now();
+        room.refused(1000, now);
+        assert!(!room.has(one(1000), now, nothing_goes));
+        disk.free.store(999, Ordering::SeqCst);
+        assert!(room.has(one(5), now + BELIEF, nothing_goes));
+        room.written(5);
+        assert!(room.is_short());
+
+        disk.free.store(1000, Ordering::SeqCst);
+        assert!(room.has(one(5), now + BELIEF, nothing_goes));
+        room.written(5);
+
+        assert!(!room.is_short());
+    }
+
+    #[test]
+    fn a_refusal_is_forgotten_after_a_while_where_there_is_room() {
+        let (room, _) = room(with(500));
+        let now = Instant::now();
+        room.refused(1000, now);
+        let later = now + MEMORY / 2;
+        assert!(!room.has(one(1000), later, nothing_goes));
+
+        assert!(room.has(one(5), later + MEMORY - BELIEF, nothing_goes) && room.is_short(), "the disk said it again");
+        assert!(!room.has(one(501), later + MEMORY, nothing_goes), "and again");
+        assert!(room.has(one(5), later + MEMORY, nothing_goes) && room.is_short());
+        assert!(room.has(one(5), later + 2 * MEMORY, nothing_goes) && !room.is_short());
+    }
+
+    #[test]
+    fn what_was_promised_to_two_is_no_reason_for_doubt() {
+        let (room, disk) = room(with(10));
+        let now = Instant::now();
+        room.refused(10, now);
+        assert!(room.has(one(10), now, nothing_goes) && room.has(one(10), now, nothing_goes));
+
+        disk.free.store(0, Ordering::SeqCst);
+        room.written(10);
+        room.refused(10, now);
+        assert!(room.has(one(10), now, || {
+            disk.free.store(10, Ordering::SeqCst);
+            true
+        }));
+        disk.free.store(0, Ordering::SeqCst);
+        room.refused(10, now);
+        disk.free.store(10, Ordering::SeqCst);
+
+        assert!(room.has(one(10), now, nothing_goes));
+    }
+
+    /// Occupies all that there is while it is asked.
+    struct Probe(Arc<AtomicBool>);
+
+    impl Gauge for Probe {
+        fn has_room(&self, _: Need) -> bool {
+            self.0.store(true, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(20));
+            self.0.store(false, Ordering::SeqCst);
+            true
+        }
+
+        fn free(&self) -> u64 {
+            0
+        }
+    }
+
+    #[test]
+    fn who_writes_undisturbed_never_meets_who_asks() {
+        let (room, taken) = (Room::default(), Arc::<AtomicBool>::default());
+        room.ask(Box::new(Probe(Arc::clone(&taken))));
+        room.refused(10, Instant::now());
+        std::thread::scope(|scope| {
+            let asking = scope.spawn(|| (0..4).all(|_| room.has(one(10), Instant::now(), nothing_goes)));
+            while !asking.is_finished() {
+                assert!(!room.undisturbed(|| taken.load(Ordering::SeqCst)));
+            }
+            assert!(asking.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn what_needs_no_room_is_tried_unless_a_write_was_refused_lately() {
+        let (room, _) = room(with(0));
+        let now = Instant::now();
+        assert!(room.may_try(now));
+        room.refused(10, now);
+        assert!(!room.has(one(10), now + DOUBT / 2, nothing_goes), "which is only said");
+
+        assert!(!room.may_try(now + DOUBT / 2) && room.may_try(now + DOUBT));
+        room.refused(10, now + DOUBT);
+        assert!(!room.may_try(now + DOUBT + BELIEF));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::engine::StoreOptions;
-use super::room::Room;
+use super::room::{Need, Room};
 
 /// Called once with whether there is room under the limit.
 type Parked = Box<dyn FnOnce(bool) + Send>;
@@ -155,10 +155,10 @@ impl Space {
         state.freed > freed
     }
 
-    /// Whether `bytes` can be written, as far as can be told beforehand. Waits for the disk and for the evictor if a
+    /// Whether `need` can be written, as far as can be told beforehand. Waits for the disk and for the evictor if a
     /// write was refused before.
-    pub(super) fn has_room(&self, bytes: u64) -> bool {
-        self.room.has(bytes, Instant::now(), || self.make_room(bytes))
+    pub(super) fn has_room(&self, need: Need) -> bool {
+        self.room.has(need, Instant::now(), || self.make_room(need.bytes))
     }
 
     /// `thread` is the evictor from now on.

@@ -1,6 +1,8 @@
 //! One ranged read: which units it brings, who waits for them, and how it comes apart.
 
+use std::fs::File;
 use std::ops::RangeInclusive;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +14,7 @@ use super::inflight::Lead;
 use super::users::Readers;
 use crate::base::{ByteRange, Class, RequestId};
 use crate::blob::{Unit, UnitIndex};
+use crate::sys::files::is_data;
 use crate::telemetry::Telemetry;
 
 /// One ranged read and the duty to finish the units it brings.
@@ -97,6 +100,13 @@ impl Window {
     /// Whether its units can be asked for by more than one read.
     pub(super) fn is_divisible(&self) -> bool {
         self.units.iter().any(|led| led.unit.stored != self.stored)
+    }
+
+    /// Whether the file of the device has blocks where its units go, as far as can be told. Asks the disk. They may be
+    /// shared with another file, so that writing there takes room all the same.
+    pub(super) fn has_blocks(&self) -> bool {
+        let has = |file: &File| self.units.iter().all(|led| is_data(file.as_fd(), led.unit.blocks()).unwrap_or(false));
+        self.core.ledger.file().is_some_and(has)
     }
 
     pub(super) fn span(&self) -> RangeInclusive<UnitIndex> {

@@ -69,6 +69,15 @@ pub fn data_ranges(file: BorrowedFd<'_>, len: u64) -> io::Result<Vec<ByteRange>>
     Ok(ranges)
 }
 
+/// Whether all of `range` of a file is data, none of it a hole, as far as the file system tells them apart.
+///
+/// Moves the position of the file; users of this function write by offset only.
+pub fn is_data(file: BorrowedFd<'_>, range: ByteRange) -> io::Result<bool> {
+    let begins = seek(file, range.start(), libc::SEEK_DATA)? == Some(range.start());
+    Ok(range.is_empty()
+        || begins && seek(file, range.start(), libc::SEEK_HOLE)?.is_some_and(|hole| hole >= range.end()))
+}
+
 fn seek(file: BorrowedFd<'_>, at: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
     let at = i64::try_from(at).map_err(io::Error::other)?;
     // SAFETY: plain numbers in and out; the descriptor is open because it is borrowed.
@@ -147,22 +156,27 @@ pub fn clone_range(from: BorrowedFd<'_>, range: ByteRange, to: BorrowedFd<'_>, a
     }
 }
 
-/// Whether `bytes` more can be written below `dir` now, by the limits that this process is under. They are allocated for
-/// a file without a name, which is gone when this returns. Where the file system allocates nothing beforehand, by what it
-/// says is free.
-pub fn has_room(dir: &Path, bytes: u64) -> io::Result<bool> {
+/// Whether `bytes` more can be written below `dir` now, by what the file system says is free, and by the limits that this
+/// process is under, which only trying tells: so many bytes as are `tried` are allocated for a file without a name, which
+/// is gone when this returns. Others do without them for that moment, so nothing is allocated where what is free cannot
+/// be enough, and nothing on file systems that allocate nothing beforehand.
+pub fn has_room(dir: &Path, bytes: u64, tried: u64) -> io::Result<bool> {
     use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open, statvfs};
+    let stat = statvfs(dir)?;
+    // A tmpfs without a limit has no size.
+    let says = |blocks: u64| stat.f_blocks == 0 || blocks.saturating_mul(stat.f_frsize) >= bytes;
+    // What is kept for the superuser may be for us; what is not tried does not count on it.
+    if !says(if tried < bytes { stat.f_bavail } else { stat.f_bfree }) {
+        return Ok(false);
+    }
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let allocated = open(dir, flags, Mode::RUSR | Mode::WUSR)
-        .map(|file| rustix::io::retry_on_intr(|| fallocate(&file, FallocateFlags::empty(), 0, bytes)));
+        .map(|file| rustix::io::retry_on_intr(|| fallocate(&file, FallocateFlags::empty(), 0, tried)));
     match allocated {
         Ok(Ok(())) => Ok(true),
         Ok(Err(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT)) => Ok(false),
         // Also where there is no room for an inode, which data does not need.
-        Ok(Err(_)) | Err(_) => {
-            let stat = statvfs(dir)?;
-            Ok(stat.f_bavail.saturating_mul(stat.f_frsize) >= bytes)
-        }
+        Ok(Err(_)) | Err(_) => Ok(says(stat.f_bavail)),
     }
 }
 
@@ -238,5 +252,22 @@ mod tests {
 
         assert_eq!(ranges, [ByteRange::at(65536, 4096).unwrap(), ByteRange::at(262_144, 8192).unwrap()]);
         assert_eq!(data_ranges(file.as_fd(), 4096).unwrap(), []);
+        let is_data = |at, len| is_data(file.as_fd(), ByteRange::at(at, len).unwrap()).unwrap();
+        assert!(is_data(262_144, 8192) && is_data(266_240, 4096) && !is_data(262_144, 8193) && !is_data(258_048, 8192));
+        assert!(!is_data(0, 4096) && !is_data(2 << 20, 1));
+    }
+
+    #[test]
+    fn room_is_what_the_file_system_says_and_no_more_is_tried_than_was_said() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let stat = rustix::fs::statvfs(dir.path()).unwrap();
+        let (size, page) = (stat.f_blocks * stat.f_frsize, 4096);
+        if stat.f_bavail * stat.f_frsize < 64 * page {
+            return eprintln!("SKIPPED: the disk is full");
+        }
+        assert!(has_room(dir.path(), page, page).unwrap());
+        assert!(has_room(dir.path(), 2 * page, page).unwrap());
+        assert!(!has_room(dir.path(), size + page, page).unwrap(), "although a page can be allocated");
+        assert!(!has_room(dir.path(), size + page, size + page).unwrap());
     }
 }

@@ -328,7 +328,7 @@ impl Model {
 }
 
 impl Disk for Model {
-    fn has_room(&self, _: &Path, _: u64) -> io::Result<bool> {
+    fn has_room(&self, _: &Path, _: u64, _: u64) -> io::Result<bool> {
         Ok(!self.alive()?.is_full())
     }
 
