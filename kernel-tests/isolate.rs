@@ -39,6 +39,9 @@ pub(crate) fn time_for_long_run(in_guest: bool) -> Duration {
 /// Variables that ask for more rounds than the tests of every day have. The guest gets them too.
 pub(crate) const LONG_RUN: [&str; 3] = ["RAFSD_KILLS", "RAFSD_MOUNTS", "RAFSD_READS"];
 
+/// How long a process may take to end after the last that was heard of it: its sockets are closed before it has gone.
+const ENDING: Duration = Duration::from_millis(500);
+
 /// How long a killed process may take to disappear before it counts as stuck in the kernel.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(10);
@@ -151,8 +154,12 @@ fn complaint(status: ExitStatus) -> Option<String> {
 }
 
 /// Kills and reaps every child of this process, and the orphans that become its children by that;
-/// returns those that were alive as `name (pid)`.
+/// returns those that were alive, and not about to end, as `name (pid)`.
 fn kill_children() -> anyhow::Result<Vec<String>> {
+    let until = Instant::now() + ENDING;
+    while Instant::now() < until && !children()?.is_empty() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
     let deadline = Instant::now() + KILL_PATIENCE;
     let mut killed = Vec::new();
     let mut last = 0;
