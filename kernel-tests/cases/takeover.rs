@@ -115,6 +115,24 @@ impl<'a> Siege<'a> {
         self.ensure_well()
     }
 
+    /// Stops them unless `is_dead` says meanwhile that the daemon they may wait for has gone; then they read on. Tells
+    /// whether they have stopped.
+    fn stop_readers_unless(&mut self, is_dead: impl Fn() -> bool) -> anyhow::Result<bool> {
+        self.watch.stop.store(true, Ordering::Relaxed);
+        while !self.readers.iter().all(JoinHandle::is_finished) {
+            if is_dead() {
+                self.watch.stop.store(false, Ordering::Relaxed);
+                let before = self.readers.len();
+                self.readers.retain(|reader| !reader.is_finished());
+                self.start_readers(before - self.readers.len());
+                return Ok(false);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.stop_readers()?;
+        Ok(true)
+    }
+
     fn ensure_well(&self) -> Outcome {
         if let Some(wrong) = &*self.watch.wrong.lock().unwrap() {
             anyhow::bail!("a wrong byte was read: {wrong}");
@@ -149,11 +167,18 @@ impl<'a> Siege<'a> {
 
     /// Begins anew with an empty cache when little is missing any more.
     fn renew_if_warm(&mut self, daemon: &[&str]) -> Outcome {
+        self.renew_if_warm_unless(daemon, || false)
+    }
+
+    /// The same while the daemon may be killed, which `is_dead` tells.
+    fn renew_if_warm_unless(&mut self, daemon: &[&str], is_dead: impl Fn() -> bool) -> Outcome {
         if self.missing()? > 30 {
             return Ok(());
         }
         let readers = self.readers.len();
-        self.stop_readers()?;
+        if !self.stop_readers_unless(is_dead)? {
+            return Ok(());
+        }
         self.fixture.umount(&self.mount)?;
         self.fixture.stop()?;
         self.caches += 1;
@@ -290,7 +315,7 @@ fn kill_at_each_step(ctx: &Ctx, mut siege: Siege<'_>, takeover: &[&str]) -> Outc
         let until = Instant::now() + Duration::from_secs(30);
         while token.exists() {
             ensure!(Instant::now() < until, "no daemon ever reached {step}: {}", siege.fixture.log());
-            siege.renew_if_warm(&[]).ok();
+            siege.renew_if_warm_unless(&[], || !token.exists()).ok();
             std::thread::sleep(Duration::from_millis(2));
         }
         siege.fixture.forget_daemon()?;
