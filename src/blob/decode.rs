@@ -99,7 +99,7 @@ impl Decoder {
         if stored.len() as u64 != unit.stored.len() {
             return Err(DecodeError::StoredLength { got: stored.len(), want: unit.stored.len() });
         }
-        if unit.check == Check::Unknown {
+        if !unit.is_checkable() {
             return Err(DecodeError::Unverifiable);
         }
         let plain_len = usize::try_from(unit.decoded.len()).expect("a unit has at most 16 MiB");

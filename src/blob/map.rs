@@ -326,7 +326,7 @@ impl UnitMap {
     /// How many units can be checked, and how many plain bytes they have together.
     pub fn checkable(&self) -> (UnitIndex, u64) {
         let compute = || {
-            let checkable = self.units.iter().filter(|unit| unit.check != Check::Unknown);
+            let checkable = self.units.iter().filter(|unit| unit.is_checkable());
             checkable.fold((0, 0), |(count, bytes), unit| (count + 1, bytes + unit.decoded.len()))
         };
         *self.checkable.0.get_or_init(compute)

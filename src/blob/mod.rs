@@ -91,6 +91,11 @@ impl Unit {
         self.decoded.is_empty()
     }
 
+    /// Whether what comes for it can be told from anything else. Else it never comes.
+    pub fn is_checkable(&self) -> bool {
+        self.check != Check::Unknown
+    }
+
     /// How many plain bytes the stored range holds.
     pub fn whole_len(&self) -> u64 {
         self.part.map_or(self.decoded.len(), |part| part.whole.into())

@@ -79,7 +79,7 @@ pub(super) struct Shelved {
 
 impl Shelved {
     fn needed(&self) -> u32 {
-        u32::try_from(self.map.units().iter().filter(|unit| is_needed(unit)).count()).unwrap_or(u32::MAX)
+        self.map.checkable().0
     }
 
     fn present(&self) -> u32 {

@@ -88,7 +88,7 @@ pub use victims::{LotKind, Wanted};
 use std::sync::Arc;
 
 use crate::base::{BlobId, ByteRange, Class, Fault, RequestId};
-use crate::blob::{Check, DecodeError, Unit, UnitIndex};
+use crate::blob::{DecodeError, Unit, UnitIndex};
 use crate::source::SourceError;
 
 /// Called exactly once, on a pool thread or before `fill` returns; must not block.
@@ -127,7 +127,7 @@ pub fn fill_blocking(device: &dyn Fill, decoded: ByteRange) -> Result<(), FillEr
 
 /// Whether anything can ever make this unit present.
 fn is_needed(unit: &Unit) -> bool {
-    unit.check != Check::Unknown
+    unit.is_checkable()
 }
 
 /// Why a range could not be made present.

@@ -190,9 +190,7 @@ impl Room {
         }
         has
     }
-}
 
-impl Room {
     /// Whether what seems to need no room may be written whatever the disk says, because no write was refused lately.
     pub(super) fn may_try(&self, now: Instant) -> bool {
         self.refusal.lock().unwrap().is_none_or(|known| now.saturating_duration_since(known.refused) >= DOUBT)

@@ -1,24 +1,15 @@
 //! Programs that know credentials: started, told something, heard, within bounds.
 
 use std::fmt;
-use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
-
 use super::environment;
+use crate::sys::programs;
+pub use crate::sys::programs::ProgramError;
 use crate::sys::sandbox::Sandbox;
-use crate::sys::service;
-
-/// Most bytes of an answer.
-const MOST_OUTPUT: u64 = 1 << 20;
 
 /// What a program said.
 #[derive(Clone, PartialEq, Eq)]
@@ -33,17 +24,6 @@ impl fmt::Debug for Output {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Output").field("status", &self.status).finish_non_exhaustive()
     }
-}
-
-/// Why a program said nothing.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ProgramError {
-    #[error("it cannot be started ({0})")]
-    Start(String),
-    #[error("it has not ended within {} s", .0.as_secs())]
-    Time(Duration),
-    #[error("it says more than 1 MiB")]
-    Output,
 }
 
 /// Runs programs. The daemon is confined and cannot; what it gives is the way out.
@@ -90,55 +70,15 @@ fn run(
     env: &[(String, String)],
     limit: Duration,
 ) -> Result<Output, ProgramError> {
-    let cannot = |error: io::Error| ProgramError::Start(error.to_string());
     let mut command = Command::new(program);
     command.args(args).envs(env.iter().map(|(name, value)| (name, value)));
-    // The service manager means the daemon, and credentials for one place are not for another.
-    for name in service::VARIABLES.iter().chain(environment::VARIABLES) {
+    // Credentials for one place are not for another. What it says for people may be secret.
+    for name in environment::VARIABLES {
         command.env_remove(name);
     }
-    // A group of its own, so that all of it can be ended. What it says for people may be secret.
-    command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = command.spawn().map_err(cannot)?;
-    let group = i32::try_from(child.id()).map(Pid::from_raw);
-    let stdin = stdin.to_vec();
-    let (tell, told) = channel();
-    let listener = thread::Builder::new().name("credentials".into()).spawn(move || {
-        // Nobody listens any more only when the caller has panicked.
-        let _ = tell.send(converse(&mut child, &stdin));
-    });
-    let listener = listener.map_err(cannot)?;
-    match told.recv_timeout(limit) {
-        Err(RecvTimeoutError::Timeout) => {
-            if let Ok(group) = group {
-                // Gone is as good as killed.
-                let _ = killpg(group, Signal::SIGKILL);
-            }
-            // Not waited for: something that left the group may keep the pipe open.
-            drop(listener);
-            Err(ProgramError::Time(limit))
-        }
-        outcome => outcome.unwrap_or_else(|_| Err(ProgramError::Start("nobody listens to it".to_owned()))),
-    }
-}
-
-/// Says `stdin`, hears everything, waits for the end.
-fn converse(child: &mut Child, stdin: &[u8]) -> Result<Output, ProgramError> {
-    if let Some(mut pipe) = child.stdin.take() {
-        // A program need not listen. What is written fits into the pipe or is read.
-        let _ = pipe.write_all(stdin);
-    }
-    let mut stdout = Vec::new();
-    if let Some(pipe) = child.stdout.take() {
-        // What has come until an error is judged as it is.
-        let _ = pipe.take(MOST_OUTPUT + 1).read_to_end(&mut stdout);
-    }
-    // Whoever says too much gets SIGPIPE now that the pipe is closed.
-    let status = child.wait().map_err(|error| ProgramError::Start(error.to_string()))?;
-    if stdout.len() as u64 > MOST_OUTPUT {
-        return Err(ProgramError::Output);
-    }
-    Ok(Output { status: status.code(), stdout })
+    command.stderr(Stdio::null());
+    let said = programs::run(command, stdin, limit)?;
+    Ok(Output { status: said.status.code(), stdout: said.stdout })
 }
 
 /// Whether `name` may be part of the name of a program: no path, no option, nothing a shell would heed.

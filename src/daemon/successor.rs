@@ -2,17 +2,12 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
-use std::sync::mpsc::channel;
-use std::thread;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
-
 use super::DaemonError;
+use crate::sys::programs::{self, ProgramError, Said};
 
 /// What has `rafsd serve` look at its settings and do nothing.
 pub const ONLY_CHECK: &str = "--only-check";
@@ -40,28 +35,17 @@ pub(super) fn try_out(program: &Path, arguments: &[OsString]) -> Result<(), Daem
 }
 
 /// Runs a program of which little is known, for `patience` at most.
-fn run(program: &Path, words: &[OsString], patience: Duration) -> io::Result<Output> {
+fn run(program: &Path, words: &[OsString], patience: Duration) -> io::Result<Said> {
     let mut command = Command::new(program);
-    // A group of its own, so that all of it can be ended.
-    command.args(words).process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = command.spawn()?;
-    let group = i32::try_from(child.id()).map(Pid::from_raw);
-    let (tell, told) = channel();
-    thread::Builder::new().name("successor".to_owned()).spawn(move || {
-        // Whoever asked may wait no longer.
-        let _ = tell.send(child.wait_with_output());
-    })?;
-    told.recv_timeout(patience).unwrap_or_else(|_| {
-        if let Ok(group) = group {
-            // Gone is as good as killed.
-            let _ = killpg(group, Signal::SIGKILL);
-        }
-        Err(io::Error::new(io::ErrorKind::TimedOut, format!("it has not ended within {} s", patience.as_secs_f64())))
+    command.args(words).stderr(Stdio::piped());
+    programs::run(command, b"", patience).map_err(|error| match error {
+        ProgramError::Time(_) => io::Error::new(io::ErrorKind::TimedOut, error),
+        error => io::Error::other(error),
     })
 }
 
 /// How a program ended that failed, and what it said about that, in one line.
-fn told(said: &Output) -> String {
+fn told(said: &Said) -> String {
     let text = String::from_utf8_lossy(&said.stderr);
     let lines = text.lines().map(|line| line.trim().trim_start_matches("rafsd: ")).filter(|line| !line.is_empty());
     let words: String = lines.collect::<Vec<_>>().join("; ").chars().take(MOST_WORDS).collect();
@@ -91,6 +75,8 @@ mod tests {
             ("#!/bin/sh\nexit 1\n", "but: exit status: 1"),
             ("#!/bin/sh\necho hello\n", "but: something else"),
             ("#!/bin/sh\necho cannot load libx.so >&2\nexit 127\n", "but: cannot load libx.so"),
+            ("#!/bin/sh\nexec yes\n", "it says more than 1 MiB"),
+            ("#!/bin/sh\nexec yes >&2\n", "it says more than 1 MiB"),
             ("#!/nowhere/sh\n", "No such file or directory"),
             ("\u{7f}", "Exec format error"),
             (

@@ -112,12 +112,7 @@ fn missing(name: &'static str, detail: String, remedy: &'static str) -> Finding 
 /// The same for what failed for this reason. Without descriptors nothing works, and nothing is known.
 fn failed(name: &'static str, error: &(dyn Error + 'static), remedy: &'static str) -> Finding {
     let is_it = |cause: &(dyn Error + 'static)| cause.downcast_ref::<io::Error>().is_some_and(is_out_of_files);
-    let mut next = Some(error);
-    let mut is_starved = false;
-    while let Some(cause) = next {
-        is_starved |= is_it(cause);
-        next = cause.source();
-    }
+    let is_starved = std::iter::successors(Some(error), |&error| error.source()).any(is_it);
     missing(name, Chain(error).to_string(), if is_starved { MORE_FILES } else { remedy })
 }
 

@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use crate::base::{BLOCK, BlobId, ByteRange};
-use crate::blob::{Check, UnitMap};
+use crate::blob::{Unit, UnitMap};
 use crate::image::{Image, ImageError, Kind};
 
 /// Why an image is not safe in the hands of the kernel.
@@ -57,7 +57,7 @@ pub fn ensure_checkable(image: &Image, maps: &[UnitMap]) -> Result<(), ReachErro
         let mut visit = |device: usize, decoded: ByteRange| {
             let units = maps[device].covering(decoded);
             budget = budget.saturating_sub(units.as_ref().map_or(1, |units| u64::from(units.end - units.start)));
-            let is_known = |index| maps[device].get(index).is_some_and(|unit| unit.check != Check::Unknown);
+            let is_known = |index| maps[device].get(index).is_some_and(Unit::is_checkable);
             if !units.is_some_and(|mut units| units.all(is_known)) {
                 uncheckable.get_or_insert((device, decoded));
             }

@@ -25,6 +25,7 @@ pub mod mmap;
 pub mod mount;
 pub mod newdirs;
 pub mod process;
+pub mod programs;
 pub mod requestlog;
 pub mod sandbox;
 pub mod service;

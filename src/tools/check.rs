@@ -12,7 +12,7 @@ use serde::Serialize;
 use tokio::runtime::Handle;
 
 use crate::base::{BLOCK, BlobId, ByteRange, Chain, Class};
-use crate::blob::{BlobKind, BlobTables, Check, TablesError, Unit};
+use crate::blob::{BlobKind, BlobTables, TablesError, Unit};
 use crate::build::Progress;
 use crate::image::check::{self, Code};
 use crate::image::{Device, Image};
@@ -134,7 +134,7 @@ pub fn check(
 /// The units of a blob that somebody promises something about, with their numbers, in the order in
 /// which they are stored. Of a plain tar layer these are all: its name is the promise.
 fn promised(mapped: &Mapped) -> Vec<(usize, &Unit)> {
-    let is_promised = |unit: &Unit| mapped.kind == BlobKind::Tarfs || unit.check != Check::Unknown;
+    let is_promised = |unit: &Unit| mapped.kind == BlobKind::Tarfs || unit.is_checkable();
     let mut units: Vec<_> = mapped.map.units().iter().enumerate().filter(|(_, unit)| is_promised(unit)).collect();
     units.sort_by_key(|(_, unit)| (unit.stored.start(), unit.stored.end()));
     units

@@ -34,8 +34,15 @@ pub(super) struct Absence {
     child: Option<Pid>,
     /// Whether a daemon was missed before, since one last served for a while.
     is_known: bool,
-    /// Whether the daemon that has gone left of its own will, or had served for a while.
-    had_stayed: bool,
+}
+
+/// How a daemon has gone.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gone {
+    /// It did not say so beforehand.
+    pub(super) is_unexpected: bool,
+    /// It did not die of its start.
+    pub(super) had_stayed: bool,
 }
 
 impl Absence {
@@ -53,7 +60,6 @@ impl Absence {
             pause: Duration::ZERO,
             child: None,
             is_known: false,
-            had_stayed: false,
         }
     }
 
@@ -67,8 +73,8 @@ impl Absence {
         self.serving = Some(Instant::now());
     }
 
-    /// The daemon has gone. Tells whether that was unexpected.
-    pub(super) fn begin(&mut self) -> bool {
+    /// The daemon has gone.
+    pub(super) fn begin(&mut self) -> Gone {
         let now = Instant::now();
         let parting = self.parting.take();
         let is_settled = self.attached.elapsed() >= SETTLED;
@@ -79,19 +85,14 @@ impl Absence {
         };
         // One that died of its start has served nobody: the readers who waited for it wait on.
         let has_served = self.serving.take().is_some_and(|since| since.elapsed() >= SERVED);
-        self.had_stayed = parting.is_some() || has_served || is_settled;
-        if self.had_stayed || !self.is_known {
+        let had_stayed = parting.is_some() || has_served || is_settled;
+        if had_stayed || !self.is_known {
             self.since = now;
         }
         self.is_known = true;
         self.next_attempt = now + self.pause;
         self.wants_successor = parting.unwrap_or(true) && self.starts_daemons;
-        parting.is_none()
-    }
-
-    /// Whether the daemon that has gone did not die of its start.
-    pub(super) fn had_stayed(&self) -> bool {
-        self.had_stayed
+        Gone { is_unexpected: parting.is_none(), had_stayed }
     }
 
     /// Another daemon has come.
@@ -142,16 +143,16 @@ mod tests {
     fn a_pause_doubles_once_for_each_start_and_a_farewell_needs_none() {
         let mut absence = Absence::new(true);
         for pause in [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000] {
-            assert!(absence.begin());
+            assert!(absence.begin().is_unexpected);
             assert_eq!(absence.pause, Duration::from_millis(pause));
             absence.note_start(None);
             absence.end();
         }
         absence.expect(true);
-        assert!(!absence.begin() && absence.wants_successor() && absence.is_time_to_start());
+        assert!(!absence.begin().is_unexpected && absence.wants_successor() && absence.is_time_to_start());
         absence.end();
         absence.expect(false);
-        assert!(!absence.begin() && !absence.wants_successor() && !absence.is_time_to_start());
+        assert!(!absence.begin().is_unexpected && !absence.wants_successor() && !absence.is_time_to_start());
     }
 
     #[test]
@@ -161,19 +162,17 @@ mod tests {
         let since = absence.since;
         absence.end();
         absence.note_service();
-        absence.begin();
+        assert!(!absence.begin().had_stayed);
         assert_eq!(absence.since, since, "it served too short");
-        assert!(!absence.had_stayed());
         absence.end();
         absence.serving = Instant::now().checked_sub(SERVED);
-        absence.begin();
+        assert!(absence.begin().had_stayed);
         assert_ne!(absence.since, since);
-        assert!(absence.had_stayed());
     }
 
     #[test]
     fn a_keeper_that_starts_nobody_never_wants_to() {
         let mut absence = Absence::new(false);
-        assert!(absence.begin() && !absence.wants_successor() && !absence.is_time_to_start());
+        assert!(absence.begin().is_unexpected && !absence.wants_successor() && !absence.is_time_to_start());
     }
 }

@@ -242,11 +242,11 @@ impl Post {
     }
 
     fn note_absence(&mut self) {
-        let unexpected = self.absence.begin();
-        if self.absence.had_stayed() {
+        let gone = self.absence.begin();
+        if gone.had_stayed {
             self.choice.note_service();
         }
-        if unexpected && self.orders.rank == 0 && self.door.listener().is_some() {
+        if gone.is_unexpected && self.orders.rank == 0 && self.door.listener().is_some() {
             let successor = self.absence.wants_successor();
             self.log.error(format_args!("the daemon vanished; readers of its mounts wait successor={successor}"));
         }

@@ -16,7 +16,6 @@ use self::placement::Placement;
 use super::output::{OutputFile, is_same_place};
 use super::sparse::SparseWriter;
 use crate::base::BLOCK;
-use crate::blob::Check;
 use crate::build::Progress;
 use crate::format::rafs::DEVICE_TABLE_OFFSET;
 use crate::image::ImageError;
@@ -152,7 +151,7 @@ fn write_devices(
 ) -> Result<u64, ExportError> {
     let wanted = || {
         files.maps().iter().enumerate().flat_map(|(device, map)| {
-            let known = map.units().iter().zip(0..).filter(|(unit, _)| unit.check != Check::Unknown);
+            let known = map.units().iter().zip(0..).filter(|(unit, _)| unit.is_checkable());
             known.map(move |(unit, index)| (UnitRef { device, index }, unit))
         })
     };
