@@ -8,6 +8,7 @@ use reqwest::header::{HeaderMap, HeaderValue, RANGE};
 use reqwest::{Method, Url};
 
 use super::answer::{self, Answer, ContentRange};
+use super::body::Body;
 use super::{BoxFuture, Failure, OpenError, ReadCtx, SourceError, Upstream};
 use crate::base::{BlobId, ByteRange, Fault};
 use crate::net::{Ask, Clock, Endpoint, EndpointOptions, Reply, SendError, without_secrets};
@@ -100,17 +101,11 @@ impl HttpUpstream {
         take: &mut (dyn FnMut(Bytes) + Send),
     ) -> Result<(), Failure> {
         let mut reply = self.ranged(blob, stored, ctx).await?;
-        let (asked, mut left) = (stored.len(), stored.len());
+        let mut body = Body::of(stored);
         while let Some(piece) = reply.chunk(ctx.deadline).await.map_err(|error| self.transport(blob, stored, error))? {
-            left = left
-                .checked_sub(piece.len() as u64)
-                .ok_or_else(|| self.improper(format!("it sent more than the {asked} bytes asked for")))?;
-            take(piece);
+            body.piece(piece, take).map_err(|error| self.improper(error.to_string()))?;
         }
-        match left {
-            0 => Ok(()),
-            _ => Err(self.unavailable(blob, format!("it sent {} of {asked} bytes", asked - left))),
-        }
+        body.end(take).map_err(|error| self.unavailable(blob, error.to_string()))
     }
 
     /// An answer that has `stored` as its body, as far as its head tells.

@@ -6,6 +6,7 @@
 mod absent;
 mod aligned;
 mod answer;
+mod body;
 mod counted;
 mod hedges;
 mod http;

@@ -203,6 +203,8 @@ impl Tiers {
                 rest = ByteRange::new(behind.min(rest.end()), rest.end()).unwrap_or(rest);
                 match asked {
                     Ok(()) => return Ok(()),
+                    // It failed behind the last byte: nobody is asked for nothing.
+                    Err(_) if rest.is_empty() => return Ok(()),
                     Err(failure) => round.failed(&mut patience, at, failure),
                 }
             }

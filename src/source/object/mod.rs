@@ -28,6 +28,7 @@ pub use self::place::BadPlace;
 use self::place::Place;
 use self::transport::{Head, Seen};
 use super::answer::{self, Answer};
+use super::body::Body;
 use super::{BoxFuture, Failure, OpenError, ReadCtx, SourceError, Upstream};
 use crate::base::{BlobId, ByteRange, TimeSpan};
 use crate::net::{ClientOptions, Clock, HostLimits, HostPace, Passage, SendError};
@@ -173,24 +174,14 @@ impl ObjectUpstream {
             Answer::Range => {}
             other => return Err(self.judged(blob, stored, other)),
         }
-        let mut body = result.into_stream();
-        let mut left = stored.len();
-        while let Some(piece) = self.patiently(blob, std::future::poll_fn(|cx| body.as_mut().poll_next(cx))).await? {
+        let (mut pieces, mut body) = (result.into_stream(), Body::of(stored));
+        while let Some(piece) = self.patiently(blob, std::future::poll_fn(|cx| pieces.as_mut().poll_next(cx))).await? {
             let piece = piece.map_err(|error| self.failure(blob, stored, &error, None))?;
-            let Some(rest) = left.checked_sub(piece.len() as u64) else {
-                return Err(self.improper(format!("it sent more than the {} bytes of {stored}", stored.len())));
-            };
-            left = rest;
             let paid = passage.pay(piece.len() as u64, ctx.deadline).await;
             paid.map_err(|error| self.kept_waiting(blob, stored, &error))?;
-            if !piece.is_empty() {
-                take(piece);
-            }
+            body.piece(piece, take).map_err(|error| self.improper(error.to_string()))?;
         }
-        if left > 0 {
-            return Err(self.unavailable(blob, format!("the answer ended {left} bytes early")));
-        }
-        Ok(())
+        body.end(take).map_err(|error| self.unavailable(blob, error.to_string()))
     }
 
     async fn measure(&self, blob: &BlobId, ctx: ReadCtx) -> Result<u64, Failure> {
