@@ -194,6 +194,30 @@ fn a_keeper_gives_a_successor_what_it_holds_and_allocates_nothing_meanwhile() {
 }
 
 #[test]
+fn a_successor_waits_a_while_for_a_daemon_to_be_gone() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let (daemon, thread) = start(dir.path());
+    assert_eq!(ask(&daemon, &word(HOLD, WATCH, [0; 2], 0), Some(&living(dir.path()))), DONE);
+
+    let refused = keeper::inherit(dir.path(), Vec::new()).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::AddrInUse, "it lives: {refused}");
+    let end = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        drop(daemon);
+    });
+    let inherited = keeper::inherit(dir.path(), Vec::new()).unwrap();
+    end.join().unwrap();
+    assert!(inherited.is_some(), "a keeper is there");
+    drop(inherited);
+
+    let successor = attach(dir.path());
+    assert_eq!((hear(&successor).0, hear(&successor).0), (HELD, DONE));
+    assert_eq!(ask(&successor, &word(FINISH, 0, [0; 2], 0), None), DONE);
+    thread.join().unwrap();
+}
+
+#[test]
 fn an_orphan_with_nothing_to_hold_leaves_at_once() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let dir = tempfile::tempdir().unwrap();

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -52,6 +53,9 @@ pub(crate) const CASES: &[Case] = &[
 
 /// Bytes of one chunk: small, so that an image has many to miss.
 const CHUNK: usize = 4096;
+
+/// Who read while a daemon is killed at each step.
+const READERS: usize = 4;
 
 /// An image of many small chunks on a slow server, a daemon, and readers who compare what they read.
 struct Siege<'a> {
@@ -179,11 +183,21 @@ impl<'a> Siege<'a> {
         if !self.stop_readers_unless(is_dead)? {
             return Ok(());
         }
-        self.fixture.umount(&self.mount)?;
+        self.renew(daemon, readers)
+    }
+
+    /// Begins anew with an empty cache and so many readers. Nobody reads now.
+    fn renew(&mut self, daemon: &[&str], readers: usize) -> Outcome {
+        if !self.fixture.list()?.is_empty() {
+            self.fixture.umount(&self.mount)?;
+        }
         self.fixture.stop()?;
         self.caches += 1;
         let cache = self.fixture.ctx.dir.join(format!("cache-{}", self.caches));
-        fs::remove_dir_all(self.fixture.cache())?;
+        fs::remove_dir_all(self.fixture.cache()).or_else(|error| match error.kind() {
+            ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        })?;
         self.fixture.use_cache(&cache);
         self.fixture.start(daemon)?;
         self.mount = self.fixture.mount("mnt")?;
@@ -300,7 +314,7 @@ fn readers_survive_a_kill_at_each_step_there(ctx: &Ctx) -> Outcome {
 fn kill_at_each_step(ctx: &Ctx, mut siege: Siege<'_>, takeover: &[&str]) -> Outcome {
     // Where a confined daemon may remove it.
     let token = siege.fixture.run().join("token");
-    siege.start_readers(4);
+    siege.start_readers(READERS);
     let host_only = ["taken", "written-down", "answered", "adopting", "synced", "flushed"];
     for step in STEPS.iter().chain(takeover) {
         if ctx.in_guest && host_only.contains(step) {
@@ -318,8 +332,12 @@ fn kill_at_each_step(ctx: &Ctx, mut siege: Siege<'_>, takeover: &[&str]) -> Outc
             siege.renew_if_warm_unless(&[], || !token.exists()).ok();
             std::thread::sleep(Duration::from_millis(2));
         }
-        siege.fixture.forget_daemon()?;
+        // One that died while it made room for another has been followed by that.
+        siege.fixture.kill().ok();
         siege.fixture.start(&[]).with_context(|| format!("after a kill at {step}"))?;
+        if siege.readers.is_empty() {
+            siege.renew(&[], READERS).with_context(|| format!("again after a kill at {step}"))?;
+        }
         siege.wait_for_reads(20).with_context(|| format!("after a kill at {step}"))?;
         ensure!(
             siege.errors().is_empty(),

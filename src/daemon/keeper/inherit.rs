@@ -6,12 +6,21 @@ use std::fmt;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::post::socket_path;
 use super::wire::{Kind, Name, Op, Word};
 use super::{End, RANKS, STUCK, bury};
 use crate::sys::journal::{Journal, Outstanding};
 use crate::sys::{fdpass, process};
+
+/// How long a keeper may take to find that the last daemon has gone: the end of that daemon closes its talks one after
+/// the other, and who was told first may have started this process meanwhile.
+const NOTICE: Duration = Duration::from_secs(2);
+
+/// How often it is asked meanwhile.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// What a dead daemon left with its keepers.
 pub struct Inheritance {
@@ -40,7 +49,7 @@ impl fmt::Debug for Inheritance {
 /// `handed` is what a service manager had been given and handed to this process, by label.
 ///
 /// # Errors
-/// `AddrInUse` if the daemon of those keepers lives.
+/// `AddrInUse` if the daemon of those keepers lives, and goes on to.
 pub fn inherit(run: &Path, handed: Vec<(String, OwnedFd)>) -> io::Result<Option<Inheritance>> {
     let named = |(label, fd): (String, OwnedFd)| Some((Name::from_label(&label)?, fd));
     let mut all = Inheritance {
@@ -50,24 +59,19 @@ pub fn inherit(run: &Path, handed: Vec<(String, OwnedFd)>) -> io::Result<Option<
         events: Vec::new(),
         journal: None,
     };
-    let mut stuck = None;
+    let (mut stuck, until) = (None, Instant::now() + NOTICE);
     for rank in 0..RANKS {
-        let socket = match fdpass::connect(&socket_path(run, rank)) {
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => continue,
-            other => other?,
-        };
-        fdpass::set_timeout(socket.as_fd(), Some(STUCK))?;
-        let (pid, _) = fdpass::peer(socket.as_fd())?;
-        let held = match Word::new(Op::Attach).send(&socket, None).and_then(|()| all.receive(&socket)) {
+        let Some((end, held)) = all.ask(run, rank, until)? else { continue };
+        let held = match held {
             // It was killed, and its socket was still there.
             Err(error) if has_gone(&error) => continue,
             Err(error) if error.kind() == ErrorKind::WouldBlock && stuck.is_none() => {
-                stuck = Some((End { socket, pid, child: None }, error));
+                stuck = Some((end, error));
                 continue;
             }
             other => other?,
         };
-        all.ends[rank] = Some(End { socket, pid, child: None });
+        all.ends[rank] = Some(end);
         // The dead daemon may have told one of them something that it did not tell the other.
         let known: Vec<Name> = all.held.keys().copied().filter(|name| !held.contains(name)).collect();
         for name in known {
@@ -103,6 +107,25 @@ fn has_gone(error: &io::Error) -> bool {
 }
 
 impl Inheritance {
+    /// Asks the keeper of `rank`, if there is one, for everything that it has, and until `until` again if it takes the
+    /// last daemon for alive. Gives it, and the names.
+    fn ask(&mut self, run: &Path, rank: usize, until: Instant) -> io::Result<Option<(End, io::Result<Vec<Name>>)>> {
+        loop {
+            let socket = match fdpass::connect(&socket_path(run, rank)) {
+                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
+                other => other?,
+            };
+            fdpass::set_timeout(socket.as_fd(), Some(STUCK))?;
+            let (pid, _) = fdpass::peer(socket.as_fd())?;
+            let held = Word::new(Op::Attach).send(&socket, None).and_then(|()| self.receive(&socket));
+            if held.as_ref().is_err_and(|error| error.kind() == ErrorKind::AddrInUse) && Instant::now() < until {
+                thread::sleep(LOOK);
+                continue;
+            }
+            return Ok(Some((End { socket, pid, child: None }, held)));
+        }
+    }
+
     /// Receives everything from one keeper and gives the names.
     fn receive(&mut self, socket: &OwnedFd) -> io::Result<Vec<Name>> {
         let mut names = Vec::new();
