@@ -2,7 +2,7 @@
 //! name of one that looks something up becomes an entry of a listing.
 
 use rafsd::export::fuse::negotiation::{MAJOR, MINOR, OLDEST_MINOR, Reaction, Wishes, negotiate};
-use rafsd::export::fuse::reply::{HEAD, Listed, Listing, Node, Times, Trust};
+use rafsd::export::fuse::reply::{Listed, Listing, Node, Times, Trust};
 use rafsd::export::fuse::wire::{Question, Request, WireError};
 
 /// The input for requests.
@@ -89,14 +89,14 @@ fn list(name: &[u8], size: usize) {
     };
     let entry = Listed { name, ino: 8, kind: 8, next: 1 };
     for with_nodes in [false, true] {
-        let mut whole = vec![0; HEAD];
-        let mut listing = Listing::new(&mut whole, size);
+        let mut room = vec![0; size];
+        let mut listing = Listing::new(&mut room);
         let mut added = 0_usize;
         while if with_nodes { listing.add_node(Some(&node), &entry) } else { listing.add(&entry) } {
             added += 1;
         }
         let one = (24 + name.len()).next_multiple_of(8) + if with_nodes { 128 } else { 0 };
-        assert_eq!(whole.len() - HEAD, added * one, "no part of an entry is left");
+        assert_eq!(listing.len(), added * one, "no part of an entry is left");
         assert!(added * one <= size && (added + 1) * one > size, "{added} of {one} bytes in {size}");
     }
 }

@@ -28,9 +28,6 @@ use crate::sys::requestlog::{RequestLog, Slot};
 use crate::sys::sandbox::Sandbox;
 use crate::telemetry::{Backend, Telemetry};
 
-/// Most bytes of one listing. The kernel asks for a page, or since Linux 6.16 for more.
-const MAX_LISTING: u32 = 1 << 20;
-
 /// What the kernel calls a user whom it does not want to name: with mapped owners it names none.
 const NOBODY_NAMED: u32 = u32::MAX;
 
@@ -385,19 +382,22 @@ impl Connection {
     }
 
     fn list(&self, duty: Duty, node: NodeId, from: u64, (size, with_nodes): (u32, bool)) {
-        let mut whole = vec![0; reply::HEAD];
-        let mut listing = Listing::new(&mut whole, size.min(MAX_LISTING) as usize);
+        let mut lent = self.buffers.lend();
+        let room = &mut lent.bytes[reply::HEAD..];
+        let most = room.len().min(size as usize);
+        let mut listing = Listing::new(&mut room[..most]);
         let mut is_cut_off = false;
         let listed = self.tree.list(node, from, with_nodes, &mut |listed, node| {
             let fits = if with_nodes { listing.add_node(node, listed) } else { listing.add(listed) };
             is_cut_off = !fits;
             if fits { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
+        let len = listing.len();
         match listed {
             Err(error) => self.fail(duty, &error),
             // No name at all would be the end of the directory.
-            Ok(()) if is_cut_off && whole.len() == reply::HEAD => duty.fail(libc::EINVAL),
-            Ok(()) => duty.answer_in_place(&mut whole),
+            Ok(()) if is_cut_off && len == 0 => duty.fail(libc::EINVAL),
+            Ok(()) => duty.answer_in_place(&mut lent.bytes[..reply::HEAD + len]),
         }
     }
 

@@ -20,7 +20,7 @@ use crate::export::Backing;
 use crate::export::limiter::Told;
 use crate::telemetry::{Answer, WaitingRead};
 
-/// Memory for answers to reads, used again and again: fresh memory would have to be zeroed each time.
+/// Memory for answers to reads and for listings, used again and again: fresh memory would have to be zeroed each time.
 #[derive(Debug, Default)]
 pub(super) struct Buffers(Mutex<Vec<Box<[u8]>>>);
 
@@ -31,13 +31,14 @@ const MOST_IDLE: usize = 8;
 const BUFFER: usize = HEAD + MAX_READ as usize;
 
 /// A buffer on loan.
-struct Loan<'a> {
+pub(super) struct Loan<'a> {
     from: &'a Buffers,
-    bytes: Box<[u8]>,
+    /// Of [`BUFFER`] bytes, with whatever the last one left in them.
+    pub(super) bytes: Box<[u8]>,
 }
 
 impl Buffers {
-    fn lend(&self) -> Loan<'_> {
+    pub(super) fn lend(&self) -> Loan<'_> {
         let idle = self.0.lock().unwrap().pop();
         Loan { from: self, bytes: idle.unwrap_or_else(|| vec![0; BUFFER].into_boxed_slice()) }
     }

@@ -299,15 +299,24 @@ pub struct Listed<'a> {
 /// The entries of a directory that fit into one answer.
 #[derive(Debug)]
 pub struct Listing<'a> {
-    bytes: &'a mut Vec<u8>,
-    end: usize,
+    room: &'a mut [u8],
+    len: usize,
 }
 
 impl<'a> Listing<'a> {
-    /// A listing of at most `size` bytes, put behind what is in `bytes`.
-    pub fn new(bytes: &'a mut Vec<u8>, size: usize) -> Self {
-        let end = bytes.len().saturating_add(size);
-        Self { bytes, end }
+    /// A listing in `room`, of which nothing is taken yet.
+    pub fn new(room: &'a mut [u8]) -> Self {
+        Self { room, len: 0 }
+    }
+
+    /// Bytes that are taken.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no name in it.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
     }
 
     /// Adds a name. `false` if it does not fit: nothing was added, and nothing more is to be.
@@ -322,19 +331,19 @@ impl<'a> Listing<'a> {
 
     fn put(&mut self, entry: Option<EntryOut>, listed: &Listed<'_>) -> bool {
         let Ok(namelen) = u32::try_from(listed.name.len()) else { return false };
-        let padded = (size_of::<Dirent>() + listed.name.len()).next_multiple_of(8);
-        let len = entry.map_or(0, |entry| size_of_val(&entry)) + padded;
-        if self.bytes.len() + len > self.end {
-            return false;
-        }
-        if let Some(entry) = entry {
-            self.bytes.extend_from_slice(entry.as_bytes());
-        }
-        let padded = self.bytes.len() + padded;
         let dirent = Dirent { ino: listed.ino, off: listed.next, namelen, kind: listed.kind.into() };
-        self.bytes.extend_from_slice(dirent.as_bytes());
-        self.bytes.extend_from_slice(listed.name);
-        self.bytes.resize(padded, 0);
+        let entry = entry.as_ref().map_or(&[][..], IntoBytes::as_bytes);
+        let named = size_of_val(&dirent) + listed.name.len();
+        let padding = [0; 8];
+        let parts = [entry, dirent.as_bytes(), listed.name, &padding[..named.next_multiple_of(8) - named]];
+        let len = parts.iter().map(|part| part.len()).sum();
+        let Some(mut room) = self.room.get_mut(self.len..).and_then(|room| room.get_mut(..len)) else { return false };
+        for part in parts {
+            let (here, behind) = room.split_at_mut(part.len());
+            here.copy_from_slice(part);
+            room = behind;
+        }
+        self.len += len;
         true
     }
 }
@@ -384,20 +393,21 @@ mod tests {
     #[test]
     fn a_listing_ends_before_the_name_that_does_not_fit() {
         let listed = |name| Listed { name, ino: 3, kind: libc::DT_REG, next: 4 };
-        let mut bytes = vec![1; 16];
-        let mut listing = Listing::new(&mut bytes, 32 + 40);
+        let mut bytes = vec![1; 32 + 40];
+        let mut listing = Listing::new(&mut bytes);
         assert!(listing.add(&listed(b"12345678")));
         assert!(listing.add(&listed(b"123456789")));
         assert!(!listing.add(&listed(b"")));
-        assert_eq!(bytes.len(), 16 + 32 + 40);
-        assert_eq!(bytes[16 + 32 + 24..][..16], *b"123456789\0\0\0\0\0\0\0");
-        assert_eq!((bytes[16], bytes[24], bytes[32], bytes[36]), (3, 4, 8, 8));
+        assert_eq!(listing.len(), 32 + 40);
+        assert_eq!(bytes[32 + 24..][..16], *b"123456789\0\0\0\0\0\0\0");
+        assert_eq!((bytes[0], bytes[8], bytes[16], bytes[20]), (3, 4, 8, 8));
 
-        let mut bytes = Vec::new();
-        let mut listing = Listing::new(&mut bytes, 128 + 32);
+        let mut bytes = vec![1; 128 + 32 + 31];
+        let mut listing = Listing::new(&mut bytes);
+        assert!(listing.is_empty());
         assert!(listing.add_node(Some(&node()), &listed(b"a")));
-        assert!(!listing.add_node(None, &listed(b"b")));
-        assert_eq!(bytes.len(), 160);
+        assert!(!listing.add(&listed(b"b")));
+        assert_eq!(listing.len(), 160);
     }
 
     #[test]

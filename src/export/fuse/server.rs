@@ -1,7 +1,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, RwLock};
 use std::time::Duration;
 
@@ -21,15 +21,24 @@ use crate::telemetry::{Backend, Telemetry};
 /// Requests of one connection that a thread answers before it looks at the others.
 const REQUESTS_AT_ONCE: usize = 64;
 
+/// How many threads a request wakes. With one, a lone reader of small files on a host of two processors, both of which
+/// sleep in between, gets less than half as far; what the others cost is little, and paid by processors that had nothing
+/// to do or were awake.
+const WOKEN: usize = 4;
+
 /// By which the pulse is known among the connections, whose numbers start behind it.
 const PULSE: u64 = 0;
 
 /// All connections, and what the threads share that read their requests.
 ///
-/// Each thread waits for all of them. The kernel wakes one thread for each request that finds nobody at work
-/// on its connection, so that a slow disk or a long listing holds up one thread only.
+/// Each thread waits for all of them, and a request wakes [`WOKEN`] threads, one of whom gets it: with luck the one
+/// on the processor whose reader goes to sleep now, who need not wake another processor for it. That a slow disk or
+/// a long listing holds up one thread only comes with it.
 pub struct Fuse {
-    epoll: Epoll,
+    /// Each tells of every request, to one of the threads that wait by it.
+    waits: Vec<Epoll>,
+    /// How many threads have begun.
+    begun: AtomicUsize,
     pulse: Pulse,
     connections: RwLock<HashMap<u64, Arc<Connection>>>,
     last: AtomicU64,
@@ -82,11 +91,16 @@ impl Connected {
 impl Fuse {
     /// A server without connections, whose reads `telemetry` counts.
     pub fn new(telemetry: Telemetry) -> io::Result<Arc<Self>> {
-        let (epoll, pulse) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Pulse::new()?);
-        // As long as it is readable every thread comes round, one after the other.
-        epoll.add(&pulse, EpollEvent::new(EpollFlags::EPOLLIN, PULSE))?;
+        let pulse = Pulse::new()?;
+        let wait = |_| {
+            let wait = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+            wait.add(&pulse, EpollEvent::new(EpollFlags::EPOLLIN, PULSE))?;
+            Ok(wait)
+        };
+        let waits = (0..WOKEN).map(wait).collect::<io::Result<_>>()?;
         Ok(Arc::new(Self {
-            epoll,
+            waits,
+            begun: AtomicUsize::new(0),
             pulse,
             connections: RwLock::default(),
             last: AtomicU64::new(PULSE),
@@ -99,9 +113,9 @@ impl Fuse {
     }
 
     /// Threads that a server is well served with. Not one for each processor of a large host: they wait for
-    /// no network, only for the disk.
+    /// no network, only for the disk, and so many reads of that are under way at once.
     pub fn threads() -> usize {
-        std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 8)
+        std::thread::available_parallelism().map_or(WOKEN, std::num::NonZero::get).clamp(WOKEN, 2 * WOKEN)
     }
 
     /// Answers what comes through `device`, a mounted one, from `tree`, and counts its reads as those of
@@ -148,9 +162,9 @@ impl Fuse {
         let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
         // In the table first: whoever is woken must find it.
         self.connections.write().unwrap().insert(number, connection.clone());
-        let added = self.epoll.add(connection.device(), interest(number));
-        if let Err(errno) = added {
-            self.connections.write().unwrap().remove(&number);
+        let mut added = self.waits.iter().map(|wait| wait.add(connection.device(), interest(number)));
+        if let Err(errno) = added.try_for_each(|added| added) {
+            self.forget(number);
             return Err(errno.into());
         }
         Ok(Connected { server: self.clone(), number: Number(number), connection })
@@ -159,6 +173,7 @@ impl Fuse {
     /// Reads and answers requests until [`Fuse::stop`]. Several threads may call this; they wait for nothing
     /// but requests and the disk.
     pub fn run(&self) -> io::Result<()> {
+        let wait = &self.waits[self.begun.fetch_add(1, Ordering::Relaxed) % self.waits.len()];
         // Written to, so that the kernel finds the pages there: if it did not while this process is being
         // killed, it would fail the request that it is about to give.
         let mut buffer = vec![0; REQUEST_BUFFER];
@@ -171,7 +186,7 @@ impl Fuse {
             } else {
                 EpollTimeout::NONE
             };
-            match self.epoll.wait(&mut events, timeout) {
+            match wait.wait(&mut events, timeout) {
                 Ok(0) | Err(Errno::EINTR) => continue,
                 Ok(_) => {}
                 Err(errno) => return Err(errno.into()),
@@ -184,7 +199,7 @@ impl Fuse {
                         return Ok(());
                     }
                 }
-                number => self.serve(number, &mut buffer),
+                number => self.serve(number, &mut buffer, wait),
             }
         }
     }
@@ -223,7 +238,7 @@ impl Fuse {
     }
 
     /// Answers what one connection asks now.
-    fn serve(&self, number: u64, buffer: &mut [u8]) {
+    fn serve(&self, number: u64, buffer: &mut [u8], wait: &Epoll) {
         let connection = self.connections.read().unwrap().get(&number).cloned();
         let Some(connection) = connection else { return };
         for _ in 0..REQUESTS_AT_ONCE {
@@ -242,7 +257,7 @@ impl Fuse {
             }
         }
         // There may be more, of which nobody would be woken again.
-        let _ = self.epoll.modify(connection.device(), &mut interest(number));
+        let _ = wait.modify(connection.device(), &mut interest(number));
     }
 
     fn end(&self, number: u64, connection: &Connection) {
@@ -253,7 +268,9 @@ impl Fuse {
 
     fn forget(&self, number: u64) {
         if let Some(connection) = self.connections.write().unwrap().remove(&number) {
-            let _ = self.epoll.delete(connection.device());
+            for wait in &self.waits {
+                let _ = wait.delete(connection.device());
+            }
         }
     }
 }
