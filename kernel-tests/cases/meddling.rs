@@ -48,6 +48,20 @@ fn cut_off_and_stretched(file: &File, len: u64) -> nix::Result<()> {
     nix::unistd::ftruncate(file, i64::try_from(len).expect("small"))
 }
 
+/// At places that are at the edge of no block.
+fn cut_off_anywhere(file: &File, len: u64) -> nix::Result<()> {
+    nix::unistd::ftruncate(file, i64::try_from(len / 4 + 1).expect("small"))
+}
+
+fn cut_off_anywhere_and_stretched(file: &File, len: u64) -> nix::Result<()> {
+    nix::unistd::ftruncate(file, 8191)?;
+    nix::unistd::ftruncate(file, i64::try_from(len).expect("small"))
+}
+
+fn a_byte_longer(file: &File, len: u64) -> nix::Result<()> {
+    nix::unistd::ftruncate(file, i64::try_from(len + 1).expect("small"))
+}
+
 fn longer(file: &File, len: u64) -> nix::Result<()> {
     nix::unistd::ftruncate(file, i64::try_from(len + 4096).expect("small"))
 }
@@ -64,8 +78,11 @@ fn a_cache_file_meddled_with_while_stopped_is_fetched_again(ctx: &Ctx) -> Outcom
     let mut fixture = Fixture::files(ctx, 2)?;
     let meddles: &[(&str, Meddle)] = &[
         ("cut off", cut_off),
+        ("cut off anywhere", cut_off_anywhere),
         ("cut off and stretched again", cut_off_and_stretched),
+        ("cut off anywhere and stretched again", cut_off_anywhere_and_stretched),
         ("longer", longer),
+        ("a byte longer", a_byte_longer),
         ("punched", punched),
         ("scribbled in a hole", scribbled_in_a_hole),
     ];
@@ -106,21 +123,34 @@ fn a_cache_file_meddled_with_while_stopped_is_fetched_again(ctx: &Ctx) -> Outcom
     fixture.finish()
 }
 
+fn meddled_with_while_incomplete(fixture: &mut Fixture<'_>, what: &str, meddle: Meddle) -> Outcome {
+    let (mount, file) = mount_with_old_descriptor(fixture)?;
+    ensure!(fs::read(mount.join("0"))? == content(0, FILE), "before it is {what}");
+    let denied = meddle(&file, file.metadata()?.len());
+    // While a mark is on it, nobody may change its length.
+    let expected = if is_fanotify(fixture.ctx) { Err(nix::errno::Errno::EIO) } else { Ok(()) };
+    ensure!(denied == expected, "{what}: {denied:?}");
+    ensure_data_or_error(&mount, what)?;
+    ensure_second_mount(fixture, what, denied.is_ok())?;
+    fixture.umount(&mount)?;
+    start_anew(fixture)
+}
+
 fn a_cache_file_meddled_with_while_in_use_never_reads_as_zeros(ctx: &Ctx) -> Outcome {
     let mut fixture = Fixture::files(ctx, 2)?;
-    for (what, meddle) in [("cut off", cut_off as Meddle), ("longer", longer)] {
-        let (mount, file) = mount_with_old_descriptor(&fixture)?;
-        ensure!(fs::read(mount.join("0"))? == content(0, FILE), "before it is {what}");
-        let denied = meddle(&file, file.metadata()?.len());
-        // While a mark is on it, nobody may change its length.
-        let expected = if is_fanotify(ctx) { Err(nix::errno::Errno::EIO) } else { Ok(()) };
-        ensure!(denied == expected, "{what}: {denied:?}");
-        ensure_data_or_error(&mount, what)?;
-        ensure_second_mount(&fixture, what, denied.is_ok())?;
-        fixture.umount(&mount)?;
-        start_anew(&mut fixture)?;
-
-        // A complete file has none.
+    // At the edge of a page or not: the kernel rounds what it tells, and what is cut off at the edge of none looks
+    // like a read.
+    let meddles: [(&str, bool, Meddle); 4] = [
+        ("cut off", true, cut_off),
+        ("cut off anywhere", false, cut_off_anywhere),
+        ("longer", true, longer),
+        ("a byte longer", false, a_byte_longer),
+    ];
+    for (what, is_told, meddle) in meddles {
+        if is_told || !is_fanotify(ctx) {
+            meddled_with_while_incomplete(&mut fixture, what, meddle)?;
+        }
+        // Complete, it has no mark.
         let mount = fixture.mount_with("mnt", &["--prefetch"])?;
         fixture.wait_for_list("complete", |images| images[0]["devices"][0]["stats"]["complete"] == true)?;
         let file = File::options().write(true).open(data_file(&fixture)?)?;

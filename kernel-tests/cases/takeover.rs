@@ -670,14 +670,24 @@ fn what_ends_while_no_daemon_runs_is_forgotten(ctx: &Ctx) -> Outcome {
     fixture.finish()
 }
 
+/// What the unit for systemd has the daemon be started with.
+fn options_of_the_unit() -> anyhow::Result<Vec<&'static str>> {
+    let line = include_str!("../../docs/rafsd.service").lines().find_map(|line| line.strip_prefix("ExecStart="));
+    let words: Vec<_> = line.context("it starts nothing")?.split(' ').collect();
+    ensure!(words.get(1) == Some(&"serve"), "{words:?}");
+    Ok(words[2..].to_vec())
+}
+
+/// As `systemctl restart` does.
 fn kept_mounts_are_served_by_the_next_daemon(ctx: &Ctx) -> Outcome {
-    let mut siege = Siege::begin(ctx, &["--keep-mounts"])?;
+    let options = options_of_the_unit()?;
+    let mut siege = Siege::begin(ctx, &options)?;
     siege.start_readers(2);
     for _ in 0..2 {
         siege.wait_for_reads(10)?;
         siege.fixture.stop()?;
         ensure!(!crate::mounts::below(&ctx.dir)?.is_empty(), "it was unmounted");
-        siege.fixture.start(&["--keep-mounts"])?;
+        siege.fixture.start(&options)?;
     }
     siege.wait_for_reads(10)?;
     siege.stop_readers()?;

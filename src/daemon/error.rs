@@ -130,7 +130,9 @@ pub enum DaemonError {
     },
     #[error("the record of an image that the last daemon left is unusable: {what}")]
     Record { what: String },
-    #[error("this daemon's keepers start no successor; restart it as it was started, with --keep-mounts")]
+    #[error(
+        "this daemon's keepers start no successor: who started it has to restart it, as by `systemctl restart rafsd`; with keep_mounts readers do not notice"
+    )]
     NoSuccessor,
     #[error("the daemon is stopping")]
     Stopping,

@@ -304,7 +304,8 @@ impl Fanotify {
         if wanted.is_empty() || wanted.end() > marked.device.decoded_len() || wanted.len() > MAX_RANGE {
             // Not EROFS: it asks for what the image has, a read-ahead window at a time. A backup
             // of the cache must not fetch the image, nor see holes. Without a length it is somebody
-            // who wants to cut the file off or to stretch it, by whatever descriptor.
+            // who wants to cut the file off or to stretch it, by whatever descriptor; at the edge of no
+            // page the kernel makes that a page, which looks like a read (`fsnotify_pre_content`).
             let request = self.telemetry.next_request().number();
             let path = marked.path.display();
             tracing::warn!(request, %path, pid, decoded = %wanted, "access to a cache file denied");
