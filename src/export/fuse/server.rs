@@ -31,7 +31,7 @@ const PULSE: u64 = 0;
 
 /// All connections, and what the threads share that read their requests.
 ///
-/// Each thread waits for all of them, and a request wakes [`WOKEN`] threads, one of whom gets it: with luck the one
+/// Each thread waits for all of them, and a request wakes some of them, one of whom gets it: with luck the one
 /// on the processor whose reader goes to sleep now, who need not wake another processor for it. That a slow disk or
 /// a long listing holds up one thread only comes with it.
 pub struct Fuse {
