@@ -194,7 +194,7 @@ pub(super) const ADOPTED_READS: Metric = counter(
     None,
     &["answer"],
     Experimental,
-    "Reads by fanotify that its predecessor had taken and not answered, by what they were told",
+    "Reads by fanotify or FUSE that its predecessor had taken and not answered, by what they were told",
 );
 
 /// Every metric, in the order of the exposition.

@@ -217,7 +217,10 @@ fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     args.cache.tell(&reports, |out, reports| text::verified(out, reports))?;
     let sound = reports.iter().all(|report| report.spoilt.is_empty());
     if let Some(cut) = reports.iter().find(|report| report.cut_short) {
-        bail!("the daemon is stopping; {} was not read to its end", cut.name);
+        bail!(
+            "{} was not read to its end: the daemon is stopping, or another file has taken its place; verify it again",
+            cut.name
+        );
     }
     Ok(if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
