@@ -82,7 +82,6 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         process::leave_session().context("cannot leave the session")?;
     }
     process::protect_from_oom();
-    process::give_back_large_memory();
     process::raise_descriptor_limit().context("cannot raise the limit of open files")?;
     let mut made = NewDirs::default();
     make_dirs(&mut settings, &mut made)?;

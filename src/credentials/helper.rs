@@ -95,10 +95,10 @@ impl fmt::Debug for Helpers {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::PermissionsExt;
 
     use super::super::programs::Runner;
     use super::*;
+    use crate::sys::programs::write_program;
     use crate::sys::sandbox::Sandbox;
 
     struct Bench {
@@ -111,8 +111,7 @@ mod tests {
         let path = dir.path().join("docker-credential-test");
         let log = dir.path().join("log");
         let log = log.display();
-        fs::write(&path, format!("#!/bin/sh\nread server\necho \"$1 $server\" >> {log}\n{script}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        write_program(&path, &format!("#!/bin/sh\nread server\necho \"$1 $server\" >> {log}\n{script}\n"));
         let helpers = Helpers::new(Arc::new(Runner::new(Sandbox::off())), vec![dir.path().to_owned()]);
         Bench { dir, helpers }
     }

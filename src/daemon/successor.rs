@@ -54,7 +54,6 @@ fn told(said: &Said) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
     use std::path::PathBuf;
     use std::time::Instant;
 
@@ -63,8 +62,7 @@ mod tests {
 
     fn script(dir: &Path, text: &str) -> PathBuf {
         let path = dir.join("program");
-        std::fs::write(&path, text).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        programs::write_program(&path, text);
         path
     }
 

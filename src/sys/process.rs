@@ -94,18 +94,6 @@ pub fn occupy(number: i32) -> io::Result<Option<OwnedFd>> {
     Ok(Some(unsafe { OwnedFd::from_raw_fd(taken) }))
 }
 
-/// Has memory for half a MiB and more, as bodies and chunks take, given back to the kernel as soon as nobody uses it.
-/// Left to itself, glibc keeps it for the next one after the first such piece was freed, in an arena of each thread
-/// (`mallopt(3)`, `M_MMAP_THRESHOLD`). Other allocators are left alone.
-pub fn give_back_large_memory() {
-    #[cfg(target_env = "gnu")]
-    {
-        const LARGE: libc::c_int = 512 << 10;
-        // SAFETY: sets a number in the allocator, which takes its own lock; a refusal changes nothing.
-        unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE) };
-    }
-}
-
 /// Asks the kernel to take other processes first when memory runs out: readers of many containers
 /// wait for this one. Best effort, because it needs privilege in the process's own namespace.
 pub fn protect_from_oom() {

@@ -108,3 +108,12 @@ fn hear(pipe: impl Read) -> Vec<u8> {
     let _ = pipe.take(MOST_OUTPUT + 1).read_to_end(&mut said);
     said
 }
+
+/// Makes a program of `text` at `path`, without ever having it open for writing here: a child that another test starts
+/// at that moment would have it open as well, and nobody could run it (`ETXTBSY`).
+#[cfg(test)]
+pub(crate) fn write_program(path: &std::path::Path, text: &str) {
+    let write = r#"printf %s "$1" > "$2" && chmod 755 "$2""#;
+    let written = Command::new("/bin/sh").args(["-c", write, "sh", text]).arg(path).status().unwrap();
+    assert!(written.success(), "{written}");
+}
