@@ -222,7 +222,7 @@ async fn connections_that_nginx_ends_are_no_fault_of_a_read() {
         for _ in 0..5 {
             reads_at_once(&blob, &*source, 40).await;
         }
-        // On a busy host one may be reset before what announced its end was read: then somebody asks once more.
+        // Seen on a busy host: one took a second try, as when a connection is reset before its announced end was read.
         let retries = asker.retries(&*source);
         assert!(retries <= 2, "TLS: {secure}: {retries} of 200");
         let answered = nginx.seen().iter().filter(|seen| seen.status == 206).count() as u64;

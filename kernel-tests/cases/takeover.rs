@@ -54,7 +54,7 @@ pub(crate) const CASES: &[Case] = &[
 /// Bytes of one chunk: small, so that an image has many to miss.
 const CHUNK: usize = 4096;
 
-/// Who read while a daemon is killed at each step.
+/// How many read while a daemon is killed at each step.
 const READERS: usize = 4;
 
 /// An image of many small chunks on a slow server, a daemon, and readers who compare what they read.

@@ -36,7 +36,7 @@ const PULSE: u64 = 0;
 /// a long listing holds up one thread only comes with it.
 pub struct Fuse {
     /// Each tells of every request, to one of the threads that wait by it.
-    waits: Vec<Epoll>,
+    epolls: Vec<Epoll>,
     /// How many threads have begun.
     begun: AtomicUsize,
     pulse: Pulse,
@@ -92,14 +92,14 @@ impl Fuse {
     /// A server without connections, whose reads `telemetry` counts.
     pub fn new(telemetry: Telemetry) -> io::Result<Arc<Self>> {
         let pulse = Pulse::new()?;
-        let wait = |_| {
-            let wait = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-            wait.add(&pulse, EpollEvent::new(EpollFlags::EPOLLIN, PULSE))?;
-            Ok(wait)
+        let epoll = |_| {
+            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+            epoll.add(&pulse, EpollEvent::new(EpollFlags::EPOLLIN, PULSE))?;
+            Ok(epoll)
         };
-        let waits = (0..WOKEN).map(wait).collect::<io::Result<_>>()?;
+        let epolls = (0..WOKEN).map(epoll).collect::<io::Result<_>>()?;
         Ok(Arc::new(Self {
-            waits,
+            epolls,
             begun: AtomicUsize::new(0),
             pulse,
             connections: RwLock::default(),
@@ -162,7 +162,7 @@ impl Fuse {
         let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
         // In the table first: whoever is woken must find it.
         self.connections.write().unwrap().insert(number, connection.clone());
-        let mut added = self.waits.iter().map(|wait| wait.add(connection.device(), interest(number)));
+        let mut added = self.epolls.iter().map(|epoll| epoll.add(connection.device(), interest(number)));
         if let Err(errno) = added.try_for_each(|added| added) {
             self.forget(number);
             return Err(errno.into());
@@ -173,7 +173,7 @@ impl Fuse {
     /// Reads and answers requests until [`Fuse::stop`]. Several threads may call this; they wait for nothing
     /// but requests and the disk.
     pub fn run(&self) -> io::Result<()> {
-        let wait = &self.waits[self.begun.fetch_add(1, Ordering::Relaxed) % self.waits.len()];
+        let epoll = &self.epolls[self.begun.fetch_add(1, Ordering::Relaxed) % self.epolls.len()];
         // Written to, so that the kernel finds the pages there: if it did not while this process is being
         // killed, it would fail the request that it is about to give.
         let mut buffer = vec![0; REQUEST_BUFFER];
@@ -186,7 +186,7 @@ impl Fuse {
             } else {
                 EpollTimeout::NONE
             };
-            match wait.wait(&mut events, timeout) {
+            match epoll.wait(&mut events, timeout) {
                 Ok(0) | Err(Errno::EINTR) => continue,
                 Ok(_) => {}
                 Err(errno) => return Err(errno.into()),
@@ -199,7 +199,7 @@ impl Fuse {
                         return Ok(());
                     }
                 }
-                number => self.serve(number, &mut buffer, wait),
+                number => self.serve(number, &mut buffer, epoll),
             }
         }
     }
@@ -238,7 +238,7 @@ impl Fuse {
     }
 
     /// Answers what one connection asks now.
-    fn serve(&self, number: u64, buffer: &mut [u8], wait: &Epoll) {
+    fn serve(&self, number: u64, buffer: &mut [u8], epoll: &Epoll) {
         let connection = self.connections.read().unwrap().get(&number).cloned();
         let Some(connection) = connection else { return };
         for _ in 0..REQUESTS_AT_ONCE {
@@ -257,7 +257,7 @@ impl Fuse {
             }
         }
         // There may be more, of which nobody would be woken again.
-        let _ = wait.modify(connection.device(), &mut interest(number));
+        let _ = epoll.modify(connection.device(), &mut interest(number));
     }
 
     fn end(&self, number: u64, connection: &Connection) {
@@ -268,8 +268,8 @@ impl Fuse {
 
     fn forget(&self, number: u64) {
         if let Some(connection) = self.connections.write().unwrap().remove(&number) {
-            for wait in &self.waits {
-                let _ = wait.delete(connection.device());
+            for epoll in &self.epolls {
+                let _ = epoll.delete(connection.device());
             }
         }
     }
