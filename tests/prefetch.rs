@@ -28,16 +28,16 @@ fn units(from: u64, to: u64) -> ByteRange {
     ByteRange::new(from * UNIT, to * UNIT).unwrap()
 }
 
-/// A source that hands out one permit's worth of its stream at a time, or fails.
+/// A source that hands out one permit's worth at a time, or fails.
 struct Gated {
     name: &'static str,
     bytes: Vec<u8>,
-    /// One permit for each unit that a stream may deliver.
+    /// One permit for each unit that prefetch may bring.
     streams: Semaphore,
-    /// One permit for each read of a reader.
+    /// One permit for each unit that readers may be brought.
     reads: Semaphore,
     log: Mutex<Vec<(Class, ByteRange)>>,
-    /// Streams under way.
+    /// Reads of prefetch under way.
     active: AtomicUsize,
     down: AtomicBool,
     missing: AtomicBool,
@@ -87,17 +87,8 @@ impl BlobSource for Gated {
         Box::pin(async { Ok(self.bytes.len() as u64) })
     }
 
-    fn read<'a>(
-        &'a self,
-        blob: &'a BlobId,
-        stored: ByteRange,
-        ctx: ReadCtx,
-    ) -> BoxFuture<'a, Result<Bytes, SourceError>> {
-        Box::pin(async move {
-            let bytes = self.begin(blob, stored, ctx.class)?;
-            self.reads.acquire().await.unwrap().forget();
-            Ok(bytes)
-        })
+    fn read<'a>(&'a self, _: &'a BlobId, _: ByteRange, _: ReadCtx) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        unreachable!("units are decoded as they arrive")
     }
 
     fn stream<'a>(
@@ -109,10 +100,13 @@ impl BlobSource for Gated {
     ) -> BoxFuture<'a, Result<(), SourceError>> {
         Box::pin(async move {
             let mut bytes = self.begin(blob, stored, ctx.class)?;
-            self.active.fetch_add(1, Ordering::SeqCst);
-            let _end = Active(&self.active);
+            let (permits, active) = match ctx.class {
+                Class::OnDemand => (&self.reads, None),
+                Class::Prefetch => (&self.streams, Some(&self.active)),
+            };
+            let _end = active.map(Active::begin);
             while !bytes.is_empty() {
-                self.streams.acquire().await.unwrap().forget();
+                permits.acquire().await.unwrap().forget();
                 take(bytes.split_to(bytes.len().min(usize::try_from(UNIT).unwrap())));
             }
             Ok(())
@@ -124,8 +118,15 @@ impl BlobSource for Gated {
     }
 }
 
-/// A stream under way.
+/// A read of prefetch under way.
 struct Active<'a>(&'a AtomicUsize);
+
+impl<'a> Active<'a> {
+    fn begin(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
 
 impl Drop for Active<'_> {
     fn drop(&mut self) {
@@ -212,6 +213,23 @@ fn ended(prefetch: &Prefetch) -> PrefetchState {
 /// Time for something to happen that must not. A fault may slip through, a right program never fails.
 fn settle() {
     std::thread::sleep(Duration::from_millis(50));
+}
+
+#[test]
+fn who_waits_for_the_beginning_of_a_long_read_does_not_wait_for_its_end() {
+    let source = Gated::new(4, 0, 0);
+    let bench = Bench::new();
+    let device = bench.device(&source);
+    let all = read(&device, units(0, 4));
+    let first = read(&device, units(0, 1));
+
+    source.reads.add_permits(1);
+    answer(&first).unwrap();
+    assert!(all.try_recv().is_err() && !device.present(units(1, 2)));
+    source.reads.add_permits(3);
+    answer(&all).unwrap();
+
+    assert_eq!(source.log(Class::OnDemand), [units(0, 4)]);
 }
 
 #[test]
@@ -328,7 +346,7 @@ fn a_reader_of_what_a_stream_brings_late_gets_a_read_of_its_own() {
     let reader = read(&device, units(30, 32));
 
     eventually("the reader's request", || source.log(Class::OnDemand) == [units(30, 32)]);
-    source.reads.add_permits(1);
+    source.reads.add_permits(2);
     assert!(answer(&reader).is_ok());
     source.streams.add_permits(1000);
     assert_eq!(ended(&prefetch), PrefetchState::Done);

@@ -221,7 +221,9 @@ async fn every_fault_is_told_apart_and_only_transient_ones_are_repeated() {
         (status(503), "unavailable", every_attempt),
         (status(429), "unavailable", every_attempt),
         (Fault::Cut { after: 0 }, "unavailable", every_attempt),
-        (Fault::Cut { after: 298_999 }, "unavailable", every_attempt),
+        // What came counts, and is not asked for again.
+        (Fault::Cut { after: 298_999 }, "exact", 2),
+        (Fault::Cut { after: 80_000 }, "exact", 4),
         (Fault::Reset { after: 10 }, "unavailable", every_attempt),
         (status(401), "refused", 1),
         (status(403), "refused", 1),

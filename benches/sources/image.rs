@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
-use rafsd::base::ByteRange;
+use rafsd::base::{ByteRange, ByteSize};
 use rafsd::blob::{BlobTables, Unit, UnitMap};
 use rafsd::codec::sha256;
 use rafsd::image::{Extent, Inode};
@@ -50,10 +50,17 @@ pub(crate) struct Piece {
 
 impl Image {
     /// Builds one of `size` bytes of files of `source`, below `dir`.
-    pub(crate) fn make(source: &Path, size: u64, seed: u64, dir: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn make(
+        source: &Path,
+        size: u64,
+        chunk_size: Option<ByteSize>,
+        seed: u64,
+        dir: &Path,
+    ) -> anyhow::Result<Self> {
         let mut files = BTreeMap::new();
         let mut build = Command::new(env!("CARGO_BIN_EXE_rafsd"));
         build.arg("build");
+        build.args(chunk_size.map(|size| format!("--chunk-size={}", size.0)));
         for layer in 0..LAYERS {
             let seed = seed * LAYERS + layer;
             let corpus = Corpus::sample(source, size / LAYERS, seed, &dir.join(format!("files{layer}")))?;

@@ -5,8 +5,9 @@
 //!
 //! - all of it, cold, as a part of the rate at which two threads decode and check the same units in memory;
 //! - 4 KiB at a time, cold, with nobody else there;
-//! - a recorded start-up set with its trace as prefetch order, over a line with a delay and a bandwidth, as a multiple
-//!   of what the bytes of that set take on the line and two round trips. `--nydusd PROGRAM` reads the same set over the same line through nydusd.
+//! - the longest file, from its beginning to its end, over a line with a delay and a bandwidth;
+//! - a recorded start-up set with its trace as prefetch order, over such lines, as a multiple
+//!   of what the bytes of that set take on the line and two round trips. `--nydusd PROGRAM` reads the same over the same lines through nydusd.
 //!
 //! A missed target is printed and does not fail the run. Needs root and a kernel that the fanotify backend can use.
 //! `cargo bench --bench sources -- --quick` is a smoke run.
@@ -19,6 +20,7 @@ mod corpus;
 mod daemon;
 mod image;
 mod line;
+mod longest;
 #[allow(dead_code, reason = "shared with side_by_side, which uses all of it")]
 #[path = "../side_by_side/measure.rs"]
 mod measure;
@@ -49,6 +51,10 @@ struct Args {
     /// How many bytes of files to take [default: 240MiB, quick: 48MiB]
     #[arg(long, value_name = "SIZE")]
     size: Option<ByteSize>,
+
+    /// Size of chunks [default: that of `rafsd build`]
+    #[arg(long, value_name = "SIZE")]
+    chunk_size: Option<ByteSize>,
 
     /// Decides which files are taken, which make up the start-up set, and where they are read at random
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -93,7 +99,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     rafsd::sys::process::raise_descriptor_limit().context("cannot raise the limit of open files")?;
     let scratch = tempfile::Builder::new().prefix("rafsd-bench-").tempdir_in(&args.scratch)?;
     let size = args.size.map_or(if args.quick { 48 << 20 } else { 240 << 20 }, |size| size.0);
-    let image = image::Image::make(&args.source, size, args.seed, scratch.path())?;
+    let image = image::Image::make(&args.source, size, args.chunk_size, args.seed, scratch.path())?;
     let registry = image.registry()?;
     println!(
         "{} files, {} in {} blobs of {}; by fanotify and EROFS, from a registry on this host",
@@ -105,6 +111,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let turns = if args.quick { 1 } else { 5 };
     throughput::measure(&image, &registry, scratch.path(), turns)?;
     misses::measure(&image, &registry, scratch.path(), if args.quick { 60 } else { 500 }, args.seed)?;
+    longest::measure(&image, &registry, scratch.path(), turns.min(3), args.nydusd.as_deref())?;
     startup::measure(&image, &registry, scratch.path(), turns.min(3), args.nydusd.as_deref())?;
     scratch.close().context("cannot remove the scratch directory")
 }

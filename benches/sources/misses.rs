@@ -30,7 +30,7 @@ pub(crate) fn measure(
     seed: u64,
 ) -> anyhow::Result<()> {
     let daemon = Daemon::start(&scratch.join("misses"))?;
-    mount(&daemon, registry, &[])?;
+    mount(&daemon, registry.address, &[])?;
     drop_caches()?;
     let (mut rng, mut known, mut taken) = (Rng::new(seed), HashSet::new(), Vec::new());
     let blocks: Vec<u64> = image

@@ -121,7 +121,7 @@ impl Way {
 /// Reads the set once from a near registry, with `rafsd mount --trace`.
 fn record(registry: &Registry, scratch: &Path, pieces: &[Piece], trace: &Path) -> anyhow::Result<()> {
     let daemon = Daemon::start(&scratch.join("record"))?;
-    mount(&daemon, registry, &[OsStr::new("--trace"), trace.as_os_str()])?;
+    mount(&daemon, registry.address, &[OsStr::new("--trace"), trace.as_os_str()])?;
     read(&daemon.mnt(), pieces)?;
     daemon.ask("umount", [daemon.mnt().as_os_str()])?;
     ensure!(trace.exists(), "no trace was written");

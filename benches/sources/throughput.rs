@@ -1,6 +1,7 @@
 //! All of an image, read cold, beside what two threads need to decode and check it.
 
 use std::ffi::OsStr;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -24,7 +25,7 @@ pub(crate) fn measure(image: &Image, registry: &Registry, scratch: &Path, turns:
     let mut cpu = 0.0;
     let ours = || {
         let daemon = Daemon::start(&scratch.join("sequential"))?;
-        mount(&daemon, registry, &[])?;
+        mount(&daemon, registry.address, &[])?;
         drop_caches()?;
         let (mut buffer, before) = ([0; 128 << 10], daemon.cpu_seconds()?);
         let taken = seconds(|| {
@@ -60,9 +61,9 @@ pub(crate) fn measure(image: &Image, registry: &Registry, scratch: &Path, turns:
     Ok(())
 }
 
-/// Mounts the image of `registry`.
-pub(crate) fn mount(daemon: &Daemon, registry: &Registry, options: &[&OsStr]) -> anyhow::Result<()> {
-    let (reference, mnt) = (reference(registry.address), daemon.mnt());
+/// Mounts the image that the registry at `address` has.
+pub(crate) fn mount(daemon: &Daemon, address: SocketAddr, options: &[&OsStr]) -> anyhow::Result<()> {
+    let (reference, mnt) = (reference(address), daemon.mnt());
     let args = [OsStr::new(&reference), mnt.as_os_str(), OsStr::new("--backend"), OsStr::new("fanotify")];
     daemon.ask("mount", args.into_iter().chain(options.iter().copied()))?;
     Ok(())

@@ -9,7 +9,6 @@
 //!
 //! Locking: nothing is spawned, dropped or completed under the queue lock.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -26,10 +25,10 @@ use super::room::Need;
 use super::sink::Scratch;
 use super::stream;
 use super::users::ImageKey;
-use super::window::{Led, Window, groups};
-use crate::base::{Class, Fault, RequestId};
+use super::window::{Led, Window};
+use crate::base::{Class, RequestId};
 use crate::blob::UnitIndex;
-use crate::source::{BlobSource, ReadCtx, SourceError};
+use crate::source::SourceError;
 use crate::telemetry::Telemetry;
 
 /// The queues and everything that runs.
@@ -263,7 +262,7 @@ pub(super) struct Slot {
     pub(super) fetcher: Arc<Fetcher>,
     ticket: u64,
     bytes: u64,
-    class: Class,
+    pub(super) class: Class,
     /// Who has paid for it.
     image: Option<ImageKey>,
     bulk: bool,
@@ -304,11 +303,7 @@ impl Drop for Slot {
 /// Has a read run.
 fn start(window: Window, slot: Slot) {
     let runtime = slot.fetcher.runtime.clone();
-    if window.bulk {
-        drop(runtime.spawn(stream::run(window, slot)));
-    } else {
-        drop(runtime.spawn(run(window, slot)));
-    }
+    drop(runtime.spawn(stream::run(window, slot)));
 }
 
 /// The same after the disk has been asked whether there is room for what it brings: on the pool, because that waits.
@@ -334,125 +329,6 @@ fn look_first(window: Window, slot: Slot) {
         }
     });
     jobs.push(Job { units, urgency, run });
-}
-
-/// Runs one read and hands its units to the pool. Dropping the task cancels the waiters.
-async fn run(mut window: Window, slot: Slot) {
-    let telemetry = &slot.fetcher.telemetry;
-    let (started, class) = (Instant::now(), slot.class);
-    window.start(started, telemetry);
-    let Some(outcome) = read(&mut window, &slot).await else { return };
-    telemetry.fills.fetch.at(class).observe(started.elapsed());
-    slot.fetched();
-    let jobs = Arc::clone(&slot.fetcher.jobs);
-    match outcome {
-        Ok(bytes) => deliver(&jobs, window, &bytes, slot),
-        Err(SourceError::OutOfRange { .. }) if window.is_divisible() => {
-            drop(slot);
-            window.core.clone().split(window);
-        }
-        Err(error) => fail(&jobs, window, error),
-    }
-}
-
-/// The bytes of the window from the first source that has them, or `None` if nobody wants them any
-/// more. The failure is the one that leaves most hope.
-async fn read(window: &mut Window, slot: &Slot) -> Option<Result<Bytes, SourceError>> {
-    let core = Arc::clone(&window.core);
-    let options = &slot.fetcher.options;
-    let mut deadline = match window.asked {
-        Some(asked) => asked + options.deadline,
-        None => Instant::now() + options.prefetch_deadline,
-    };
-    let mut sources = core.sources.all();
-    if window.units.iter().any(|led| led.again) {
-        // Its bytes were damaged, and another one's may not be.
-        sources.rotate_left(1);
-    }
-    let mut failure: Option<SourceError> = None;
-    while !sources.is_empty() {
-        let source = sources.remove(0);
-        let error = match ask(&source, sources.is_empty(), window, slot, &mut deadline).await? {
-            Ok(bytes) => return Some(Ok(bytes)),
-            Err(error) => error,
-        };
-        match error.fault() {
-            Fault::Cancelled => return Some(Err(error)),
-            // A range outside the blob says more about the image than about the source.
-            Fault::Permanent if !matches!(error, SourceError::OutOfRange { .. }) => core.sources.demote(&source),
-            Fault::Permanent | Fault::Transient | Fault::Corrupt => {}
-        }
-        let is_divisible = window.is_divisible();
-        if failure.as_ref().is_none_or(|known| hope(&error, is_divisible) > hope(known, is_divisible)) {
-            failure = Some(error);
-        }
-        if Instant::now() >= deadline {
-            break;
-        }
-    }
-    failure.map(Err)
-}
-
-/// What can still be done after a failure: ask for the units one by one, or try again later.
-pub(super) fn hope(error: &SourceError, is_divisible: bool) -> u8 {
-    match error {
-        SourceError::OutOfRange { .. } if is_divisible => 2,
-        error if error.fault() == Fault::Transient => 1,
-        _ => 0,
-    }
-}
-
-/// Asks one source, for at most half of the time left unless it is the `last`. A reader that joins
-/// meanwhile may bring `deadline` forward. `None` if nobody wants the bytes any more.
-async fn ask(
-    source: &Arc<dyn BlobSource>,
-    last: bool,
-    window: &mut Window,
-    slot: &Slot,
-    deadline: &mut Instant,
-) -> Option<Result<Bytes, SourceError>> {
-    let (core, stored) = (Arc::clone(&window.core), window.stored);
-    let share = |deadline: Instant| {
-        let now = Instant::now();
-        if last { deadline } else { now + deadline.saturating_duration_since(now) / 2 }
-    };
-    let mut until = share(*deadline);
-    core.counters.request();
-    let again = u32::from(window.units.iter().any(|led| led.again));
-    let ctx = ReadCtx { class: slot.class, deadline: until, request: window.request, again };
-    let mut read = source.read(core.blob(), stored, ctx);
-    loop {
-        tokio::select! {
-            outcome = &mut read => {
-                return Some(outcome.and_then(|bytes| core.whole(bytes, stored, source.describe())));
-            }
-            () = tokio::time::sleep_until(until.into()) => {
-                return Some(Err(core.deadline_error(stored, source.describe())));
-            }
-            () = slot.signal.told.notified() => {
-                if slot.signal.cancelled.load(Ordering::Acquire) {
-                    return None;
-                }
-                // A reader has joined: from now on its patience counts.
-                let asked = *window.asked.get_or_insert_with(Instant::now);
-                *deadline = (*deadline).min(asked + slot.fetcher.options.deadline);
-                until = until.min(share(*deadline));
-            }
-        }
-    }
-}
-
-/// One job per stored range, so that all threads share a window and each unit is answered by
-/// itself, but units that share their stored bytes are decompressed once.
-fn deliver(jobs: &Queue, window: Window, bytes: &Bytes, slot: Slot) {
-    let Window { core, stored, units, asked, request, .. } = window;
-    let slot = Arc::new(slot);
-    for group in groups(units) {
-        let cut = |at: u64| usize::try_from(at - stored.start()).expect("a window fits in memory");
-        let range = group[0].unit.stored;
-        let bytes = bytes.slice(cut(range.start())..cut(range.end()));
-        jobs.push(job(&core, group, (asked, request), bytes, &slot));
-    }
 }
 
 /// The work for one stored range whose bytes have come now. `asked`, by whom and when, as in [`Window`].

@@ -8,8 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use bytes::Bytes;
-
 use super::core::Core;
 use super::inflight::{Lead, Role, Wait};
 use super::plan::{PlanLimits, plan};
@@ -387,16 +385,6 @@ impl Core {
         };
         self.counters.failed();
         led.lead.finish(&Err(error));
-    }
-
-    /// Holds a source to its word.
-    pub(super) fn whole(&self, bytes: Bytes, stored: ByteRange, place: String) -> Result<Bytes, SourceError> {
-        self.counters.received(bytes.len() as u64);
-        if bytes.len() as u64 == stored.len() {
-            return Ok(bytes);
-        }
-        let detail = format!("{} bytes came instead of {}", bytes.len(), stored.len());
-        Err(SourceError::Unavailable { blob: self.blob().clone(), place, detail })
     }
 
     pub(super) fn deadline_error(&self, range: ByteRange, place: String) -> SourceError {

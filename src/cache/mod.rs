@@ -32,6 +32,7 @@ mod flush;
 mod guides;
 mod health;
 mod inflight;
+mod intake;
 mod inventory;
 mod kernelcache;
 mod lanes;

@@ -51,11 +51,6 @@ impl Window {
         Self { core, stored, units, asked, request: RequestId::NONE, bulk: false, list, head: BytesMut::new() }
     }
 
-    /// The same for a prefetch behind everybody.
-    pub(super) fn bulk(core: Arc<Core>, stored: ByteRange, units: Vec<Led>) -> Self {
-        Self { bulk: true, ..Self::new(core, stored, units, None) }
-    }
-
     /// Parts of which each is wholly urgent or wholly bulk, in order. What has come of the first is
     /// kept if it is bulk; a reader's read brings its own.
     pub(super) fn split_by_urgency(self) -> Vec<Self> {

@@ -14,6 +14,7 @@ mod local;
 mod localdisk;
 mod network;
 mod object;
+mod relay;
 mod tiers;
 mod upstream;
 mod whole;

@@ -8,7 +8,6 @@
 use std::future::Future;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -17,6 +16,7 @@ use tokio::select;
 use super::counted::outcome_of;
 use super::hedges::HedgeBudget;
 use super::http::FIRST_BYTE;
+use super::relay::Relay;
 use super::{BlobSource, BoxFuture, Failure, ReadCtx, SourceError, Upstream};
 use crate::base::{BlobId, ByteRange, Chain, Class, Fault};
 use crate::net::{Attempt, Clock, Health, RetryPolicy, Standing};
@@ -24,6 +24,10 @@ use crate::telemetry::{Outcome, Place};
 
 /// Memory taken for a body before its first byte has come. Larger bodies grow into theirs.
 const FIRST_BUFFER: u64 = 4 << 20;
+
+/// Who brings so much, or a quarter of what is missing, did not fail for nothing. With less, a server that breaks off again and
+/// again would be asked without end.
+const MUCH: u64 = 256 << 10;
 
 /// A second request is not worth it before this time.
 const SOONEST_HEDGE: Duration = Duration::from_millis(20);
@@ -179,8 +183,8 @@ impl Tiers {
         }
     }
 
-    /// Hands on all of `stored`: each attempt goes on where the one before broke off, and one that brought
-    /// something starts the count of failures anew.
+    /// Hands on all of `stored`: each attempt goes on where the one before broke off, and what brought
+    /// a good part of it starts the count of failures anew.
     async fn pour(
         &self,
         blob: &BlobId,
@@ -188,65 +192,42 @@ impl Tiers {
         ctx: ReadCtx,
         take: &mut (dyn FnMut(Bytes) + Send),
     ) -> Result<(), SourceError> {
-        let mut rest = stored;
-        let mut patience = self.patience(blob, rest, ctx);
-        while !rest.is_empty() {
-            let from = rest.start();
+        let relay = Relay::new(stored, take);
+        let mut patience = self.patience(blob, stored, ctx);
+        while !relay.rest().is_empty() {
+            let from = relay.rest();
             let mut round = Round::default();
-            for (at, tier) in self.hopeful(&patience, blob, ctx) {
-                let mut behind = rest.start();
-                let mut counting = |piece: Bytes| {
-                    behind += piece.len() as u64;
-                    take(piece);
-                };
-                let asked = self.attempt(tier, blob, rest, ctx, &mut counting).await;
-                rest = ByteRange::new(behind.min(rest.end()), rest.end()).unwrap_or(rest);
-                match asked {
+            let mut tiers = self.hopeful(&patience, blob, ctx).into_iter();
+            while let Some((at, tier)) = tiers.next() {
+                let second = tiers.as_slice().first().map(|(_, tier)| *tier);
+                match self.hedged(tier, second, blob, ctx, &relay).await {
                     Ok(()) => return Ok(()),
                     // It failed behind the last byte: nobody is asked for nothing.
-                    Err(_) if rest.is_empty() => return Ok(()),
+                    Err(_) if relay.rest().is_empty() => return Ok(()),
                     Err(failure) => round.failed(&mut patience, at, failure),
                 }
             }
-            if rest.start() > from {
-                patience = self.patience(blob, rest, ctx);
-                continue;
+            if relay.rest().start() - from.start() >= (from.len() / 4).clamp(1, MUCH) {
+                patience.failed = 0;
             }
             patience.pause(round).await?;
         }
         Ok(())
     }
 
-    /// The same for a range that is wanted whole, with a second request if the first is slow.
-    async fn fetch(&self, blob: &BlobId, stored: ByteRange, ctx: ReadCtx) -> Result<Bytes, SourceError> {
-        let mut patience = self.patience(blob, stored, ctx);
-        loop {
-            let mut round = Round::default();
-            let mut tiers = self.hopeful(&patience, blob, ctx).into_iter();
-            while let Some((at, tier)) = tiers.next() {
-                let second = tiers.as_slice().first().map(|(_, tier)| *tier);
-                match self.hedged(tier, second, blob, stored, ctx).await {
-                    Ok(bytes) => return Ok(bytes),
-                    Err(failure) => round.failed(&mut patience, at, failure),
-                }
-            }
-            patience.pause(round).await?;
-        }
-    }
-
     /// One attempt at `tier`, and another one beside it at `second`, if there is one and the first takes longer
-    /// to begin than is usual. The first that succeeds counts.
+    /// to begin than is usual. Both bring bytes; the first that has brought the last one counts.
     async fn hedged(
         &self,
         tier: &Tier,
         second: Option<&Tier>,
         blob: &BlobId,
-        stored: ByteRange,
         ctx: ReadCtx,
-    ) -> Result<Bytes, Failure> {
+        relay: &Relay<'_>,
+    ) -> Result<(), Failure> {
         self.hedges.earn();
-        let began = AtomicBool::new(false);
-        let mut first = std::pin::pin!(self.whole(tier, blob, stored, ctx, Some(&began)));
+        let before = relay.rest();
+        let mut first = std::pin::pin!(self.to_the_end(tier, blob, ctx, relay));
         let usual = tier.health.usual().filter(|_| ctx.class == Class::OnDemand);
         let (Some(usual), Some(second)) = (usual, second) else { return first.await };
         select! {
@@ -254,11 +235,11 @@ impl Tiers {
             done = &mut first => return done,
             () = self.clock.sleep(usual.max(SOONEST_HEDGE)) => {}
         }
-        if began.load(Ordering::Relaxed) || !self.hedges.spend() {
+        if relay.rest() != before || !self.hedges.spend() {
             return first.await;
         }
         self.counts.hedges.inc();
-        let mut other = std::pin::pin!(self.whole(second, blob, stored, ctx, None));
+        let mut other = std::pin::pin!(self.to_the_end(second, blob, ctx, relay));
         select! {
             done = &mut first => match done {
                 Err(failure) => other.await.map_err(|_| failure),
@@ -271,29 +252,17 @@ impl Tiers {
         }
     }
 
-    /// One attempt to have all of `stored` in memory. `began` is set when its first byte has come.
-    async fn whole(
-        &self,
-        tier: &Tier,
-        blob: &BlobId,
-        stored: ByteRange,
-        ctx: ReadCtx,
-        began: Option<&AtomicBool>,
-    ) -> Result<Bytes, Failure> {
-        let want = usize::try_from(stored.len()).unwrap_or(usize::MAX);
-        let mut body = BytesMut::with_capacity(usize::try_from(stored.len().min(FIRST_BUFFER)).unwrap_or(want));
-        let mut gather = |piece: Bytes| {
-            if let Some(began) = began {
-                began.store(true, Ordering::Relaxed);
-            }
-            body.extend_from_slice(&piece);
-        };
-        self.attempt(tier, blob, stored, ctx, &mut gather).await?;
-        if body.len() == want {
-            return Ok(body.freeze());
+    /// One attempt to have `tier` bring all that `relay` lacks.
+    async fn to_the_end(&self, tier: &Tier, blob: &BlobId, ctx: ReadCtx, relay: &Relay<'_>) -> Result<(), Failure> {
+        let rest = relay.rest();
+        let mut at = rest.start();
+        let mut gather = |piece: Bytes| at = relay.hand_on(at, piece);
+        self.attempt(tier, blob, rest, ctx, &mut gather).await?;
+        if at == rest.end() {
+            return Ok(());
         }
-        let (blob, place) = (blob.clone(), tier.upstream.describe());
-        Err(SourceError::Unavailable { blob, place, detail: format!("it sent {} of {want} bytes", body.len()) }.into())
+        let detail = format!("it sent {} of {} bytes", at.saturating_sub(rest.start()), rest.len());
+        Err(SourceError::Unavailable { blob: blob.clone(), place: tier.upstream.describe(), detail }.into())
     }
 
     async fn measure(&self, blob: &BlobId, ctx: ReadCtx) -> Result<u64, SourceError> {
@@ -348,7 +317,9 @@ impl BlobSource for Tiers {
                 // No range header can say this, and there is nothing to fetch.
                 return Ok(Bytes::new());
             }
-            self.in_time(blob, stored, ctx, self.fetch(blob, stored, ctx)).await
+            let mut body = BytesMut::with_capacity(usize::try_from(stored.len().min(FIRST_BUFFER)).unwrap_or(0));
+            self.stream(blob, stored, ctx, &mut |piece| body.extend_from_slice(&piece)).await?;
+            Ok(body.freeze())
         })
     }
 
@@ -419,6 +390,7 @@ struct Patience<'a> {
     source: &'a Tiers,
     blob: &'a BlobId,
     seed: u64,
+    /// Failures in a row.
     failed: u32,
     /// Places that are not to be asked before a moment, or not again during this read.
     absent: Vec<(usize, Option<Instant>)>,
