@@ -801,7 +801,8 @@ fn thousands_of_prefetches_do_not_delay_a_reader() {
     let source = Scripted::new(&blob, |_, class| if class == Class::Prefetch { Act::Hang } else { Act::Serve });
     let (device, _) = bench.in_memory(&blob, &source, apart());
     let prefetches = start(&device, (0..3000).map(|unit| blob.one(unit)), Class::Prefetch);
-    eventually("the prefetch slots are taken", || source.log().len() == 4);
+    let slots = StoreOptions::default().prefetch_fetches;
+    eventually("the prefetch slots are taken", || source.log().len() == slots);
 
     fill_blocking(&*device, blob.one(3000)).unwrap();
     fill_blocking(&*device, blob.one(2999)).unwrap();

@@ -39,7 +39,8 @@ pub struct StoreOptions {
     /// Ranged reads for waiting readers that run at once. One device may hold half of them, so
     /// that a server that does not answer holds up nobody else's readers. Default 16.
     pub fetches: usize,
-    /// Ranged reads of prefetch that run at once, and as many ahead of readers. Default 4.
+    /// Ranged reads of prefetch that run at once, and as many ahead of readers. Default 8: a line of 20 ms and 200 Mbit/s is
+    /// full with reads of 64 KiB.
     pub prefetch_fetches: usize,
     /// Ranged reads for waiting readers of one image that run at once; 0, the default, for no limit of its own. A blob
     /// that several images share counts for the one that came first.
@@ -92,7 +93,7 @@ impl Default for StoreOptions {
             prefetch_window: 2 * MIB,
             gap: 64 << 10,
             fetches: 16,
-            prefetch_fetches: 4,
+            prefetch_fetches: 8,
             image_fetches: 0,
             image_rate: None,
             deadline: Duration::from_secs(60),
@@ -154,7 +155,7 @@ impl StoreOptions {
     pub(super) fn bulk_limits(&self, most: bool) -> PlanLimits {
         let moment = self.prefetch_rate.map_or(u64::MAX, |rate| (rate / 4).max(256 << 10));
         if most {
-            PlanLimits { gap: self.gap.saturating_mul(8), window: self.stream.min(moment) }
+            PlanLimits { gap: self.gap.saturating_mul(2), window: self.stream.min(moment) }
         } else {
             PlanLimits { gap: self.gap, window: self.prefetch_window.min(moment) }
         }

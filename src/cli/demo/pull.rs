@@ -39,7 +39,7 @@ pub(super) fn everything(
     let options = ClientOptions::default();
     let clock = Instant::now();
     let source = source::open(url, &options, RetryPolicy::default())?;
-    let store_options = StoreOptions { prefetch_fetches: 8, ..StoreOptions::default() };
+    let store_options = StoreOptions::default();
     let store = Store::open(dir, store_options.clone(), runtime.clone())?;
     let image = bootstrap::open(&image.join("bootstrap"))?;
     for device in image.devices() {

@@ -52,7 +52,7 @@ pub const TABLE: &[Setting] = &[
     setting(
         "prefetch_fetches",
         Field::Count(Range(1, 1024), |s| &mut s.store.prefetch_fetches),
-        "4",
+        "8",
         "Ranged reads of prefetch that run at once",
     ),
     setting(
