@@ -1,11 +1,13 @@
 //! All of an image, read cold, beside what two threads need to decode and check it.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
+use nix::unistd::{SysconfVar, sysconf};
 use rafsd::blob::{Decoder, Unit};
 
 use super::corpus::read_through;
@@ -22,12 +24,12 @@ const CORES: usize = 2;
 const LOT: usize = 16;
 
 pub(crate) fn measure(image: &Image, registry: &Registry, scratch: &Path, turns: usize) -> anyhow::Result<()> {
-    let mut cpu = 0.0;
+    let (mut cpu, mut idle) = (0.0, 0.0);
     let ours = || {
         let daemon = Daemon::start(&scratch.join("sequential"))?;
         mount(&daemon, registry.address, &[])?;
         drop_caches()?;
-        let (mut buffer, before) = ([0; 128 << 10], daemon.cpu_seconds()?);
+        let (mut buffer, before, idle_before) = ([0; 128 << 10], daemon.cpu_seconds()?, idle_seconds()?);
         let taken = seconds(|| {
             for (path, len) in &image.files {
                 let got = read_through(&daemon.mnt().join(path), &mut buffer)?;
@@ -36,6 +38,7 @@ pub(crate) fn measure(image: &Image, registry: &Registry, scratch: &Path, turns:
             Ok(())
         })?;
         cpu += daemon.cpu_seconds()? - before;
+        idle += idle_seconds()? - idle_before;
         Ok(taken / megabytes(image.bytes()))
     };
     let decoded: u64 = image.blobs.iter().flat_map(|blob| blob.map.units()).map(|unit| unit.decoded.len()).sum();
@@ -51,11 +54,14 @@ pub(crate) fn measure(image: &Image, registry: &Registry, scratch: &Path, turns:
         ratio.high,
         verdict(ratio.median >= 0.8, ">= 0.80")
     );
-    #[expect(clippy::cast_precision_loss, reason = "a small number")]
-    let per_turn = cpu / turns as f64;
+    #[expect(clippy::cast_precision_loss, reason = "small numbers")]
+    let (turns, cores) = (turns as f64, std::thread::available_parallelism()?.get() as f64);
+    let taken = turned.ours() * megabytes(image.bytes());
     println!(
-        "  the daemon's processor time for it: {per_turn:.2} s of {:.2} s",
-        turned.ours() * megabytes(image.bytes())
+        "  processor time meanwhile, of {:.2} s: the daemon {:.2} s, idle {:.2} s, the reader, the kernel and the registry the rest",
+        taken * cores,
+        cpu / turns,
+        idle / turns
     );
     registry.take_asked();
     Ok(())
@@ -67,6 +73,16 @@ pub(crate) fn mount(daemon: &Daemon, address: SocketAddr, options: &[&OsStr]) ->
     let args = [OsStr::new(&reference), mnt.as_os_str(), OsStr::new("--backend"), OsStr::new("fanotify")];
     daemon.ask("mount", args.into_iter().chain(options.iter().copied()))?;
     Ok(())
+}
+
+/// Seconds that the processors of this host had nothing to do, all together, since it started; proc_stat(5).
+fn idle_seconds() -> anyhow::Result<f64> {
+    let stat = fs::read_to_string("/proc/stat")?;
+    let fields = stat.lines().next().unwrap_or_default().split_whitespace();
+    let ticks: f64 = fields.skip(4).take(2).filter_map(|field| field.parse::<f64>().ok()).sum();
+    let per_second = sysconf(SysconfVar::CLK_TCK)?.context("the system does not tell its ticks")?;
+    #[expect(clippy::cast_precision_loss, reason = "a small number")]
+    Ok(ticks / per_second as f64)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "printed with few digits")]

@@ -13,7 +13,7 @@ use crate::cache::{Bootstraps, ImageKey, KeptBootstrap};
 use crate::export::{Backing, LiveImage};
 use crate::image::{Device, Image};
 use crate::reader::bootstrap::{Found, layer_key};
-use crate::reader::{self, ensure_checkable, maps, tarfile};
+use crate::reader::{self, Mapped, ensure_checkable, maps, tarfile};
 use crate::source::{BlobSource, LocalSource};
 
 /// An image that is ready to be attached to a backend.
@@ -192,11 +192,7 @@ fn prepare_kept(
     let (bootstrap, key) = (kept.path().to_owned(), kept.digest());
     let image = Image::open(&bootstrap).map_err(|e| DaemonError::Bootstrap(renamed(e, wanted.shown())))?;
     wanted.admit(&image)?;
-    let maps = image
-        .devices()
-        .iter()
-        .map(|device| map(device, &image, saved, asked, runtime))
-        .collect::<Result<Vec<_>, _>>()?;
+    let maps = maps_of(&image, saved, asked, runtime)?;
     ensure_checkable(&image, &maps)?;
     let maps = maps.into_iter().map(Arc::new).collect();
     Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source, origin, named: None, kept })
@@ -209,25 +205,40 @@ pub(super) fn resume(kept: KeptBootstrap, source: Arc<dyn BlobSource>) -> Result
     Ok(Prepared::again(kept, image, source))
 }
 
-/// The unit map of one device: from the cache if it is there and agrees, else from the blob. A plain tar layer has
+/// The unit map of each device: from the cache if it is there and agrees, else from the blob. A plain tar layer has
 /// no tables and is read as a whole.
-fn map(
-    device: &Device,
+fn maps_of(
     image: &Image,
     saved: &dyn Fn(&BlobId) -> Option<UnitMap>,
     source: &dyn BlobSource,
     runtime: &tokio::runtime::Handle,
-) -> Result<UnitMap, DaemonError> {
-    let tables = BlobTables::new(&device.entry).map_err(DaemonError::Tables)?;
-    tables.ensure_servable().map_err(DaemonError::Tables)?;
-    if tables.kind() == BlobKind::Tarfs {
-        // A saved map does not tell who named its digests. Nobody but the layer's own name may.
-        let mapped = maps::map(device, image, source, runtime).map_err(DaemonError::Map)?;
-        return Ok(tarfile::digested(&mapped.map, source, runtime, &|_| ())?);
+) -> Result<Vec<UnitMap>, DaemonError> {
+    let known = |device: &Device| {
+        let tables = BlobTables::new(&device.entry)?;
+        tables.ensure_servable()?;
+        // A saved map does not tell who named the digests of a plain tar layer. Nobody but the layer's own name may.
+        let saved = if tables.kind() == BlobKind::Tarfs { None } else { saved(&device.blob) };
+        Ok((tables, saved.and_then(|saved| maps::renew(&saved, device, image))))
+    };
+    let known = image.devices().iter().map(known).collect::<Result<Vec<_>, TablesError>>();
+    let known = known.map_err(DaemonError::Tables)?;
+    let missing = known.iter().filter(|(_, map)| map.is_none()).map(|(tables, _)| tables);
+    let mut fetched = maps::fetch(missing, source, runtime).map_err(DaemonError::Map)?.into_iter();
+    let mut maps = Vec::with_capacity(known.len());
+    for (tables, known) in known {
+        if let Some(map) = known {
+            maps.push(map);
+            continue;
+        }
+        // One came for each that is missing.
+        let stored = fetched.next().unwrap_or_default();
+        let made = Mapped::new(&tables, &stored, image).map_err(DaemonError::Tables)?;
+        maps.push(match made.kind {
+            BlobKind::Tarfs => tarfile::digested(&made.map, source, runtime, &|_| ())?,
+            _ => made.map,
+        });
     }
-    let saved = saved(&device.blob).and_then(|saved| maps::renew(&saved, device, image));
-    let fetched = || maps::map(device, image, source, runtime).map(|mapped| mapped.map);
-    saved.map_or_else(|| fetched().map_err(DaemonError::Map), Ok)
+    Ok(maps)
 }
 
 /// People know the file they named, not our copy.

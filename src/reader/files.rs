@@ -10,9 +10,9 @@ use tokio::runtime::Handle;
 
 use super::tarfile::{self, TarFileError};
 use super::units::{ReadError, UnitReader, UnitRef};
-use super::{LoadError, MapError};
+use super::{LoadError, MapError, Mapped, maps};
 use crate::base::ByteRange;
-use crate::blob::{BlobKind, UnitIndex, UnitMap};
+use crate::blob::{BlobKind, BlobTables, UnitIndex, UnitMap};
 use crate::image::{Extent, Image, Inode, Kind, Walk};
 use crate::source::BlobSource;
 
@@ -62,9 +62,11 @@ impl Files {
     /// Fetches the tables of an image's blobs from `source`. Plain tar layers have none, and are read as a whole instead: nothing
     /// else tells whether their units are right. Blocks; runs all its reads on `runtime` and must not be called from a thread of it.
     pub fn of(image: Image, source: Arc<dyn BlobSource>, runtime: Handle) -> Result<Self, OpenError> {
+        let tables = image.devices().iter().map(|device| BlobTables::new(&device.entry));
+        let tables = tables.collect::<Result<Vec<_>, _>>().map_err(MapError::Tables)?;
         let mut maps = Vec::new();
-        for device in image.devices() {
-            let mut mapped = super::maps::map(device, &image, source.as_ref(), &runtime)?;
+        for (tables, stored) in tables.iter().zip(maps::fetch(&tables, source.as_ref(), &runtime)?) {
+            let mut mapped = Mapped::new(tables, &stored, &image).map_err(MapError::Tables)?;
             if mapped.kind == BlobKind::Tarfs {
                 mapped.map = tarfile::digested(&mapped.map, source.as_ref(), &runtime, &|_| ())?;
             }

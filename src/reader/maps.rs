@@ -2,12 +2,18 @@
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
 use crate::base::{BlobId, Class};
 use crate::blob::{BlobKind, BlobTables, TablesError, UnitMap};
 use crate::image::{Device, Image};
 use crate::source::{BlobSource, ReadCtx, SourceError};
 
-/// How long the tables of a blob may take to arrive.
+/// Blobs whose tables are asked for at once.
+const AT_ONCE: usize = 8;
+
+/// How long the tables of all blobs may take to arrive.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Why there is no map of a blob.
@@ -42,23 +48,22 @@ impl Mapped {
     }
 }
 
-/// The unit map of one device of `image`: fetches the blob's tables, which takes up to 30 seconds,
-/// and adds the digests that the image names. Blocks; runs its fetch on `runtime`.
-pub fn map(
-    device: &Device,
-    image: &Image,
+/// The stored bytes of the tables of several blobs, in their order, some of them asked for at the same time: an image of
+/// many layers need not wait for one after the other. Takes up to 30 seconds. Blocks; runs its fetches on `runtime`.
+pub fn fetch<'a>(
+    tables: impl IntoIterator<Item = &'a BlobTables>,
     source: &dyn BlobSource,
     runtime: &tokio::runtime::Handle,
-) -> Result<Mapped, MapError> {
-    let tables = BlobTables::new(&device.entry)?;
-    let stored = if tables.stored().is_empty() {
-        bytes::Bytes::new()
-    } else {
-        let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + DEADLINE);
-        let fetched = runtime.block_on(source.read(tables.home(), tables.stored(), ctx));
-        fetched.map_err(|cause| MapError::Fetch { blob: tables.home().clone(), cause })?
+) -> Result<Vec<Bytes>, MapError> {
+    let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + DEADLINE);
+    let one = |tables: &'a BlobTables| async move {
+        if tables.stored().is_empty() {
+            return Ok(Bytes::new());
+        }
+        let fetched = source.read(tables.home(), tables.stored(), ctx).await;
+        fetched.map_err(|cause| MapError::Fetch { blob: tables.home().clone(), cause })
     };
-    Ok(Mapped::new(&tables, &stored, image)?)
+    runtime.block_on(stream::iter(tables.into_iter().map(one)).buffered(AT_ONCE).try_collect())
 }
 
 /// The same from a map that was made before, with the digests of this image and no other's; `None`
@@ -75,4 +80,60 @@ pub fn renew(saved: &UnitMap, device: &Device, image: &Image) -> Option<UnitMap>
     }
     // Digests that other images named are their business: a false one must not enter here.
     tables.with_digests(&saved.without_digests(), image.chunk_records().iter()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tokio::sync::Barrier;
+
+    use super::*;
+    use crate::base::ByteRange;
+    use crate::build::{BuildSpec, Source, build};
+    use crate::source::BoxFuture;
+
+    /// Answers nobody before so many have asked.
+    struct Together(Barrier);
+
+    impl BlobSource for Together {
+        fn len<'a>(&'a self, _: &'a BlobId, _: ReadCtx) -> BoxFuture<'a, Result<u64, SourceError>> {
+            unreachable!("an image says where tables are")
+        }
+
+        fn read<'a>(
+            &'a self,
+            _: &'a BlobId,
+            stored: ByteRange,
+            _: ReadCtx,
+        ) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+            Box::pin(async move {
+                self.0.wait().await;
+                Ok(vec![7; usize::try_from(stored.len()).unwrap()].into())
+            })
+        }
+
+        fn describe(&self) -> String {
+            "a test".into()
+        }
+    }
+
+    #[test]
+    fn tables_of_several_blobs_are_asked_for_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = dir.path().join("source");
+        fs::create_dir(&from).unwrap();
+        fs::write(from.join("a"), "a").unwrap();
+        build(BuildSpec::new(Source::open(&from).unwrap(), dir.path()), &()).unwrap();
+        let image = crate::reader::bootstrap::open(&dir.path().join("bootstrap")).unwrap();
+        let tables = BlobTables::new(&image.devices()[0].entry).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let source = Together(Barrier::new(AT_ONCE));
+
+        let fetched = fetch(std::iter::repeat_n(&tables, 2 * AT_ONCE), &source, runtime.handle()).unwrap();
+
+        let lens: Vec<_> = fetched.iter().map(|stored| stored.len() as u64).collect();
+        assert_eq!(lens, vec![tables.stored().len(); 2 * AT_ONCE]);
+        assert!(!tables.stored().is_empty());
+    }
 }

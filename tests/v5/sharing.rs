@@ -5,12 +5,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rafsd::base::{BlobId, ByteRange};
-use rafsd::blob::{Check, UnitMap};
+use rafsd::blob::{BlobTables, Check, UnitMap};
 use rafsd::build::lift;
 use rafsd::cache::{Device, Fill, Store, StoreOptions, fill_blocking};
 use rafsd::image::v5::Bootstrap;
 use rafsd::image::{Extent, Image};
-use rafsd::reader::maps;
+use rafsd::reader::{Mapped, maps};
 use rafsd::source::LocalSource;
 use tempfile::TempDir;
 
@@ -54,7 +54,9 @@ impl Shared {
     }
 
     fn map(&self, image: &Image) -> UnitMap {
-        maps::map(&image.devices()[0], image, &*self.source(), self.runtime.handle()).unwrap().map
+        let tables = BlobTables::new(&image.devices()[0].entry).unwrap();
+        let stored = maps::fetch([&tables], &*self.source(), self.runtime.handle()).unwrap().remove(0);
+        Mapped::new(&tables, &stored, image).unwrap().map
     }
 }
 
