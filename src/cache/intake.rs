@@ -43,6 +43,7 @@ pub(super) struct Intake {
     pub(super) asked: Option<Instant>,
     pub(super) request: RequestId,
     bulk: bool,
+    began: Instant,
     /// What has not come whole, in order of stored ranges.
     groups: VecDeque<Vec<Led>>,
     /// Stored offset of the first byte of `buffer`.
@@ -65,6 +66,7 @@ impl Intake {
             asked,
             request,
             bulk,
+            began: Instant::now(),
             groups: groups(units).into(),
             base: stored.start(),
             buffer: head,
@@ -76,9 +78,14 @@ impl Intake {
         self.groups.iter().flatten()
     }
 
-    /// Whether it is a second attempt.
-    pub(super) fn is_again(&self) -> bool {
-        self.leds().any(|led| led.again)
+    /// How often bytes of it came and were wrong.
+    pub(super) fn wrong(&self) -> usize {
+        self.leds().map(|led| led.wrong).max().unwrap_or(0)
+    }
+
+    /// Whether all units have come.
+    pub(super) fn is_whole(&self) -> bool {
+        self.groups.is_empty()
     }
 
     fn is_listed(&self) -> bool {
@@ -156,9 +163,16 @@ impl Intake {
 
     /// Has the first group, whose stored bytes these are, decoded and written.
     fn hand_on(&mut self, bytes: Bytes) {
-        if let Some(group) = self.groups.pop_front() {
-            self.jobs.push(job(&self.core, group, (self.asked, self.request), bytes, &self.slot));
+        let Some(group) = self.groups.pop_front() else { return };
+        if self.groups.is_empty() {
+            self.observe();
         }
+        self.jobs.push(job(&self.core, group, (self.asked, self.request), bytes, &self.slot));
+    }
+
+    /// Counts how long the read took. Before anybody is answered by its end.
+    pub(super) fn observe(&self) {
+        self.slot.fetcher.telemetry.fills.fetch.at(self.slot.class).observe(self.began.elapsed());
     }
 
     /// Drops what lies before `at`, as far as it has come.

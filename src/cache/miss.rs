@@ -21,7 +21,7 @@ use super::window::{Led, Window, groups};
 use super::{Completion, FillError, Request, is_needed};
 use crate::base::{ByteRange, Class, RequestId};
 use crate::blob::{DecodeError, Decoder, Unit, UnitIndex, UnitMap};
-use crate::source::SourceError;
+use crate::source::{SourceError, Verdict};
 use crate::sys::faultpoint;
 
 /// Most decoded bytes that one call of `fill` looks at before it returns; the rest is up to the
@@ -211,7 +211,7 @@ impl Core {
         let windows = reads.into_iter().map(|read| {
             let led = |index| {
                 let lead = leads.remove(&index)?;
-                Some(Led { unit: map.units()[index as usize], lead, again: false })
+                Some(Led { unit: map.units()[index as usize], lead, wrong: 0 })
             };
             let units = read.units.into_iter().filter_map(led).collect();
             let window = Window::new(Arc::clone(self), read.stored, units, None);
@@ -304,10 +304,13 @@ impl Core {
         let room = scratch.room(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"));
         faultpoint::reach("fetched");
         let outcome = match decoder.decode(self.first.key(), &unit, stored, room) {
-            Err(_) if !led.again => return Some(led),
+            Err(_) if led.wrong + 1 < self.sources.tries() => return Some(led),
             Err(cause) => Err(self.corrupt(index, &unit, cause)),
             Ok(()) => self.land_checked(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
         };
+        if led.wrong > 0 && outcome.is_ok() {
+            self.sources.judged(self.blob(), unit.stored, Verdict::Right);
+        }
         match &outcome {
             Ok(_) => self.note_filled(&unit, led.lead.urgency().class()),
             Err(_) => self.counters.failed(),
@@ -368,11 +371,12 @@ impl Core {
     }
 
     /// Asks once more for a stored range whose bytes were damaged, alone: a proxy may have mixed up
-    /// a long range, and its neighbours were fine. Who waits does not wait any longer for that.
+    /// a long range, and its neighbours were fine. So often that each place that has the blob is asked. Who waits does not wait any longer for that.
     pub(super) fn refetch(self: &Arc<Self>, damaged: Vec<Led>, (asked, request): (Option<Instant>, RequestId)) {
         self.engine.telemetry.fills.refetched.inc();
         let stored = damaged[0].unit.stored;
-        let units = damaged.into_iter().map(|led| Led { again: true, ..led }).collect();
+        self.sources.judged(self.blob(), stored, Verdict::Wrong);
+        let units = damaged.into_iter().map(|led| Led { wrong: led.wrong + 1, ..led }).collect();
         self.enqueue(vec![Window { request, ..Window::new(Arc::clone(self), stored, units, asked) }]);
     }
 

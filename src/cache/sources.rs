@@ -1,6 +1,10 @@
 use std::sync::{Arc, RwLock};
 
-use crate::source::BlobSource;
+use crate::base::{BlobId, ByteRange};
+use crate::source::{BlobSource, Verdict};
+
+/// Most attempts to get right bytes of a range.
+const MOST_TRIES: usize = 8;
 
 /// Most sources one device keeps; the oldest is forgotten for a fifth.
 const MOST: usize = 4;
@@ -28,6 +32,17 @@ impl Sources {
     /// All of them at this moment.
     pub(super) fn all(&self) -> Vec<Arc<dyn BlobSource>> {
         self.0.read().unwrap().clone()
+    }
+
+    /// How often bytes may come and be wrong before there is nobody left to ask: once for each place, and twice in any case, because
+    /// what lies between may have damaged them.
+    pub(super) fn tries(&self) -> usize {
+        self.0.read().unwrap().iter().map(|source| source.places()).sum::<usize>().clamp(2, MOST_TRIES)
+    }
+
+    /// Tells all of them what became of the bytes at `stored` that came last.
+    pub(super) fn judged(&self, blob: &BlobId, stored: ByteRange, verdict: Verdict) {
+        self.0.read().unwrap().iter().for_each(|source| source.judged(blob, stored, verdict));
     }
 
     /// What to call the best one in messages.

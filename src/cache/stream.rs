@@ -32,17 +32,16 @@ enum End {
 /// Runs one read and hands each unit to the pool when it has come. Dropping the task cancels the
 /// waiters.
 pub(super) async fn run(mut window: Window, slot: Slot) {
-    let (started, class) = (Instant::now(), slot.class);
-    window.start(started, &slot.fetcher.telemetry);
+    window.start(Instant::now(), &slot.fetcher.telemetry);
     let (core, slot) = (Arc::clone(&window.core), Arc::new(slot));
     let jobs = Arc::clone(&slot.fetcher.jobs);
     let intake = Mutex::new(Intake::new(window, Arc::clone(&jobs), Arc::clone(&slot)));
     let end = pour(&core, &intake, &slot).await;
-    if matches!(end, End::Whole | End::Failed(_)) {
-        slot.fetcher.telemetry.fills.fetch.at(class).observe(started.elapsed());
+    let intake = intake.into_inner().expect("nothing panics while it is held");
+    if matches!(end, End::Failed(_)) && !intake.is_whole() {
+        intake.observe();
     }
-    let rest = intake.into_inner().expect("nothing panics while it is held").rest();
-    let Some(rest) = rest else { return slot.fetched() };
+    let Some(rest) = intake.rest() else { return slot.fetched() };
     match end {
         End::GaveWay => slot.fetcher.give_back(rest, false),
         End::Abandoned => slot.fetcher.give_back(rest, true),
@@ -60,10 +59,9 @@ async fn pour(core: &Arc<Core>, intake: &Mutex<Intake>, slot: &Slot) -> End {
     let mut sources = core.sources.all();
     let (mut deadline, is_divisible) = {
         let (intake, options) = (intake.lock().unwrap(), &slot.fetcher.options);
-        if intake.is_again() {
-            // Its bytes were damaged, and another one's may not be.
-            sources.rotate_left(1);
-        }
+        // Where its bytes were damaged, another one's may not be.
+        let turn = intake.wrong() % sources.len().max(1);
+        sources.rotate_left(turn);
         let deadline = match intake.asked {
             Some(asked) => asked + options.deadline,
             None => Instant::now() + options.prefetch_deadline,
@@ -117,8 +115,7 @@ async fn pour_from(
     let mut until = share(*deadline);
     let (missing, ctx) = {
         let intake = intake.lock().unwrap();
-        let again = u32::from(intake.is_again());
-        (intake.missing(), ReadCtx { class: slot.class, deadline: until, request: intake.request, again })
+        (intake.missing(), ReadCtx { class: slot.class, deadline: until, request: intake.request })
     };
     core.counters.request();
     let mut take = |piece| intake.lock().unwrap().take(piece);

@@ -40,8 +40,8 @@ pub(super) struct Window {
 pub(super) struct Led {
     pub(super) unit: Unit,
     pub(super) lead: Lead,
-    /// Whether this is the second attempt, after a first one brought damaged bytes.
-    pub(super) again: bool,
+    /// How often its bytes came and were wrong.
+    pub(super) wrong: usize,
 }
 
 impl Window {

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::{Daemon, DaemonError};
 use crate::base::{BlobId, ByteRange};
-use crate::source::{BlobSource, BoxFuture, ReadCtx, SourceError};
+use crate::source::{BlobSource, BoxFuture, ReadCtx, SourceError, Verdict};
 
 /// Whoever asked, as those see it who do what was asked for.
 #[derive(Clone, Debug)]
@@ -137,6 +137,14 @@ impl BlobSource for WhileWanted {
         take: &'a mut (dyn FnMut(Bytes) + Send),
     ) -> BoxFuture<'a, Result<(), SourceError>> {
         Box::pin(self.ask(blob, self.source.stream(blob, stored, ctx, take)))
+    }
+
+    fn judged(&self, blob: &BlobId, stored: ByteRange, verdict: Verdict) {
+        self.source.judged(blob, stored, verdict);
+    }
+
+    fn places(&self) -> usize {
+        self.source.places()
     }
 
     fn describe(&self) -> String {

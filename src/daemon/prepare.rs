@@ -13,7 +13,7 @@ use crate::cache::{Bootstraps, ImageKey, KeptBootstrap};
 use crate::export::{Backing, LiveImage};
 use crate::image::{Device, Image};
 use crate::reader::bootstrap::{Found, layer_key};
-use crate::reader::{self, Mapped, ensure_checkable, maps, tarfile};
+use crate::reader::{self, ensure_checkable, maps, tarfile};
 use crate::source::{BlobSource, LocalSource};
 
 /// An image that is ready to be attached to a backend.
@@ -232,7 +232,7 @@ fn maps_of(
         }
         // One came for each that is missing.
         let stored = fetched.next().unwrap_or_default();
-        let made = Mapped::new(&tables, &stored, image).map_err(DaemonError::Tables)?;
+        let made = maps::mapped(&tables, &stored, image, source, runtime).map_err(DaemonError::Map)?;
         maps.push(match made.kind {
             BlobKind::Tarfs => tarfile::digested(&made.map, source, runtime, &|_| ())?,
             _ => made.map,

@@ -30,6 +30,8 @@ struct State {
     probe_at: Option<Instant>,
     /// Somebody is finding out.
     probing: bool,
+    /// Until then it is asked last, whatever it does.
+    barred: Option<Instant>,
     /// A ring of the latest times to the first byte.
     latencies: Vec<Duration>,
     next: usize,
@@ -51,6 +53,9 @@ impl Health {
     /// How the server stands at `now`. Gives `Probe` to one caller only.
     pub fn standing(&self, now: Instant) -> Standing {
         let mut state = self.0.lock().unwrap();
+        if state.barred.is_some_and(|until| now < until) {
+            return Standing::Bad;
+        }
         match state.probe_at {
             None => Standing::Good,
             Some(at) if at <= now && !state.probing => {
@@ -77,6 +82,12 @@ impl Health {
             let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE);
             state.probe_at = now.checked_add(pause);
         }
+    }
+
+    /// It does what no request finds out beforehand: ask it last until then. Also if it works.
+    pub fn bar(&self, until: Option<Instant>) {
+        let mut state = self.0.lock().unwrap();
+        state.barred = state.barred.max(until);
     }
 
     /// The probe has ended, or was given up.
@@ -128,6 +139,16 @@ mod tests {
         assert_eq!(health.standing(now + 3 * SECOND), Standing::Probe);
         health.worked();
         assert_eq!(health.standing(now), Standing::Good);
+    }
+
+    #[test]
+    fn one_that_is_barred_is_asked_last_for_so_long_and_works_meanwhile() {
+        let (health, now) = (Health::default(), Instant::now());
+        health.bar(Some(now + 2 * SECOND));
+        health.bar(Some(now + SECOND));
+        health.worked();
+        assert_eq!(health.standing(now + SECOND), Standing::Bad);
+        assert_eq!(health.standing(now + 2 * SECOND), Standing::Good);
     }
 
     #[test]

@@ -64,7 +64,8 @@ pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let value = text(RETRY_AFTER)?;
     // Digits only: the parser of numbers would also take a sign.
     if value.bytes().all(|b| b.is_ascii_digit()) {
-        return value.parse().ok().map(Duration::from_secs);
+        // What does not fit is for ever.
+        return (!value.is_empty()).then(|| Duration::from_secs(value.parse().unwrap_or(u64::MAX)));
     }
     let until = httpdate::parse_http_date(value).ok()?;
     until.duration_since(httpdate::parse_http_date(text(DATE)?).ok()?).ok()

@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 
 use super::tarfile::{self, TarFileError};
 use super::units::{ReadError, UnitReader, UnitRef};
-use super::{LoadError, MapError, Mapped, maps};
+use super::{LoadError, MapError, maps};
 use crate::base::ByteRange;
 use crate::blob::{BlobKind, BlobTables, UnitIndex, UnitMap};
 use crate::image::{Extent, Image, Inode, Kind, Walk};
@@ -66,7 +66,7 @@ impl Files {
         let tables = tables.collect::<Result<Vec<_>, _>>().map_err(MapError::Tables)?;
         let mut maps = Vec::new();
         for (tables, stored) in tables.iter().zip(maps::fetch(&tables, source.as_ref(), &runtime)?) {
-            let mut mapped = Mapped::new(tables, &stored, &image).map_err(MapError::Tables)?;
+            let mut mapped = maps::mapped(tables, &stored, &image, source.as_ref(), &runtime)?;
             if mapped.kind == BlobKind::Tarfs {
                 mapped.map = tarfile::digested(&mapped.map, source.as_ref(), &runtime, &|_| ())?;
             }

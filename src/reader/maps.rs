@@ -8,7 +8,10 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use crate::base::{BlobId, Class};
 use crate::blob::{BlobKind, BlobTables, TablesError, UnitMap};
 use crate::image::{Device, Image};
-use crate::source::{BlobSource, ReadCtx, SourceError};
+use crate::source::{BlobSource, ReadCtx, SourceError, Verdict};
+
+/// Places that are asked for tables.
+const MOST_PLACES: usize = 8;
 
 /// Blobs whose tables are asked for at once.
 const AT_ONCE: usize = 8;
@@ -46,6 +49,31 @@ impl Mapped {
         let map = tables.with_digests(&map, image.chunk_records().iter())?;
         Ok(Self { map, kind: tables.kind() })
     }
+}
+
+/// What `tables` say, which came as `stored`. Where that cannot be, another place is asked, if `source` has more than one: one
+/// that lies must not keep an image from being mounted. Blocks; runs its fetches on `runtime`.
+pub fn mapped(
+    tables: &BlobTables,
+    stored: &[u8],
+    image: &Image,
+    source: &dyn BlobSource,
+    runtime: &tokio::runtime::Handle,
+) -> Result<Mapped, MapError> {
+    let (blob, range) = (tables.home(), tables.stored());
+    let others = if range.is_empty() { 0 } else { source.places().min(MOST_PLACES).saturating_sub(1) };
+    let mut mapped = Mapped::new(tables, stored, image);
+    for _ in 0..others {
+        let Err(error) = mapped else { break };
+        source.judged(blob, range, Verdict::Wrong);
+        // What the first one sent says more than that others have nothing.
+        let again = fetch([tables], source, runtime).map_err(|_| error)?;
+        mapped = Mapped::new(tables, again.first().unwrap_or(&Bytes::new()), image);
+        if mapped.is_ok() {
+            source.judged(blob, range, Verdict::Right);
+        }
+    }
+    Ok(mapped?)
 }
 
 /// The stored bytes of the tables of several blobs, in their order, some of them asked for at the same time: an image of

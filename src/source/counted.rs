@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::{BlobSource, BoxFuture, ReadCtx, SourceError};
+use super::{BlobSource, BoxFuture, ReadCtx, SourceError, Verdict};
 use crate::base::{BlobId, ByteRange, Chain};
 use crate::telemetry::{Outcome, Place};
 
@@ -52,6 +52,14 @@ impl<S: BlobSource> BlobSource for Counted<S> {
             asked.end(outcome.as_ref().map(|()| 0));
             outcome
         })
+    }
+
+    fn judged(&self, blob: &BlobId, stored: ByteRange, verdict: Verdict) {
+        self.inner.judged(blob, stored, verdict);
+    }
+
+    fn places(&self) -> usize {
+        self.inner.places()
     }
 
     fn describe(&self) -> String {
@@ -166,8 +174,7 @@ mod tests {
         let place = Telemetry::default().place("p");
         let source = Counted { inner: Scripted, place: place.clone() };
         let blob: BlobId = "b".parse().unwrap();
-        let ctx =
-            |class, time| ReadCtx { class, deadline: Instant::now() + time, request: RequestId::new(7), again: 0 };
+        let ctx = |class, time| ReadCtx { class, deadline: Instant::now() + time, request: RequestId::new(7) };
         let range = |start| ByteRange::new(start, start + 4).unwrap();
         let (class, long) = (Class::Prefetch, Duration::from_secs(60));
 

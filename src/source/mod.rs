@@ -16,6 +16,7 @@ mod network;
 mod object;
 mod relay;
 mod tiers;
+mod trail;
 mod upstream;
 mod whole;
 
@@ -55,15 +56,12 @@ pub struct ReadCtx {
     pub deadline: Instant,
     /// For log lines: the request of the kernel that this read is for.
     pub request: RequestId,
-    /// How often these bytes came and were wrong: a source that has them from several places asks so many
-    /// further on.
-    pub again: u32,
 }
 
 impl ReadCtx {
     /// A read that no request of the kernel asked for.
     pub fn new(class: Class, deadline: Instant) -> Self {
-        Self { class, deadline, request: RequestId::NONE, again: 0 }
+        Self { class, deadline, request: RequestId::NONE }
     }
 }
 
@@ -95,8 +93,26 @@ pub trait BlobSource: Send + Sync + 'static {
         Box::pin(async move { self.read(blob, stored, ctx).await.map(take) })
     }
 
+    /// What became of the bytes of `stored` that it gave last. Whoever brought wrong ones is not asked for them again
+    /// where another place can be, and asked last for everything when that one was right.
+    fn judged(&self, _blob: &BlobId, _stored: ByteRange, _verdict: Verdict) {}
+
+    /// From how many places it may have a blob.
+    fn places(&self) -> usize {
+        1
+    }
+
     /// What to call this source in messages: a directory or an URL, without secrets.
     fn describe(&self) -> String;
+}
+
+/// Whether bytes were what their digest says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// They were, after they had been wrong.
+    Right,
+    /// They were not.
+    Wrong,
 }
 
 /// Where on this host the blobs of a spec lie.

@@ -17,7 +17,8 @@ use super::counted::outcome_of;
 use super::hedges::HedgeBudget;
 use super::http::FIRST_BYTE;
 use super::relay::Relay;
-use super::{BlobSource, BoxFuture, Failure, ReadCtx, SourceError, Upstream};
+use super::trail::Trail;
+use super::{BlobSource, BoxFuture, Failure, ReadCtx, SourceError, Upstream, Verdict};
 use crate::base::{BlobId, ByteRange, Chain, Class, Fault};
 use crate::net::{Attempt, Clock, Health, RetryPolicy, Standing};
 use crate::telemetry::{Outcome, Place};
@@ -31,6 +32,18 @@ const MUCH: u64 = 256 << 10;
 
 /// A second request is not worth it before this time.
 const SOONEST_HEDGE: Duration = Duration::from_millis(20);
+
+/// A place brings next to nothing if it is slower than this, in bytes a second, for [`WATCHED`].
+const TRICKLE: u64 = 16 << 10;
+
+/// How long a place is watched before another one is asked because it trickles.
+const WATCHED: Duration = Duration::from_secs(3);
+
+/// How long a place is asked last that trickled while another one was quick.
+const BARRED: Duration = Duration::from_secs(60);
+
+/// How long a place is asked last that brought wrong bytes where another one brought right ones.
+const DISTRUSTED: Duration = Duration::from_secs(300);
 
 /// How long a probe may take.
 const PROBE: Duration = Duration::from_secs(10);
@@ -66,13 +79,14 @@ pub struct Tiers {
     clock: Clock,
     counts: Arc<Place>,
     hedges: HedgeBudget,
+    trail: Trail,
 }
 
 impl Tiers {
     /// A source out of `tiers`, of which there is at least one, asked again as `policy` says.
     pub fn new(tiers: Vec<Tier>, policy: RetryPolicy, clock: Clock) -> Self {
         assert!(!tiers.is_empty(), "a source is at least one place");
-        Self { tiers, policy, clock, counts: Arc::default(), hedges: HedgeBudget::new() }
+        Self { tiers, policy, clock, counts: Arc::default(), hedges: HedgeBudget::new(), trail: Trail::default() }
     }
 
     /// The same source, with its retries counted there.
@@ -81,8 +95,7 @@ impl Tiers {
         Self { counts, ..self }
     }
 
-    /// The order in which to ask now: those in good standing first, and after wrong bytes as many places
-    /// further on. Starts a probe where one is due.
+    /// The order in which to ask now: those in good standing first. Starts a probe where one is due.
     fn order(&self, blob: &BlobId, ctx: ReadCtx) -> Vec<usize> {
         let now = self.clock.now();
         let mut order = Vec::with_capacity(self.tiers.len());
@@ -108,15 +121,19 @@ impl Tiers {
             }
         }
         order.append(&mut bad);
-        let turn = ctx.again as usize % order.len();
-        order.rotate_left(turn);
         order
     }
 
-    /// The same, without those that will not do better during this read, or have asked for a pause.
-    fn hopeful(&self, patience: &Patience<'_>, blob: &BlobId, ctx: ReadCtx) -> Vec<(usize, &Tier)> {
+    /// The same for `rest`, without those that will not do better during this read, have asked for a pause, or brought
+    /// wrong bytes of it, unless all of them did.
+    fn hopeful(&self, patience: &Patience<'_>, blob: &BlobId, rest: ByteRange, ctx: ReadCtx) -> Vec<(usize, &Tier)> {
         let now = self.clock.now();
-        let hopeful = self.order(blob, ctx).into_iter().filter(|at| patience.wait(*at, now).is_zero());
+        let mut distrusted = self.trail.distrusted(blob, rest);
+        if distrusted.len() >= self.tiers.len() {
+            distrusted.clear();
+        }
+        let order = self.order(blob, ctx).into_iter().filter(|at| !distrusted.contains(at));
+        let hopeful = order.filter(|at| patience.wait(*at, now).is_zero());
         hopeful.filter_map(|at| Some((at, self.tiers.get(at)?))).collect()
     }
 
@@ -145,23 +162,28 @@ impl Tiers {
         ctx: ReadCtx,
         take: &mut (dyn FnMut(Bytes) + Send),
     ) -> Result<(), Failure> {
-        let mut since = Some(self.clock.now());
+        let (begun, mut came) = (self.clock.now(), 0);
         let mut first = |piece: Bytes| {
-            if let Some(since) = since.take() {
-                tier.health.took(self.clock.now().saturating_duration_since(since));
+            if came == 0 {
+                tier.health.took(self.clock.now().saturating_duration_since(begun));
             }
+            came += piece.len() as u64;
             if let Some(counts) = &tier.counts {
                 counts.bytes.at(ctx.class).add(piece.len() as u64);
             }
             take(piece);
         };
         let asked = tier.upstream.pour(blob, stored, ctx, &mut first).await;
-        self.note(tier, ctx, asked.as_ref().map(|_| ()).map_err(|failure| &failure.error));
+        let took = self.clock.now().saturating_duration_since(begun);
+        self.note(tier, ctx, asked.as_ref().map(|_| ()).map_err(|failure| &failure.error), is_slow(came, took));
         asked
     }
 
-    /// Notes how an attempt went.
-    fn note(&self, tier: &Tier, ctx: ReadCtx, asked: Result<(), &SourceError>) {
+    /// Notes how an attempt went. Who had no time, or used it well, is not to blame that it was over.
+    fn note(&self, tier: &Tier, ctx: ReadCtx, asked: Result<(), &SourceError>, was_slow: bool) {
+        let blames_the_place = |error: &SourceError| {
+            blames_the_place(error) && (was_slow || !matches!(error, SourceError::Deadline { .. }))
+        };
         match asked {
             Ok(()) => tier.health.worked(),
             Err(error) if blames_the_place(error) => tier.health.failed(self.clock.now()),
@@ -197,10 +219,18 @@ impl Tiers {
         while !relay.rest().is_empty() {
             let from = relay.rest();
             let mut round = Round::default();
-            let mut tiers = self.hopeful(&patience, blob, ctx).into_iter();
+            let mut tiers = self.hopeful(&patience, blob, from, ctx).into_iter();
             while let Some((at, tier)) = tiers.next() {
-                let second = tiers.as_slice().first().map(|(_, tier)| *tier);
-                match self.hedged(tier, second, blob, ctx, &relay).await {
+                let left = ctx.deadline.saturating_duration_since(self.clock.now());
+                if left.is_zero() {
+                    // Whoever is asked now cannot answer.
+                    let late = || SourceError::Deadline { blob: blob.clone(), place: self.describe(), range: stored };
+                    return Err(round.failure.unwrap_or_else(late));
+                }
+                let second = tiers.as_slice().first();
+                // Who is slow must leave time to others.
+                let deadline = if second.is_some() { ctx.deadline - left / 2 } else { ctx.deadline };
+                match self.hedged((at, tier), second, blob, ReadCtx { deadline, ..ctx }, &relay).await {
                     Ok(()) => return Ok(()),
                     // It failed behind the last byte: nobody is asked for nothing.
                     Err(_) if relay.rest().is_empty() => return Ok(()),
@@ -215,48 +245,76 @@ impl Tiers {
         Ok(())
     }
 
-    /// One attempt at `tier`, and another one beside it at `second`, if there is one and the first takes longer
-    /// to begin than is usual. Both bring bytes; the first that has brought the last one counts.
+    /// One attempt at the first, and another one beside it at the second, if there is one and the first takes longer
+    /// to begin than is usual, or brings next to nothing. Both bring bytes; the first that has brought the last one counts.
     async fn hedged(
         &self,
-        tier: &Tier,
-        second: Option<&Tier>,
+        first: (usize, &Tier),
+        second: Option<&(usize, &Tier)>,
         blob: &BlobId,
         ctx: ReadCtx,
         relay: &Relay<'_>,
     ) -> Result<(), Failure> {
         self.hedges.earn();
-        let before = relay.rest();
-        let mut first = std::pin::pin!(self.to_the_end(tier, blob, ctx, relay));
-        let usual = tier.health.usual().filter(|_| ctx.class == Class::OnDemand);
-        let (Some(usual), Some(second)) = (usual, second) else { return first.await };
-        select! {
+        let mut one = std::pin::pin!(self.to_the_end(first, blob, ctx, relay));
+        let Some(&second) = second else { return one.await };
+        let trickles = select! {
             biased;
-            done = &mut first => return done,
-            () = self.clock.sleep(usual.max(SOONEST_HEDGE)) => {}
-        }
-        if relay.rest() != before || !self.hedges.spend() {
-            return first.await;
-        }
+            done = &mut one => return done,
+            trickles = self.slowness(first.1, ctx, relay) => trickles,
+        };
         self.counts.hedges.inc();
         let mut other = std::pin::pin!(self.to_the_end(second, blob, ctx, relay));
         select! {
-            done = &mut first => match done {
+            done = &mut one => match done {
                 Err(failure) => other.await.map_err(|_| failure),
                 done => done,
             },
             done = &mut other => match done {
-                Err(_) => first.await,
-                done => done,
+                Err(_) => one.await,
+                Ok(()) => {
+                    if trickles {
+                        first.1.health.bar(self.clock.now().checked_add(BARRED));
+                    }
+                    Ok(())
+                }
             },
         }
     }
 
-    /// One attempt to have `tier` bring all that `relay` lacks.
-    async fn to_the_end(&self, tier: &Tier, blob: &BlobId, ctx: ReadCtx, relay: &Relay<'_>) -> Result<(), Failure> {
+    /// Ends when a read that has just begun is so slow that another place is worth asking as well. Tells whether it is
+    /// worse than late: readers who wait for one that trickles would wait for ever.
+    async fn slowness(&self, tier: &Tier, ctx: ReadCtx, relay: &Relay<'_>) -> bool {
+        let mut before = relay.rest().len();
+        if let Some(usual) = tier.health.usual().filter(|_| ctx.class == Class::OnDemand) {
+            self.clock.sleep(usual.max(SOONEST_HEDGE)).await;
+            if relay.rest().len() == before && self.hedges.spend() {
+                return false;
+            }
+        }
+        loop {
+            self.clock.sleep(WATCHED).await;
+            let rest = relay.rest().len();
+            if is_slow(before.saturating_sub(rest), WATCHED) {
+                return true;
+            }
+            before = rest;
+        }
+    }
+
+    /// One attempt to have a place bring all that `relay` lacks.
+    async fn to_the_end(
+        &self,
+        (number, tier): (usize, &Tier),
+        blob: &BlobId,
+        ctx: ReadCtx,
+        relay: &Relay<'_>,
+    ) -> Result<(), Failure> {
         let rest = relay.rest();
         let mut at = rest.start();
-        let mut gather = |piece: Bytes| at = relay.hand_on(at, piece);
+        let mut gather = |piece: Bytes| {
+            at = relay.hand_on(at, piece, &mut |new| self.trail.brought(number, blob, new));
+        };
         self.attempt(tier, blob, rest, ctx, &mut gather).await?;
         if at == rest.end() {
             return Ok(());
@@ -269,7 +327,7 @@ impl Tiers {
         let mut patience = self.patience(blob, FIRST_BYTE, ctx);
         loop {
             let mut round = Round::default();
-            for (at, tier) in self.hopeful(&patience, blob, ctx) {
+            for (at, tier) in self.hopeful(&patience, blob, FIRST_BYTE, ctx) {
                 let asked = tier.upstream.len(blob, ctx).await;
                 if let Err(failure) = &asked
                     && blames_the_place(&failure.error)
@@ -333,6 +391,25 @@ impl BlobSource for Tiers {
         Box::pin(self.in_time(blob, stored, ctx, self.pour(blob, stored, ctx, take)))
     }
 
+    fn judged(&self, blob: &BlobId, stored: ByteRange, verdict: Verdict) {
+        if verdict == Verdict::Wrong {
+            return self.trail.was_wrong(blob, stored);
+        }
+        for tier in self.trail.was_right(blob, stored).into_iter().filter_map(|at| self.tiers.get(at)) {
+            tier.health.bar(self.clock.now().checked_add(DISTRUSTED));
+            let text = format!("{} sent wrong bytes of blob {blob} at {stored}", tier.upstream.describe());
+            tracing::warn!(error = %text, "a place is asked last for a while");
+            if let Some(counts) = &tier.counts {
+                counts.wrong.inc();
+                counts.failed(text);
+            }
+        }
+    }
+
+    fn places(&self) -> usize {
+        self.tiers.len()
+    }
+
     fn describe(&self) -> String {
         let mut names: Vec<_> = self.tiers.iter().map(|tier| tier.upstream.describe()).collect();
         names.dedup();
@@ -357,6 +434,11 @@ fn blames_the_place(error: &SourceError) -> bool {
         | SourceError::Io { .. } => true,
         SourceError::NotFound { .. } | SourceError::Refused { .. } | SourceError::OutOfRange { .. } => false,
     }
+}
+
+/// Whether so many bytes in so long a time are next to nothing. A moment is too short to tell.
+fn is_slow(came: u64, took: Duration) -> bool {
+    took >= Duration::from_secs(1) && came < TRICKLE.saturating_mul(took.as_secs())
 }
 
 /// What all places said, each asked once.
@@ -447,3 +529,6 @@ fn seed(blob: &BlobId, range: ByteRange) -> u64 {
     (blob, range).hash(&mut hasher);
     hasher.finish()
 }
+
+#[cfg(test)]
+mod tests;

@@ -165,6 +165,13 @@ pub(super) const SOURCE_HEDGES: Metric = counter(
     Stable,
     "Second requests beside a first that was slower than is usual",
 );
+pub(super) const SOURCE_WRONG: Metric = counter(
+    "rafsd_source_wrong",
+    None,
+    &["source"],
+    Stable,
+    "Ranges of which a source delivered bytes that did not fit their digest, where another source had those that do",
+);
 pub(super) const CACHE: Metric = gauge("rafsd_cache", Bytes, &[], "Bytes that the cache occupies on its disk");
 pub(super) const CACHE_LIMIT: Metric =
     gauge("rafsd_cache_limit", Bytes, &[], "Bytes that the cache may occupy; 0 if nothing limits it");
@@ -215,6 +222,7 @@ pub const CATALOGUE: &[Metric] = &[
     SOURCE,
     SOURCE_HEDGES,
     SOURCE_RETRIES,
+    SOURCE_WRONG,
     CACHE,
     CACHE_LIMIT,
     EVICTIONS,

@@ -138,6 +138,7 @@ fn each(of: &Telemetry, show: &mut dyn FnMut(&Metric, &dyn Series) -> fmt::Resul
     show(&catalogue::SOURCE, &EachPlace(&places, |place| &place.bytes))?;
     show(&catalogue::SOURCE_HEDGES, &EachPlace(&places, |place| &place.hedges))?;
     show(&catalogue::SOURCE_RETRIES, &EachPlace(&places, |place| &place.retries))?;
+    show(&catalogue::SOURCE_WRONG, &EachPlace(&places, |place| &place.wrong))?;
     show(&catalogue::CACHE, &space.bytes)?;
     show(&catalogue::CACHE_LIMIT, &space.limit)?;
     show(&catalogue::EVICTIONS, &space.evictions)?;

@@ -26,6 +26,8 @@ pub struct Place {
     pub retries: Counter,
     /// Second requests beside a first that was slow.
     pub hedges: Counter,
+    /// Ranges of which it alone had brought wrong bytes, when another place had brought right ones.
+    pub wrong: Counter,
     failing: AtomicBool,
     last_failure: Mutex<Option<Failure>>,
 }

@@ -14,7 +14,7 @@ use rafsd::base::{BlobId, ByteRange, Class, Secret};
 use rafsd::cache::{Device, Fill, FillError, Store, StoreOptions};
 use rafsd::net::auth::{Keychain, Login, LoginFuture, TokenOptions, Tokens};
 use rafsd::net::{ClientOptions, Endpoint, EndpointOptions, Lookup, Names, Proxy, RetryPolicy};
-use rafsd::source::{BlobSource, BoxFuture, HttpUpstream, ReadCtx, SourceError, Tier, Tiers};
+use rafsd::source::{BlobSource, BoxFuture, HttpUpstream, ReadCtx, SourceError, Tier, Tiers, Verdict};
 use rafsd::telemetry::Place;
 use reqwest::Url;
 use tokio::runtime::Handle;
@@ -79,6 +79,14 @@ impl BlobSource for Shifted {
         ctx: ReadCtx,
     ) -> BoxFuture<'a, Result<Bytes, SourceError>> {
         self.source.read(blob, stored, self.ctx(ctx))
+    }
+
+    fn judged(&self, blob: &BlobId, stored: ByteRange, verdict: Verdict) {
+        self.source.judged(blob, stored, verdict);
+    }
+
+    fn places(&self) -> usize {
+        self.source.places()
     }
 
     fn describe(&self) -> String {

@@ -174,7 +174,10 @@ pub(crate) fn mirrored() -> Vec<Row> {
         passes("mirror: breaks off", Fault::Reset { after: 1024 }).wasteful(),
         passes("mirror: is short", Fault::Cut { after: 4096 }).wasteful(),
         passes("mirror: is long", Fault::Surplus(1)).wasteful(),
-        passes("mirror: is silent", Fault::StallHead).takes(10),
+        passes("mirror: is silent", Fault::StallHead).takes(3).patience(8),
+        passes("mirror: is silent in the body", Fault::Stall { after: 5000 }).takes(3).patience(8).wasteful(),
+        passes("mirror: one byte per second", Fault::Trickle).takes(3).patience(8).wasteful(),
+        passes("mirror: one byte per second for good", Fault::Trickle).times(u64::MAX).takes(3).patience(8).wasteful(),
         passes("mirror: 401", Fault::NoChallenge),
         passes("mirror: 403", Fault::Status(403)),
         passes("mirror: 404", Fault::Status(404)),
@@ -206,7 +209,7 @@ pub(crate) fn proxied() -> Vec<Row> {
             .fails(Outcome::Unavailable),
         first(Row::once("proxy: 502, and another way", Fault::Status(502))),
         first(Row::always("proxy: dead, and another way", Fault::Refuse(FOREVER))),
-        first(Row::once("proxy: silent, and another way", Fault::StallHead)).takes(10),
+        first(Row::once("proxy: silent, and another way", Fault::StallHead)).takes(3),
     ]
 }
 
