@@ -99,12 +99,13 @@ impl BlobSource for Gated {
         take: &'a mut (dyn FnMut(Bytes) + Send),
     ) -> BoxFuture<'a, Result<(), SourceError>> {
         Box::pin(async move {
-            let mut bytes = self.begin(blob, stored, ctx.class)?;
             let (permits, active) = match ctx.class {
                 Class::OnDemand => (&self.reads, None),
                 Class::Prefetch => (&self.streams, Some(&self.active)),
             };
+            // Before anybody can see that it was asked.
             let _end = active.map(Active::begin);
+            let mut bytes = self.begin(blob, stored, ctx.class)?;
             while !bytes.is_empty() {
                 permits.acquire().await.unwrap().forget();
                 take(bytes.split_to(bytes.len().min(usize::try_from(UNIT).unwrap())));
