@@ -14,6 +14,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 
+/// 200 Mbit/s.
+pub(crate) const BANDWIDTH: f64 = 200e6 / 8.0;
+
 /// What passes at once.
 const PIECE: usize = 16 << 10;
 

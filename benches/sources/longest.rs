@@ -10,13 +10,14 @@ use rafsd::base::ByteSize;
 
 use super::daemon::Daemon;
 use super::image::{Image, Piece};
-use super::line::{Line, Shape};
+use super::line::{BANDWIDTH, Line, Shape};
 use super::measure::drop_caches;
+use super::middle;
 use super::peer::Nydusd;
 use super::registry::Registry;
 use super::throughput::mount;
 
-const SHAPE: Shape = Shape { round_trip: Duration::from_millis(20), bytes_per_second: 200e6 / 8.0 };
+const SHAPE: Shape = Shape { round_trip: Duration::from_millis(20), bytes_per_second: BANDWIDTH };
 
 pub(crate) fn measure(
     image: &Image,
@@ -36,18 +37,19 @@ pub(crate) fn measure(
     );
     let dir = scratch.join("longest");
     let line = Line::to(registry.address, SHAPE)?;
+    let time = |walk: &Walk| walk.all.as_secs_f64();
     let ours = || {
         let daemon = Daemon::start(&dir)?;
         mount(&daemon, line.address, &[])?;
         Walk::through(&daemon.mnt().join(path), *len)
     };
-    print("rafsd", &repeat(turns, ours)?, least);
+    print("rafsd", &middle(turns, time, ours)?, least);
     if let Some(program) = nydusd {
         let theirs = || {
             let nydusd = Nydusd::mount(program, &dir, line.address, &image.bootstrap, &[])?;
             Walk::through(&nydusd.mnt().join(path), *len)
         };
-        print("nydusd", &repeat(turns, theirs)?, least);
+        print("nydusd", &middle(turns, time, theirs)?, least);
     }
     registry.take_asked();
     registry.take_sent();
@@ -79,13 +81,6 @@ impl Walk {
         ensure!(sum == len, "{} has {sum} bytes instead of {len}", path.display());
         Ok(Self { all: begun.elapsed(), longest })
     }
-}
-
-/// The reading with the median time.
-fn repeat(turns: usize, mut walk: impl FnMut() -> anyhow::Result<Walk>) -> anyhow::Result<Walk> {
-    let mut walks = (0..turns).map(|_| walk()).collect::<anyhow::Result<Vec<_>>>()?;
-    walks.sort_by_key(|walk| walk.all);
-    walks.get(turns / 2).copied().context("at least one turn")
 }
 
 fn print(name: &str, walk: &Walk, least: f64) {

@@ -116,6 +116,17 @@ fn run(args: &Args) -> anyhow::Result<()> {
     scratch.close().context("cannot remove the scratch directory")
 }
 
+/// What the turn with the median `time` gave.
+fn middle<T: Copy>(
+    turns: usize,
+    time: impl Fn(&T) -> f64,
+    mut turn: impl FnMut() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let mut taken = (0..turns).map(|_| turn()).collect::<anyhow::Result<Vec<_>>>()?;
+    taken.sort_by(|one, other| time(one).total_cmp(&time(other)));
+    taken.get(turns / 2).copied().context("at least one turn")
+}
+
 /// How a value stands to its target.
 fn verdict(is_met: bool, target: &str) -> String {
     format!("{target}  {}", if is_met { "ok" } else { "MISS" })

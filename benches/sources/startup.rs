@@ -12,14 +12,11 @@ use rafsd::base::ByteSize;
 
 use super::daemon::Daemon;
 use super::image::{Image, Piece, reference};
-use super::line::{Line, Shape};
+use super::line::{BANDWIDTH, Line, Shape};
 use super::peer::Nydusd;
 use super::registry::Registry;
 use super::throughput::mount;
-use super::verdict;
-
-/// 200 Mbit/s.
-const BANDWIDTH: f64 = 200e6 / 8.0;
+use super::{middle, verdict};
 
 /// Beside the time for the bytes.
 const ROUND_TRIPS: u32 = 2;
@@ -65,7 +62,7 @@ pub(crate) fn measure(
             let (image, registry) =
                 if way == Way::Optimized { (&optimized, &optimized_registry) } else { (image, registry) };
             let line = Line::to(registry.address, shape)?;
-            let starts = repeat(turns, || start(&line, &dir, &pieces, &trace, way))?;
+            let starts = middle(turns, |start: &Start| start.read, || start(&line, &dir, &pieces, &trace, way))?;
             let has_target = matches!(way, Way::Optimized | Way::Beside);
             print(way.name(), starts, least, has_target.then_some(1.15));
             let most = (way != Way::None).then_some(image.blobs.len() + 8);
@@ -73,13 +70,17 @@ pub(crate) fn measure(
         }
         if let Some(program) = nydusd {
             let line = Line::to(registry.address, shape)?;
-            let starts = repeat(turns, || {
-                let clock = Instant::now();
-                let nydusd = Nydusd::mount(program, &dir, line.address, &image.bootstrap, &pieces)?;
-                let mounted = clock.elapsed();
-                read(&nydusd.mnt(), &pieces)?;
-                Ok(Start { mount: mounted.as_secs_f64(), read: (clock.elapsed() - mounted).as_secs_f64() })
-            })?;
+            let starts = middle(
+                turns,
+                |start: &Start| start.read,
+                || {
+                    let clock = Instant::now();
+                    let nydusd = Nydusd::mount(program, &dir, line.address, &image.bootstrap, &pieces)?;
+                    let mounted = clock.elapsed();
+                    read(&nydusd.mnt(), &pieces)?;
+                    Ok(Start { mount: mounted.as_secs_f64(), read: (clock.elapsed() - mounted).as_secs_f64() })
+                },
+            )?;
             print("nydusd: mount with its prefetch of the files, and read", starts, least, None);
             print_asked(registry, turns, None);
         }
@@ -172,13 +173,6 @@ pub(crate) fn read(mnt: &Path, pieces: &[Piece]) -> anyhow::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The start with the median of the reading times.
-fn repeat(turns: usize, mut start: impl FnMut() -> anyhow::Result<Start>) -> anyhow::Result<Start> {
-    let mut starts = (0..turns).map(|_| start()).collect::<anyhow::Result<Vec<_>>>()?;
-    starts.sort_by(|one, other| one.read.total_cmp(&other.read));
-    starts.get(turns / 2).copied().context("at least one turn")
 }
 
 fn print(name: &str, Start { mount, read }: Start, least: f64, target: Option<f64>) {

@@ -222,17 +222,18 @@ fn maps_of(
     };
     let known = image.devices().iter().map(known).collect::<Result<Vec<_>, TablesError>>();
     let known = known.map_err(DaemonError::Tables)?;
-    let missing = known.iter().filter(|(_, map)| map.is_none()).map(|(tables, _)| tables);
-    let mut fetched = maps::fetch(missing, source, runtime).map_err(DaemonError::Map)?.into_iter();
+    let (tables, known): (Vec<_>, Vec<_>) = known.into_iter().unzip();
+    let missing: Vec<_> = tables.iter().zip(&known).filter(|(_, map)| map.is_none()).map(|(one, _)| one).collect();
+    let mut fetched = maps::fetch(missing, source, runtime);
     let mut maps = Vec::with_capacity(known.len());
-    for (tables, known) in known {
+    for (tables, known) in tables.iter().zip(known) {
         if let Some(map) = known {
             maps.push(map);
             continue;
         }
-        // One came for each that is missing.
-        let stored = fetched.next().unwrap_or_default();
-        let made = maps::mapped(&tables, &stored, image, source, runtime).map_err(DaemonError::Map)?;
+        // One comes for each that is missing.
+        let stored = fetched.next().transpose().map_err(DaemonError::Map)?.unwrap_or_default();
+        let made = maps::mapped(tables, &stored, image, source, runtime).map_err(DaemonError::Map)?;
         maps.push(match made.kind {
             BlobKind::Tarfs => tarfile::digested(&made.map, source, runtime, &|_| ())?,
             _ => made.map,

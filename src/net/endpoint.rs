@@ -194,6 +194,11 @@ impl Endpoint {
         self.pace.rests()
     }
 
+    /// Whether requests to the host may have to wait for limits of its own.
+    pub fn is_limited(&self) -> bool {
+        self.pace.is_limited()
+    }
+
     async fn answer(&self, ask: &Ask<'_>) -> Result<Response, SendError> {
         // What is signed for one method is of no use for another.
         let is_remembered = ask.method == Method::GET;

@@ -84,10 +84,10 @@ impl Health {
         }
     }
 
-    /// It does what no request finds out beforehand: ask it last until then. Also if it works.
-    pub fn bar(&self, until: Option<Instant>) {
+    /// It does what no request finds out beforehand: ask it last for `time` from `now` on, also if it works.
+    pub fn bar(&self, now: Instant, time: Duration) {
         let mut state = self.0.lock().unwrap();
-        state.barred = state.barred.max(until);
+        state.barred = state.barred.max(now.checked_add(time));
     }
 
     /// The probe has ended, or was given up.
@@ -144,8 +144,8 @@ mod tests {
     #[test]
     fn one_that_is_barred_is_asked_last_for_so_long_and_works_meanwhile() {
         let (health, now) = (Health::default(), Instant::now());
-        health.bar(Some(now + 2 * SECOND));
-        health.bar(Some(now + SECOND));
+        health.bar(now, 2 * SECOND);
+        health.bar(now, SECOND);
         health.worked();
         assert_eq!(health.standing(now + SECOND), Standing::Bad);
         assert_eq!(health.standing(now + 2 * SECOND), Standing::Good);

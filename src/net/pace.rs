@@ -44,6 +44,11 @@ impl HostPace {
         self.rests.lock().unwrap().filter(|until| *until > self.clock.now())
     }
 
+    /// Whether there is anything that its users may have to wait for.
+    pub fn is_limited(&self) -> bool {
+        self.slots.is_some() || self.rate.is_some()
+    }
+
     /// Waits for the turn of one request.
     ///
     /// # Errors

@@ -105,6 +105,14 @@ mod tests {
     }
 
     #[test]
+    fn what_is_asked_for_in_seconds_may_be_more_than_fits() {
+        let asked = |text: &str| retry_after(&HeaderMap::from_iter([(RETRY_AFTER, text.parse().unwrap())]));
+        assert_eq!(asked("7"), Some(Duration::from_secs(7)));
+        assert_eq!(asked("99999999999999999999"), Some(Duration::from_secs(u64::MAX)));
+        assert_eq!((asked(""), asked("-1"), asked("1.5")), (None, None, None));
+    }
+
+    #[test]
     fn pauses_double_up_to_the_limit_and_then_end() {
         for (count, full) in [(1, 100), (2, 200), (3, 300)] {
             let pause = pause(failed(count, 7), HOUR).expect("another attempt");

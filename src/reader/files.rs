@@ -65,8 +65,8 @@ impl Files {
         let tables = image.devices().iter().map(|device| BlobTables::new(&device.entry));
         let tables = tables.collect::<Result<Vec<_>, _>>().map_err(MapError::Tables)?;
         let mut maps = Vec::new();
-        for (tables, stored) in tables.iter().zip(maps::fetch(&tables, source.as_ref(), &runtime)?) {
-            let mut mapped = maps::mapped(tables, &stored, &image, source.as_ref(), &runtime)?;
+        for (tables, stored) in tables.iter().zip(maps::fetch(&tables, source.as_ref(), &runtime)) {
+            let mut mapped = maps::mapped(tables, &stored?, &image, source.as_ref(), &runtime)?;
             if mapped.kind == BlobKind::Tarfs {
                 mapped.map = tarfile::digested(&mapped.map, source.as_ref(), &runtime, &|_| ())?;
             }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::stream::{self, StreamExt, TryStreamExt};
+use futures_util::stream::{self, StreamExt};
 
 use crate::base::{BlobId, Class};
 use crate::blob::{BlobKind, BlobTables, TablesError, UnitMap};
@@ -16,7 +16,7 @@ const MOST_PLACES: usize = 8;
 /// Blobs whose tables are asked for at once.
 const AT_ONCE: usize = 8;
 
-/// How long the tables of all blobs may take to arrive.
+/// How long the tables of a blob may take to arrive.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Why there is no map of a blob.
@@ -67,8 +67,8 @@ pub fn mapped(
         let Err(error) = mapped else { break };
         source.judged(blob, range, Verdict::Wrong);
         // What the first one sent says more than that others have nothing.
-        let again = fetch([tables], source, runtime).map_err(|_| error)?;
-        mapped = Mapped::new(tables, again.first().unwrap_or(&Bytes::new()), image);
+        let Some(Ok(again)) = fetch([tables], source, runtime).next() else { return Err(error.into()) };
+        mapped = Mapped::new(tables, &again, image);
         if mapped.is_ok() {
             source.judged(blob, range, Verdict::Right);
         }
@@ -76,22 +76,24 @@ pub fn mapped(
     Ok(mapped?)
 }
 
-/// The stored bytes of the tables of several blobs, in their order, some of them asked for at the same time: an image of
-/// many layers need not wait for one after the other. Takes up to 30 seconds. Blocks; runs its fetches on `runtime`.
+/// The stored bytes of the tables of several blobs, in their order, up to eight of them asked for at the same time and in
+/// memory: an image of many layers need not wait for one after the other. Each takes up to 30 seconds. Blocks; runs its
+/// fetches on `runtime`.
 pub fn fetch<'a>(
-    tables: impl IntoIterator<Item = &'a BlobTables>,
-    source: &dyn BlobSource,
-    runtime: &tokio::runtime::Handle,
-) -> Result<Vec<Bytes>, MapError> {
-    let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + DEADLINE);
-    let one = |tables: &'a BlobTables| async move {
+    tables: impl IntoIterator<Item = &'a BlobTables> + 'a,
+    source: &'a dyn BlobSource,
+    runtime: &'a tokio::runtime::Handle,
+) -> impl Iterator<Item = Result<Bytes, MapError>> + 'a {
+    let one = move |tables: &'a BlobTables| async move {
         if tables.stored().is_empty() {
             return Ok(Bytes::new());
         }
+        let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + DEADLINE);
         let fetched = source.read(tables.home(), tables.stored(), ctx).await;
         fetched.map_err(|cause| MapError::Fetch { blob: tables.home().clone(), cause })
     };
-    runtime.block_on(stream::iter(tables.into_iter().map(one)).buffered(AT_ONCE).try_collect())
+    let mut fetched = Box::pin(stream::iter(tables.into_iter().map(one)).buffered(AT_ONCE));
+    std::iter::from_fn(move || runtime.block_on(fetched.next()))
 }
 
 /// The same from a map that was made before, with the digests of this image and no other's; `None`
@@ -158,9 +160,9 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let source = Together(Barrier::new(AT_ONCE));
 
-        let fetched = fetch(std::iter::repeat_n(&tables, 2 * AT_ONCE), &source, runtime.handle()).unwrap();
+        let fetched = fetch(std::iter::repeat_n(&tables, 2 * AT_ONCE), &source, runtime.handle());
 
-        let lens: Vec<_> = fetched.iter().map(|stored| stored.len() as u64).collect();
+        let lens: Vec<_> = fetched.map(|stored| stored.unwrap().len() as u64).collect();
         assert_eq!(lens, vec![tables.stored().len(); 2 * AT_ONCE]);
         assert!(!tables.stored().is_empty());
     }

@@ -91,6 +91,10 @@ impl Upstream for Aligned {
         self.inner.rests()
     }
 
+    fn is_limited(&self) -> bool {
+        self.inner.is_limited()
+    }
+
     fn describe(&self) -> String {
         self.inner.describe()
     }

@@ -199,6 +199,10 @@ impl Upstream for HttpUpstream {
         self.endpoint.rests()
     }
 
+    fn is_limited(&self) -> bool {
+        self.endpoint.is_limited()
+    }
+
     fn describe(&self) -> String {
         self.place.clone()
     }

@@ -14,6 +14,7 @@ mod local;
 mod localdisk;
 mod network;
 mod object;
+mod patience;
 mod relay;
 mod tiers;
 mod trail;

@@ -6,9 +6,8 @@
 //! that failed repeatedly goes behind the others until a probe, for which no reader waits, finds it back.
 
 use std::future::Future;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::select;
@@ -16,11 +15,12 @@ use tokio::select;
 use super::counted::outcome_of;
 use super::hedges::HedgeBudget;
 use super::http::FIRST_BYTE;
+use super::patience::{Patience, Round};
 use super::relay::Relay;
 use super::trail::Trail;
 use super::{BlobSource, BoxFuture, Failure, ReadCtx, SourceError, Upstream, Verdict};
-use crate::base::{BlobId, ByteRange, Chain, Class, Fault};
-use crate::net::{Attempt, Clock, Health, RetryPolicy, Standing};
+use crate::base::{BlobId, ByteRange, Chain, Class};
+use crate::net::{Clock, Health, RetryPolicy, Standing};
 use crate::telemetry::{Outcome, Place};
 
 /// Memory taken for a body before its first byte has come. Larger bodies grow into theirs.
@@ -74,10 +74,10 @@ impl Tier {
 
 /// Blobs that are in all of several places, the best first. Needs a tokio runtime.
 pub struct Tiers {
-    tiers: Vec<Tier>,
-    policy: RetryPolicy,
-    clock: Clock,
-    counts: Arc<Place>,
+    pub(super) tiers: Vec<Tier>,
+    pub(super) policy: RetryPolicy,
+    pub(super) clock: Clock,
+    pub(super) counts: Arc<Place>,
     hedges: HedgeBudget,
     trail: Trail,
 }
@@ -173,7 +173,9 @@ impl Tiers {
             }
             take(piece);
         };
-        let asked = tier.upstream.pour(blob, stored, ctx, &mut first).await;
+        let asked = self.clock.timeout_at(ctx.deadline, tier.upstream.pour(blob, stored, ctx, &mut first)).await;
+        let late = || SourceError::Deadline { blob: blob.clone(), place: tier.upstream.describe(), range: stored };
+        let asked = asked.unwrap_or_else(|_| Err(late().into()));
         let took = self.clock.now().saturating_duration_since(begun);
         self.note(tier, ctx, asked.as_ref().map(|_| ()).map_err(|failure| &failure.error), is_slow(came, took));
         asked
@@ -238,7 +240,7 @@ impl Tiers {
                 }
             }
             if relay.rest().start() - from.start() >= (from.len() / 4).clamp(1, MUCH) {
-                patience.failed = 0;
+                patience.renew();
             }
             patience.pause(round).await?;
         }
@@ -274,7 +276,7 @@ impl Tiers {
                 Err(_) => one.await,
                 Ok(()) => {
                     if trickles {
-                        first.1.health.bar(self.clock.now().checked_add(BARRED));
+                        first.1.health.bar(self.clock.now(), BARRED);
                     }
                     Ok(())
                 }
@@ -291,6 +293,10 @@ impl Tiers {
             if relay.rest().len() == before && self.hedges.spend() {
                 return false;
             }
+        }
+        if tier.upstream.is_limited() {
+            // It may be we who are slow.
+            return std::future::pending().await;
         }
         loop {
             self.clock.sleep(WATCHED).await;
@@ -312,9 +318,13 @@ impl Tiers {
     ) -> Result<(), Failure> {
         let rest = relay.rest();
         let mut at = rest.start();
-        let mut gather = |piece: Bytes| {
-            at = relay.hand_on(at, piece, &mut |new| self.trail.brought(number, blob, new));
+        let mut brought = |new| {
+            // Of one place there is nothing to find out.
+            if self.tiers.len() > 1 {
+                self.trail.brought(number, blob, new);
+            }
         };
+        let mut gather = |piece: Bytes| at = relay.hand_on(at, piece, &mut brought);
         self.attempt(tier, blob, rest, ctx, &mut gather).await?;
         if at == rest.end() {
             return Ok(());
@@ -355,7 +365,7 @@ impl Tiers {
     }
 
     fn patience<'a>(&'a self, blob: &'a BlobId, range: ByteRange, ctx: ReadCtx) -> Patience<'a> {
-        Patience { source: self, blob, seed: seed(blob, range), failed: 0, absent: Vec::new(), ctx }
+        Patience::new(self, blob, range, ctx)
     }
 }
 
@@ -396,7 +406,7 @@ impl BlobSource for Tiers {
             return self.trail.was_wrong(blob, stored);
         }
         for tier in self.trail.was_right(blob, stored).into_iter().filter_map(|at| self.tiers.get(at)) {
-            tier.health.bar(self.clock.now().checked_add(DISTRUSTED));
+            tier.health.bar(self.clock.now(), DISTRUSTED);
             let text = format!("{} sent wrong bytes of blob {blob} at {stored}", tier.upstream.describe());
             tracing::warn!(error = %text, "a place is asked last for a while");
             if let Some(counts) = &tier.counts {
@@ -439,95 +449,6 @@ fn blames_the_place(error: &SourceError) -> bool {
 /// Whether so many bytes in so long a time are next to nothing. A moment is too short to tell.
 fn is_slow(came: u64, took: Duration) -> bool {
     took >= Duration::from_secs(1) && came < TRICKLE.saturating_mul(took.as_secs())
-}
-
-/// What all places said, each asked once.
-#[derive(Default)]
-struct Round {
-    /// The last failure that may go away, else the last of all: the places that come last are those that
-    /// know best.
-    failure: Option<SourceError>,
-}
-
-impl Round {
-    /// The place at `at` failed.
-    fn failed(&mut self, patience: &mut Patience<'_>, at: usize, failure: Failure) {
-        let is_transient = failure.error.fault() == Fault::Transient;
-        let now = patience.source.clock.now();
-        let pause = failure.retry_after.and_then(|pause| now.checked_add(pause));
-        match (is_transient, pause) {
-            (false, _) => patience.absent.push((at, None)),
-            (true, Some(until)) => patience.absent.push((at, Some(until))),
-            (true, None) => {}
-        }
-        let known = self.failure.as_ref().is_some_and(|known| known.fault() == Fault::Transient);
-        if is_transient || !known {
-            self.failure = Some(failure.error);
-        }
-    }
-}
-
-/// How often has been asked, and how often still may be.
-struct Patience<'a> {
-    source: &'a Tiers,
-    blob: &'a BlobId,
-    seed: u64,
-    /// Failures in a row.
-    failed: u32,
-    /// Places that are not to be asked before a moment, or not again during this read.
-    absent: Vec<(usize, Option<Instant>)>,
-    ctx: ReadCtx,
-}
-
-impl Patience<'_> {
-    /// How long the place at `at` is not to be asked; for ever if it will not do better during this read.
-    fn wait(&self, at: usize, now: Instant) -> Duration {
-        let absent = self.absent.iter().filter(|(absent, _)| *absent == at).map(|(_, until)| *until);
-        // What another read was told holds for this one too.
-        let rests = self.source.tiers.get(at).and_then(|tier| tier.upstream.rests()).map(Some);
-        let wait = |until: Option<Instant>| until.map_or(Duration::MAX, |until| until.saturating_duration_since(now));
-        absent.chain(rests).map(wait).max().unwrap_or_default()
-    }
-
-    /// Waits until it makes sense to ask again.
-    ///
-    /// # Errors
-    /// The failure, if it does not.
-    async fn pause(&mut self, round: Round) -> Result<(), SourceError> {
-        let (clock, deadline, now) = (&self.source.clock, self.ctx.deadline, self.source.clock.now());
-        let earliest = (0..self.source.tiers.len()).map(|at| self.wait(at, now)).min();
-        let retry_after = earliest.filter(|wait| !wait.is_zero() && *wait < Duration::MAX);
-        let Some(error) = round.failure else {
-            // Nobody could be asked yet.
-            let pause = retry_after.unwrap_or(self.source.policy.first_delay);
-            if pause >= deadline.saturating_duration_since(now) {
-                let (blob, place) = (self.blob.clone(), self.source.describe());
-                let detail = format!("it asked to be left alone for {} s more", pause.as_secs_f32().ceil());
-                return Err(SourceError::Unavailable { blob, place, detail });
-            }
-            clock.sleep(pause).await;
-            return Ok(());
-        };
-        self.failed += 1;
-        let attempt = Attempt { failed: self.failed, seed: self.seed, retry_after };
-        match self.source.policy.next(attempt, error.fault(), now, deadline) {
-            Some(pause) => {
-                let (request, failed) = (self.ctx.request.number(), self.failed);
-                tracing::debug!(request, %error, failed, ?pause, "asking again");
-                self.source.counts.retries.inc();
-                clock.sleep(pause).await;
-                Ok(())
-            }
-            None => Err(error),
-        }
-    }
-}
-
-/// Keeps requests that fail together from being repeated together.
-fn seed(blob: &BlobId, range: ByteRange) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (blob, range).hash(&mut hasher);
-    hasher.finish()
 }
 
 #[cfg(test)]

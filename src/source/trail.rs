@@ -61,6 +61,9 @@ impl Trail {
     pub(super) fn was_wrong(&self, blob: &BlobId, range: ByteRange) {
         let mut state = self.0.lock().unwrap();
         let places = state.bringers(blob, range);
+        if places.is_empty() {
+            return;
+        }
         let alone: Vec<_> = if places.len() == 1 { places.clone() } else { Vec::new() };
         match state.wrong.iter_mut().find(|wrong| wrong.range == range && wrong.blob == *blob) {
             Some(known) => {

@@ -29,6 +29,11 @@ pub trait Upstream: Send + Sync + 'static {
         None
     }
 
+    /// Whether answers may be slow because of limits that we keep, and not by its fault.
+    fn is_limited(&self) -> bool {
+        false
+    }
+
     /// What to call it in messages: an URL, without secrets.
     fn describe(&self) -> String;
 }

@@ -69,8 +69,8 @@ impl Host {
         self.shared.asked.lock().unwrap().clone()
     }
 
-    /// The three places as sources, under these limits of the host.
-    fn sources(&self, limits: &str, time: &VirtualClock) -> [Arc<dyn BlobSource>; 3] {
+    /// Who asks it under these limits.
+    fn network(&self, limits: &str, time: &VirtualClock) -> Network {
         let text = format!("[\"{}\"]\n{limits}\n", self.address);
         let tables = toml::de::DeTable::parse(&text).unwrap();
         let (limits, wrong) = LimitTables::read(tables.get_ref(), &text);
@@ -81,7 +81,12 @@ impl Host {
             clock: time.clock(),
             ..NetworkOptions::default()
         };
-        let network = Network::new(options, Telemetry::default());
+        Network::new(options, Telemetry::default())
+    }
+
+    /// The three places as sources, under these limits of the host.
+    fn sources(&self, limits: &str, time: &VirtualClock) -> [Arc<dyn BlobSource>; 3] {
+        let network = self.network(limits, time);
         let address = &self.address;
         let specs = [
             format!("http://{address}/blobs"),
@@ -280,4 +285,29 @@ async fn who_waits_too_long_for_a_place_is_late_and_takes_none() {
 
     first.await.unwrap().unwrap();
     assert_eq!(host.asked().len(), 1);
+}
+
+#[tokio::test]
+async fn who_waits_for_a_limit_is_not_taken_for_slow() {
+    for (limits, others) in [("concurrency = 1", 0), ("", 1)] {
+        let (host, other) = (Host::start(Some(Semaphore::new(0))).await, Host::start(None).await);
+        let time = VirtualClock::new();
+        let places = [&host, &other].map(|host| format!("http://{}/blobs", host.address));
+        let source = host.network(limits, &time).open(&places, None).unwrap();
+        let until = deadline(&time);
+        let asked = tokio::spawn(async move { read(&source, 5000, until).await });
+        while host.asked().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        until_quiet(&time, &*other.shared, QUIET).await;
+        time.advance(Duration::from_secs(4));
+        if others == 0 {
+            // Time for something to happen that must not.
+            until_quiet(&time, &*other.shared, QUIET).await;
+            host.shared.gate.as_ref().unwrap().add_permits(1);
+        }
+
+        asked.await.unwrap().unwrap();
+        assert_eq!(other.asked().len(), others, "{limits:?}");
+    }
 }

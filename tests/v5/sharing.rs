@@ -55,7 +55,8 @@ impl Shared {
 
     fn map(&self, image: &Image) -> UnitMap {
         let tables = BlobTables::new(&image.devices()[0].entry).unwrap();
-        let stored = maps::fetch([&tables], &*self.source(), self.runtime.handle()).unwrap().remove(0);
+        let source = self.source();
+        let stored = maps::fetch([&tables], &*source, self.runtime.handle()).next().unwrap().unwrap();
         Mapped::new(&tables, &stored, image).unwrap().map
     }
 }

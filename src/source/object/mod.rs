@@ -259,6 +259,10 @@ impl Upstream for ObjectUpstream {
         self.pace.rests()
     }
 
+    fn is_limited(&self) -> bool {
+        self.pace.is_limited()
+    }
+
     fn describe(&self) -> String {
         self.shown.clone()
     }
