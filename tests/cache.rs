@@ -1055,6 +1055,49 @@ fn a_data_file_that_lost_pieces_is_not_believed_about_the_rest() {
 }
 
 #[test]
+fn what_was_changed_while_nobody_used_it_is_checked_again_and_only_what_is_spoilt_is_fetched() {
+    let (bench, blob) = (Bench::new(), Blob::new(5, 50_000, 0));
+    let data = bench.root.path().join("v1/blob/data");
+    let open = || {
+        let source = Scripted::honest(&blob);
+        (bench.store(quiet()).device(blob.map(), source.clone()).unwrap(), source)
+    };
+    let reopened = |change: &dyn Fn(&std::fs::File)| {
+        let (device, _) = open();
+        fill_blocking(&*device, blob.range(0..5)).unwrap();
+        drop(device);
+        // Times of files go on in ticks.
+        std::thread::sleep(Duration::from_millis(20));
+        change(&std::fs::File::options().write(true).open(&data).unwrap());
+        let (device, source) = open();
+        let found = present(&device, &blob);
+        fill_blocking(&*device, blob.range(0..5)).unwrap();
+        assert_bytes(&device, &blob, 0..5);
+        (found, source.log().len())
+    };
+    let unit = &blob.units[2].decoded;
+    let padding = blob.units[3].decoded.end();
+    assert!(!padding.is_multiple_of(4096), "there is none");
+
+    let flip = |file: &std::fs::File| {
+        file.write_all_at(&[!blob.plain[unit.start() as usize + 77]], unit.start() + 77).unwrap()
+    };
+    assert_eq!(reopened(&flip), (vec![0, 1, 3, 4], 1));
+    assert_eq!(reopened(&|file| file.write_all_at(&[1], padding).unwrap()), (vec![0, 1, 2, 4], 1), "the padding");
+    let same = |file: &std::fs::File| file.write_all_at(&blob.plain[..1], 0).unwrap();
+    assert_eq!(reopened(&same), (vec![0, 1, 2, 3, 4], 0), "nothing is wrong with it");
+    // What is noted of the file means nothing once it is used again.
+    let (device, _) = open();
+    assert!(!data.with_file_name("rest").exists());
+    drop(device);
+    assert!(data.with_file_name("rest").exists());
+    for note in ["", "x", "-1", "18446744073709551616"] {
+        std::fs::write(data.with_file_name("rest"), note).unwrap();
+        assert_eq!(present(&open().0, &blob), [0, 1, 2, 3, 4], "{note:?}");
+    }
+}
+
+#[test]
 fn a_data_file_cut_off_while_in_use_does_not_grow_again() {
     let (bench, blob) = (Bench::new(), Blob::new(5, 50_000, 0));
     let store = bench.store(quiet());

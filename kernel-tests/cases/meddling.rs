@@ -74,6 +74,10 @@ fn scribbled_in_a_hole(file: &File, len: u64) -> nix::Result<()> {
     nix::sys::uio::pwrite(file, &[0xaa; 4096], i64::try_from(len - 8192).expect("small")).map(drop)
 }
 
+fn changed_in_place(file: &File, _: u64) -> nix::Result<()> {
+    nix::sys::uio::pwrite(file, &[0xaa; 7], 4096 + 77).map(drop)
+}
+
 fn a_cache_file_meddled_with_while_stopped_is_fetched_again(ctx: &Ctx) -> Outcome {
     let mut fixture = Fixture::files(ctx, 2)?;
     let meddles: &[(&str, Meddle)] = &[
@@ -84,6 +88,7 @@ fn a_cache_file_meddled_with_while_stopped_is_fetched_again(ctx: &Ctx) -> Outcom
         ("longer", longer),
         ("a byte longer", a_byte_longer),
         ("punched", punched),
+        ("changed in place", changed_in_place),
         ("scribbled in a hole", scribbled_in_a_hole),
     ];
     let read_and_stop = |fixture: &mut Fixture<'_>, what: &str, files: &[usize]| -> Outcome {

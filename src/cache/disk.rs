@@ -88,6 +88,12 @@ pub trait DiskFile: Sink {
     /// What the file is at this moment.
     fn facts(&self) -> io::Result<FileFacts>;
 
+    /// Fills `bytes` with what lies from `at` on.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` if the file ends before.
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()>;
+
     /// The parts of the file's first `len` bytes that are data, not holes, in order.
     fn data_ranges(&self, len: u64) -> io::Result<Vec<ByteRange>>;
 
@@ -97,7 +103,7 @@ pub trait DiskFile: Sink {
     }
 }
 
-/// What tells one file from another.
+/// What tells one file from another, and from itself at another time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileFacts {
     /// Whether it is an ordinary file.
@@ -111,13 +117,25 @@ pub struct FileFacts {
     /// When the inode was created, in nanoseconds since 1970; tells apart files that got the same
     /// number. 0 where the file system does not say.
     pub born: u64,
+    /// When anything of it was changed last, in nanoseconds since 1970: the change time of the inode, which nobody can
+    /// set. Kernels before 6.13 count it in ticks of some milliseconds.
+    pub changed: u64,
+}
+
+impl FileFacts {
+    /// Whether both are about one file of one length, whatever was done to it in between.
+    pub fn is_same_file(&self, other: &Self) -> bool {
+        Self { changed: 0, ..*self } == Self { changed: 0, ..*other }
+    }
 }
 
 impl From<Metadata> for FileFacts {
     fn from(meta: Metadata) -> Self {
         let born = meta.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
         let born = born.and_then(|age| u64::try_from(age.as_nanos()).ok()).unwrap_or(0);
-        Self { is_file: meta.is_file(), is_dir: meta.is_dir(), len: meta.len(), inode: meta.ino(), born }
+        let changed = meta.ctime().saturating_mul(1_000_000_000).saturating_add(meta.ctime_nsec());
+        let (is_file, is_dir) = (meta.is_file(), meta.is_dir());
+        Self { is_file, is_dir, len: meta.len(), inode: meta.ino(), born, changed: changed.try_into().unwrap_or(0) }
     }
 }
 
@@ -207,6 +225,10 @@ impl DiskFile for FileSink {
 
     fn facts(&self) -> io::Result<FileFacts> {
         self.file.metadata().map(FileFacts::from)
+    }
+
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        self.file.read_exact_at(bytes, at)
     }
 
     fn data_ranges(&self, len: u64) -> io::Result<Vec<ByteRange>> {

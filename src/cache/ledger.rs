@@ -15,6 +15,7 @@ use std::io;
 
 use super::bits::{self, Identity};
 use super::presence::{Presence, bit};
+use super::rest::Rest;
 use super::sink::{Sink, write_blocks};
 use crate::base::sync::atomic::{AtomicBool, Ordering};
 use crate::base::sync::{Mutex, RwLock};
@@ -36,8 +37,10 @@ pub enum FlushError {
 pub(super) struct Ledger {
     pub(super) presence: Presence,
     sink: Box<dyn Sink>,
-    /// Held for reading from write to publish, for writing while bits are withdrawn.
+    /// Held for reading from write to publish, for writing while bits are withdrawn, and while the last device lets go.
     landing: RwLock<()>,
+    /// Whether nobody uses the ledger, so that nothing more lands.
+    is_let_go: AtomicBool,
     /// Whether anything was published since the last flush began.
     dirty: AtomicBool,
     durable: Mutex<Durable>,
@@ -57,20 +60,31 @@ struct Durable {
 pub(super) struct DurableCopy {
     pub(super) file: Box<dyn Sink>,
     pub(super) identity: Identity,
-    /// Makes the names of the files durable; `None` once that has been done.
+    /// Makes the names of the files durable; `None` once bits are.
     pub(super) names: Option<Box<SyncNames>>,
+    /// Where it is noted how the device file lies while nobody uses it.
+    pub(super) rest: Option<Rest>,
 }
 
 pub(super) type SyncNames = dyn Fn() -> io::Result<()> + Send + Sync;
+
+impl Durable {
+    fn rest(&self) -> Option<&Rest> {
+        self.copy.as_ref()?.rest.as_ref()
+    }
+}
 
 impl DurableCopy {
     /// Writes the pages that differ and returns when they are on stable storage.
     fn write(&mut self, before: &[u64], after: &[u64]) -> io::Result<()> {
         if let Some(sync) = &self.names {
             sync()?;
-            self.names = None;
+            // Written when the file was made, and perhaps never synced, or in vain.
+            self.file.write_at(&bits::empty(&self.identity), 0)?;
         }
-        bits::write_changed(&*self.file, &self.identity, before, after)
+        bits::write_changed(&*self.file, &self.identity, before, after)?;
+        self.names = None;
+        Ok(())
     }
 }
 
@@ -81,6 +95,7 @@ impl Ledger {
             presence: Presence::new(&words),
             sink,
             landing: RwLock::new(()),
+            is_let_go: AtomicBool::new(false),
             dirty: AtomicBool::new(false),
             durable: Mutex::new(Durable { words, copy, owners: 0 }),
         }
@@ -89,6 +104,7 @@ impl Ledger {
     /// Writes the checked blocks of a unit and makes it present. Tells whether it was absent.
     pub(super) fn land(&self, index: UnitIndex, unit: &Unit, blocks: &[u8]) -> io::Result<bool> {
         let _landing = self.landing.read().unwrap();
+        self.ensure_used()?;
         faultpoint::reach("decoded");
         write_blocks(&*self.sink, blocks, unit.blocks().start())?;
         faultpoint::reach("landed");
@@ -100,6 +116,7 @@ impl Ledger {
     /// The same for bytes that `fill` puts into the file by other means than writing them.
     pub(super) fn land_by(&self, index: UnitIndex, fill: impl FnOnce(&File) -> io::Result<()>) -> io::Result<bool> {
         let _landing = self.landing.read().unwrap();
+        self.ensure_used()?;
         fill(self.file().ok_or(io::ErrorKind::Unsupported)?)?;
         Ok(self.publish(index))
     }
@@ -107,6 +124,11 @@ impl Ledger {
     /// The device file, opened before anybody could mark it: reads through it raise no events.
     pub(super) fn file(&self) -> Option<&File> {
         self.sink.file()
+    }
+
+    fn ensure_used(&self) -> io::Result<()> {
+        let is_used = !self.is_let_go.load(Ordering::Acquire);
+        is_used.then_some(()).ok_or_else(|| io::Error::other("nobody uses the blob any more"))
     }
 
     fn publish(&self, index: UnitIndex) -> bool {
@@ -117,12 +139,29 @@ impl Ledger {
 
     /// Adds a device that uses the ledger.
     pub(super) fn attach(&self) {
-        self.durable.lock().unwrap().owners += 1;
+        let mut durable = self.durable.lock().unwrap();
+        if durable.owners == 0 {
+            if let Some(rest) = durable.rest() {
+                rest.end();
+            }
+            self.is_let_go.store(false, Ordering::Release);
+        }
+        durable.owners += 1;
     }
 
-    /// Removes one. After the last, no flush does anything.
+    /// Removes one. After the last, nothing lands and no flush does anything.
     pub(super) fn detach(&self) {
-        self.durable.lock().unwrap().owners -= 1;
+        let mut durable = self.durable.lock().unwrap();
+        durable.owners -= 1;
+        if durable.owners > 0 {
+            return;
+        }
+        let _nobody_lands = self.landing.write().unwrap();
+        self.is_let_go.store(true, Ordering::Release);
+        // What was written and could not be made durable is nothing to hold anybody to.
+        if let Some(rest) = durable.rest().filter(|_| !self.dirty.load(Ordering::Acquire)) {
+            rest.begin();
+        }
     }
 
     /// Makes everything published before the call durable. Waits for the disk.
@@ -315,7 +354,8 @@ mod tests {
             fail_data: false,
             fail_bits: false,
         }));
-        let copy = DurableCopy { file: Box::new(BitsFile(world.clone())), identity: identity(), names: None };
+        let copy =
+            DurableCopy { file: Box::new(BitsFile(world.clone())), identity: identity(), names: None, rest: None };
         let words = vec![0; super::super::presence::words_for(UNITS)];
         let ledger = Arc::new(Ledger::new(Box::new(DataFile(world.clone())), words, Some(copy)));
         ledger.attach();

@@ -46,6 +46,7 @@ mod presence;
 mod queues;
 mod readahead;
 mod request;
+mod rest;
 mod room;
 #[cfg(all(test, feature = "shuttle"))]
 mod schedules;

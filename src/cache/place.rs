@@ -9,6 +9,7 @@ use super::bits::{self, Identity};
 use super::disk::{Disk, DiskFile, FileFacts};
 use super::ledger::{DurableCopy, Ledger, SyncNames};
 use super::presence::found;
+use super::rest::{Rest, recheck};
 use super::sink::Sink;
 use super::store::{StoreError, at};
 use crate::base::ByteRange;
@@ -19,6 +20,14 @@ pub(super) struct Opened {
     pub(super) ledger: Arc<Ledger>,
     pub(super) data: FileFacts,
     pub(super) file: Option<Arc<File>>,
+}
+
+/// What is known of a data file before it is used.
+pub(super) struct Believed {
+    facts: FileFacts,
+    identity: Identity,
+    /// The units that are there; `None` if nothing can be said, and `present` has to be made anew.
+    pub(super) words: Option<Vec<u64>>,
 }
 
 /// The directory of one device and what is done to its files.
@@ -44,6 +53,27 @@ impl Place {
 
     pub(super) fn save(&self, map: &UnitMap) -> Result<(), StoreError> {
         self.replace("units", |file| file.write_at(&map.to_bytes(), 0))
+    }
+
+    /// Whether there is a directory.
+    pub(super) fn exists(&self) -> bool {
+        // One that cannot be looked at is there.
+        !matches!(self.disk.facts(&self.dir), Err(cause) if cause.kind() == io::ErrorKind::NotFound)
+    }
+
+    /// Makes everything for a blob that has no directory yet. Waits for the disk once, for the map: all else becomes
+    /// durable with the first bits, before which nothing is lost with it.
+    pub(super) fn start(&self, map: &UnitMap) -> Result<Opened, StoreError> {
+        self.disk.create_dir(&self.dir).map_err(at(&self.dir))?;
+        self.put("units", |file| file.write_at(&map.to_bytes(), 0).and_then(|()| file.sync()))?;
+        self.put("data", |file| file.set_len(map.decoded_len()))?;
+        let data = self.disk.open(&self.data()).map_err(at(&self.data()))?;
+        let facts = data.facts().map_err(at(&self.data()))?;
+        let identity = identity(map, &facts);
+        let fresh = bits::empty(&identity);
+        self.put("present", |file| file.write_at(&fresh, 0))?;
+        let nothing = bits::read(&fresh, &identity);
+        self.ledger(data, facts, identity, nothing)
     }
 
     /// Merges `map` with the one saved and saves the outcome; `None` if they disagree.
@@ -74,42 +104,65 @@ impl Place {
         self.disk.open(&path).map_err(at(&path))
     }
 
-    /// What `data` is, and the units that `present` can be believed about; `None` if about nothing,
-    /// and it has to be made anew.
-    pub(super) fn believed(&self, map: &UnitMap, data: &dyn DiskFile) -> io::Result<(FileFacts, Option<Vec<u64>>)> {
+    /// What `data` is, and the units that `present` can be believed about.
+    pub(super) fn believed(&self, map: &UnitMap, data: &dyn DiskFile) -> io::Result<Believed> {
         let facts = data.facts()?;
         let identity = identity(map, &facts);
         let bytes = self.disk.read(&self.dir.join("present")).unwrap_or_default();
         if !bytes.starts_with(&bits::empty(&identity)) {
-            return Ok((facts, None));
+            return Ok(Believed { facts, identity, words: None });
         }
         let words = bits::read(&bytes, &identity);
         let nothing = words.iter().all(|&word| word == 0);
         let sound = nothing || is_possible(map, &words, &data.data_ranges(facts.len)?);
-        Ok((facts, sound.then_some(words)))
+        Ok(Believed { facts, identity, words: sound.then_some(words) })
     }
 
-    /// Opens `present`, creating or replacing it if it is missing or does not fit to `data`.
+    /// Opens `present`, creating or replacing it if it is missing or does not fit to `data`. If that was changed while
+    /// nobody used it, reads and checks what is present.
     pub(super) fn open_ledger(&self, map: &UnitMap, data: Box<dyn DiskFile>) -> Result<Opened, StoreError> {
-        let (facts, believed) = self.believed(map, &*data).map_err(at(&self.data()))?;
+        let Believed { facts, identity, words } = self.believed(map, &*data).map_err(at(&self.data()))?;
         if facts.len != map.decoded_len() {
             return Err(StoreError::Replaced { path: self.data() });
         }
-        let identity = identity(map, &facts);
-        let words = match believed {
-            Some(words) => words,
-            None => {
-                let fresh = bits::empty(&identity);
-                self.replace("present", |file| file.write_at(&fresh, 0))?;
-                bits::read(&fresh, &identity)
-            }
+        let Some(mut words) = words else {
+            let fresh = bits::empty(&identity);
+            self.replace("present", |file| file.write_at(&fresh, 0))?;
+            let nothing = bits::read(&fresh, &identity);
+            return self.ledger(data, facts, identity, nothing);
         };
+        if self.rest().is_disturbed(&facts) {
+            let (taken, path) = (recheck(map, &mut words, &*data), self.data());
+            tracing::warn!(path = %path.display(), taken, "a cache file was changed while nobody used it, and was checked again");
+            // As a whole: what an earlier attempt has cleared may be on no disk.
+            let (fresh, nothing) = (bits::empty(&identity), vec![0; words.len()]);
+            let write = |file: &dyn DiskFile| {
+                file.write_at(&fresh, 0)?;
+                bits::write_changed(file, &identity, &nothing, &words)
+            };
+            self.replace("present", write)?;
+        }
+        self.ledger(data, facts, identity, words)
+    }
+
+    /// The ledger of `data`, of which `words` are there.
+    fn ledger(
+        &self,
+        data: Box<dyn DiskFile>,
+        facts: FileFacts,
+        identity: Identity,
+        words: Vec<u64>,
+    ) -> Result<Opened, StoreError> {
         let present = self.dir.join("present");
         let bits = self.disk.open(&present).map_err(at(&present))?;
-        let copy = DurableCopy { file: bits, identity, names: Some(self.sync_names()) };
+        let copy = DurableCopy { file: bits, identity, names: Some(self.sync_names()), rest: Some(self.rest()) };
         let file = data.host_file().cloned();
         let sink = WholeFile { file: data, len: facts.len };
         Ok(Opened { ledger: Arc::new(Ledger::new(Box::new(sink), words, Some(copy))), data: facts, file })
+    }
+
+    fn rest(&self) -> Rest {
+        Rest { dir: self.dir.clone(), disk: Arc::clone(&self.disk) }
     }
 
     /// Removes `present`, durably.
@@ -126,7 +179,7 @@ impl Place {
     pub(super) fn ensure_unchanged(&self, opened: &FileFacts) -> Result<(), StoreError> {
         let path = self.data();
         match self.disk.facts(&path) {
-            Ok(now) if now == *opened => Ok(()),
+            Ok(now) if now.is_same_file(opened) => Ok(()),
             Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(at(&path)(cause)),
             _ => Err(StoreError::Replaced { path }),
         }
@@ -134,15 +187,20 @@ impl Place {
 
     /// Makes a file appear under `name` complete and durable, or not at all.
     fn replace(&self, name: &str, write: impl FnOnce(&dyn DiskFile) -> io::Result<()>) -> Result<(), StoreError> {
-        let (path, new) = (self.dir.join(name), self.dir.join(format!("{name}.new")));
-        let file = self.disk.create(&new).map_err(at(&new))?;
-        write(&*file).and_then(|()| file.sync()).map_err(at(&new))?;
-        self.disk.rename(&new, &path).map_err(at(&path))?;
+        self.put(name, |file| write(file).and_then(|()| file.sync()))?;
         self.disk.sync_dir(&self.dir).map_err(at(&self.dir))
     }
 
+    /// Makes a file appear under `name` complete, as long as the machine does not go down.
+    fn put(&self, name: &str, write: impl FnOnce(&dyn DiskFile) -> io::Result<()>) -> Result<(), StoreError> {
+        let (path, new) = (self.dir.join(name), self.dir.join(format!("{name}.new")));
+        let file = self.disk.create(&new).map_err(at(&new))?;
+        write(&*file).map_err(at(&new))?;
+        self.disk.rename(&new, &path).map_err(at(&path))
+    }
+
     /// Makes the names of the files and of their directory durable.
-    fn sync_names(&self) -> Box<SyncNames> {
+    pub(super) fn sync_names(&self) -> Box<SyncNames> {
         let (dir, disk) = (self.dir.clone(), Arc::clone(&self.disk));
         Box::new(move || {
             disk.sync_dir(&dir)?;

@@ -40,7 +40,7 @@ mod tests {
 
     #[test]
     fn only_the_very_map_over_the_very_file_is_known() {
-        let file = |inode| Some(FileFacts { is_file: true, is_dir: false, len: 1, inode, born: 0 });
+        let file = |inode| Some(FileFacts { is_file: true, is_dir: false, len: 1, inode, born: 0, changed: 0 });
         let map = |byte| {
             let units = vec![Unit::plain(0, &[byte; 10]).unwrap()];
             Arc::new(UnitMap::new("blob".parse().unwrap(), 4096, units).unwrap())

@@ -6,6 +6,7 @@
 //!   v1/<blob id>/units             the unit map with all checks known so far
 //!                data              decoded bytes, sparse, as long as the device
 //!                present           which units of `data` can be trusted
+//!                rest              the change time of `data`, while nobody of this process has it
 //!                used, verified    empty; when they were changed is when that last happened
 //!                pinned            empty; there if the blob must stay
 //!   v1/<blob id>.<16 hex digits>/  the same for images that disagree about the blob
@@ -35,7 +36,7 @@ use super::evictor::Evictor;
 use super::is_needed;
 use super::kernelcache::KernelCache;
 use super::ledger::FlushError;
-use super::place::{Opened, Place};
+use super::place::{Believed, Opened, Place};
 use super::pool::Job;
 use super::presence::bit;
 use super::scrub::Scrub;
@@ -281,7 +282,10 @@ impl Store {
         if let Some(device) = self.shared(&mut shelves, &common, map, source)? {
             return Ok(device);
         }
-        let own = format!("{common}.{}", &map.fingerprint().to_string()[..16]);
+        // Who has the common directory keeps it, also after a power cut: what is in ours would not be found again.
+        let common = self.shelves.place(&common);
+        common.sync_names()().map_err(at(&common.dir))?;
+        let own = format!("{}.{}", map.blob(), &map.fingerprint().to_string()[..16]);
         if let Some(device) = self.shared(&mut shelves, &own, map, source)? {
             return Ok(device);
         }
@@ -312,6 +316,11 @@ impl Store {
         let opened = shelf.and_then(|shelf| {
             Some(Opened { ledger: shelf.ledger.upgrade()?, data: shelf.data, file: shelf.file.upgrade() })
         });
+        if opened.is_none() && !place.exists() {
+            let opened = place.start(map)?;
+            self.settled.note(name, place.saved_file(), map);
+            return Ok(Some(self.shelve(shelves, name, Arc::clone(map), source, opened)));
+        }
         let Some(merged) = self.settle(name, &place, map)? else { return Ok(None) };
         let opened = match opened {
             Some(opened) => opened,
@@ -346,7 +355,7 @@ impl Store {
         let place = self.shelves.place(name);
         let Some(map) = place.saved() else { return false };
         let Ok(data) = place.disk.open(&place.data()) else { return false };
-        let Ok((_, Some(words))) = place.believed(&map, &*data) else { return false };
+        let Ok(Believed { words: Some(words), .. }) = place.believed(&map, &*data) else { return false };
         (0..).zip(map.units()).all(|(index, unit)| !is_needed(unit) || bit(&words, index))
     }
 

@@ -215,7 +215,7 @@ impl VerifyReport {
     }
 }
 
-/// Reads the blocks of a unit from the disk and checks them, the padding too.
+/// Reads the blocks of a unit from the disk and checks them.
 fn check(file: &File, unit: &Unit, room: &mut Vec<u8>) -> Result<(), String> {
     let blocks = unit.blocks();
     room.resize(usize::try_from(blocks.len()).expect("a unit has at most 16 MiB"), 0);
@@ -225,7 +225,12 @@ fn check(file: &File, unit: &Unit, room: &mut Vec<u8>) -> Result<(), String> {
     let read = file.read_exact_at(room, blocks.start());
     forget_pages(file, blocks);
     read.map_err(|error| error.to_string())?;
-    let (plain, padding) = room.split_at(usize::try_from(unit.decoded.len()).expect("a unit has at most 16 MiB"));
+    check_blocks(unit, room)
+}
+
+/// Checks the `blocks` of a unit, the padding too.
+pub(super) fn check_blocks(unit: &Unit, blocks: &[u8]) -> Result<(), String> {
+    let (plain, padding) = blocks.split_at(usize::try_from(unit.decoded.len()).expect("a unit has at most 16 MiB"));
     verify(&unit.check, plain).map_err(|error| error.to_string())?;
     if padding.iter().any(|&byte| byte != 0) {
         return Err("the bytes behind its end are not zero".to_owned());

@@ -231,6 +231,8 @@ impl FileMedia {
             data: vec![false; len.div_ceil(BLOCK)],
             number: self.number,
             born: self.born,
+            // Not what any note says.
+            changed: 0,
         };
         // Allocated without having been written: some file systems call that data. Where births are not
         // told either, nothing could tell a new file from an old one.

@@ -91,6 +91,8 @@ pub(crate) struct FileState {
     pub(crate) data: Vec<bool>,
     pub(crate) number: u64,
     pub(crate) born: u64,
+    /// Length of the log when its bytes or its length were changed last.
+    pub(crate) changed: u64,
 }
 
 impl FileState {
@@ -206,13 +208,17 @@ impl State {
                 len: file.bytes.len() as u64,
                 inode: file.number,
                 born: file.born,
+                changed: file.changed,
             },
-            None => FileFacts { is_file: false, is_dir: true, len: 0, inode: 2, born: 0 },
+            None => FileFacts { is_file: false, is_dir: true, len: 0, inode: 2, born: 0, changed: 0 },
         }
     }
 
     fn resize(&mut self, node: Node, len: usize) {
-        self.files.get_mut(&node).expect("a file").resize(len);
+        let now = self.log.len() as u64;
+        let file = self.files.get_mut(&node).expect("a file");
+        file.resize(len);
+        file.changed = now;
         self.log.push(Op::SetLen { node, len });
     }
 }
@@ -461,7 +467,9 @@ impl Sink for Handle {
         if bytes.is_empty() {
             return struck;
         }
+        let now = state.log.len() as u64;
         let file = state.files.get_mut(&self.node).expect("a file");
+        file.changed = now;
         let end = at + bytes.len();
         if file.bytes.len() < end {
             file.resize(end);
@@ -490,6 +498,14 @@ impl DiskFile for Handle {
 
     fn facts(&self) -> io::Result<FileFacts> {
         Ok(self.model.alive()?.facts(self.node))
+    }
+
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        let state = self.model.alive()?;
+        let at = usize::try_from(at).expect("a small file");
+        let there = state.files[&self.node].bytes.get(at..at + bytes.len());
+        bytes.copy_from_slice(there.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
     }
 
     fn data_ranges(&self, len: u64) -> io::Result<Vec<ByteRange>> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rafsd::cache::{Device, Disk, StockError, Store, fill_blocking};
 
 use super::images::{Image, NEVER_READ, options, runtime};
-use super::model::{Fault, Kind, Model};
+use super::model::{Fault, Kind, Model, SECTOR};
 use super::rng::Rng;
 
 /// Units that were made durable when the log had this length; holds until somebody meddles.
@@ -220,16 +220,30 @@ impl<'a> Script<'a> {
         let negative = |bytes: &[u8]| bytes.iter().map(|byte| !byte).collect::<Vec<_>>();
         let Ok(content) = self.disk.look_at(&data, negative) else { return };
         self.disk.set_fault(None);
-        let outcome = match self.rng.below(5) {
+        let outcome = match self.rng.below(6) {
             0 => self.disk.remove(&data),
             1 => self.disk.remove(&dir.join("present")),
             2 => self.disk.remove(&dir.join("units")),
-            3 => self.disk.replace_from_outside(&data, &content),
+            3 => self.flip_a_byte(&data, content.len()),
+            4 => self.disk.replace_from_outside(&data, &content),
             // Shorter by a block: what was durable about the rest must go with it.
             _ => self.disk.replace_from_outside(&data, content.get(4096..).unwrap_or_default()),
         };
         drop(outcome);
         self.meddled.push(self.disk.log_len());
+    }
+
+    /// Changes a byte in place, some time after it was let go in order: after a crash nobody knows when a file was
+    /// changed.
+    fn flip_a_byte(&mut self, data: &Path, len: usize) -> std::io::Result<()> {
+        self.disk.open(&self.common_dir().join("rest"))?.sync()?;
+        self.disk.sync_dir(&self.common_dir())?;
+        let at = self.rng.below(len.max(1)) / SECTOR * SECTOR;
+        let mut sector = [0; SECTOR];
+        let file = self.disk.open(data)?;
+        file.read_at(&mut sector, at as u64)?;
+        sector[self.rng.below(SECTOR)] ^= 0x40;
+        file.write_at(&sector, at as u64)
     }
 
     pub(crate) fn common_dir(&self) -> PathBuf {

@@ -158,7 +158,7 @@ fn land(device: &Device, unit: UnitIndex) {
 fn judge(device: &Device) {
     let (file, path) = (device.data_file().unwrap(), device.data_path().unwrap());
     let (own, there) = (FileFacts::from(file.metadata().unwrap()), fs::metadata(path).map(FileFacts::from));
-    assert_eq!(there.ok(), Some(own), "the file of a device in use has gone");
+    assert!(there.is_ok_and(|there| there.is_same_file(&own)), "the file of a device in use has gone");
     for unit in (0..UNITS).filter(|&unit| device.core().ledger.presence.get(unit)) {
         let mut bytes = [0; 4096];
         file.read_exact_at(&mut bytes, u64::from(unit) * BLOCK).unwrap();
