@@ -66,6 +66,9 @@ pub struct StoreOptions {
     pub readahead_most: u64,
     /// How often new presence bits are made durable. Default 2 s.
     pub flush_every: Duration,
+    /// Bytes written and not yet on the disk at which who writes more waits for the disk; `None`, the default, where the
+    /// kernel sees to that.
+    pub unsynced: Option<u64>,
     /// What the decoding threads narrow themselves by. Default: nothing.
     pub sandbox: Sandbox,
     /// Most bytes that the cache should take on disk; `None`, the default, for as many as there are.
@@ -104,6 +107,7 @@ impl Default for StoreOptions {
             readahead_first: MIB,
             readahead_most: 16 * MIB,
             flush_every: Duration::from_secs(2),
+            unsynced: None,
             sandbox: Sandbox::off(),
             cache_limit: None,
             high_water: 95,
@@ -120,7 +124,8 @@ impl StoreOptions {
     /// and shorter reads run at once: slower, but alive.
     ///
     /// Fetched bytes get an eighth of it. They exist twice for moments, what a system allocator keeps
-    /// comes on top, and the kernel charges the dirty pages of the cache to the same account.
+    /// comes on top, and the kernel charges the dirty pages of the cache to the same account: of a control group of the first
+    /// version it does not hold up who makes them, and ends the process instead.
     pub fn within(limit: Option<u64>) -> Self {
         let default = Self::default();
         let Some(share) = limit.map(|bytes| bytes / 8).filter(|&share| share < default.memory) else { return default };
@@ -132,6 +137,7 @@ impl StoreOptions {
             stream: default.stream.min(share / 4),
             readahead_first: default.readahead_first.min(share),
             readahead_most: default.readahead_most.min(share),
+            unsynced: Some(share / 2),
             ..default
         }
     }
@@ -177,6 +183,8 @@ pub struct Engine {
     pub(super) fetcher: Arc<Fetcher>,
     pub(super) flusher: Flusher,
     pub(super) space: Arc<Space>,
+    /// Bytes written since the disk was last waited for by who wrote them.
+    unsynced: AtomicU64,
     pub(super) twins: Arc<Twins>,
     pub(super) counters: Arc<StoreCounters>,
     pool: Pool,
@@ -210,8 +218,11 @@ impl Engine {
         let fetcher = Fetcher::new(Arc::clone(&options), runtime.clone(), Arc::clone(pool.queue()), telemetry.clone());
         let flusher = Flusher::start(options.flush_every)?;
         let space = Arc::new(Space::new(&options));
-        let (counters, next_device) = (Arc::default(), AtomicU64::new(0));
-        Ok(Arc::new(Self { options, telemetry, runtime, fetcher, flusher, space, twins, counters, pool, next_device }))
+        let counters = Arc::default();
+        let (unsynced, next_device) = (AtomicU64::new(0), AtomicU64::new(0));
+        let shared =
+            Self { options, telemetry, runtime, fetcher, flusher, space, unsynced, twins, counters, pool, next_device };
+        Ok(Arc::new(shared))
     }
 
     /// Counts `image` among the `users` of devices that share them: see [`super::Device::is_used_by`].
@@ -221,6 +232,16 @@ impl Engine {
 
     pub(super) fn jobs(&self) -> &Queue {
         self.pool.queue()
+    }
+
+    /// Counts bytes that were written; whether it is time to wait for the disk.
+    pub(super) fn is_time_to_sync(&self, written: u64) -> bool {
+        let Some(limit) = self.options.unsynced else { return false };
+        let is_time = self.unsynced.fetch_add(written, Ordering::Relaxed) + written >= limit;
+        if is_time {
+            self.unsynced.store(0, Ordering::Relaxed);
+        }
+        is_time
     }
 
     pub(super) fn number_device(&self) -> u64 {
@@ -244,7 +265,7 @@ mod tests {
         let small = StoreOptions::within(Some(32 * MIB));
 
         assert_eq!((small.memory, small.memory_reserve, small.readahead_most), (4 * MIB, MIB, 4 * MIB));
-        assert_eq!((small.window, small.prefetch_window), (MIB, MIB));
+        assert_eq!((small.window, small.prefetch_window, small.unsynced), (MIB, MIB, Some(2 * MIB)));
         assert_eq!(StoreOptions::within(Some(1024 * MIB)), StoreOptions::default());
         assert_eq!(StoreOptions::within(None), StoreOptions::default());
     }

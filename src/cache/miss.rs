@@ -342,6 +342,9 @@ impl Core {
         if fresh {
             space.landed(bytes);
             space.room.written(bytes);
+            if self.engine.is_time_to_sync(bytes) {
+                self.flush_and_log();
+            }
         }
         Ok(fresh)
     }

@@ -263,6 +263,7 @@ impl Resolved {
             }
         }
         store.stream = store.stream.min(fitting.stream);
+        store.unsynced = fitting.unsynced;
         // What was set goes before what was lowered.
         store.memory = store.memory.max(store.memory_reserve);
         store.readahead_most = store.readahead_most.max(store.readahead_first);
