@@ -502,7 +502,7 @@ fn expand(report: &BuildReport, device: &Path) {
     let tables = BlobTables::new(&image.devices()[0].entry).unwrap();
     let cut = |start: u64, end: u64| &file[usize::try_from(start).unwrap()..usize::try_from(end).unwrap()];
     let map = tables.geometry(cut(tables.stored().start(), tables.stored().end())).unwrap();
-    let map = tables.with_digests(&map, image.chunk_records().iter()).unwrap();
+    let map = tables.with_digests(map, image.chunk_records().iter()).unwrap();
     let mut decoder = Decoder::new();
     let out = fs::File::create(device).unwrap();
     for unit in map.units() {

@@ -45,7 +45,7 @@ fn devices(image: &Image, read: &dyn Fn(&BlobId) -> Vec<u8>) -> Vec<(UnitMap, Ve
         let tables = BlobTables::new(&device.entry).expect("tables");
         let home = read(tables.home());
         let map = tables.geometry(cut(&home, tables.stored())).expect("geometry");
-        let map = tables.with_digests(&map, image.chunk_records().iter()).expect("digests");
+        let map = tables.with_digests(map, image.chunk_records().iter()).expect("digests");
         (map, read(&device.blob))
     };
     image.devices().iter().map(map).collect()
@@ -187,7 +187,7 @@ fn the_index_of_a_gzip_layer_is_checked() {
 
     let home = fs::read(dir.join("blobs").join(tables.home().as_str())).expect("a file of its own has the tables");
     let map = tables.geometry(cut(&home, tables.stored())).expect("geometry");
-    let map = tables.with_digests(&map, image.chunk_records().iter()).expect("digests");
+    let map = tables.with_digests(map, image.chunk_records().iter()).expect("digests");
     assert!(map.units().len() > 100 && map.units().iter().all(|unit| matches!(unit.check, Check::Sha256(_))));
     assert!(map.units().iter().all(|unit| unit.stored.end() <= layer.len() as u64));
     let contexts = map.contexts().expect("an index has contexts");
@@ -204,7 +204,7 @@ fn the_index_of_a_gzip_layer_is_checked() {
         let mut bad = cut(&home, tables.stored()).to_vec();
         bad[usize::try_from(at).unwrap()] ^= 1;
         // A flip in compressed tables is damage; whatever decompresses all the same is checked.
-        let _ = tables.geometry(&bad).map(|map| tables.with_digests(&map, image.chunk_records().iter()));
+        let _ = tables.geometry(&bad).map(|map| tables.with_digests(map, image.chunk_records().iter()));
     }
 }
 

@@ -58,7 +58,7 @@ pub fn tables(mut input: &[u8]) -> Result<(), TablesError> {
 
     let map = tables.geometry(&stored)?;
     look_at(&tables, &map);
-    look_at(&tables, &tables.with_digests(&map, rows.iter())?);
+    look_at(&tables, &tables.with_digests(map, rows.iter())?);
     let contexts = map.contexts();
     assert!(contexts.is_some() || tables.kind() != BlobKind::Zran);
     for unit in map.units().iter().filter(|unit| unit.recipe == Recipe::GzipWindow) {

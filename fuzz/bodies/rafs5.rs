@@ -69,7 +69,7 @@ fn served(image: &Image) {
     let map = |device: &rafsd::image::Device| -> Option<UnitMap> {
         let tables = BlobTables::new(&device.entry).ok()?;
         assert!(tables.stored().is_empty(), "it has none");
-        tables.with_digests(&tables.geometry(&[]).ok()?, image.chunk_records().iter()).ok()
+        tables.with_digests(tables.geometry(&[]).ok()?, image.chunk_records().iter()).ok()
     };
     let Some(maps) = image.devices().iter().map(map).collect::<Option<Vec<_>>>() else { return };
     for map in &maps {

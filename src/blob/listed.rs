@@ -92,7 +92,7 @@ mod tests {
         let tables = BlobTables::new(entry)?;
         assert_eq!((tables.kind(), tables.stored().is_empty()), (BlobKind::Listed, true));
         tables.ensure_servable()?;
-        tables.with_digests(&tables.geometry(&[])?, rows.iter())
+        tables.with_digests(tables.geometry(&[])?, rows.iter())
     }
 
     #[test]

@@ -248,9 +248,12 @@ impl UnitMap {
 
     /// The unit whose blocks hold the byte at `decoded`.
     pub fn find(&self, decoded: u64) -> Option<UnitIndex> {
-        let after = self.units.partition_point(|unit| unit.decoded.start() <= decoded);
-        let index = after.checked_sub(1)?;
-        (decoded < self.units[index].blocks().end()).then(|| UnitIndex::try_from(index).expect("bounded by new()"))
+        find(&self.units, decoded)
+    }
+
+    /// All units, without what else is known of the blob.
+    pub(super) fn into_units(self) -> Vec<Unit> {
+        self.units
     }
 
     /// Numbers of the units that touch `decoded`, or `None` if some byte of it is in no unit, or a
@@ -350,6 +353,13 @@ impl UnitMap {
     pub fn fingerprint(&self) -> Digest {
         self.digest_with(Clone::clone)
     }
+}
+
+/// As [`UnitMap::find`], of the units of a map.
+pub(super) fn find(units: &[Unit], decoded: u64) -> Option<UnitIndex> {
+    let after = units.partition_point(|unit| unit.decoded.start() <= decoded);
+    let index = after.checked_sub(1)?;
+    (decoded < units[index].blocks().end()).then(|| UnitIndex::try_from(index).expect("bounded by a map"))
 }
 
 /// Puts each vacant unit behind the one before it, which is the only place where it may be.

@@ -6,6 +6,7 @@ use zerocopy::FromBytes;
 
 use super::batch::Batches;
 use super::entry::{BlobKind, Entry};
+use super::map::find;
 use super::{BlobKey, Check, Recipe, Unit, UnitMap, UnitMapError, zran};
 use crate::base::{BLOCK, BlobId, ByteRange, InvalidBlobId};
 use crate::codec::{self, CodecError};
@@ -145,13 +146,15 @@ impl BlobTables {
     /// If a row and the map place the same chunk differently, or two rows promise different bytes.
     pub fn with_digests<'a>(
         &self,
-        map: &UnitMap,
+        map: UnitMap,
         rows: impl Iterator<Item = &'a ChunkRecord>,
     ) -> Result<UnitMap, TablesError> {
         if self.entry.kind == BlobKind::Listed {
             return self.listed(rows);
         }
-        let mut units = map.units().to_vec();
+        let contexts = map.contexts().cloned();
+        // Millions of them in a large image: they are changed where they are.
+        let mut units = map.into_units();
         let mut named = vec![false; units.len()];
         let of_tar = self.entry.kind == BlobKind::Tarfs;
         for row in rows.filter(|row| row.blob_index.get() == self.entry.index && !of_tar) {
@@ -159,7 +162,7 @@ impl BlobTables {
             let disagree = || TablesError::Disagree { blob: self.entry.blob.clone(), chunk };
             // A generated dictionary counts its own chunks and not those of the blob.
             let number = match self.entry.kind {
-                BlobKind::Dictionary => map.find(row.uncompressed_offset.get()).ok_or_else(disagree)?,
+                BlobKind::Dictionary => find(&units, row.uncompressed_offset.get()).ok_or_else(disagree)?,
                 _ => chunk,
             };
             let unit = units.get_mut(number as usize).ok_or_else(disagree)?;
@@ -175,7 +178,7 @@ impl BlobTables {
                 unit.check = check;
             }
         }
-        Ok(self.map(units)?.entered(map.contexts().cloned()))
+        Ok(self.map(units)?.entered(contexts))
     }
 
     fn map(&self, units: Vec<Unit>) -> Result<UnitMap, TablesError> {
@@ -297,18 +300,18 @@ impl BlobTables {
         let entry = &self.entry;
         let entries = &plain.bytes[..plain.entries];
         if !entry.has(features::CHUNK_INFO_V2) {
-            return self.rows::<ChunkInfoV1>(entries)?.iter().map(|row| self.short_unit(row)).collect();
+            return all(self.rows::<ChunkInfoV1>(entries)?.iter().map(|row| self.short_unit(row)));
         }
         let rows = self.rows::<ChunkInfoV2>(entries)?.iter();
         let mut batches = Batches::new(self.rows::<BatchContext>(&plain.bytes[plain.entries..plain.contexts])?);
-        rows.map(|row| self.long_unit(row, &mut batches)).collect()
+        all(rows.map(|row| self.long_unit(row, &mut batches)))
     }
 
     /// Of a blob that is an index into a gzip file.
     fn gzip_map(&self, plain: &Plain) -> Result<UnitMap, TablesError> {
         let contexts = self.contexts(plain)?;
         let rows = self.rows::<ChunkInfoV2>(&plain.bytes[..plain.entries])?;
-        let units = rows.iter().map(|row| self.zran_unit(row, &contexts)).collect::<Result<_, _>>()?;
+        let units = all(rows.iter().map(|row| self.zran_unit(row, &contexts)))?;
         Ok(self.map(units)?.entered(Some(Arc::new(contexts))))
     }
 
@@ -409,6 +412,16 @@ impl BlobTables {
     }
 }
 
+/// All of `units`, or the first error. Their memory is taken once, by how many rows there are; `collect` would not know that
+/// and take it piece by piece.
+fn all<E>(units: impl ExactSizeIterator<Item = Result<Unit, E>>) -> Result<Vec<Unit>, E> {
+    let mut all = Vec::with_capacity(units.len());
+    for unit in units {
+        all.push(unit?);
+    }
+    Ok(all)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -458,7 +471,7 @@ mod tests {
 
     fn map(sample: &Sample) -> Result<UnitMap, TablesError> {
         let tables = BlobTables::new(&sample.entry)?;
-        tables.with_digests(&tables.geometry(&sample.stored)?, sample.rows.iter())
+        tables.with_digests(tables.geometry(&sample.stored)?, sample.rows.iter())
     }
 
     #[test]
@@ -620,7 +633,7 @@ mod tests {
         };
         let tables = BlobTables::new(&blob.entry).map_err(|e| e.to_string())?;
         let map = tables.geometry(cut(tables.stored())?).map_err(|e| e.to_string())?;
-        let map = tables.with_digests(&map, blob.rows.iter()).map_err(|e| e.to_string())?;
+        let map = tables.with_digests(map, blob.rows.iter()).map_err(|e| e.to_string())?;
         let mut decoder = super::super::Decoder::new();
         let read = |unit: &Unit| {
             let mut out = vec![0; usize::try_from(unit.blocks().len()).unwrap()];

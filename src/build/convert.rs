@@ -222,7 +222,7 @@ impl TableFile {
             let range = tables.stored();
             let mut stored = vec![0; usize::try_from(range.len()).expect("tables of 2^24 chunks fit in memory")];
             self.file.read_exact_at(&mut stored, range.start())?;
-            tables.with_digests(&tables.geometry(&stored)?, image.chunk_records().iter())?;
+            tables.with_digests(tables.geometry(&stored)?, image.chunk_records().iter())?;
             Ok(())
         };
         let blob = device.blob.clone();

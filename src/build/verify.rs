@@ -178,7 +178,7 @@ fn map(image: &Image, entry: &BlobEntry, blob: &FinishedBlob, digest: DigestAlgo
     let range = tables.stored();
     let mut stored = vec![0; usize::try_from(range.len()).expect("tables of 2^24 chunks fit in memory")];
     blob.file.read_exact_at(&mut stored, range.start())?;
-    let map = tables.with_digests(&tables.geometry(&stored)?, image.chunk_records().iter())?;
+    let map = tables.with_digests(tables.geometry(&stored)?, image.chunk_records().iter())?;
     let mut units = map.units().to_vec();
     if units.len() != blob.chunks.len() {
         return Err(VerifyError::Place { chunk: units.len().min(blob.chunks.len()) });

@@ -6,8 +6,8 @@
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -58,9 +58,15 @@ impl KeptBootstrap {
         self.digest
     }
 
-    /// Where it lies: complete, synced, and never written again.
+    /// Where it lies: complete, and never written again.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Returns when it is on stable storage: a kernel must not have it mounted before, for it could lose pages that the
+    /// disk refuses.
+    pub fn sync(&self) -> Result<(), StoreError> {
+        File::open(&self.path).and_then(|file| file.sync_data()).map_err(at(&self.path))
     }
 
     /// The same once more.
@@ -90,16 +96,13 @@ impl KeptBootstrap {
 pub struct BootstrapStamp {
     digest: Digest,
     facts: FileFacts,
-    /// When it was last changed in any way, in seconds and nanoseconds.
-    changed: (i64, i64),
 }
 
 impl KeptBootstrap {
     /// What tells the copy, as it is now, from one that somebody changed.
     pub fn stamp(&self) -> io::Result<BootstrapStamp> {
         let meta = fs::symlink_metadata(&self.path)?;
-        let changed = (meta.ctime(), meta.ctime_nsec());
-        Ok(BootstrapStamp { digest: self.digest, facts: FileFacts::from(meta), changed })
+        Ok(BootstrapStamp { digest: self.digest, facts: FileFacts::from(meta) })
     }
 }
 
@@ -133,18 +136,50 @@ impl Bootstraps {
         &self.dir
     }
 
-    /// Keeps a copy of `bytes`, made now unless there is a sound one. Waits for the disk.
+    /// Keeps a copy of `bytes`, made now unless there is a sound one. Not on stable storage before
+    /// [`KeptBootstrap::sync`].
     pub fn keep(self: &Arc<Self>, bytes: &[u8]) -> Result<KeptBootstrap, StoreError> {
-        let digest = sha256(bytes);
+        match self.keep_sound(sha256(bytes)) {
+            Ok(kept) => Ok(kept),
+            Err(kept) => self.fill(kept, self.write(bytes)?),
+        }
+    }
+
+    /// Keeps a copy of all of `file`, which is at `path`, as [`Bootstraps::keep`] does. No more of it is in memory at a time
+    /// than a piece.
+    ///
+    /// # Errors
+    /// `Io` with the path of whichever file fails.
+    pub fn keep_file(self: &Arc<Self>, file: &File, path: &Path) -> Result<KeptBootstrap, StoreError> {
+        let len = file.metadata().map_err(at(path))?.len();
+        // Where it may be there already, that is found out first, and nothing is written.
+        if self.lots().iter().any(|lot| fs::metadata(self.dir.join(&lot.name)).is_ok_and(|there| there.len() == len)) {
+            if let Ok(kept) = self.keep_sound(read_through(file, path, |_| Ok(()))?) {
+                return Ok(kept);
+            }
+        }
+        let mut scratch = self.scratch()?;
+        let digest = read_through(file, path, |piece| scratch.write(piece))?;
+        self.keep_sound(digest).or_else(|kept| self.fill(kept, scratch))
+    }
+
+    /// Keeps the copy with this digest, which is used only if it is still what its name says. If it is not, or not there,
+    /// gives back what is to be filled.
+    fn keep_sound(self: &Arc<Self>, digest: Digest) -> Result<KeptBootstrap, KeptBootstrap> {
         // Kept before it is looked for: from here on nobody removes it.
         let kept = self.keep_known(digest);
-        // A copy from before is used only if it is still what its name says.
-        if File::open(&kept.path).and_then(sha256_of).is_ok_and(|there| there == digest) {
+        let there = File::open(&kept.path).map_err(at(&kept.path));
+        let there = there.and_then(|file| read_through(&file, &kept.path, |_| Ok(())));
+        if there.is_ok_and(|there| there == digest) {
             note_use(&kept.path);
             return Ok(kept);
         }
-        self.write(bytes, &kept.path)?;
-        self.kept.lock().unwrap().entry(digest).or_default().is_new = true;
+        Err(kept)
+    }
+
+    fn fill(&self, kept: KeptBootstrap, scratch: Scratch) -> Result<KeptBootstrap, StoreError> {
+        scratch.rename(&kept.path)?;
+        self.kept.lock().unwrap().entry(kept.digest).or_default().is_new = true;
         Ok(kept)
     }
 
@@ -167,14 +202,13 @@ impl Bootstraps {
         let note = self.dir.join(format!("{source}{MADE}"));
         let made = fs::read_to_string(&note).ok().and_then(|text| Digest::from_hex(text.trim_end()));
         if let Some(digest) = made {
-            let kept = self.keep_known(digest);
-            if File::open(&kept.path).and_then(sha256_of).is_ok_and(|there| there == digest) {
-                note_use(&kept.path);
+            if let Ok(kept) = self.keep_sound(digest) {
                 return Ok(kept);
             }
         }
         let kept = self.keep(&make()?)?;
-        if let Err(error) = self.write(format!("{}\n", kept.digest).as_bytes(), &note) {
+        let noted = self.write(format!("{}\n", kept.digest).as_bytes()).and_then(|scratch| scratch.rename(&note));
+        if let Err(error) = noted {
             kept.give_up();
             return Err(error.into());
         }
@@ -199,17 +233,19 @@ impl Bootstraps {
         KeptBootstrap { owner: Arc::clone(self), digest, path: self.dir.join(digest.to_string()) }
     }
 
-    fn write(&self, bytes: &[u8], path: &Path) -> Result<(), StoreError> {
+    fn write(&self, bytes: &[u8]) -> Result<Scratch, StoreError> {
+        let mut scratch = self.scratch()?;
+        scratch.write(bytes)?;
+        Ok(scratch)
+    }
+
+    fn scratch(&self) -> Result<Scratch, StoreError> {
         let dir = &self.dir;
         DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
         let number = self.scratch.fetch_add(1, Ordering::Relaxed);
-        let scratch = dir.join(format!(".new-{}-{number}", std::process::id()));
-        let open = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&scratch);
-        let mut to = open.map_err(at(&scratch))?;
-        let _remove = RemoveOnDrop(&scratch);
-        to.write_all(bytes).and_then(|()| to.sync_all()).map_err(at(&scratch))?;
-        fs::rename(&scratch, path).map_err(at(path))?;
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
+        let path = dir.join(format!(".new-{}-{number}", std::process::id()));
+        let open = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
+        Ok(Scratch { file: open.map_err(at(&path))?, path })
     }
 
     fn is_held(&self, kept: &HashMap<Digest, Owners>, digest: Digest) -> bool {
@@ -289,22 +325,46 @@ fn note_use(path: &Path) {
     }
 }
 
-fn sha256_of(mut file: File) -> io::Result<Digest> {
-    let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
+/// SHA-256 of all of a file, which is at `path`. Each piece of it is given to `take` as well.
+fn read_through(
+    file: &File,
+    path: &Path,
+    mut take: impl FnMut(&[u8]) -> Result<(), StoreError>,
+) -> Result<Digest, StoreError> {
+    let (mut hasher, mut buffer, mut from) = (Sha256::new(), vec![0; 1 << 18], 0);
     loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(hasher.finish()),
-            len => hasher.update(&buffer[..len]),
-        }
+        let len = match file.read_at(&mut buffer, from) {
+            Ok(0) => return Ok(hasher.finish()),
+            Ok(len) => len,
+            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => continue,
+            Err(cause) => return Err(at(path)(cause)),
+        };
+        hasher.update(&buffer[..len]);
+        take(&buffer[..len])?;
+        from += len as u64;
     }
 }
 
-struct RemoveOnDrop<'a>(&'a Path);
+/// A file that has no name yet which anybody looks for; it goes if it never gets one.
+struct Scratch {
+    file: File,
+    path: PathBuf,
+}
 
-impl Drop for RemoveOnDrop<'_> {
+impl Scratch {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.file.write_all(bytes).map_err(at(&self.path))
+    }
+
+    fn rename(self, to: &Path) -> Result<(), StoreError> {
+        fs::rename(&self.path, to).map_err(at(to))
+    }
+}
+
+impl Drop for Scratch {
     fn drop(&mut self) {
         // Gone already when it was renamed.
-        let _ = fs::remove_file(self.0);
+        let _ = fs::remove_file(&self.path);
     }
 }
 
@@ -343,6 +403,37 @@ mod tests {
         assert_eq!(keep(another, b"two"), made(b"two", true));
         assert_eq!(keep(another, b""), made(b"two", false));
         assert_eq!(bootstraps.lots().len(), 2, "notes are nothing that can go alone");
+    }
+
+    #[test]
+    fn a_file_is_copied_as_its_bytes_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let bootstraps = Bootstraps::new(dir.path().join("bootstraps"));
+        let path = dir.path().join("file");
+        let bytes: Vec<u8> = (0u32..300_000).flat_map(u32::to_le_bytes).collect();
+        fs::write(&path, &bytes).unwrap();
+        let keep = |file: File| bootstraps.keep_file(&file, &path).unwrap();
+        let kept = keep(File::open(&path).unwrap());
+        assert_eq!((kept.digest(), fs::read(kept.path()).unwrap() == bytes), (sha256(&bytes), true));
+
+        let inode = || fs::metadata(kept.path()).unwrap().ino();
+        let first = inode();
+        assert_eq!(keep(File::open(&path).unwrap()).digest(), kept.digest());
+        assert_eq!(bootstraps.keep(&bytes).unwrap().digest(), kept.digest());
+        assert_eq!(inode(), first, "it was there");
+        fs::write(kept.path(), &bytes[1..]).unwrap();
+        keep(File::open(&path).unwrap());
+        assert_eq!(fs::read(kept.path()).unwrap(), bytes, "another length is another file");
+        fs::write(kept.path(), [&bytes[1..], &[0]].concat()).unwrap();
+        keep(File::open(&path).unwrap()).sync().unwrap();
+        assert_eq!(fs::read(kept.path()).unwrap(), bytes, "other bytes of the same length are");
+
+        let unreadable = File::options().write(true).open(&path).unwrap();
+        let error = bootstraps.keep_file(&unreadable, &path).unwrap_err();
+        assert!(matches!(&error, StoreError::Io { path: at, .. } if *at == path), "{error:?}");
+        let names = fs::read_dir(bootstraps.dir()).unwrap().map(|entry| entry.unwrap().file_name());
+        let names: Vec<_> = names.filter(|name| name.as_encoded_bytes().starts_with(b".")).collect();
+        assert!(names.is_empty(), "{names:?}");
     }
 
     #[test]

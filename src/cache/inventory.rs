@@ -167,7 +167,9 @@ impl Shelves {
     /// The same for the blob in directory `name`, if there is one.
     pub(super) fn tell_twins_of(&self, name: &str) {
         let data = self.dir(name).join("data");
-        if self.twins.knows(&data) {
+        // Looked at before its map is read, which may be large, and once more afterwards.
+        let is_alive = || self.alive().get(name).is_some_and(Shelf::is_alive);
+        if self.twins.knows(&data) || is_alive() {
             return;
         }
         let Some(shelved) = self.shelved(name).filter(Shelved::is_complete) else { return };

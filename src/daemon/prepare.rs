@@ -90,10 +90,11 @@ impl Wanted<'_> {
         match self {
             Self::File(path) => {
                 let found = reader::bootstrap::find(path, None).map_err(DaemonError::Load)?;
-                match found.to_be_lifted() {
+                match (found.file(), found.to_be_lifted()) {
+                    (Some(file), _) => Ok(bootstraps.keep_file(file, path)?),
                     // Lifting takes time that a further mount need not spend.
-                    Some(digest) => bootstraps.keep_made(digest, || load(found)),
-                    None => Ok(bootstraps.keep(&load(found)?)?),
+                    (None, Some(digest)) => bootstraps.keep_made(digest, || load(found)),
+                    (None, None) => Ok(bootstraps.keep(&load(found)?)?),
                 }
             }
             Self::Layer(layer) => bootstraps.keep_made(layer_key(layer.digest), || {
@@ -194,6 +195,7 @@ fn prepare_kept(
     wanted.admit(&image)?;
     let maps = maps_of(&image, saved, asked, runtime)?;
     ensure_checkable(&image, &maps)?;
+    kept.sync()?;
     let maps = maps.into_iter().map(Arc::new).collect();
     Ok(Prepared { image: Arc::new(image), key, bootstrap, maps, source, origin, named: None, kept })
 }

@@ -40,10 +40,18 @@ pub struct Loaded {
 #[derive(Debug)]
 pub struct Found {
     path: PathBuf,
-    bytes: Vec<u8>,
+    content: Content,
     /// What to call a blob that it cannot name.
     name: Option<BlobId>,
     taken_out: bool,
+}
+
+/// Where the bytes of a bootstrap are.
+#[derive(Debug)]
+enum Content {
+    Bytes(Vec<u8>),
+    /// All of this file, which is of RAFS v6 and was not read, of this length.
+    File(File, u64),
 }
 
 /// Why a file gives no bootstrap.
@@ -112,26 +120,30 @@ pub fn find(path: &Path, id: Option<&BlobId>) -> Result<Found, LoadError> {
     }
     let len = metadata.len();
     let name = name_of(path);
-    let found = |bytes, name, taken_out| Found { path: path.to_owned(), bytes, name, taken_out };
+    let found = |content, name, taken_out| Found { path: path.to_owned(), content, name, taken_out };
     // From the end first: a blob without data starts with its bootstrap, and looks like one.
     match take_out(&file, len) {
-        Ok(bytes) => return Ok(found(bytes, id.cloned().or(name), true)),
+        Ok(bytes) => return Ok(found(Content::Bytes(bytes), id.cloned().or(name), true)),
         Err(Failure::Toc(TocError::NoHeader)) => {}
         Err(Failure::Toc(cause)) => return Err(LoadError::Toc { path: path.to_owned(), cause }),
         Err(Failure::Io(cause)) => return Err(io(cause)),
     }
-    if !is_bootstrap(&file, len).map_err(io)? {
+    let Some(version) = version_of(&file, len).map_err(io)? else {
         let cause = ImageError::NotRafs(
             "no EROFS magic at byte 1024, no RAFS v5 magic at its start, and no blob that holds a bootstrap",
         );
         return Err(LoadError::Image { path: path.to_owned(), cause });
-    }
+    };
     if len > MAX_BOOTSTRAP {
         return Err(io(io::Error::other("it is longer than 2 GiB, so it is no bootstrap")));
     }
-    let bytes = read(&file, ByteRange::at(0, len).expect("a length is no overflow")).map_err(io)?;
     // A file that anybody may have called anything names a blob only if it looks like a name.
-    Ok(found(bytes, name.filter(|name| Digest::from_hex(name.as_str()).is_some()), false))
+    let name = name.filter(|name| Digest::from_hex(name.as_str()).is_some());
+    let content = match version {
+        Version::V6 if name.is_none() => Content::File(file, len),
+        _ => Content::Bytes(read_all(&file, len).map_err(io)?),
+    };
+    Ok(found(content, name, false))
 }
 
 /// A bootstrap that somebody took out of a layer, with its blobs named. `shown` is what people call it.
@@ -143,7 +155,7 @@ pub fn of_bytes(bytes: Vec<u8>, shown: &Path) -> Result<Found, LoadError> {
         let cause = ImageError::NotRafs("no EROFS magic at byte 1024, and no RAFS v5 magic at its start");
         return Err(LoadError::Image { path, cause });
     }
-    Ok(Found { path, bytes, name: None, taken_out: false })
+    Ok(Found { path, content: Content::Bytes(bytes), name: None, taken_out: false })
 }
 
 /// What the bootstrap in a layer with this digest depends on, lifted or not: see [`Found::to_be_lifted`].
@@ -157,19 +169,41 @@ pub fn layer_key(layer: Digest) -> Digest {
 
 impl Found {
     /// The bootstrap with every blob named, and lifted if it is of RAFS v5.
-    pub fn load(mut self) -> Result<Loaded, LoadError> {
-        let bytes = if v5::is_bootstrap(&self.bytes) {
+    pub fn load(self) -> Result<Loaded, LoadError> {
+        let bytes = if self.is_v5() {
             self.v5().and_then(|image| lift(&image)).map_err(|cause| LoadError::Lift { path: self.path, cause })?
         } else {
-            fill_in(&mut self.bytes, self.name.as_ref(), self.taken_out);
-            self.bytes
+            let mut bytes = match self.content {
+                Content::Bytes(bytes) => bytes,
+                Content::File(file, len) => {
+                    read_all(&file, len).map_err(|cause| LoadError::Io { path: self.path, cause })?
+                }
+            };
+            fill_in(&mut bytes, self.name.as_ref(), self.taken_out);
+            bytes
         };
         Ok(Loaded { bytes, container: self.name.filter(|_| self.taken_out) })
     }
 
     /// Whether it is of RAFS v5, or of an older version.
     pub fn is_v5(&self) -> bool {
-        v5::is_bootstrap(&self.bytes)
+        v5::is_bootstrap(self.bytes())
+    }
+
+    /// The file that it is from end to end, if what lies there is what [`Found::load`] would give.
+    pub fn file(&self) -> Option<&File> {
+        match &self.content {
+            Content::Bytes(_) => None,
+            Content::File(file, _) => Some(file),
+        }
+    }
+
+    /// As far as it was read.
+    fn bytes(&self) -> &[u8] {
+        match &self.content {
+            Content::Bytes(bytes) => bytes,
+            Content::File(..) => &[],
+        }
     }
 
     /// The RAFS v5 bootstrap that it is, every blob named.
@@ -177,7 +211,7 @@ impl Found {
     /// # Errors
     /// If it is none, or damaged.
     pub fn v5(&self) -> Result<v5::Bootstrap<'_>, LiftError> {
-        let mut image = v5::Bootstrap::parse(&self.bytes)?;
+        let mut image = v5::Bootstrap::parse(self.bytes())?;
         if let Some(name) = &self.name {
             image.name_blobs(name, self.taken_out);
         }
@@ -187,11 +221,11 @@ impl Found {
     /// What the lifted bootstrap depends on, if this one has to be lifted: two that agree in it become
     /// the same.
     pub fn to_be_lifted(&self) -> Option<Digest> {
-        if !v5::is_bootstrap(&self.bytes) {
+        if !self.is_v5() {
             return None;
         }
         let mut hasher = Sha256::new();
-        hasher.update(&self.bytes);
+        hasher.update(self.bytes());
         hasher.update(&[u8::from(self.taken_out)]);
         hasher.update(self.name.as_ref().map_or(b"", |name| name.as_str().as_bytes()));
         hasher.update(&[0]);
@@ -217,17 +251,28 @@ impl From<TocError> for Failure {
     }
 }
 
-fn is_bootstrap(file: &File, len: u64) -> io::Result<bool> {
+/// What a file is of that begins with a bootstrap.
+enum Version {
+    /// Or older.
+    V5,
+    V6,
+}
+
+fn version_of(file: &File, len: u64) -> io::Result<Option<Version>> {
     let mut magic = [0; 4];
     if len < SUPERBLOCK_OFFSET + magic.len() as u64 {
-        return Ok(false);
+        return Ok(None);
     }
     file.read_exact_at(&mut magic, 0)?;
     if v5::is_bootstrap(&magic) {
-        return Ok(true);
+        return Ok(Some(Version::V5));
     }
     file.read_exact_at(&mut magic, SUPERBLOCK_OFFSET)?;
-    Ok(u32::from_le_bytes(magic) == erofs::MAGIC)
+    Ok((u32::from_le_bytes(magic) == erofs::MAGIC).then_some(Version::V6))
+}
+
+fn read_all(file: &File, len: u64) -> io::Result<Vec<u8>> {
+    read(file, ByteRange::at(0, len).ok_or(io::ErrorKind::InvalidInput)?)
 }
 
 /// The bootstrap in a blob file of `len` bytes.

@@ -46,7 +46,7 @@ impl Mapped {
     /// What `tables` say, whose bytes are `stored`, and what `image` says about the same chunks.
     pub fn new(tables: &BlobTables, stored: &[u8], image: &Image) -> Result<Self, TablesError> {
         let map = tables.geometry(stored)?;
-        let map = tables.with_digests(&map, image.chunk_records().iter())?;
+        let map = tables.with_digests(map, image.chunk_records().iter())?;
         Ok(Self { map, kind: tables.kind() })
     }
 }
@@ -109,7 +109,7 @@ pub fn renew(saved: &UnitMap, device: &Device, image: &Image) -> Option<UnitMap>
         return None;
     }
     // Digests that other images named are their business: a false one must not enter here.
-    tables.with_digests(&saved.without_digests(), image.chunk_records().iter()).ok()
+    tables.with_digests(saved.without_digests(), image.chunk_records().iter()).ok()
 }
 
 #[cfg(test)]

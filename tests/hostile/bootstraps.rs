@@ -36,7 +36,7 @@ fn look_at_everything(bootstrap: Vec<u8>, stored: &[u8]) -> bool {
         let Ok(tables) = BlobTables::new(&device.entry) else { return false };
         let at = tables.stored();
         let Ok(bytes) = array_at::<u8>(stored, at.start(), at.len(), "tables") else { return false };
-        let map = tables.geometry(bytes).and_then(|map| tables.with_digests(&map, image.chunk_records().iter()));
+        let map = tables.geometry(bytes).and_then(|map| tables.with_digests(map, image.chunk_records().iter()));
         sound &= map.is_ok();
     }
     sound

@@ -174,7 +174,7 @@ fn map_of(image: &Image, stored: &[u8]) -> UnitMap {
     let tables = BlobTables::new(&image.devices()[0].entry).unwrap();
     let at = tables.stored();
     let bytes: &[u8] = array_at(stored, at.start(), at.len(), "tables").unwrap();
-    tables.with_digests(&tables.geometry(bytes).unwrap(), image.chunk_records().iter()).unwrap()
+    tables.with_digests(tables.geometry(bytes).unwrap(), image.chunk_records().iter()).unwrap()
 }
 
 /// Offsets of these small images as positions in memory.

@@ -43,7 +43,7 @@ impl Bench {
         let tables = BlobTables::new(&device.entry)?;
         let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + Duration::from_secs(5));
         let stored = self.runtime.block_on(source.read(&device.blob, tables.stored(), ctx))?;
-        Ok(tables.with_digests(&tables.geometry(&stored)?, image.chunk_records().iter())?)
+        Ok(tables.with_digests(tables.geometry(&stored)?, image.chunk_records().iter())?)
     }
 
     pub(super) fn device(&self, map: UnitMap, source: Arc<dyn BlobSource>) -> Served {

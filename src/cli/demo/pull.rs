@@ -51,7 +51,7 @@ pub(super) fn everything(
                 () = stop.wait() => bail!("interrupted"),
             }
         })?;
-        let map = tables.with_digests(&tables.geometry(&stored)?, image.chunk_records().iter())?;
+        let map = tables.with_digests(tables.geometry(&stored)?, image.chunk_records().iter())?;
         let device = store.device(map, source.clone())?;
         let (tell, told) = oneshot::channel();
         device.on_complete(Box::new(move || {

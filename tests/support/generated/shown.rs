@@ -57,7 +57,7 @@ impl Blob {
         let stored = fs::read(path).expect("the blob is there");
         let tables = BlobTables::new(&image.devices()[device].entry).expect("our own tables");
         let map = tables.geometry(&stored[usizes(tables.stored().start(), tables.stored().end())]).expect("geometry");
-        let map = tables.with_digests(&map, image.chunk_records().iter()).expect("digests");
+        let map = tables.with_digests(map, image.chunk_records().iter()).expect("digests");
         Self { map, stored }
     }
 
