@@ -28,6 +28,8 @@ pub(crate) enum Need {
     Interop,
     /// A memory control group can be made and given a limit.
     MemoryGroups,
+    /// Control groups of the second version can be made.
+    ProcessGroups,
     /// A program on the path. The guest gets the host's, with its libraries.
     Program(&'static str),
 }
@@ -54,6 +56,9 @@ impl Need {
             }
             Self::MemoryGroups => {
                 memory_groups().is_none().then(|| "no memory control groups that we may change".into())
+            }
+            Self::ProcessGroups => {
+                process_groups().is_none().then(|| "no control groups (version 2) that we may change".into())
             }
             Self::Program(name) => find_program(name).is_none().then(|| format!("no program {name}")),
         }
@@ -144,6 +149,13 @@ pub(crate) fn memory_groups() -> Option<(PathBuf, &'static str)> {
     let first = first.join("memory.limit_in_bytes").exists().then_some((first.to_owned(), "memory.limit_in_bytes"));
     let found = second.map(|root| (root.to_owned(), "memory.max")).or(first);
     found.filter(|(root, _)| nix::unistd::access(root, nix::unistd::AccessFlags::W_OK).is_ok())
+}
+
+/// Where control groups of the second version are made, if we may.
+pub(crate) fn process_groups() -> Option<PathBuf> {
+    let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(PathBuf::from);
+    let mut found = roots.into_iter().filter(|root| root.join("cgroup.controllers").exists());
+    found.find(|root| nix::unistd::access(root, nix::unistd::AccessFlags::W_OK).is_ok())
 }
 
 /// Finds a program on the path, or in the directories that only root's path has.

@@ -85,6 +85,7 @@ const TABLES: &[&[Case]] = &[
     cases::meddling::CASES,
     cases::baddays::CASES,
     cases::service::CASES,
+    cases::systemd::CASES,
     cases::prefetch::CASES,
     cases::observing::CASES,
     cases::fuse::CASES,

@@ -26,6 +26,7 @@ pub(crate) mod selfwait;
 pub(crate) mod service;
 pub(crate) mod sharing;
 pub(crate) mod space;
+pub(crate) mod systemd;
 pub(crate) mod takeover;
 pub(crate) mod unprivileged;
 pub(crate) mod unserved;
