@@ -163,12 +163,25 @@ fn what_is_known_of_a_registry_is_not_asked_again(ctx: &Ctx) -> Outcome {
     registry.stop();
     fixture.restart(&[])?;
 
-    let began = Instant::now();
-    let said = try_mount(&fixture, &tag, "mnt", &[])?.err().context("a tag can only be asked for")?;
-    ensure!(said.contains("--offline") && said.contains(&registry.host()), "{said}");
-    ensure!(began.elapsed() < Duration::from_secs(40), "it took {:?}", began.elapsed());
-    for (reference, options) in [(&pinned, &[][..]), (&tag, &["--offline"])] {
-        let dir = mount(&fixture, reference, "mnt", options)?;
+    // Who wants to have what a tag leads to now is refused, and told what there is.
+    for command in ["pull", "resolve"] {
+        ensure_refused(&fixture, &[command, &tag], &["--offline", &registry.host()])?;
+    }
+    for (reference, options, is_unsure) in [(&pinned, &[][..], false), (&tag, &["--offline"], false), (&tag, &[], true)]
+    {
+        let began = Instant::now();
+        let dir = ctx.dir.join("mnt");
+        let fixed = ["mount", reference, text(&dir)?, "--backend", ctx.backend.name(), "--json"];
+        let output = fixture.command(&[&fixed[..], options].concat())?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{reference} {options:?}: {said}{}", fixture.log());
+        ensure!(began.elapsed() < Duration::from_secs(20), "{reference} took {:?}", began.elapsed());
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        ensure!(
+            report["unconfirmed"].as_str().is_some_and(|why| why.contains(&registry.host())) == is_unsure,
+            "{report}"
+        );
+        ensure!(said.contains("warning: this is what") == is_unsure, "{said}");
         drop_caches()?;
         ensure!(fs::read(dir.join("0"))? == content(0, FILE));
         fixture.umount(&dir)?;

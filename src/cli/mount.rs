@@ -158,6 +158,9 @@ pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
         let client = args.daemon.connect().await?;
         Ok(client.mount(&request).await?)
     })?;
+    if let (Some(reference), Some(why)) = (&report.reference, &report.unconfirmed) {
+        say!(io::stderr(), "warning: this is what {reference} led to the last time, for {why}")?;
+    }
     if args.json {
         print_json(&report)?;
     } else {

@@ -354,7 +354,7 @@ impl Daemon {
             .as_deref()
             .and_then(Digest::from_hex)
             .zip(record.spec.reference.clone())
-            .map(|(manifest, reference)| Named { reference: shown(&reference), manifest });
+            .map(|(manifest, reference)| Named { reference: shown(&reference), manifest, unconfirmed: None });
         Ok(image)
     }
 }

@@ -164,7 +164,7 @@ impl Daemon {
         source: &Path,
         kept: &mut Vec<KeptBootstrap>,
     ) -> Result<Ready, DaemonError> {
-        let found = self.look_up(spec, asker)?;
+        let found = self.look_up_to_mount(spec, asker)?;
         let queue = found.queue(self);
         let _turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER, asker)).transpose()?;
         let mut prepared = self.prepare(spec, &found, asker)?;

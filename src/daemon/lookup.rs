@@ -14,9 +14,10 @@ use super::api::{ImageSpec, SpecError, Whereabouts};
 use super::asker::Asker;
 use super::prepare::{Layer, Named, Prepared, Wanted};
 use super::references::References;
-use super::remote::{FETCH_LAYER, LOOK_UP};
+use super::remote::{CONFIRM, FETCH_LAYER, LOOK_UP};
 use super::turns::Queue;
 use super::{Daemon, DaemonError, remote};
+use crate::base::Chain;
 use crate::cache::StoreError;
 use crate::oci::{self, FetchError, OciError, Platform, Reference, Registry, Resolved, Version};
 
@@ -26,7 +27,11 @@ pub(super) enum Found {
     /// Its bootstrap is a file.
     File(PathBuf),
     /// It is an image of a registry.
-    Image(Box<Resolved>),
+    Image {
+        resolved: Box<Resolved>,
+        /// Why it could not be asked whether the reference still leads there.
+        unconfirmed: Option<String>,
+    },
 }
 
 impl Found {
@@ -34,7 +39,7 @@ impl Found {
     pub(super) fn queue(&self, daemon: &Daemon) -> Option<Queue> {
         match self {
             Self::File(_) => None,
-            Self::Image(resolved) => Some(daemon.turns.queue(resolved.manifest_digest)),
+            Self::Image { resolved, .. } => Some(daemon.turns.queue(resolved.manifest_digest)),
         }
     }
 }
@@ -52,8 +57,29 @@ impl Daemon {
             Whereabouts::Registry(reference) => {
                 let platform = spec.wanted_platform()?;
                 let resolved = self.resolve_now(spec, &reference, platform.as_ref(), asker)?;
-                Ok(Found::Image(Box::new(resolved)))
+                Ok(Found::Image { resolved: Box::new(resolved), unconfirmed: None })
             }
+        }
+    }
+
+    /// The same to mount it: what a reference led to the last time is good enough while its registry does not answer. Not
+    /// so if it refuses, or cannot be trusted.
+    pub(super) fn look_up_to_mount(&self, spec: &ImageSpec, asker: &Asker) -> Result<Found, DaemonError> {
+        match self.look_up(spec, asker) {
+            Err(DaemonError::Unresolved { reference, cause }) if is_absence(&cause) => {
+                let known = self.look_up(&ImageSpec { offline: true, ..spec.clone() }, asker);
+                let Ok(Found::Image { resolved, .. }) = known else {
+                    return Err(DaemonError::Unresolved { reference, cause });
+                };
+                let why = Chain(&cause).to_string();
+                tracing::warn!(
+                    reference,
+                    error = why,
+                    "the registry does not answer; mounting what it led to the last time"
+                );
+                Ok(Found::Image { resolved, unconfirmed: Some(why) })
+            }
+            found => found,
         }
     }
 
@@ -79,16 +105,18 @@ impl Daemon {
         }
         let ask = || {
             let repository = reference.repository();
-            let fetch = self.origins.registry(repository.host(), spec.ca.as_deref(), until);
-            let fetch = fetch.map_err(DaemonError::SourceSpec)?;
-            let registry = Registry::new(&fetch, repository);
+            let fetch = |until| {
+                let fetch = self.origins.registry(repository.host(), spec.ca.as_deref(), until);
+                fetch.map_err(DaemonError::SourceSpec)
+            };
+            let (soon, later) = (fetch(until.min(Instant::now() + CONFIRM))?, fetch(until)?);
             let asking = async {
                 if let (Some(kept), Version::Tag(tag)) = (&kept, reference.version())
-                    && registry.head(&tag).await?.is_some_and(|head| Some(head) == kept.head())
+                    && Registry::new(&soon, repository).head(&tag).await?.is_some_and(|head| Some(head) == kept.head())
                 {
                     return Ok((kept.clone(), false));
                 }
-                Ok((oci::resolve(&registry, reference, platform).await?, true))
+                Ok((oci::resolve(&Registry::new(&later, repository), reference, platform).await?, true))
             };
             asker.block_on(&self.runtime, asking)?.map_err(|error: OciError| DaemonError::from(error))
         };
@@ -108,9 +136,9 @@ impl Daemon {
     /// Reads everything that is needed to serve an image. Blocks.
     pub(super) fn prepare(&self, spec: &ImageSpec, found: &Found, asker: &Asker) -> Result<Prepared, DaemonError> {
         let source = self.origins.open(spec).map_err(DaemonError::SourceSpec)?;
-        let resolved = match found {
+        let (resolved, unconfirmed) = match found {
             Found::File(path) => return self.prepare_from(&Wanted::File(path), &source, asker),
-            Found::Image(resolved) => resolved,
+            Found::Image { resolved, unconfirmed } => (resolved, unconfirmed),
         };
         let image = resolved.image()?;
         let digest = image.bootstrap.sha256().map_err(|cause| OciError::Document {
@@ -127,7 +155,7 @@ impl Daemon {
         };
         let mut prepared = self.prepare_from(&Wanted::Layer(&layer), &source, asker)?;
         let (reference, manifest) = (resolved.reference.to_string(), resolved.manifest_digest);
-        prepared.named = Some(Named { reference, manifest });
+        prepared.named = Some(Named { reference, manifest, unconfirmed: unconfirmed.clone() });
         Ok(prepared)
     }
 
@@ -155,6 +183,11 @@ impl Daemon {
         let path = self.store.shelves().bootstraps().dir().to_owned();
         DaemonError::Store(StoreError::Io { path, cause })
     }
+}
+
+/// Whether a registry is only not there, or not able to answer.
+fn is_absence(error: &OciError) -> bool {
+    matches!(error, OciError::Fetch(FetchError::Unavailable { .. }) | OciError::Failed { .. })
 }
 
 /// Tells of `--offline` where it would help.

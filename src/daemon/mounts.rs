@@ -211,7 +211,7 @@ impl Daemon {
     fn mount_reserved(&self, request: &MountRequest, asker: &Asker) -> Result<Mounted, DaemonError> {
         let (kind, why) = self.backends.choose(request.backend)?;
         // Held until the maps of the image are kept: who comes for the same one meanwhile finds all of it.
-        let found = self.look_up(&request.image, asker)?;
+        let found = self.look_up_to_mount(&request.image, asker)?;
         let queue = found.queue(self);
         let _turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER, asker)).transpose()?;
         let prepared = self.prepare(&request.image, &found, asker)?;

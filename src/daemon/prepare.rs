@@ -41,6 +41,8 @@ pub(super) struct Named {
     pub(super) reference: String,
     /// What that led to.
     pub(super) manifest: Digest,
+    /// Why the registry could not be asked whether it still does.
+    pub(super) unconfirmed: Option<String>,
 }
 
 /// A bootstrap that is wanted.

@@ -182,7 +182,7 @@ impl Daemon {
         let prefetch = Prefetch::start(self.engine(), &devices, &plan.wants, plan.rest);
         let name = match &found {
             Found::File(path) => path.display().to_string(),
-            Found::Image(resolved) => resolved.reference.to_string(),
+            Found::Image { resolved, .. } => resolved.reference.to_string(),
         };
         let id = self.pulls.last.fetch_add(1, Ordering::Relaxed) + 1;
         let report = self.pulls.add(Job {

@@ -118,7 +118,7 @@ impl Daemon {
         let name = FsId::new(&request.id, request.domain.as_deref())?;
         request.image.whereabouts()?;
         let (_, why) = self.backends.choose(BackendChoice::Cachefiles)?;
-        let found = self.look_up(&request.image, asker)?;
+        let found = self.look_up_to_mount(&request.image, asker)?;
         let queue = found.queue(self);
         let turn = queue.as_ref().map(|queue| queue.wait(Instant::now() + FETCH_LAYER, asker)).transpose()?;
         self.prepare(&request.image, &found, asker)?.or_undone(|prepared| {

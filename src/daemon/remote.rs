@@ -21,6 +21,9 @@ use crate::source::{Network, OpenError};
 /// How long finding out what a reference means may take.
 pub const LOOK_UP: Duration = Duration::from_secs(30);
 
+/// How long the question whether a tag still leads to what is known may take.
+pub const CONFIRM: Duration = Duration::from_secs(10);
+
 /// How long a layer with a bootstrap may take, of up to 512 MiB.
 pub const FETCH_LAYER: Duration = Duration::from_secs(600);
 

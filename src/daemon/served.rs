@@ -176,6 +176,7 @@ impl Served {
             image: prepared.key.to_string(),
             reference: prepared.named.as_ref().map(|named| named.reference.clone()),
             manifest: prepared.named.as_ref().map(|named| named.manifest.to_string()),
+            unconfirmed: prepared.named.as_ref().and_then(|named| named.unconfirmed.clone()),
             bootstrap_bytes: prepared.image.summary().bootstrap_len,
             source: prepared.source.describe(),
             sources: source_reports(sources, telemetry),

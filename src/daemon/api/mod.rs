@@ -167,6 +167,9 @@ pub struct ImageReport {
     /// SHA-256 of the manifest that this led to.
     #[serde(default)]
     pub manifest: Option<String>,
+    /// Why the registry could not be asked whether the reference still leads there, if that was so when it was mounted.
+    #[serde(default)]
+    pub unconfirmed: Option<String>,
     /// Bytes of the bootstrap.
     pub bootstrap_bytes: u64,
     /// Where stored bytes come from.

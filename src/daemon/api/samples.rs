@@ -52,6 +52,7 @@ pub(crate) fn image() -> ImageReport {
         image: "4708d63853773c9d7e61585863c05dacbef550e32a80a736d87aa2a5b6c967fe".to_owned(),
         reference: Some("registry.example/team/app:1".to_owned()),
         manifest: Some("b5bb9d8014a0f9b1d61e21e796d78dccdf1352f23cd32812f4850b878ae4944c".to_owned()),
+        unconfirmed: Some("https://registry.example does not answer: connection refused".to_owned()),
         bootstrap_bytes: 45_056,
         source: source.clone(),
         sources: vec![SourceReport { source, failing: false, last_error: trouble("no answer in time") }],
