@@ -11,11 +11,11 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use rafsd::base::{BlobId, ByteRange, Class};
+use rafsd::base::{BlobId, ByteRange, Class, RequestId};
 use rafsd::blob::{Check, Recipe, Unit, UnitMap};
 use rafsd::cache::{
-    Device, Fill, FillError, ImageKey, LotKind, Shelves, Sink, StockError, Store, StoreError, StoreOptions, Wanted,
-    fill_blocking,
+    Device, Fill, FillError, ImageKey, LotKind, Request, Shelves, Sink, StockError, Store, StoreError, StoreOptions,
+    Wanted, fill_blocking,
 };
 use rafsd::codec::blake3;
 use rafsd::source::{BlobSource, BoxFuture, ReadCtx, SourceError};
@@ -783,6 +783,58 @@ fn on_a_full_disk_nothing_is_fetched_until_there_is_room() {
     let mut got = vec![0; 48 * UNIT];
     device.open_data().unwrap().read_exact_at(&mut got, 0).unwrap();
     assert!(got == new.plain[..48 * UNIT], "wrong bytes");
+}
+
+#[test]
+fn on_a_full_disk_who_needs_no_file_is_given_bytes() {
+    let disk = match Disk::new(&["mkfs.ext4", "-q", "-m", "0"], 24) {
+        Ok(disk) => disk,
+        Err(why) => return eprintln!("SKIPPED on_a_full_disk_who_needs_no_file_is_given_bytes: {why}"),
+    };
+    let bench = Bench::new();
+    let new = Blob::numbered(2, 4);
+    let store = bench.store_at(&disk.at.join("cache"), options());
+    store.say_uses_are_known();
+    let source = new.source();
+    let device = store.device(new.map(), source.clone()).unwrap();
+    fill_blocking(&*device, new.units[0].blocks()).unwrap();
+    device.flush().unwrap();
+    fill_up(&disk.at.join("ballast"));
+    let requests = || source.requests.load(Ordering::SeqCst);
+    let read = |range: ByteRange| {
+        let request = Request::for_bytes(RequestId::NONE, Class::OnDemand);
+        let (tx, rx) = channel();
+        device.fill_for(request.clone(), range, Box::new(move |outcome| tx.send(outcome).unwrap()));
+        rx.recv().unwrap().unwrap();
+        let mut got = vec![0; usize::try_from(range.len()).unwrap()];
+        device.read_given(&request, range, &mut got).unwrap();
+        let want = usize::try_from(range.start()).unwrap()..usize::try_from(range.end()).unwrap();
+        assert!(got == new.plain[want], "wrong bytes at {range}");
+    };
+
+    // What is there, what is not, and in the middle of units.
+    let range = ByteRange::new(new.units[0].decoded.start() + 8192, new.units[3].decoded.end() - 4096).unwrap();
+    read(range);
+    assert!(!device.present(range) && store.stats().lent_units >= 3, "{:?}", store.stats());
+    // Others who need a file get an error, and who comes again costs nothing.
+    fail(&device, &new.units[1], 200);
+    let before = requests();
+    (0..3).for_each(|_| read(range));
+    std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(|| read(range)))));
+    assert_eq!(requests(), before);
+    let mut none = [0];
+    let other = Request::for_bytes(RequestId::NONE, Class::OnDemand);
+    assert!(device.read_given(&other, new.units[1].decoded, &mut [0; UNIT]).is_err(), "it was given nothing");
+    assert!(device.read_given(&other, new.units[0].decoded, &mut none).is_err(), "another length");
+
+    // Once there is room it is written like everything else.
+    fs::remove_file(disk.at.join("ballast")).unwrap();
+    eventually("there is room", || {
+        read(range);
+        fill_blocking(&*device, new.units[20].blocks()).is_ok()
+    });
+    read(range);
+    assert!(device.present(range));
 }
 
 #[test]

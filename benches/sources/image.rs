@@ -92,7 +92,7 @@ impl Image {
             let stored = Bytes::from(fs::read(place)?);
             let tables = BlobTables::new(&device.entry)?;
             let geometry = tables.geometry(slice(&stored, tables.stored()))?;
-            blobs.push(Blob { map: tables.with_digests(&geometry, parsed.chunk_records().iter())?, stored });
+            blobs.push(Blob { map: tables.with_digests(geometry, parsed.chunk_records().iter())?, stored });
         }
         let mut inodes = HashMap::new();
         for entry in parsed.walk() {

@@ -153,14 +153,20 @@ impl Bootstraps {
     pub fn keep_file(self: &Arc<Self>, file: &File, path: &Path) -> Result<KeptBootstrap, StoreError> {
         let len = file.metadata().map_err(at(path))?.len();
         // Where it may be there already, that is found out first, and nothing is written.
-        if self.lots().iter().any(|lot| fs::metadata(self.dir.join(&lot.name)).is_ok_and(|there| there.len() == len)) {
-            if let Ok(kept) = self.keep_sound(read_through(file, path, |_| Ok(()))?) {
-                return Ok(kept);
-            }
+        if self.has_of_len(len)
+            && let Ok(kept) = self.keep_sound(read_through(file, path, |_| Ok(()))?)
+        {
+            return Ok(kept);
         }
         let mut scratch = self.scratch()?;
         let digest = read_through(file, path, |piece| scratch.write(piece))?;
         self.keep_sound(digest).or_else(|kept| self.fill(kept, scratch))
+    }
+
+    /// Whether there is any file of so many bytes.
+    fn has_of_len(&self, len: u64) -> bool {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.metadata().ok()).any(|meta| meta.len() == len)
     }
 
     /// Keeps the copy with this digest, which is used only if it is still what its name says. If it is not, or not there,
@@ -201,10 +207,10 @@ impl Bootstraps {
     ) -> Result<KeptBootstrap, E> {
         let note = self.dir.join(format!("{source}{MADE}"));
         let made = fs::read_to_string(&note).ok().and_then(|text| Digest::from_hex(text.trim_end()));
-        if let Some(digest) = made {
-            if let Ok(kept) = self.keep_sound(digest) {
-                return Ok(kept);
-            }
+        if let Some(digest) = made
+            && let Ok(kept) = self.keep_sound(digest)
+        {
+            return Ok(kept);
         }
         let kept = self.keep(&make()?)?;
         let noted = self.write(format!("{}\n", kept.digest).as_bytes()).and_then(|scratch| scratch.rename(&note));

@@ -1,6 +1,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -335,6 +336,7 @@ impl Drop for Device {
         self.core.closed.store(true, Ordering::Release);
         self.core.background.stop();
         self.core.engine.fetcher.remove(self.core.id);
+        self.core.engine.lent.forget(|device| device == self.core.id);
         self.core.flush_and_log();
         if let Some(dir) = self.data_path().and_then(Path::parent) {
             note_use(dir);
@@ -358,6 +360,27 @@ impl Fill for Device {
         }
         let wait = Wait::of(request, done);
         self.core.fill_range(decoded, wait);
+    }
+
+    fn read_given(&self, request: &Request, decoded: ByteRange, into: &mut [u8]) -> io::Result<()> {
+        let lost = || io::Error::other(format!("{decoded} of a device is not there"));
+        let layout = self.core.layout();
+        for index in self.core.covering(decoded).ok_or_else(lost)? {
+            let blocks = layout.units()[index as usize].blocks();
+            let (start, end) = (blocks.start().max(decoded.start()), blocks.end().min(decoded.end()));
+            let part = ByteRange::new(start, end).ok_or_else(lost)?;
+            let place = |from: u64| usize::try_from(part.start() - from).map_err(|_| lost());
+            let len = usize::try_from(part.len()).map_err(|_| lost())?;
+            let rest = into.get_mut(place(decoded.start())?..).and_then(|rest| rest.get_mut(..len)).ok_or_else(lost)?;
+            if self.core.ledger.presence.get(index) {
+                self.core.ledger.file().ok_or_else(lost)?.read_exact_at(rest, part.start())?;
+                continue;
+            }
+            let given = request.given(self.core.id, index).ok_or_else(lost)?;
+            let at = place(given.blocks.start())?;
+            rest.copy_from_slice(given.bytes.get(at..at + len).ok_or_else(lost)?);
+        }
+        Ok(())
     }
 
     fn touched(&self, decoded: ByteRange) {

@@ -8,6 +8,7 @@ use tokio::runtime::Handle;
 
 use super::fetch::Fetcher;
 use super::flush::Flusher;
+use super::lent::Lent;
 use super::plan::PlanLimits;
 use super::pool::{Pool, Queue};
 use super::space::Space;
@@ -186,6 +187,7 @@ pub struct Engine {
     /// Bytes written since the disk was last waited for by who wrote them.
     unsynced: AtomicU64,
     pub(super) twins: Arc<Twins>,
+    pub(super) lent: Lent,
     pub(super) counters: Arc<StoreCounters>,
     pool: Pool,
     next_device: AtomicU64,
@@ -218,10 +220,22 @@ impl Engine {
         let fetcher = Fetcher::new(Arc::clone(&options), runtime.clone(), Arc::clone(pool.queue()), telemetry.clone());
         let flusher = Flusher::start(options.flush_every)?;
         let space = Arc::new(Space::new(&options));
-        let counters = Arc::default();
+        let (counters, lent) = (Arc::default(), Lent::new(options.memory_reserve));
         let (unsynced, next_device) = (AtomicU64::new(0), AtomicU64::new(0));
-        let shared =
-            Self { options, telemetry, runtime, fetcher, flusher, space, unsynced, twins, counters, pool, next_device };
+        let shared = Self {
+            options,
+            telemetry,
+            runtime,
+            fetcher,
+            flusher,
+            space,
+            unsynced,
+            twins,
+            lent,
+            counters,
+            pool,
+            next_device,
+        };
         Ok(Arc::new(shared))
     }
 

@@ -307,8 +307,8 @@ fn start(window: Window, slot: Slot) {
 }
 
 /// The same after the disk has been asked whether there is room for what it brings: on the pool, because that waits.
-/// What there is no room for at once is asked for one by one, what there is none for at all by nobody. What had been
-/// written before and is absent again needs none.
+/// What there is no room for at once is asked for one by one, what there is none for at all by nobody, unless a reader
+/// can take it without a file. What had been written before and is absent again needs none.
 fn look_first(window: Window, slot: Slot) {
     let jobs = Arc::clone(&slot.fetcher.jobs);
     let units = window.units.iter().map(|led| (window.core.id, led.lead.unit())).collect();
@@ -317,7 +317,8 @@ fn look_first(window: Window, slot: Slot) {
         let need = Need::of(window.units.iter().map(|led| led.unit.blocks().len()));
         let space = &window.core.engine.space;
         let needs_none = || !window.is_divisible() && window.has_blocks() && space.room.may_try(Instant::now());
-        if space.has_room(need) || needs_none() {
+        let takes_bytes = || window.units.iter().any(|led| led.lead.urgency().takes_bytes());
+        if space.has_room(need) || needs_none() || !window.is_divisible() && takes_bytes() {
             start(window, slot);
             return;
         }

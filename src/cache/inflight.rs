@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::health::Failures;
+use super::lent::LentUnit;
 use super::users::{ImageKey, Readers};
 use super::{Completion, FillError, Request};
 use crate::base::Class;
@@ -105,6 +106,7 @@ pub(super) struct Urgency(Arc<Wanting>);
 #[derive(Debug, Default)]
 struct Wanting {
     urgent: AtomicBool,
+    takes_bytes: AtomicBool,
     readers: Mutex<Readers>,
 }
 
@@ -120,6 +122,11 @@ impl Urgency {
     /// Whose readers wait.
     pub(super) fn readers(&self) -> Readers {
         self.0.readers.lock().unwrap().clone()
+    }
+
+    /// Whether a reader waits who can take bytes that are in no file.
+    pub(super) fn takes_bytes(&self) -> bool {
+        self.0.takes_bytes.load(Ordering::Acquire)
     }
 
     /// A reader waits, of `image` if that is known. Makes the unit urgent; tells whether it was not before, or not
@@ -180,17 +187,22 @@ impl Inflight {
             wait.add();
         }
         let image = wait.and_then(|wait| wait.request.image());
+        let takes_bytes = wait.is_some_and(|wait| wait.request.takes_bytes());
         let waits = wait.cloned();
         let mut fetches = self.fetches.lock().unwrap();
         let slot = match fetches.entry(unit) {
             Entry::Occupied(mut fetch) => {
                 fetch.get_mut().waits.extend(waits);
+                if takes_bytes {
+                    fetch.get().urgency.0.takes_bytes.store(true, Ordering::Release);
+                }
                 return Role::Joined { promote: class == Class::OnDemand && fetch.get().urgency.raise(image) };
             }
             Entry::Vacant(slot) => slot,
         };
         let lead = |unit, urgency| Lead { table: Arc::clone(self), unit, urgency, started: None, finished: false };
         let urgency = Urgency::new(class);
+        urgency.0.takes_bytes.store(takes_bytes, Ordering::Release);
         match (class, image) {
             (Class::OnDemand, image) => {
                 urgency.raise(image);
@@ -210,7 +222,13 @@ impl Inflight {
         Role::Lead(leads)
     }
 
-    fn leave(&self, unit: UnitIndex, started: Option<Instant>, outcome: &Result<(), FillError>) {
+    fn leave(
+        &self,
+        unit: UnitIndex,
+        started: Option<Instant>,
+        outcome: &Result<(), FillError>,
+        lent: Option<&LentUnit>,
+    ) {
         match outcome {
             Ok(()) => self.failures.heal(),
             Err(error) => self.failures.note(error),
@@ -220,7 +238,13 @@ impl Inflight {
             if let Some(started) = started {
                 wait.request.note_start(started);
             }
-            wait.settle(outcome);
+            match lent.filter(|_| wait.request.takes_bytes()) {
+                Some(lent) => {
+                    wait.request.give(lent.clone());
+                    wait.settle(&Ok(()));
+                }
+                None => wait.settle(outcome),
+            }
         }
     }
 
@@ -265,14 +289,20 @@ impl Lead {
     /// Tells everyone who waits. The unit must have been published before an `Ok`.
     pub(super) fn finish(mut self, outcome: &Result<(), FillError>) {
         self.finished = true;
-        self.table.leave(self.unit, self.started, outcome);
+        self.table.leave(self.unit, self.started, outcome, None);
+    }
+
+    /// Gives the unit, which is in no file, to those who can take it, and tells the others why.
+    pub(super) fn finish_lent(mut self, lent: &LentUnit, error: FillError) {
+        self.finished = true;
+        self.table.leave(self.unit, self.started, &Err(error), Some(lent));
     }
 }
 
 impl Drop for Lead {
     fn drop(&mut self) {
         if !self.finished {
-            self.table.leave(self.unit, self.started, &Err(FillError::Cancelled));
+            self.table.leave(self.unit, self.started, &Err(FillError::Cancelled), None);
         }
     }
 }

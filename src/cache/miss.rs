@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use super::core::Core;
 use super::inflight::{Lead, Role, Wait};
+use super::lent::LentUnit;
 use super::plan::{PlanLimits, plan};
 use super::pool::Job;
 use super::readahead::Reach;
@@ -112,7 +113,9 @@ impl Core {
         for index in units.clone().filter(|&index| !self.ledger.presence.get(index)) {
             hit = false;
             let unit = &map.units()[index as usize];
-            if is_needed(unit) {
+            if let Some(lent) = self.lent(index, wait.request()) {
+                wait.request().give(lent);
+            } else if is_needed(unit) {
                 leads.extend(self.enter(&map, index, units.clone(), class, Some(wait), &mut urgent));
             } else {
                 let error = self.corrupt(index, unit, DecodeError::Unverifiable);
@@ -133,6 +136,12 @@ impl Core {
             self.observe(units, wait.request().image());
         }
         wait.settle(&Ok(()));
+    }
+
+    /// A unit that the disk had no room for, for who can take it. Once there is room it is fetched and written.
+    fn lent(&self, index: UnitIndex, request: &Request) -> Option<LentUnit> {
+        let asks = request.takes_bytes() && self.engine.space.room.is_short();
+        asks.then(|| self.engine.lent.find(self.id, index)).flatten()
     }
 
     /// Joins or leads the fetch of one absent unit of `wanted`, and what comes with it. Gives what is
@@ -315,7 +324,15 @@ impl Core {
             Ok(_) => self.note_filled(&unit, led.lead.urgency().class()),
             Err(_) => self.counters.failed(),
         }
-        led.lead.finish(&outcome.map(drop));
+        match outcome {
+            Err(error @ FillError::NoSpace { .. }) if led.lead.urgency().takes_bytes() => {
+                let lent = LentUnit { device: self.id, unit: index, blocks: unit.blocks(), bytes: (&*room).into() };
+                count(&self.engine.counters.lent_units, 1);
+                self.engine.lent.keep(lent.clone());
+                led.lead.finish_lent(&lent, error);
+            }
+            outcome => led.lead.finish(&outcome.map(drop)),
+        }
         self.flush_if_full();
         None
     }
@@ -336,6 +353,9 @@ impl Core {
             }
         }
         if outcome.as_ref().is_err_and(is_full) {
+            if !space.room.is_short() {
+                tracing::warn!(blob = %self.blob(), "the disk of the cache is full, and everything on it is in use");
+            }
             space.room.refused(bytes, Instant::now());
         }
         let fresh = outcome?;

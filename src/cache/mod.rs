@@ -37,6 +37,7 @@ mod inventory;
 mod kernelcache;
 mod lanes;
 mod ledger;
+mod lent;
 mod miss;
 mod place;
 mod plan;
@@ -111,6 +112,16 @@ pub trait Fill: Send + Sync {
     /// The same for a request that is made now and has no number.
     fn fill(&self, decoded: ByteRange, class: Class, done: Completion) {
         self.fill_for(Request::new(RequestId::NONE, class), decoded, done);
+    }
+
+    /// Puts the bytes at `decoded`, which are as many, into `into`: those that are present, and those that were given to
+    /// `request` because the disk has no room for them.
+    ///
+    /// # Errors
+    /// If some are neither, or the file fails.
+    fn read_given(&self, request: &Request, decoded: ByteRange, into: &mut [u8]) -> std::io::Result<()> {
+        let _ = (request, into);
+        Err(std::io::Error::other(format!("{decoded} of a device is not there")))
     }
 
     /// Tells the device that `decoded` was found present by a reader, so that it can fetch ahead

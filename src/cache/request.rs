@@ -1,9 +1,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use super::lent::LentUnit;
 use super::users::ImageKey;
 use crate::base::{Class, RequestId};
+use crate::blob::UnitIndex;
 
 /// Somebody's wish for a range, from the question to the answer. Clones are the same request.
 ///
@@ -21,12 +23,43 @@ struct Inner {
     /// none has begun.
     started: AtomicU64,
     image: OnceLock<ImageKey>,
+    /// What the disk has no room for; `None` if its reader needs to have it in a file.
+    given: Option<Mutex<Vec<LentUnit>>>,
 }
 
 impl Request {
     /// A request that is made now.
     pub fn new(id: RequestId, class: Class) -> Self {
-        Self(Arc::new(Inner { id, class, asked: Instant::now(), started: AtomicU64::new(0), image: OnceLock::new() }))
+        Self::with(id, class, None)
+    }
+
+    /// The same of a reader who can take bytes that are in no file, by [`super::Fill::read_given`]: on a full disk it is given
+    /// them, where others get an error.
+    pub fn for_bytes(id: RequestId, class: Class) -> Self {
+        Self::with(id, class, Some(Mutex::default()))
+    }
+
+    fn with(id: RequestId, class: Class, given: Option<Mutex<Vec<LentUnit>>>) -> Self {
+        let (asked, started, image) = (Instant::now(), AtomicU64::new(0), OnceLock::new());
+        Self(Arc::new(Inner { id, class, asked, started, image, given }))
+    }
+
+    /// Whether its reader can take bytes that are in no file.
+    pub(super) fn takes_bytes(&self) -> bool {
+        self.0.given.is_some()
+    }
+
+    /// Gives its reader a unit, if it can take it.
+    pub(super) fn give(&self, unit: LentUnit) {
+        if let Some(given) = &self.0.given {
+            given.lock().unwrap().push(unit);
+        }
+    }
+
+    /// A unit that it was given.
+    pub(super) fn given(&self, device: u64, unit: UnitIndex) -> Option<LentUnit> {
+        let given = self.0.given.as_ref()?.lock().unwrap();
+        given.iter().find(|known| (known.device, known.unit) == (device, unit)).cloned()
     }
 
     /// The same request, known to come from a reader of `image`, unless it is known to be another's.

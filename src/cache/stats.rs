@@ -67,6 +67,9 @@ pub struct StoreStats {
     pub evicted_bytes: u64,
     /// Writes that the file system refused for lack of room.
     pub refused_writes: u64,
+    /// Units that there was no room for, and that readers over FUSE got from memory.
+    #[serde(default)]
+    pub lent_units: u64,
     /// Units copied from another blob instead of fetched, their bytes, and how many of them share
     /// their blocks on disk.
     pub copied_units: u64,
@@ -86,6 +89,7 @@ pub(super) struct StoreCounters {
     pub(super) evicted: AtomicU64,
     pub(super) evicted_bytes: AtomicU64,
     pub(super) refused_writes: AtomicU64,
+    pub(super) lent_units: AtomicU64,
     pub(super) copied_units: AtomicU64,
     pub(super) copied_bytes: AtomicU64,
     pub(super) shared_units: AtomicU64,
@@ -107,6 +111,7 @@ impl StoreCounters {
             evicted: read(&self.evicted),
             evicted_bytes: read(&self.evicted_bytes),
             refused_writes: read(&self.refused_writes),
+            lent_units: read(&self.lent_units),
             copied_units: read(&self.copied_units),
             copied_bytes: read(&self.copied_bytes),
             shared_units: read(&self.shared_units),

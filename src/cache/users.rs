@@ -125,6 +125,10 @@ impl Fill for DeviceOfImage {
         self.device.fill_for(request.of(self.image), decoded, done);
     }
 
+    fn read_given(&self, request: &Request, decoded: ByteRange, into: &mut [u8]) -> std::io::Result<()> {
+        self.device.read_given(request, decoded, into)
+    }
+
     fn touched(&self, decoded: ByteRange) {
         self.device.touched_by(Some(self.image), decoded);
     }

@@ -74,11 +74,11 @@ pub(super) fn read(connection: &Arc<Connection>, duty: Duty, node: NodeId, (offs
     let wanted = Wanted { connection: connection.clone(), unique: duty.unique(), node, range, pid };
     if missing.is_empty() {
         let is_old = duty.is_old();
-        let answer = wanted.answer(duty);
+        let answer = wanted.answer(duty, None);
         return telemetry.note_answer(connection.backend, answer.unwrap_or(Answer::AtOnce), is_old);
     }
     let is_old = duty.is_old();
-    let request = Request::new(telemetry.next_request(), Class::OnDemand);
+    let request = Request::for_bytes(telemetry.next_request(), Class::OnDemand);
     let waiting = telemetry.waiting_read(connection.backend, request.asked()).adopted(is_old);
     let together = Arc::new(Together {
         wanted,
@@ -88,8 +88,7 @@ pub(super) fn read(connection: &Arc<Connection>, duty: Duty, node: NodeId, (offs
     });
     connection.interrupts.enter(together.wanted.unique, pid, is_old, &together);
     for (device, decoded) in missing {
-        let share = Share { together: together.clone(), is_settled: false };
-        device.fill_for(request.clone(), decoded, Box::new(move |outcome| share.settle(outcome, decoded)));
+        Share { together: together.clone(), device, decoded, is_again: false, is_settled: false }.ask();
     }
 }
 
@@ -127,8 +126,9 @@ struct Wanted {
 }
 
 impl Wanted {
-    /// Answers with bytes that are all there. Tells what the reader was told if it was an error.
-    fn answer(&self, duty: Duty) -> Option<Answer> {
+    /// Answers with bytes that are all there, or were given to the request. Tells what the reader was told if it was an
+    /// error.
+    fn answer(&self, duty: Duty, request: Option<&Request>) -> Option<Answer> {
         let Self { connection, node, range, .. } = self;
         let mut duty = duty;
         let mut lent = None;
@@ -140,7 +140,7 @@ impl Wanted {
         let mut outcome = Ok(());
         let walked = connection.tree.pieces(*node, *range, &mut |piece| {
             if outcome.is_ok() {
-                outcome = copy(piece, room, &mut end);
+                outcome = copy(piece, request, room, &mut end);
             }
         });
         if let Err(error) = walked {
@@ -174,8 +174,8 @@ impl Wanted {
 }
 
 /// Puts a piece at `end` of the answer. Bytes of a device are those of its file, if they are still there: a
-/// disk that failed may have taken them away since they were found.
-fn copy(piece: Piece<'_>, answer: &mut [u8], end: &mut usize) -> io::Result<()> {
+/// disk that failed may have taken them away since they were found. A full one has never had them.
+fn copy(piece: Piece<'_>, request: Option<&Request>, answer: &mut [u8], end: &mut usize) -> io::Result<()> {
     let len = match &piece {
         Piece::Zeros(len) => *len,
         Piece::Bytes(bytes) => bytes.len() as u64,
@@ -190,7 +190,10 @@ fn copy(piece: Piece<'_>, answer: &mut [u8], end: &mut usize) -> io::Result<()> 
         Piece::Device(device, decoded) if device.present(in_blocks(device, decoded)) => {
             device.file().read_exact_at(rest, decoded.start())?;
         }
-        Piece::Device(_, decoded) => return Err(io::Error::other(format!("{decoded} of a device was lost"))),
+        Piece::Device(device, decoded) => match request {
+            Some(request) => device.read_given(request, decoded, rest)?,
+            None => return Err(io::Error::other(format!("{decoded} of a device was lost"))),
+        },
         Piece::File(file, range) => {
             *end += read_there(file, rest, range.start())?;
             return Ok(());
@@ -225,15 +228,29 @@ struct Together {
 /// The part of one fill in the answer. Dropping it unsettled fails the read.
 struct Share {
     together: Arc<Together>,
+    device: Arc<dyn Backing>,
+    decoded: ByteRange,
+    is_again: bool,
     is_settled: bool,
 }
 
 impl Share {
-    fn settle(mut self, outcome: Result<(), FillError>, decoded: ByteRange) {
-        self.is_settled = true;
-        if let Err(error) = outcome {
-            let _ = self.together.failed.set((error, decoded));
+    fn ask(self) {
+        let (device, request, decoded) = (self.device.clone(), self.together.request.clone(), self.decoded);
+        device.fill_for(request, decoded, Box::new(move |outcome| self.settle(outcome)));
+    }
+
+    fn settle(mut self, outcome: Result<(), FillError>) {
+        match outcome {
+            // It may have joined others who need room, a moment after they were given up.
+            Err(FillError::NoSpace { .. }) if !self.is_again => {
+                self.is_again = true;
+                return self.ask();
+            }
+            Err(error) => drop(self.together.failed.set((error, self.decoded))),
+            Ok(()) => {}
         }
+        self.is_settled = true;
     }
 }
 
@@ -261,7 +278,7 @@ impl Drop for Together {
         let owed = self.owed.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
         let Some((duty, waiting)) = owed.take() else { return };
         match self.failed.get() {
-            None => waiting.answered(self.wanted.answer(duty).unwrap_or(Answer::Filled)),
+            None => waiting.answered(self.wanted.answer(duty, Some(&self.request)).unwrap_or(Answer::Filled)),
             Some((error, decoded)) => {
                 duty.fail(error.errno());
                 waiting.answered(Answer::Denied);
