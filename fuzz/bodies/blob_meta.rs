@@ -58,7 +58,6 @@ pub fn tables(mut input: &[u8]) -> Result<(), TablesError> {
 
     let map = tables.geometry(&stored)?;
     look_at(&tables, &map);
-    look_at(&tables, &tables.with_digests(map, rows.iter())?);
     let contexts = map.contexts();
     assert!(contexts.is_some() || tables.kind() != BlobKind::Zran);
     for unit in map.units().iter().filter(|unit| unit.recipe == Recipe::GzipWindow) {
@@ -66,6 +65,7 @@ pub fn tables(mut input: &[u8]) -> Result<(), TablesError> {
         let context = contexts.find(unit.stored, part.whole).expect("its context is there");
         assert!(contexts.dictionary(context).len() <= 32 << 10 && context.bits < 8);
     }
+    look_at(&tables, &tables.with_digests(map, rows.iter())?);
     Ok(())
 }
 
