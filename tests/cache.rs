@@ -1075,13 +1075,12 @@ fn what_was_changed_while_nobody_used_it_is_checked_again_and_only_what_is_spoil
         assert_bytes(&device, &blob, 0..5);
         (found, source.log().len())
     };
-    let unit = &blob.units[2].decoded;
+    let byte = blob.units[2].decoded.start() + 77;
+    let other = !blob.plain[usize::try_from(byte).unwrap()];
     let padding = blob.units[3].decoded.end();
     assert!(!padding.is_multiple_of(4096), "there is none");
 
-    let flip = |file: &std::fs::File| {
-        file.write_all_at(&[!blob.plain[unit.start() as usize + 77]], unit.start() + 77).unwrap()
-    };
+    let flip = |file: &std::fs::File| file.write_all_at(&[other], byte).unwrap();
     assert_eq!(reopened(&flip), (vec![0, 1, 3, 4], 1));
     assert_eq!(reopened(&|file| file.write_all_at(&[1], padding).unwrap()), (vec![0, 1, 2, 4], 1), "the padding");
     let same = |file: &std::fs::File| file.write_all_at(&blob.plain[..1], 0).unwrap();
