@@ -67,7 +67,7 @@ fn unpack(bootstrap: &Path, blobs: &Path, dir: &Path) -> anyhow::Result<Vec<Path
         let tables = BlobTables::new(&device.entry)?;
         let ctx = ReadCtx::new(Class::OnDemand, Instant::now() + Duration::from_secs(30));
         let stored = runtime.block_on(source.read(&device.blob, tables.stored(), ctx))?;
-        let map = tables.with_digests(&tables.geometry(&stored)?, image.chunk_records().iter())?;
+        let map = tables.with_digests(tables.geometry(&stored)?, image.chunk_records().iter())?;
         let device = store.device(map, source.clone())?;
         let (tell, told) = mpsc::channel();
         device.on_complete(Box::new(move || {
