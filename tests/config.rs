@@ -121,6 +121,31 @@ fn what_is_printed_is_a_config_file() {
 }
 
 #[test]
+fn mistakes_in_the_environment_are_told_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.toml");
+    std::fs::write(&path, "deadlin = 1\n").unwrap();
+    let check = |environment: &[(&str, &str)]| {
+        let output = rafsd(&["config", "check", path.to_str().unwrap()], environment);
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    let environment = [("RAFSD_DEADLINE", "soon"), ("RAFSD_CACHE_LIMITS", "3GiB"), ("RAFSD_ELSEWHERE", "x")];
+    let (is_well, told) = check(&environment);
+    for text in [
+        "RAFSD_DEADLINE: \"soon\" is not a length of time",
+        "RAFSD_CACHE_LIMITS is no variable of rafsd; did you mean RAFSD_CACHE_LIMIT?",
+        "unknown key \"deadlin\"",
+    ] {
+        assert!(told.contains(text), "{told}");
+    }
+    assert!(!is_well && !told.contains("ELSEWHERE"), "{told}");
+    std::fs::write(&path, "deadline = 1\n").unwrap();
+    assert!(check(&[("RAFSD_DEADLINE", "3s")]).0, "nothing is wrong");
+    let (is_well, told) = check(&environment[..1]);
+    assert!(!is_well && !told.contains("no mistakes"), "{told}");
+}
+
+#[test]
 fn a_check_tells_every_mistake_and_fails() {
     let dir = tempfile::tempdir().unwrap();
     let path = file(dir.path(), "dedline = 1\ngap = \"wide\"\nmemory = \"16MiB\"\n");

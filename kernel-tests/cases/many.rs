@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -30,6 +31,11 @@ pub(crate) const CASES: &[Case] = &[
 
 /// Different images that the mounts are of.
 const IMAGES: usize = 10;
+/// Files of each image, with one unit of these bytes each.
+const FILES: usize = 60;
+const LENGTH: usize = 64 << 10;
+/// Readers while the daemon is killed.
+const READERS: usize = 8;
 /// Most memory of the daemon, as the kernel counts what belongs to it alone.
 const MOST_MEMORY: u64 = 144 << 20;
 
@@ -68,8 +74,8 @@ fn many_mounts(ctx: &Ctx) -> Outcome {
     let images: Vec<PathBuf> = (0..IMAGES)
         .map(|image| {
             let fill = |dir: &Path| {
-                (0..20)
-                    .try_for_each(|file| fs::write(dir.join(file.to_string()), content(image * 100 + file, 64 << 10)))
+                (0..FILES)
+                    .try_for_each(|file| fs::write(dir.join(file.to_string()), content(image * 100 + file, LENGTH)))
             };
             fixture.build_other(&format!("source-{image}"), fill)
         })
@@ -88,24 +94,30 @@ fn many_mounts(ctx: &Ctx) -> Outcome {
     println!("{count} mounts in {:?}", began.elapsed());
     println!("memory of the daemon: {} KiB", memory(fixture.pid())? >> 10);
     ensure!(memory(fixture.pid())? < MOST_MEMORY, "too much memory: {}", memory(fixture.pid())?);
-    let check = |number: usize, file: usize| {
-        let mut byte = [0];
-        File::open(dirs[number].join(file.to_string()))?.read_exact_at(&mut byte, 40_000)?;
-        ensure!(byte[0] == content(number % IMAGES * 100 + file, 64 << 10)[40_000], "file {file} of mount {number}");
-        anyhow::Ok(())
-    };
-    (0..count).step_by(7).try_for_each(|number| check(number, number % 20))?;
 
-    fixture.kill()?;
-    let began = Instant::now();
-    fixture.start(&[])?;
+    let stop = AtomicBool::new(false);
+    let (reads, worst) = std::thread::scope(|scope| {
+        let reader = |seed| {
+            let (dirs, stop) = (&dirs, &stop);
+            scope.spawn(move || read_until(dirs, seed, stop))
+        };
+        let readers: Vec<_> = (0..READERS).map(reader).collect();
+        std::thread::sleep(Duration::from_millis(100));
+        let killed = kill_and_start(&mut fixture);
+        std::thread::sleep(Duration::from_millis(300));
+        stop.store(true, Ordering::Relaxed);
+        let mut read = readers.into_iter().map(|reader| reader.join().expect("no panic"));
+        let all = read.try_fold((0, Duration::ZERO), |(reads, worst), one| {
+            one.map(|(more, slow)| (reads + more, worst.max(slow)))
+        });
+        killed.and(all)
+    })?;
+    println!("{reads} reads by {READERS} readers meanwhile, the slowest in {worst:?}");
     // The old one's connection went with its daemon.
     let client = Client::new(&fixture.run())?;
-    let info = runtime.block_on(client.info())?;
-    println!("taken over after {:?} ms, answered after {:?}", info.takeover_ms, began.elapsed());
+    println!("taken over after {:?} ms", runtime.block_on(client.info())?.takeover_ms);
     println!("memory of the next daemon: {} KiB", memory(fixture.pid())? >> 10);
     ensure!(fixture.list()?.len() == count, "{} of {count} mounts", fixture.list()?.len());
-    (0..count).step_by(7).try_for_each(|number| check(number, (number + 3) % 20))?;
 
     let began = Instant::now();
     for dir in &dirs {
@@ -113,6 +125,31 @@ fn many_mounts(ctx: &Ctx) -> Outcome {
     }
     println!("{count} unmounted in {:?}", began.elapsed());
     fixture.finish()
+}
+
+fn kill_and_start(fixture: &mut Fixture<'_>) -> Outcome {
+    fixture.kill()?;
+    let began = Instant::now();
+    fixture.start(&[])?;
+    println!("the next daemon answered after {:?}", began.elapsed());
+    Ok(())
+}
+
+/// Reads files of mounts, compares all of their bytes, and tells how many it were, and how long the slowest took.
+fn read_until(dirs: &[PathBuf], seed: usize, stop: &AtomicBool) -> anyhow::Result<(usize, Duration)> {
+    let (mut reads, mut worst) = (0, Duration::ZERO);
+    while !stop.load(Ordering::Relaxed) {
+        // Other mounts and other files with each round, and no reader the same as another.
+        let at = reads * READERS + seed;
+        let (number, file) = (at * 7919 % dirs.len(), at * 104_729 / 13 % FILES);
+        let began = Instant::now();
+        let got = fs::read(dirs[number].join(file.to_string()))?;
+        worst = worst.max(began.elapsed());
+        ensure!(got == content(number % IMAGES * 100 + file, LENGTH), "file {file} of mount {number}");
+        reads += 1;
+    }
+    ensure!(reads > 0, "a reader never read");
+    Ok((reads, worst))
 }
 
 /// More readers at once than there may be events under way, and descriptors for far fewer.

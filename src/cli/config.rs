@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use serde::Serialize;
 
-use super::settings::{SettingsArgs, file_text};
+use super::settings::{SettingsArgs, file_text, stray_variables, wrong_values};
 use super::{import_nydusd, print_json};
 use crate::daemon::settings::{self, Origin, Raw, Resolved, TABLE};
 use crate::sys::memory;
@@ -35,7 +35,7 @@ enum What {
     ImportNydusd(import_nydusd::ImportArgs),
 }
 
-/// Tell everything that is wrong in a config file
+/// Tell everything that is wrong in a config file, and in the environment
 #[derive(Debug, clap::Args)]
 struct CheckArgs {
     /// The file
@@ -62,7 +62,7 @@ struct PrintArgs {
     settings: SettingsArgs,
 }
 
-/// Exit status: 1 if the file has mistakes or the settings cannot be used.
+/// Exit status: 1 if the file or the environment has mistakes or the settings cannot be used.
 pub(super) fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
     match args.what {
         What::Check(args) => check(&args),
@@ -76,7 +76,11 @@ fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let path = std::path::absolute(&args.file).context("cannot tell the working directory")?;
     let resolved = settings::resolve(Some(file_text(&path, &text)), &[]);
     let mut out = io::stdout().lock();
-    if resolved.mistakes.is_empty() {
+    let around = [wrong_values(), stray_variables()].concat();
+    for mistake in &around {
+        say!(out, "{mistake}")?;
+    }
+    if resolved.mistakes.is_empty() && around.is_empty() {
         let set = resolved.origins.iter().filter(|origin| **origin == Origin::File).count();
         let registries = match resolved.settings.registries.len() {
             0 => String::new(),

@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 
 use super::connect::{Place, block_on};
 use super::reload::Reload;
-use super::settings::SettingsArgs;
+use super::settings::{SettingsArgs, stray_variables};
 use super::userdirs::ensure_own;
 use crate::cache::StoreError;
 use crate::credentials::{Credentials, Programs, Runner, Sources};
@@ -78,6 +78,7 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let mut settings = resolved.settings;
     let rules = logging::parse(&settings.log).context("cannot use the rules of the log")?;
     let log = super::start_log(rules, settings.log_format);
+    stray_variables().iter().for_each(|stray| tracing::warn!("{stray}"));
     if args.detached {
         process::leave_session().context("cannot leave the session")?;
     }

@@ -11,6 +11,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 
 use super::userdirs::user_dirs;
+use crate::base::nearest;
 use crate::daemon::settings::{
     self, ConfigText, DEFAULT_FILE, Field, Given, Origin, Resolved, Setting, Settings, TABLE,
 };
@@ -163,6 +164,29 @@ pub(super) fn settings_for_clients(named: Option<&Path>) -> anyhow::Result<Setti
     let mut resolved = settings::resolve(file.as_ref().map(|(path, text)| file_text(path, text)), &[]);
     resolved.fit_user(user_dirs());
     Ok(resolved.settings)
+}
+
+/// What this environment says that no setting takes.
+pub(super) fn wrong_values() -> Vec<String> {
+    let wrong = |setting: &'static Setting| {
+        let text = std::env::var_os(setting.env())?.to_string_lossy().into_owned();
+        let error = setting.field.set(&mut Settings::default(), &settings::Raw::Text(text)).err()?;
+        Some(format!("{}: {error}", setting.env()))
+    };
+    TABLE.iter().filter_map(wrong).collect()
+}
+
+/// The variables of this environment that are none of ours, and look as if they were meant to be.
+pub(super) fn stray_variables() -> Vec<String> {
+    let known: Vec<&str> = TABLE.iter().map(|setting| setting.key).chain(["config"]).collect();
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    let told = names.filter_map(|name| {
+        let key = name.strip_prefix("RAFSD_")?;
+        let is_known = known.iter().any(|known| known.to_ascii_uppercase() == key);
+        let meant = nearest(key, known.iter().copied()).filter(|_| !is_known)?;
+        Some(format!("{name} is no variable of rafsd; did you mean RAFSD_{}?", meant.to_ascii_uppercase()))
+    });
+    told.collect()
 }
 
 /// The settings of a daemon that would be started with this file and this environment, for tools that do what it does.
