@@ -481,6 +481,25 @@ fn a_stalled_source_is_an_error_at_the_deadline() {
 }
 
 #[test]
+fn who_comes_back_at_once_for_what_was_late_does_not_wait_again() {
+    let (bench, blob) = (Bench::new(), Blob::new(2, 5000, 1));
+    let source = Scripted::new(&blob, |_, _| Act::Hang);
+    let options = StoreOptions { deadline: Duration::from_secs(1), ..apart() };
+    let (device, _) = bench.in_memory(&blob, &source, options);
+    let read = || {
+        let asked = Instant::now();
+        let outcome = fill_blocking(&*device, blob.one(0));
+        assert!(is_deadline(&outcome), "{outcome:?}");
+        (asked.elapsed() < Duration::from_millis(500), source.log().len())
+    };
+
+    assert_eq!(read(), (false, 1));
+    assert_eq!(read(), (true, 1), "as a kernel does");
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(read(), (false, 2), "it is not remembered for long");
+}
+
+#[test]
 fn a_dead_source_does_not_hold_up_another_device() {
     let (bench, blob) = (Bench::new(), Blob::new(40, 64, 1));
     let engine = bench.engine(StoreOptions { fetches: 4, ..apart() });

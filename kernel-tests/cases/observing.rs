@@ -184,6 +184,8 @@ fn status_tells_who_waits_and_why(ctx: &Ctx) -> Outcome {
     ensure!(text.contains("waiting        no read"), "{text}");
 
     fixture.server.set_fault(Fault::None);
+    // That it was late is remembered for a moment.
+    std::thread::sleep(Duration::from_millis(250));
     ensure!(fs::read(mount.join("0"))? == content(0, FILE), "after it came back");
     let text = fixture.must(&["status", dir])?;
     ensure!(!text.contains("degraded") && text.contains("works again"), "{text}");

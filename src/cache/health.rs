@@ -1,11 +1,13 @@
 //! How a device is doing: who waits, what went wrong, and whether that is over.
 
+use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::FillError;
 use crate::base::Chain;
+use crate::blob::UnitIndex;
 use crate::telemetry::{Cause, Counter, Failure, Family, Telemetry};
 
 /// What can be told about a device at one moment.
@@ -36,7 +38,25 @@ pub(super) struct Failures {
     pub(super) by_cause: Family<Cause, Counter>,
     failing: AtomicBool,
     last: Mutex<Option<Failure>>,
+    late: Mutex<VecDeque<Late>>,
+    /// Whether there is any. Read for every miss, and almost never set.
+    has_late: AtomicBool,
 }
+
+/// A unit that did not come in time.
+#[derive(Debug)]
+struct Late {
+    unit: UnitIndex,
+    at: Instant,
+    error: FillError,
+}
+
+/// How long it is remembered that a unit did not come in time. A kernel whose read-ahead has failed asks for the first page
+/// at once, on behalf of the same reader, who has waited as long as a reader may.
+const REMEMBERED: Duration = Duration::from_millis(200);
+
+/// Most that are remembered.
+const MOST_LATE: usize = 4096;
 
 impl Failures {
     pub(super) fn new(telemetry: Telemetry) -> Self {
@@ -51,6 +71,27 @@ impl Failures {
             *self.last.lock().unwrap() = Some(Failure { at: Instant::now(), text: Chain(error).to_string() });
             self.failing.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Remembers for a moment that a unit did not come in time.
+    pub(super) fn note_late(&self, unit: UnitIndex, error: FillError) {
+        let mut late = self.late.lock().unwrap();
+        late.push_back(Late { unit, at: Instant::now(), error });
+        if late.len() > MOST_LATE {
+            late.pop_front();
+        }
+        self.has_late.store(true, Ordering::Release);
+    }
+
+    /// Why a unit did not come that was waited for until a moment ago.
+    pub(super) fn late(&self, unit: UnitIndex) -> Option<FillError> {
+        if !self.has_late.load(Ordering::Acquire) {
+            return None;
+        }
+        let mut late = self.late.lock().unwrap();
+        late.retain(|late| late.at.elapsed() < REMEMBERED);
+        self.has_late.store(!late.is_empty(), Ordering::Release);
+        late.iter().find(|late| late.unit == unit).map(|late| late.error.clone())
     }
 
     /// A unit came.

@@ -115,6 +115,8 @@ impl Core {
             let unit = &map.units()[index as usize];
             if let Some(lent) = self.lent(index, wait.request()) {
                 wait.request().give(lent);
+            } else if let Some(error) = self.inflight.failures.late(index).filter(|_| class == Class::OnDemand) {
+                wait.fail(error);
             } else if is_needed(unit) {
                 leads.extend(self.enter(&map, index, units.clone(), class, Some(wait), &mut urgent));
             } else {
@@ -410,6 +412,9 @@ impl Core {
             NotFetched::Limit(limit) => FillError::Limited { blob, unit, stored, limit },
             NotFetched::NoRoom => FillError::NoSpace { blob, unit },
         };
+        if matches!(cause, NotFetched::Source(cause) if matches!(**cause, SourceError::Deadline { .. })) {
+            self.inflight.failures.note_late(led.lead.unit(), error.clone());
+        }
         self.counters.failed();
         led.lead.finish(&Err(error));
     }
