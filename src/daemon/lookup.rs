@@ -17,7 +17,7 @@ use super::references::References;
 use super::remote::{CONFIRM, FETCH_LAYER, LOOK_UP};
 use super::turns::Queue;
 use super::{Daemon, DaemonError, remote};
-use crate::base::Chain;
+use crate::base::{Chain, Fault};
 use crate::cache::StoreError;
 use crate::oci::{self, FetchError, OciError, Platform, Reference, Registry, Resolved, Version};
 
@@ -187,7 +187,12 @@ impl Daemon {
 
 /// Whether a registry is only not there, or not able to answer.
 fn is_absence(error: &OciError) -> bool {
-    matches!(error, OciError::Fetch(FetchError::Unavailable { .. }) | OciError::Failed { .. })
+    match error {
+        // Who tells who we are, such as a server of tokens, may be as absent.
+        OciError::Fetch(error) => error.fault() == Fault::Transient,
+        OciError::Failed { status, .. } => matches!(status, 408 | 425 | 429 | 500..),
+        _ => false,
+    }
 }
 
 /// Tells of `--offline` where it would help.

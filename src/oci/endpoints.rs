@@ -174,6 +174,9 @@ impl Endpoints {
 
     fn sent(&self, error: &SendError) -> FetchError {
         let (registry, detail) = (self.registry.clone(), error.to_string());
+        if let SendError::Unauthorized { fault, .. } = error {
+            return FetchError::NoLogin { registry, detail, fault: *fault };
+        }
         match error.fault() {
             Fault::Transient => FetchError::Unavailable { registry, detail },
             Fault::Permanent | Fault::Corrupt | Fault::Cancelled => FetchError::Unusable { registry, detail },

@@ -56,6 +56,9 @@ pub enum FetchError {
     /// The registry cannot be reached, does not answer in time, or breaks off.
     #[error("{registry} does not answer: {detail}")]
     Unavailable { registry: String, detail: String },
+    /// It wants to know who we are, and there is no saying that now.
+    #[error("there is no login for {registry}: {detail}")]
+    NoLogin { registry: String, detail: String, fault: Fault },
     /// What was asked for cannot be asked of it: its certificate or a redirect is bad, or the credentials cannot be had.
     #[error("{registry} cannot be used: {detail}")]
     Unusable { registry: String, detail: String },
@@ -73,6 +76,7 @@ impl FetchError {
     pub fn fault(&self) -> Fault {
         match self {
             Self::Unavailable { .. } => Fault::Transient,
+            Self::NoLogin { fault, .. } => *fault,
             Self::Unusable { .. } | Self::Taking { .. } => Fault::Permanent,
         }
     }

@@ -144,7 +144,7 @@ pub enum SourceError {
     #[error("blob {blob} is not at {place}")]
     NotFound { blob: BlobId, place: String },
     /// The source knows the blob and refuses to hand it out.
-    #[error("{place} refused blob {blob} (status {status})")]
+    #[error("{place} refused blob {blob} (status {status}){}", remedy(*.status))]
     Refused { blob: BlobId, place: String, status: u16 },
     /// The blob ends before the range does.
     #[error("blob {blob} at {place} has {len} bytes, too few for {range}")]
@@ -172,6 +172,15 @@ pub enum SourceError {
         #[source]
         cause: Arc<std::io::Error>,
     },
+}
+
+/// What to do about a status by which a server refuses.
+fn remedy(status: u16) -> &'static str {
+    match status {
+        401 => "; it wants a login, and docs/CREDENTIALS.md tells where that is looked for",
+        403 => "; the login that it was given, if any, may not read that",
+        _ => "",
+    }
 }
 
 impl SourceError {
