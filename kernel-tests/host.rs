@@ -155,7 +155,10 @@ pub(crate) fn memory_groups() -> Option<(PathBuf, &'static str)> {
 pub(crate) fn process_groups() -> Option<PathBuf> {
     let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(PathBuf::from);
     let mut found = roots.into_iter().filter(|root| root.join("cgroup.controllers").exists());
-    found.find(|root| nix::unistd::access(root, nix::unistd::AccessFlags::W_OK).is_ok())
+    found.find(|root| {
+        let attempt = root.join(format!("rafsd-attempt-{}", std::process::id()));
+        std::fs::create_dir(&attempt).and_then(|()| std::fs::remove_dir(&attempt)).is_ok()
+    })
 }
 
 /// Finds a program on the path, or in the directories that only root's path has.
