@@ -110,7 +110,7 @@ fn ledger(failing: &[usize]) -> (Shared, Arc<Ledger>) {
     let bits = bits::empty(&identity());
     let files = Files { failing: failing.iter().copied().collect(), bits, ..Files::default() };
     let files = Arc::new(Mutex::new(files));
-    let copy = DurableCopy { file: Box::new(Bits(files.clone())), identity: identity(), names: None };
+    let copy = DurableCopy { file: Box::new(Bits(files.clone())), identity: identity(), names: None, rest: None };
     let ledger = Ledger::new(Box::new(Data(files.clone())), vec![0; words_for(UNITS)], Some(copy));
     ledger.attach();
     (files, Arc::new(ledger))
