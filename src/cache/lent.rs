@@ -9,10 +9,9 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::base::ByteRange;
-use crate::base::sync::Mutex;
 use crate::blob::UnitIndex;
 
 /// One unit, decoded and checked.
