@@ -161,6 +161,15 @@ fn text(status: &Status<'_>) -> String {
         let _ = say!(out, "  {name:<14} {value}");
     };
     let (needed, present) = totals(image);
+    if let Some(reference) = &image.reference {
+        line("called", reference);
+    }
+    if let Some(manifest) = &image.manifest {
+        line("manifest", &format!("sha256:{manifest}"));
+    }
+    if let Some(why) = &image.unconfirmed {
+        line("unconfirmed", &format!("the tag may lead elsewhere by now: {why}"));
+    }
     line("state", &state(image));
     line("kernel path", &format!("{}: {}", image.backend, image.why));
     if let Some(shown) = &image.shows {
@@ -343,6 +352,9 @@ mod tests {
             text,
             "\
 /mnt: image 4708d63853773c9d
+  called         registry.example/team/app:1
+  manifest       sha256:b5bb9d8014a0f9b1d61e21e796d78dccdf1352f23cd32812f4850b878ae4944c
+  unconfirmed    the tag may lead elsewhere by now: https://registry.example does not answer: connection refused
   state          lazy: what is missing is fetched when it is read
   kernel path    fanotify: pre-content events passed their self test, and there is no cachefiles
   not cachefiles /dev/cachefiles cannot be opened (No such file or directory): load the cachefiles module
