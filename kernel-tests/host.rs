@@ -10,6 +10,8 @@ use crate::Backend;
 pub(crate) const GUEST_STORE: &str = "/var/lib/rafsd-test";
 /// Where images made by other builders lie on the guest's disk.
 pub(crate) const GUEST_INTEROP: &str = "interop";
+/// Where distributions have systemd.
+pub(crate) const SYSTEMD: &str = "/lib/systemd/systemd";
 /// Where the guest finds the daemon.
 pub(crate) const GUEST_RAFSD: &str = "/bin/rafsd";
 
@@ -28,6 +30,8 @@ pub(crate) enum Need {
     Interop,
     /// A memory control group can be made and given a limit.
     MemoryGroups,
+    /// systemd is installed, running or not.
+    Systemd,
     /// Control groups of the second version can be made.
     ProcessGroups,
     /// A program on the path. The guest gets the host's, with its libraries.
@@ -56,6 +60,10 @@ impl Need {
             }
             Self::MemoryGroups => {
                 memory_groups().is_none().then(|| "no memory control groups that we may change".into())
+            }
+            Self::Systemd => {
+                let is_there = Path::new(SYSTEMD).is_file() && find_program("systemctl").is_some();
+                (!is_there).then(|| "no systemd".into())
             }
             Self::ProcessGroups => {
                 process_groups().is_none().then(|| "no control groups (version 2) that we may change".into())

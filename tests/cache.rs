@@ -1092,27 +1092,47 @@ fn what_was_changed_while_nobody_used_it_is_checked_again_and_only_what_is_spoil
         let found = present(&device, &blob);
         fill_blocking(&*device, blob.range(0..5)).unwrap();
         assert_bytes(&device, &blob, 0..5);
-        (found, source.log().len())
+        (found, source.log())
     };
+    let nothing = Vec::<usize>::new;
     let byte = blob.units[2].decoded.start() + 77;
     let other = !blob.plain[usize::try_from(byte).unwrap()];
     let padding = blob.units[3].decoded.end();
     assert!(!padding.is_multiple_of(4096), "there is none");
 
     let flip = |file: &std::fs::File| file.write_all_at(&[other], byte).unwrap();
-    assert_eq!(reopened(&flip), (vec![0, 1, 3, 4], 1));
-    assert_eq!(reopened(&|file| file.write_all_at(&[1], padding).unwrap()), (vec![0, 1, 2, 4], 1), "the padding");
+    assert_eq!(reopened(&flip), (nothing(), vec![blob.units[2].stored]));
+    assert_eq!(
+        reopened(&|file| file.write_all_at(&[1], padding).unwrap()),
+        (nothing(), vec![blob.units[3].stored]),
+        "the padding"
+    );
     let same = |file: &std::fs::File| file.write_all_at(&blob.plain[..1], 0).unwrap();
-    assert_eq!(reopened(&same), (vec![0, 1, 2, 3, 4], 0), "nothing is wrong with it");
+    assert_eq!(reopened(&same), (nothing(), vec![]), "nothing is wrong with it");
     // What is noted of the file means nothing once it is used again.
     let (device, _) = open();
     assert!(!data.with_file_name("rest").exists());
     drop(device);
     assert!(data.with_file_name("rest").exists());
-    for note in ["", "x", "-1", "18446744073709551616"] {
+    // One that says nothing is none.
+    for note in ["", "x", "-1", "1", "18446744073709551616\n"] {
         std::fs::write(data.with_file_name("rest"), note).unwrap();
         assert_eq!(present(&open().0, &blob), [0, 1, 2, 3, 4], "{note:?}");
     }
+    // What nobody has looked at is looked at the next time.
+    std::fs::write(data.with_file_name("rest"), "1\n").unwrap();
+    for _ in 0..2 {
+        let (device, source) = open();
+        assert_eq!((present(&device, &blob), device.is_complete_durable()), (vec![], false));
+        fill_blocking(&*device, blob.one(4)).unwrap();
+        assert_eq!((present(&device, &blob), source.log()), (vec![4], vec![]));
+    }
+    let (device, source) = open();
+    fill_blocking(&*device, blob.range(0..5)).unwrap();
+    device.flush().unwrap();
+    assert!(device.is_complete_durable() && source.log().is_empty());
+    drop(device);
+    assert_eq!(present(&open().0, &blob), [0, 1, 2, 3, 4]);
 }
 
 #[test]

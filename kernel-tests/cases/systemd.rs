@@ -1,7 +1,8 @@
 //! The daemon under systemd itself, with the units as they are shipped.
 //!
-//! systemd runs as the first process of namespaces of its own. There it finds no unit but these, and no directory that it can
-//! write to but that of the case: the units of a distribution would tidy up this host.
+//! systemd runs as the first process of namespaces of its own. There it finds no unit but these, a `/dev` of its own with what
+//! rafsd needs, and no file system that it can write to but the directory of the case: the units of a distribution would tidy
+//! up this host, and systemd itself makes names in `/dev`.
 
 use std::fs;
 use std::io;
@@ -24,7 +25,7 @@ const NEEDS: &[Need] = &[
     Need::Erofs,
     Need::DiskStore,
     Need::Backend,
-    Need::Program("systemctl"),
+    Need::Systemd,
     Need::Program("unshare"),
     Need::Program("nsenter"),
     Need::ProcessGroups,
@@ -43,7 +44,17 @@ const WORLD: &str = r#"
 set -e
 mount --make-rprivate /
 mount --bind "$1" "$1"
+mkdir "$1/dev"
+mount -t tmpfs -o mode=755 none "$1/dev"
+for node in null zero full random urandom fuse loop-control; do
+    [ ! -e /dev/$node ] || { touch "$1/dev/$node"; mount --bind /dev/$node "$1/dev/$node"; }
+done
+mount --move "$1/dev" /dev
 mount -o remount,bind,ro /
+mount -o remount,bind,ro /sys
+for dir in /tmp /var/tmp /home /root; do
+    ! mountpoint -q $dir || mount -o remount,bind,ro $dir
+done
 for dir in /run /var/lib /usr/local/sbin /lib/systemd/system-generators /etc/systemd; do
     [ ! -d $dir ] || mount -t tmpfs none $dir
 done
@@ -89,7 +100,8 @@ impl<'a> Manager<'a> {
         command.arg(&ctx.dir).arg(&ctx.rafsd).arg(units).stdin(Stdio::null());
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("container", "rafsd-test");
         command.env("SYSTEMD_UNIT_PATH", "/run/units");
-        let mut this = Self { ctx, child: command.spawn()?, first: 0, group };
+        let child = command.spawn().inspect_err(|_| drop(remove_groups(&group)))?;
+        let mut this = Self { ctx, child, first: 0, group };
         let until = Instant::now() + Duration::from_secs(20);
         while this.first == 0 || !this.within("/run/systemd/private").exists() {
             ensure!(this.child.try_wait()?.is_none(), "systemd did not start");
@@ -159,8 +171,10 @@ impl<'a> Manager<'a> {
 
 impl Drop for Manager<'_> {
     fn drop(&mut self) {
-        // Its namespace of processes goes with the first of them.
-        let _ = kill(Pid::from_raw(self.first.cast_signed()), Signal::SIGKILL);
+        // Its namespace of processes goes with the first of them. By 0 or -1 others would be meant.
+        if self.first > 1 {
+            let _ = kill(Pid::from_raw(self.first.cast_signed()), Signal::SIGKILL);
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
         let until = Instant::now() + Duration::from_secs(10);

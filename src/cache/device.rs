@@ -13,7 +13,7 @@ use super::engine::Engine;
 use super::guides::Guides;
 use super::health::DeviceHealth;
 use super::inflight::{Inflight, Wait};
-use super::ledger::{FlushError, Ledger};
+use super::ledger::{FlushError, Found, Ledger};
 use super::prefetch::Want;
 use super::presence::found;
 use super::shelves::note_use;
@@ -69,7 +69,13 @@ impl Device {
     ) -> Arc<Self> {
         let map = map.into();
         let words = found(&map, present);
-        Self::assemble(map, source, Arc::new(Ledger::new(sink, words, None)), None, engine)
+        Self::assemble(
+            map,
+            source,
+            Arc::new(Ledger::new(sink, Found { words, is_disturbed: false }, None)),
+            None,
+            engine,
+        )
     }
 
     pub(super) fn assemble(
@@ -336,7 +342,7 @@ impl Drop for Device {
         self.core.closed.store(true, Ordering::Release);
         self.core.background.stop();
         self.core.engine.fetcher.remove(self.core.id);
-        self.core.engine.lent.forget(|device| device == self.core.id);
+        self.core.engine.lent.forget(self.core.id);
         self.core.flush_and_log();
         if let Some(dir) = self.data_path().and_then(Path::parent) {
             note_use(dir);

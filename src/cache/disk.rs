@@ -88,12 +88,6 @@ pub trait DiskFile: Sink {
     /// What the file is at this moment.
     fn facts(&self) -> io::Result<FileFacts>;
 
-    /// Fills `bytes` with what lies from `at` on.
-    ///
-    /// # Errors
-    /// `UnexpectedEof` if the file ends before.
-    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()>;
-
     /// The parts of the file's first `len` bytes that are data, not holes, in order.
     fn data_ranges(&self, len: u64) -> io::Result<Vec<ByteRange>>;
 
@@ -213,6 +207,10 @@ impl Sink for FileSink {
         self.file.sync_data()
     }
 
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        self.file.read_exact_at(bytes, at)
+    }
+
     fn file(&self) -> Option<&File> {
         self.readable.then_some(&*self.file)
     }
@@ -225,10 +223,6 @@ impl DiskFile for FileSink {
 
     fn facts(&self) -> io::Result<FileFacts> {
         self.file.metadata().map(FileFacts::from)
-    }
-
-    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
-        self.file.read_exact_at(bytes, at)
     }
 
     fn data_ranges(&self, len: u64) -> io::Result<Vec<ByteRange>> {

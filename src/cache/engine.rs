@@ -67,6 +67,9 @@ pub struct StoreOptions {
     pub readahead_most: u64,
     /// How often new presence bits are made durable. Default 2 s.
     pub flush_every: Duration,
+    /// How long it is remembered that a unit did not come in time: a kernel whose read-ahead has failed asks for the first page
+    /// at once, on behalf of the same reader, who has waited as long as a reader may. Default 200 ms.
+    pub late: Duration,
     /// Bytes written and not yet on the disk at which who writes more waits for the disk; `None`, the default, where the
     /// kernel sees to that.
     pub unsynced: Option<u64>,
@@ -108,6 +111,7 @@ impl Default for StoreOptions {
             readahead_first: MIB,
             readahead_most: 16 * MIB,
             flush_every: Duration::from_secs(2),
+            late: Duration::from_millis(200),
             unsynced: None,
             sandbox: Sandbox::off(),
             cache_limit: None,
@@ -248,14 +252,13 @@ impl Engine {
         self.pool.queue()
     }
 
-    /// Counts bytes that were written; whether it is time to wait for the disk.
-    pub(super) fn is_time_to_sync(&self, written: u64) -> bool {
-        let Some(limit) = self.options.unsynced else { return false };
+    /// Counts bytes that were written, and waits until all devices are on the disk when there are too many that are not.
+    pub(super) fn sync_in_time(&self, written: u64) {
+        let Some(limit) = self.options.unsynced else { return };
         let is_time = self.unsynced.fetch_add(written, Ordering::Relaxed) + written >= limit;
-        if is_time {
-            self.unsynced.store(0, Ordering::Relaxed);
+        if is_time && self.unsynced.swap(0, Ordering::Relaxed) > 0 {
+            self.flusher.flush_now();
         }
-        is_time
     }
 
     pub(super) fn number_device(&self) -> u64 {

@@ -48,6 +48,12 @@ impl Flusher {
         state.devices.push(device);
     }
 
+    /// Flushes all of them on this thread.
+    pub(super) fn flush_now(&self) {
+        let devices = self.shared.state.lock().unwrap().devices.clone();
+        devices.iter().filter_map(Weak::upgrade).for_each(|device| device.flush_and_log());
+    }
+
     /// Does the next turn at once.
     pub(super) fn kick(&self) {
         self.shared.state.lock().unwrap().kicked = true;

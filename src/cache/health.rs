@@ -51,10 +51,6 @@ struct Late {
     error: FillError,
 }
 
-/// How long it is remembered that a unit did not come in time. A kernel whose read-ahead has failed asks for the first page
-/// at once, on behalf of the same reader, who has waited as long as a reader may.
-const REMEMBERED: Duration = Duration::from_millis(200);
-
 /// Most that are remembered.
 const MOST_LATE: usize = 4096;
 
@@ -83,13 +79,13 @@ impl Failures {
         self.has_late.store(true, Ordering::Release);
     }
 
-    /// Why a unit did not come that was waited for until a moment ago.
-    pub(super) fn late(&self, unit: UnitIndex) -> Option<FillError> {
+    /// Why a unit did not come in time within the last `moment`.
+    pub(super) fn late(&self, unit: UnitIndex, moment: Duration) -> Option<FillError> {
         if !self.has_late.load(Ordering::Acquire) {
             return None;
         }
         let mut late = self.late.lock().unwrap();
-        late.retain(|late| late.at.elapsed() < REMEMBERED);
+        late.retain(|late| late.at.elapsed() < moment);
         self.has_late.store(!late.is_empty(), Ordering::Release);
         late.iter().find(|late| late.unit == unit).map(|late| late.error.clone())
     }
@@ -119,7 +115,7 @@ impl FillError {
             Self::Limited { .. } => Cause::Limit,
             Self::Unmapped { .. } => Cause::Unmapped,
             Self::NoSpace { .. } => Cause::NoSpace,
-            Self::Io { .. } => Cause::Io,
+            Self::Io { .. } | Self::Lost { .. } => Cause::Io,
             Self::Cancelled => Cause::Cancelled,
         }
     }

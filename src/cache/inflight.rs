@@ -231,7 +231,8 @@ impl Inflight {
     ) {
         match outcome {
             Ok(()) => self.failures.heal(),
-            Err(error) => self.failures.note(error),
+            Err(error) if lent.is_none() => self.failures.note(error),
+            Err(_) => {}
         }
         let fetch = self.fetches.lock().unwrap().remove(&unit);
         for wait in fetch.into_iter().flat_map(|fetch| fetch.waits) {

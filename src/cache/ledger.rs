@@ -17,6 +17,7 @@ use super::bits::{self, Identity};
 use super::presence::{Presence, bit};
 use super::rest::Rest;
 use super::sink::{Sink, write_blocks};
+use super::verify::check_blocks;
 use crate::base::sync::atomic::{AtomicBool, Ordering};
 use crate::base::sync::{Mutex, RwLock};
 use crate::blob::{Unit, UnitIndex, UnitMap};
@@ -36,6 +37,9 @@ pub enum FlushError {
 /// One device file and its presence.
 pub(super) struct Ledger {
     pub(super) presence: Presence,
+    /// Units that are said to be in the file, and that nobody has looked at since it was changed by others. Not present,
+    /// but kept on disk until they have been.
+    claims: Presence,
     sink: Box<dyn Sink>,
     /// Held for reading from write to publish, for writing while bits are withdrawn, and while the last device lets go.
     landing: RwLock<()>,
@@ -46,8 +50,15 @@ pub(super) struct Ledger {
     durable: Mutex<Durable>,
 }
 
+/// The units in a file that is taken into use, on stable storage.
+pub(super) struct Found {
+    pub(super) words: Vec<u64>,
+    /// Whether the file was changed since: each unit has to be looked at first.
+    pub(super) is_disturbed: bool,
+}
+
 struct Durable {
-    /// Bits that are on stable storage, and their bytes too.
+    /// Bits that are on stable storage, and their bytes too; claims among them.
     words: Vec<u64>,
     /// The copy on disk; a foreign sink has none.
     copy: Option<DurableCopy>,
@@ -89,10 +100,13 @@ impl DurableCopy {
 }
 
 impl Ledger {
-    /// `words` are the units in the file already, on stable storage.
-    pub(super) fn new(sink: Box<dyn Sink>, words: Vec<u64>, copy: Option<DurableCopy>) -> Self {
+    pub(super) fn new(sink: Box<dyn Sink>, there: Found, copy: Option<DurableCopy>) -> Self {
+        let Found { words, is_disturbed } = there;
+        let nothing = vec![0; words.len()];
+        let (present, claimed) = if is_disturbed { (&*nothing, &*words) } else { (&*words, &[][..]) };
         Self {
-            presence: Presence::new(&words),
+            presence: Presence::new(present),
+            claims: Presence::new(claimed),
             sink,
             landing: RwLock::new(()),
             is_let_go: AtomicBool::new(false),
@@ -121,6 +135,30 @@ impl Ledger {
         Ok(self.publish(index))
     }
 
+    /// Whether a unit may be in the file, and has to be looked at first.
+    pub(super) fn is_claimed(&self, index: UnitIndex) -> bool {
+        self.has_claims() && self.claims.get(index)
+    }
+
+    fn has_claims(&self) -> bool {
+        self.claims.count() > 0
+    }
+
+    /// Looks at the bytes of a unit that may be in the file, in `room`, which is as long as its blocks, and makes it present if
+    /// they are right.
+    pub(super) fn reclaim(&self, index: UnitIndex, unit: &Unit, room: &mut [u8]) -> bool {
+        let _landing = self.landing.read().unwrap();
+        let read = self.ensure_used().and_then(|()| self.sink.read_at(room, unit.blocks().start()));
+        let is_sound = read.is_ok() && check_blocks(unit, room).is_ok();
+        if is_sound {
+            self.publish(index);
+        }
+        self.claims.withdraw_one(index);
+        // What is not there must go from the disk as well.
+        self.dirty.store(true, Ordering::Release);
+        is_sound
+    }
+
     /// The device file, opened before anybody could mark it: reads through it raise no events.
     pub(super) fn file(&self) -> Option<&File> {
         self.sink.file()
@@ -141,7 +179,7 @@ impl Ledger {
     pub(super) fn attach(&self) {
         let mut durable = self.durable.lock().unwrap();
         if durable.owners == 0 {
-            if let Some(rest) = durable.rest() {
+            if let Some(rest) = durable.rest().filter(|_| !self.has_claims()) {
                 rest.end();
             }
             self.is_let_go.store(false, Ordering::Release);
@@ -158,8 +196,10 @@ impl Ledger {
         }
         let _nobody_lands = self.landing.write().unwrap();
         self.is_let_go.store(true, Ordering::Release);
-        // What was written and could not be made durable is nothing to hold anybody to.
-        if let Some(rest) = durable.rest().filter(|_| !self.dirty.load(Ordering::Acquire)) {
+        // What was written and could not be made durable is nothing to hold anybody to, and what nobody has looked at is
+        // held to the old note.
+        let is_known = !self.dirty.load(Ordering::Acquire) && !self.has_claims();
+        if let Some(rest) = durable.rest().filter(|_| is_known) {
             rest.begin();
         }
     }
@@ -170,7 +210,10 @@ impl Ledger {
         if durable.owners == 0 || !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        let words = self.presence.snapshot();
+        // In this order: what is looked at meanwhile is in one of them.
+        let claims = self.has_claims().then(|| self.claims.snapshot());
+        let mut words = self.presence.snapshot();
+        words.iter_mut().zip(claims.iter().flatten()).for_each(|(word, claimed)| *word |= claimed);
         if let Err(error) = self.sink.sync() {
             let _nobody_lands = self.landing.write().unwrap();
             self.presence.withdraw(&durable.words);
@@ -192,7 +235,8 @@ impl Ledger {
     /// Whether every unit of `map` that can be checked is durable.
     pub(super) fn holds_all(&self, map: &UnitMap) -> bool {
         let durable = self.durable.lock().unwrap();
-        (0..).zip(map.units()).all(|(index, unit)| !super::is_needed(unit) || bit(&durable.words, index))
+        let is_there = |index| bit(&durable.words, index) && self.presence.get(index);
+        (0..).zip(map.units()).all(|(index, unit)| !super::is_needed(unit) || is_there(index))
     }
 }
 
@@ -357,7 +401,8 @@ mod tests {
         let copy =
             DurableCopy { file: Box::new(BitsFile(world.clone())), identity: identity(), names: None, rest: None };
         let words = vec![0; super::super::presence::words_for(UNITS)];
-        let ledger = Arc::new(Ledger::new(Box::new(DataFile(world.clone())), words, Some(copy)));
+        let ledger =
+            Arc::new(Ledger::new(Box::new(DataFile(world.clone())), Found { words, is_disturbed: false }, Some(copy)));
         ledger.attach();
         world.lock().unwrap().ledger = Some(ledger.clone());
         (world, ledger)

@@ -65,9 +65,14 @@ impl Lent {
         self.units.lock().unwrap().iter().find(|known| known.is(device, unit)).cloned()
     }
 
-    /// There is room again, or nobody is left who could ask.
-    pub(super) fn forget(&self, gone: impl Fn(u64) -> bool) {
-        self.units.lock().unwrap().retain(|unit| !gone(unit.device));
+    /// Forgets all of a device: nobody is left who could ask.
+    pub(super) fn forget(&self, device: u64) {
+        self.units.lock().unwrap().retain(|unit| unit.device != device);
+    }
+
+    /// Forgets all: there is room again.
+    pub(super) fn clear(&self) {
+        *self.units.lock().unwrap() = VecDeque::new();
     }
 }
 
@@ -94,7 +99,9 @@ mod tests {
         assert_eq!(known(&lent), [0], "a large one is kept alone");
         assert!(lent.find(2, 4).is_none());
         lent.keep(unit(2, 4, 0));
-        lent.forget(|device| device == 1);
+        lent.forget(1);
         assert!(known(&lent).is_empty() && lent.find(2, 4).is_some());
+        lent.clear();
+        assert!(lent.find(2, 4).is_none());
     }
 }

@@ -14,6 +14,7 @@ use super::lent::LentUnit;
 use super::plan::{PlanLimits, plan};
 use super::pool::Job;
 use super::readahead::Reach;
+use super::room::Need;
 use super::sink::Scratch;
 use super::stats::count;
 use super::store::is_full;
@@ -115,7 +116,7 @@ impl Core {
             let unit = &map.units()[index as usize];
             if let Some(lent) = self.lent(index, wait.request()) {
                 wait.request().give(lent);
-            } else if let Some(error) = self.inflight.failures.late(index).filter(|_| class == Class::OnDemand) {
+            } else if let Some(error) = self.late(index, class) {
                 wait.fail(error);
             } else if is_needed(unit) {
                 leads.extend(self.enter(&map, index, units.clone(), class, Some(wait), &mut urgent));
@@ -138,6 +139,12 @@ impl Core {
             self.observe(units, wait.request().image());
         }
         wait.settle(&Ok(()));
+    }
+
+    /// Why a reader need not wait for a unit again.
+    fn late(&self, index: UnitIndex, class: Class) -> Option<FillError> {
+        let is_reader = class == Class::OnDemand;
+        is_reader.then(|| self.inflight.failures.late(index, self.engine.options.late)).flatten()
     }
 
     /// A unit that the disk had no room for, for who can take it. Once there is room it is fetched and written.
@@ -198,8 +205,41 @@ impl Core {
         request: RequestId,
         bulk: Option<PlanLimits>,
     ) {
+        let leads = self.look_at_claims(map, leads, (class, request, bulk));
         let leads = if self.engine.twins.is_of_use() { self.copy_twins(map, leads) } else { leads };
         self.fetch(map, leads, class, request, bulk);
+    }
+
+    /// Has those of the led units looked at that may be in the file already; gives back the others.
+    fn look_at_claims(
+        self: &Arc<Self>,
+        map: &UnitMap,
+        leads: Vec<Lead>,
+        (class, request, bulk): (Class, RequestId, Option<PlanLimits>),
+    ) -> Vec<Lead> {
+        let (claimed, others) = leads.into_iter().partition(|lead| self.ledger.is_claimed(lead.unit()));
+        let claimed: Vec<Lead> = claimed;
+        for lead in claimed {
+            let unit = map.units()[lead.unit() as usize];
+            let (units, urgency) = (vec![(self.id, lead.unit())], vec![lead.urgency().clone()]);
+            let core = Arc::clone(self);
+            let look = move |scratch: &mut Scratch| {
+                // Dropping the lead cancels whoever waits.
+                if core.is_closed() {
+                    return;
+                }
+                let room = scratch.room(usize::try_from(unit.blocks().len()).expect("a unit has at most 16 MiB"));
+                if core.ledger.reclaim(lead.unit(), &unit, room) {
+                    lead.finish(&Ok(()));
+                    core.flush_if_full();
+                    return;
+                }
+                tracing::warn!(blob = %core.blob(), unit = lead.unit(), "a unit that somebody changed on disk is fetched again");
+                core.fetch(&core.map(), vec![lead], class, request, bulk);
+            };
+            self.engine.jobs().push(Job { units, urgency, run: Box::new(look) });
+        }
+        others
     }
 
     /// Gathers led units into ranged reads and queues them.
@@ -293,8 +333,10 @@ impl Core {
         scratch: &mut Scratch,
     ) {
         let mut decoder = self.first.decoder();
+        // What one of them wants without a file, others come back for.
+        let lends = group.iter().any(|led| led.lead.urgency().takes_bytes());
         let damaged: Vec<Led> =
-            group.into_iter().filter_map(|led| self.land_one(led, stored, &mut decoder, scratch)).collect();
+            group.into_iter().filter_map(|led| self.land_one(led, lends, stored, &mut decoder, scratch)).collect();
         if !damaged.is_empty() {
             self.refetch(damaged, asked);
         }
@@ -304,6 +346,7 @@ impl Core {
     pub(super) fn land_one(
         &self,
         led: Led,
+        lends: bool,
         stored: &[u8],
         decoder: &mut Decoder,
         scratch: &mut Scratch,
@@ -317,26 +360,46 @@ impl Core {
         let outcome = match decoder.decode(self.first.key(), &unit, stored, room) {
             Err(_) if led.wrong + 1 < self.sources.tries() => return Some(led),
             Err(cause) => Err(self.corrupt(index, &unit, cause)),
+            Ok(()) if lends && self.has_no_room(&unit) => {
+                Err(FillError::NoSpace { blob: self.blob().clone(), unit: index })
+            }
             Ok(()) => self.land_checked(index, &unit, room).map_err(|cause| self.unwritten(index, cause)),
         };
         if led.wrong > 0 && outcome.is_ok() {
             self.sources.judged(self.blob(), unit.stored, Verdict::Right);
         }
-        match &outcome {
-            Ok(_) => self.note_filled(&unit, led.lead.urgency().class()),
-            Err(_) => self.counters.failed(),
-        }
         match outcome {
-            Err(error @ FillError::NoSpace { .. }) if led.lead.urgency().takes_bytes() => {
-                let lent = LentUnit { device: self.id, unit: index, blocks: unit.blocks(), bytes: (&*room).into() };
-                count(&self.engine.counters.lent_units, 1);
-                self.engine.lent.keep(lent.clone());
-                led.lead.finish_lent(&lent, error);
+            Ok(_) => {
+                self.note_filled(&unit, led.lead.urgency().class());
+                led.lead.finish(&Ok(()));
             }
-            outcome => led.lead.finish(&outcome.map(drop)),
+            Err(error @ FillError::NoSpace { .. }) if lends => self.lend(led, room, error),
+            Err(error) => {
+                self.counters.failed();
+                led.lead.finish(&Err(error));
+            }
         }
         self.flush_if_full();
+        // Who waited has been answered: it is the one who writes that waits for the disk.
+        self.engine.sync_in_time(unit.blocks().len());
         None
+    }
+
+    /// Whether it is known already that the disk has no room for a unit.
+    fn has_no_room(&self, unit: &Unit) -> bool {
+        let space = &self.engine.space;
+        space.room.is_short() && !space.has_room(Need::of([unit.blocks().len()]))
+    }
+
+    /// Gives a checked unit that the disk has no room for to who can take it, and keeps it for who comes next.
+    fn lend(&self, led: Led, blocks: &[u8], error: FillError) {
+        let lent = LentUnit { device: self.id, unit: led.lead.unit(), blocks: led.unit.blocks(), bytes: blocks.into() };
+        count(&self.engine.counters.lent_units, 1);
+        self.engine.lent.keep(lent.clone());
+        if self.is_closed() {
+            self.engine.lent.forget(self.id);
+        }
+        led.lead.finish_lent(&lent, error);
     }
 
     /// Writes checked blocks and publishes them. Where the disk is full, tries again while nobody asks
@@ -363,9 +426,11 @@ impl Core {
         let fresh = outcome?;
         if fresh {
             space.landed(bytes);
-            space.room.written(bytes);
-            if self.engine.is_time_to_sync(bytes) {
-                self.flush_and_log();
+            if space.room.is_short() {
+                space.room.written(bytes);
+                if !space.room.is_short() {
+                    self.engine.lent.clear();
+                }
             }
         }
         Ok(fresh)

@@ -189,6 +189,9 @@ pub enum FillError {
         #[source]
         cause: Arc<std::io::Error>,
     },
+    /// It was written, and the cache's file system has lost it since.
+    #[error("the cache could not keep decoded {decoded}")]
+    Lost { decoded: ByteRange },
     /// The device is being closed, or the fetch was abandoned.
     #[error("the fill was cancelled")]
     Cancelled,
@@ -200,7 +203,7 @@ impl FillError {
         match self {
             Self::Source { cause, .. } => cause.fault(),
             Self::Corrupt { .. } => Fault::Corrupt,
-            Self::Unmapped { .. } | Self::Io { .. } => Fault::Permanent,
+            Self::Unmapped { .. } | Self::Io { .. } | Self::Lost { .. } => Fault::Permanent,
             Self::NoSpace { .. } | Self::Limited { .. } => Fault::Transient,
             Self::Cancelled => Fault::Cancelled,
         }
@@ -215,6 +218,7 @@ impl FillError {
             | Self::Limited { .. }
             | Self::Unmapped { .. }
             | Self::Io { .. }
+            | Self::Lost { .. }
             | Self::Cancelled => libc::EIO,
         }
     }

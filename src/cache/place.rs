@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use super::bits::{self, Identity};
 use super::disk::{Disk, DiskFile, FileFacts};
-use super::ledger::{DurableCopy, Ledger, SyncNames};
+use super::ledger::{DurableCopy, Found, Ledger, SyncNames};
 use super::presence::found;
-use super::rest::{Rest, recheck};
+use super::rest::Rest;
 use super::sink::Sink;
 use super::store::{StoreError, at};
 use crate::base::ByteRange;
@@ -72,7 +72,7 @@ impl Place {
         let identity = identity(map, &facts);
         let fresh = bits::empty(&identity);
         self.put("present", |file| file.write_at(&fresh, 0))?;
-        let nothing = bits::read(&fresh, &identity);
+        let nothing = Found { words: bits::read(&fresh, &identity), is_disturbed: false };
         self.ledger(data, facts, identity, nothing)
     }
 
@@ -118,47 +118,40 @@ impl Place {
         Ok(Believed { facts, identity, words: sound.then_some(words) })
     }
 
-    /// Opens `present`, creating or replacing it if it is missing or does not fit to `data`. If that was changed while
-    /// nobody used it, reads and checks what is present.
+    /// Opens `present`, creating or replacing it if it is missing or does not fit to `data`.
     pub(super) fn open_ledger(&self, map: &UnitMap, data: Box<dyn DiskFile>) -> Result<Opened, StoreError> {
         let Believed { facts, identity, words } = self.believed(map, &*data).map_err(at(&self.data()))?;
         if facts.len != map.decoded_len() {
             return Err(StoreError::Replaced { path: self.data() });
         }
-        let Some(mut words) = words else {
+        let Some(words) = words else {
             let fresh = bits::empty(&identity);
             self.replace("present", |file| file.write_at(&fresh, 0))?;
-            let nothing = bits::read(&fresh, &identity);
+            let nothing = Found { words: bits::read(&fresh, &identity), is_disturbed: false };
             return self.ledger(data, facts, identity, nothing);
         };
-        if self.rest().is_disturbed(&facts) {
-            let (taken, path) = (recheck(map, &mut words, &*data), self.data());
-            tracing::warn!(path = %path.display(), taken, "a cache file was changed while nobody used it, and was checked again");
-            // As a whole: what an earlier attempt has cleared may be on no disk.
-            let (fresh, nothing) = (bits::empty(&identity), vec![0; words.len()]);
-            let write = |file: &dyn DiskFile| {
-                file.write_at(&fresh, 0)?;
-                bits::write_changed(file, &identity, &nothing, &words)
-            };
-            self.replace("present", write)?;
+        let is_disturbed = words.iter().any(|&word| word != 0) && self.rest().is_disturbed(&facts);
+        if is_disturbed {
+            let path = self.data();
+            tracing::warn!(path = %path.display(), "a cache file was changed while nobody used it; what is in it is checked before it is used");
         }
-        self.ledger(data, facts, identity, words)
+        self.ledger(data, facts, identity, Found { words, is_disturbed })
     }
 
-    /// The ledger of `data`, of which `words` are there.
+    /// The ledger of `data`, in which `there` is.
     fn ledger(
         &self,
         data: Box<dyn DiskFile>,
         facts: FileFacts,
         identity: Identity,
-        words: Vec<u64>,
+        there: Found,
     ) -> Result<Opened, StoreError> {
         let present = self.dir.join("present");
         let bits = self.disk.open(&present).map_err(at(&present))?;
         let copy = DurableCopy { file: bits, identity, names: Some(self.sync_names()), rest: Some(self.rest()) };
         let file = data.host_file().cloned();
         let sink = WholeFile { file: data, len: facts.len };
-        Ok(Opened { ledger: Arc::new(Ledger::new(Box::new(sink), words, Some(copy))), data: facts, file })
+        Ok(Opened { ledger: Arc::new(Ledger::new(Box::new(sink), there, Some(copy))), data: facts, file })
     }
 
     fn rest(&self) -> Rest {
@@ -226,6 +219,10 @@ impl Sink for WholeFile {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync()
+    }
+
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        self.file.read_at(bytes, at)
     }
 
     fn file(&self) -> Option<&File> {

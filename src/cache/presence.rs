@@ -117,6 +117,14 @@ impl Presence {
         self.words.iter().map(|word| word.load(Ordering::Acquire)).collect()
     }
 
+    /// Makes `unit` absent.
+    pub(super) fn withdraw_one(&self, unit: UnitIndex) {
+        let (word, mask) = place(unit);
+        if self.words[word].fetch_and(!mask, Ordering::AcqRel) & mask != 0 {
+            self.count.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
     /// Makes every unit absent that is not in `keep`.
     pub(super) fn withdraw(&self, keep: &[u64]) {
         for (word, &keep) in self.words.iter().zip(keep) {

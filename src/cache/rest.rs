@@ -2,19 +2,18 @@
 //!
 //! Nobody looks at present bytes again when a blob is taken into use: there may be many gigabytes. But
 //! whoever changes a file changes its change time, which cannot be set to what it was. So that time is noted
-//! beside the file when it is let go in order, and if it is another one when the file is taken up again, what is
-//! present is checked once more before anybody believes it.
+//! beside the file when it is let go in order, and if it is another one when the file is taken up again, each unit is
+//! checked once more before it is used, and until then is not present ([`super::ledger::Ledger::reclaim`]).
 //!
-//! The note goes before the file is written to again. After a crash there is none, and nothing is known. It is
-//! never synced: should a power cut leave an old one, or half of one, that costs a check and nothing else.
+//! The note goes before the file is written to again. After a crash there is none, and nothing is known; so it is
+//! if it cannot be written or read. It is as fine as the file system's time: a change within the same tick as the last
+//! write is not noticed. It is never synced: should a power cut bring an old one back, that costs a check and
+//! nothing else.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::disk::{Disk, DiskFile, FileFacts};
-use super::presence::{bit, clear_bit};
-use super::verify::check_blocks;
-use crate::blob::{Unit, UnitMap};
+use super::disk::{Disk, FileFacts};
 
 /// The note beside one data file.
 pub(super) struct Rest {
@@ -29,12 +28,16 @@ impl Rest {
 
     /// Notes how the file lies: nobody of this process writes to it from now on.
     pub(super) fn begin(&self) {
+        let new = self.dir.join("rest.new");
         let write = || {
             let changed = self.disk.facts(&self.dir.join("data"))?.changed;
-            self.disk.create(&self.path())?.write_at(format!("{changed}\n").as_bytes(), 0)
+            self.disk.create(&new)?.write_at(format!("{changed}\n").as_bytes(), 0)?;
+            self.disk.rename(&new, &self.path())
         };
         if let Err(error) = write() {
             tracing::debug!(dir = %self.dir.display(), %error, "how a cache file lies could not be noted");
+            let _ = self.disk.remove(&new);
+            self.end();
         }
     }
 
@@ -46,28 +49,7 @@ impl Rest {
 
     /// Whether the file, which is now as in `facts`, is known to have been changed since it was let go.
     pub(super) fn is_disturbed(&self, facts: &FileFacts) -> bool {
-        let Ok(note) = self.disk.read(&self.path()) else { return false };
-        let noted = std::str::from_utf8(&note).ok().and_then(|text| text.trim_end().parse().ok());
-        noted != Some(facts.changed)
+        let note = self.disk.read(&self.path()).ok().and_then(|note| String::from_utf8(note).ok());
+        note.and_then(|note| note.strip_suffix('\n')?.parse().ok()).is_some_and(|noted: u64| noted != facts.changed)
     }
-}
-
-/// Takes from `words` the units whose bytes in `data` are not what `map` says, or cannot be read. Reads all
-/// that are present; tells how many it took.
-pub(super) fn recheck(map: &UnitMap, words: &mut [u64], data: &dyn DiskFile) -> usize {
-    let mut room = Vec::new();
-    let mut taken = 0;
-    for (index, unit) in (0..).zip(map.units()) {
-        if bit(words, index) && !is_sound(unit, data, &mut room) {
-            clear_bit(words, index);
-            taken += 1;
-        }
-    }
-    taken
-}
-
-fn is_sound(unit: &Unit, data: &dyn DiskFile, room: &mut Vec<u8>) -> bool {
-    let blocks = unit.blocks();
-    room.resize(usize::try_from(blocks.len()).expect("a unit has at most 16 MiB"), 0);
-    data.read_at(room, blocks.start()).is_ok() && check_blocks(unit, room).is_ok()
 }

@@ -2,7 +2,7 @@
 //!
 //! A write that the file system refuses while nothing can go costs its reader an error, and has cost a request. What
 //! comes after it asks the disk first, so that a full disk does not become load on a registry: without
-//! room it fails and no source is asked. Nothing has to be told that there is room again, whoever made it.
+//! room it fails and no source is asked, unless its reader needs no file. Nothing has to be told that there is room again, whoever made it.
 //!
 //! The disk may be wrong about itself: it has room, and the write is refused all the same (a threshold of the
 //! kernel's own cache, blocks of metadata). Then it is not believed for a while.

@@ -17,7 +17,7 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::thread;
 
 use super::inflight::{Inflight, Lead, Role, Wait};
-use super::ledger::{DurableCopy, Ledger};
+use super::ledger::{DurableCopy, Found, Ledger};
 use super::presence::{bit, words_for};
 use super::sink::Sink;
 use super::{FillError, bits};
@@ -111,7 +111,11 @@ fn ledger(failing: &[usize]) -> (Shared, Arc<Ledger>) {
     let files = Files { failing: failing.iter().copied().collect(), bits, ..Files::default() };
     let files = Arc::new(Mutex::new(files));
     let copy = DurableCopy { file: Box::new(Bits(files.clone())), identity: identity(), names: None, rest: None };
-    let ledger = Ledger::new(Box::new(Data(files.clone())), vec![0; words_for(UNITS)], Some(copy));
+    let ledger = Ledger::new(
+        Box::new(Data(files.clone())),
+        Found { words: vec![0; words_for(UNITS)], is_disturbed: false },
+        Some(copy),
+    );
     ledger.attach();
     (files, Arc::new(ledger))
 }

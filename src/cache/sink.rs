@@ -15,6 +15,15 @@ pub trait Sink: Send + Sync {
     /// written since the last success may be relied on.
     fn sync(&self) -> io::Result<()>;
 
+    /// Fills `bytes` with what lies from `at` on.
+    ///
+    /// # Errors
+    /// `Unsupported` where nothing can be read again.
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        let _ = (bytes, at);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// The file behind it, if that is an ordinary one that can be read as well.
     fn file(&self) -> Option<&File> {
         None

@@ -271,7 +271,11 @@ impl Store {
     pub fn device(&self, map: impl Into<Arc<UnitMap>>, source: Arc<dyn BlobSource>) -> Result<Arc<Device>, StoreError> {
         let map = map.into();
         match self.find_or_open(&map, &source) {
-            Err(error) if error.is_full() && self.make_room(1) => self.find_or_open(&map, &source),
+            Err(error) if error.is_full() => {
+                // What is there of the blob itself must not go for it: what is open is in use.
+                let _held = File::open(self.data_path(map.blob().as_str()));
+                if self.make_room(1) { self.find_or_open(&map, &source) } else { Err(error) }
+            }
             outcome => outcome,
         }
     }

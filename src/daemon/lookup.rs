@@ -5,6 +5,7 @@
 //! image's own manifest names it, or if it was said that blobs are kept elsewhere: a bootstrap cannot name what its
 //! manifest does not.
 
+use std::cell::Cell;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
@@ -30,7 +31,7 @@ pub(super) enum Found {
     Image {
         resolved: Box<Resolved>,
         /// Why it could not be asked whether the reference still leads there.
-        unconfirmed: Option<String>,
+        unconfirmed: Option<Box<OciError>>,
     },
 }
 
@@ -71,13 +72,7 @@ impl Daemon {
                 let Ok(Found::Image { resolved, .. }) = known else {
                     return Err(DaemonError::Unresolved { reference, cause });
                 };
-                let why = Chain(&cause).to_string();
-                tracing::warn!(
-                    reference,
-                    error = why,
-                    "the registry does not answer; mounting what it led to the last time"
-                );
-                Ok(Found::Image { resolved, unconfirmed: Some(why) })
+                Ok(Found::Image { resolved, unconfirmed: Some(cause) })
             }
             found => found,
         }
@@ -103,6 +98,8 @@ impl Daemon {
         if spec.offline {
             return kept.ok_or_else(|| OciError::Unknown { reference: reference.clone() }.into());
         }
+        // Then what it led to before is no answer, whatever happens.
+        let has_moved = Cell::new(false);
         let ask = || {
             let repository = reference.repository();
             let fetch = |until| {
@@ -111,10 +108,12 @@ impl Daemon {
             };
             let (soon, later) = (fetch(until.min(Instant::now() + CONFIRM))?, fetch(until)?);
             let asking = async {
-                if let (Some(kept), Version::Tag(tag)) = (&kept, reference.version())
-                    && Registry::new(&soon, repository).head(&tag).await?.is_some_and(|head| Some(head) == kept.head())
-                {
-                    return Ok((kept.clone(), false));
+                if let (Some(kept), Version::Tag(tag)) = (&kept, reference.version()) {
+                    let head = Registry::new(&soon, repository).head(&tag).await?;
+                    if head.is_some() && head == kept.head() {
+                        return Ok((kept.clone(), false));
+                    }
+                    has_moved.set(head.is_some());
                 }
                 Ok((oci::resolve(&Registry::new(&later, repository), reference, platform).await?, true))
             };
@@ -123,7 +122,8 @@ impl Daemon {
         match (&kept, reference.version()) {
             (Some(kept), Version::Digest(_)) => Ok(kept.clone()),
             _ => {
-                let (resolved, is_news) = ask().map_err(|error| hint(error, reference, kept.is_some()))?;
+                let (resolved, is_news) =
+                    ask().map_err(|error| hint(error, reference, kept.is_some() && !has_moved.get()))?;
                 // Of another kind of image somebody may make one of ours at any time, without changing it.
                 if is_news && resolved.image().is_ok() {
                     self.references.keep(&resolved, platform);
@@ -150,12 +150,20 @@ impl Daemon {
         let layer = Layer {
             digest,
             shown: &shown,
-            fetch: &|| self.fetch_bootstrap(spec, resolved, asker),
+            fetch: &|| match unconfirmed {
+                // Who does not answer is not asked once more, and for longer.
+                Some(cause) => Err(DaemonError::Oci(cause.clone())),
+                None => self.fetch_bootstrap(spec, resolved, asker),
+            },
             admit: &|image| if spec.blobs.is_empty() { remote::ensure_named(resolved, image) } else { Ok(()) },
         };
         let mut prepared = self.prepare_from(&Wanted::Layer(&layer), &source, asker)?;
         let (reference, manifest) = (resolved.reference.to_string(), resolved.manifest_digest);
-        prepared.named = Some(Named { reference, manifest, unconfirmed: unconfirmed.clone() });
+        let unconfirmed = unconfirmed.as_ref().map(|cause| Chain(cause).to_string());
+        if let Some(error) = &unconfirmed {
+            tracing::warn!(reference, error, "the registry does not answer; this is what it led to the last time");
+        }
+        prepared.named = Some(Named { reference, manifest, unconfirmed });
         Ok(prepared)
     }
 
@@ -190,7 +198,7 @@ fn is_absence(error: &OciError) -> bool {
     match error {
         // Who tells who we are, such as a server of tokens, may be as absent.
         OciError::Fetch(error) => error.fault() == Fault::Transient,
-        OciError::Failed { status, .. } => matches!(status, 408 | 425 | 429 | 500..),
+        OciError::Failed { status, .. } => *status >= 500,
         _ => false,
     }
 }

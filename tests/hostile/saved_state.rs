@@ -80,6 +80,8 @@ impl Cache {
         for (name, bytes) in [("units", &self.units), ("present", &self.present), ("data", &self.data)] {
             overwrite(&self.file(name), bytes);
         }
+        // As after a crash: nobody knows when what was changed.
+        let _ = std::fs::remove_file(self.file("rest"));
     }
 
     /// Starts on what is there and compares every byte, before and after filling everything.

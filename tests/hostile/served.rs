@@ -22,7 +22,14 @@ pub(super) struct Bench {
 
 /// Options without read-ahead, which would make the outcome of a fill depend on earlier ones.
 pub(super) fn options() -> StoreOptions {
-    StoreOptions { readahead_first: 0, decode_threads: 2, memory: 16 << 20, ..StoreOptions::default() }
+    // Each fault is looked at alone, right after the one before.
+    StoreOptions {
+        readahead_first: 0,
+        decode_threads: 2,
+        memory: 16 << 20,
+        late: Duration::ZERO,
+        ..StoreOptions::default()
+    }
 }
 
 impl Bench {

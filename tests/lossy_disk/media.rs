@@ -31,6 +31,7 @@ struct FileMedia {
     lens: Vec<usize>,
     number: u64,
     born: u64,
+    changed: u64,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -44,6 +45,9 @@ struct DirMedia {
 pub(crate) struct Media {
     births: bool,
     nodes: Node,
+    epoch: u64,
+    /// Operations followed so far.
+    followed: u64,
     dirs: BTreeMap<Node, DirMedia>,
     files: BTreeMap<Node, FileMedia>,
 }
@@ -81,14 +85,22 @@ impl Media {
                 lens: vec![file.bytes.len()],
                 number: file.number,
                 born: file.born,
+                changed: file.changed,
             };
             (node, media)
         });
-        Self { births: state.births, nodes: state.nodes, dirs: dirs.collect(), files: files.collect() }
+        let (births, nodes, epoch) = (state.births, state.nodes, state.epoch);
+        Self { births, nodes, epoch, followed: 0, dirs: dirs.collect(), files: files.collect() }
     }
 
     /// Follows the disk by one operation.
     pub(crate) fn follow(&mut self, op: &Op) {
+        let now = self.epoch << 32 | self.followed;
+        self.followed += 1;
+        if let Op::SetLen { node, .. } | Op::Write { node, .. } = op {
+            // Times are written with names, and often before bytes.
+            self.file(*node).changed = now;
+        }
         match op {
             Op::MakeDir { node, parent, .. } => {
                 self.nodes = self.nodes.max(*node);
@@ -97,7 +109,8 @@ impl Media {
             }
             Op::Create { node, parent, number, born, .. } => {
                 self.nodes = self.nodes.max(*node);
-                let media = FileMedia { sectors: BTreeMap::new(), lens: vec![0], number: *number, born: *born };
+                let (sectors, lens) = (BTreeMap::new(), vec![0]);
+                let media = FileMedia { sectors, lens, number: *number, born: *born, changed: 0 };
                 self.files.insert(*node, media);
                 self.pend(*parent, op);
             }
@@ -124,6 +137,7 @@ impl Media {
     /// directories; without it each tosses its own.
     pub(crate) fn survivor(&self, luck: Option<Luck>, rng: &mut Rng) -> Model {
         let mut state = State::empty(self.births, self.nodes);
+        state.epoch = self.epoch + 1;
         let mut todo = vec![ROOT];
         while let Some(node) = todo.pop() {
             let own = luck.unwrap_or_else(|| Luck::toss(rng));
@@ -231,8 +245,7 @@ impl FileMedia {
             data: vec![false; len.div_ceil(BLOCK)],
             number: self.number,
             born: self.born,
-            // Not what any note says.
-            changed: 0,
+            changed: self.changed,
         };
         // Allocated without having been written: some file systems call that data. Where births are not
         // told either, nothing could tell a new file from an old one.

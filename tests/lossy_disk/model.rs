@@ -91,7 +91,7 @@ pub(crate) struct FileState {
     pub(crate) data: Vec<bool>,
     pub(crate) number: u64,
     pub(crate) born: u64,
-    /// Length of the log when its bytes or its length were changed last.
+    /// When its bytes or its length were changed last, by [`State::now`].
     pub(crate) changed: u64,
 }
 
@@ -114,6 +114,8 @@ pub(crate) struct State {
     open: BTreeMap<Node, usize>,
     pub(crate) nodes: Node,
     pub(crate) log: Vec<Op>,
+    /// Power cuts so far.
+    pub(crate) epoch: u64,
     fault: Option<Fault>,
     faults_met: usize,
     /// Handles of earlier processes reach nothing any more.
@@ -166,6 +168,11 @@ impl State {
         self.dirs.get_mut(&dir).expect("a directory")
     }
 
+    /// The time: it goes on from operation to operation, and from one power cut to the next.
+    fn now(&self) -> u64 {
+        self.epoch << 32 | self.log.len() as u64
+    }
+
     fn number(&self) -> u64 {
         let linked = self.dirs.values().flat_map(BTreeMap::values);
         let alive = linked.chain(self.open.keys()).filter_map(|node| self.files.get(node)).map(|file| file.number);
@@ -215,7 +222,7 @@ impl State {
     }
 
     fn resize(&mut self, node: Node, len: usize) {
-        let now = self.log.len() as u64;
+        let now = self.now();
         let file = self.files.get_mut(&node).expect("a file");
         file.resize(len);
         file.changed = now;
@@ -284,7 +291,9 @@ impl Model {
 
     /// What other threads do while a sync of a file is going on: called at the beginning of each.
     pub(crate) fn set_meanwhile(&self, meanwhile: Option<Meanwhile>) {
-        *self.meanwhile.lock().unwrap() = meanwhile;
+        // What it held may be flushed when it goes, and that asks for this very lock.
+        let before = std::mem::replace(&mut *self.meanwhile.lock().unwrap(), meanwhile);
+        drop(before);
     }
 
     fn run_meanwhile(&self) {
@@ -467,7 +476,7 @@ impl Sink for Handle {
         if bytes.is_empty() {
             return struck;
         }
-        let now = state.log.len() as u64;
+        let now = state.now();
         let file = state.files.get_mut(&self.node).expect("a file");
         file.changed = now;
         let end = at + bytes.len();
@@ -486,6 +495,14 @@ impl Sink for Handle {
         self.model.run_meanwhile();
         Ok(())
     }
+
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        let state = self.model.alive()?;
+        let at = usize::try_from(at).expect("a small file");
+        let there = state.files[&self.node].bytes.get(at..at + bytes.len());
+        bytes.copy_from_slice(there.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
 }
 
 impl DiskFile for Handle {
@@ -498,14 +515,6 @@ impl DiskFile for Handle {
 
     fn facts(&self) -> io::Result<FileFacts> {
         Ok(self.model.alive()?.facts(self.node))
-    }
-
-    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
-        let state = self.model.alive()?;
-        let at = usize::try_from(at).expect("a small file");
-        let there = state.files[&self.node].bytes.get(at..at + bytes.len());
-        bytes.copy_from_slice(there.ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
     }
 
     fn data_ranges(&self, len: u64) -> io::Result<Vec<ByteRange>> {

@@ -175,6 +175,7 @@ impl Bench {
         let source = Arc::new(Shifted { source, time: time.clone() });
         let root = tempfile::tempdir().unwrap();
         let options = StoreOptions {
+            late: Duration::ZERO,
             decode_threads: 1,
             readahead_first: 0,
             scrub_rate: 0,

@@ -320,7 +320,10 @@ impl Fanotify {
         let waiting = self.telemetry.waiting_read(Backend::Fanotify, request.asked());
         let waiting = waiting.adopted(permission.is_adopted());
         let (asked, device) = (request.clone(), marked.device.clone());
-        let done = Box::new(move |result: Result<(), FillError>| match result {
+        let there = device.clone();
+        // A disk that failed in between may have taken it away again, and the kernel would read a hole.
+        let lost = move || if there.present(wanted) { Ok(()) } else { Err(FillError::Lost { decoded: wanted }) };
+        let done = Box::new(move |result: Result<(), FillError>| match result.and_then(|()| lost()) {
             Ok(()) => {
                 permission.answer(Answer::Allow);
                 waiting.answered(Answered::Filled);
