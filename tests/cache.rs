@@ -1220,6 +1220,28 @@ fn a_failed_sync_is_reported_and_its_units_are_fetched_again() {
 }
 
 #[test]
+fn who_writes_waits_for_a_disk_that_loses_it_after_the_reader_was_answered() {
+    let (bench, blob) = (Bench::new(), Blob::new(8, 50_000, 0));
+    let options = StoreOptions { unsynced: Some(1), ..apart() };
+    let (device, memory) = bench.in_memory(&blob, &Scripted::honest(&blob), options);
+    memory.sync_fails.store(true, Ordering::SeqCst);
+    let (tx, rx) = channel();
+    for unit in 0..8 {
+        let (device_then, tx, range) = (Arc::clone(&device), tx.clone(), blob.one(unit));
+        let seen =
+            move |outcome: Result<(), FillError>| tx.send((outcome.is_ok(), device_then.present(range))).unwrap();
+        device.fill(range, Class::OnDemand, Box::new(seen));
+        assert_eq!(rx.recv().unwrap(), (true, true), "told of what is not there");
+    }
+    // It was synced each time, and lost.
+    eventually("all of it is absent", || present(&device, &blob).is_empty());
+
+    memory.sync_fails.store(false, Ordering::SeqCst);
+    fill_blocking(&*device, blob.range(0..8)).unwrap();
+    eventually("all of it is durable", || device.is_complete_durable());
+}
+
+#[test]
 fn a_foreign_sink_is_believed_about_whole_units_only() {
     let (bench, blob) = (Bench::new(), Blob::new(3, 50_000, 0));
     let there = ByteRange::new(blob.one(0).start(), blob.one(1).end() - 4096).unwrap();

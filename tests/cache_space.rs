@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -835,6 +835,45 @@ fn on_a_full_disk_who_needs_no_file_is_given_bytes() {
     });
     read(range);
     assert!(device.present(range));
+}
+
+#[test]
+fn on_a_full_disk_a_blob_is_taken_up_again_as_it_was() {
+    let disk = match Disk::new(&["mkfs.ext4", "-q", "-m", "0"], 24) {
+        Ok(disk) => disk,
+        Err(why) => return eprintln!("SKIPPED on_a_full_disk_a_blob_is_taken_up_again_as_it_was: {why}"),
+    };
+    let bench = Bench::new();
+    let root = disk.at.join("cache");
+    let blob = Blob::numbered(1, 4);
+    let store = bench.store_at(&root, options());
+    store.say_uses_are_known();
+    let device = open(&store, &blob);
+    fill_blocking(&*device, blob.all()).unwrap();
+    device.flush().unwrap();
+    let data = device.data_path().unwrap().to_owned();
+    fill_up(&disk.at.join("ballast"));
+    let again = || {
+        let source = blob.source();
+        let device = store.device(blob.map(), source.clone()).unwrap();
+        let was_there = device.present(blob.all());
+        fill_blocking(&*device, blob.all()).unwrap();
+        device.flush().unwrap();
+        assert_eq!(source.requests.load(Ordering::SeqCst), 0, "something was lost");
+        was_there
+    };
+
+    // How it lies cannot be noted, and nothing is known.
+    drop(device);
+    assert!(again() && again());
+    fs::remove_file(disk.at.join("ballast")).unwrap();
+    again();
+    fill_up(&disk.at.join("ballast"));
+    // It is noted, and changed in a way that means nothing.
+    std::thread::sleep(Duration::from_millis(20));
+    fs::set_permissions(&data, fs::Permissions::from_mode(0o640)).unwrap();
+    assert!(!again(), "it was not looked at");
+    assert!(root.join("v1/blob-1").exists());
 }
 
 #[test]
