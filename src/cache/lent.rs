@@ -7,7 +7,7 @@
 //! Units lie here only while a write was refused and none succeeded since, and nothing is said of them to anybody
 //! else: they are not present.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
@@ -24,12 +24,6 @@ pub(super) struct LentUnit {
     pub(super) bytes: Arc<[u8]>,
 }
 
-impl LentUnit {
-    fn is(&self, device: u64, unit: UnitIndex) -> bool {
-        (self.device, self.unit) == (device, unit)
-    }
-}
-
 impl fmt::Debug for LentUnit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LentUnit").field("device", &self.device).field("unit", &self.unit).finish_non_exhaustive()
@@ -39,40 +33,71 @@ impl fmt::Debug for LentUnit {
 /// What was given to readers last.
 #[derive(Debug)]
 pub(super) struct Lent {
-    units: Mutex<VecDeque<LentUnit>>,
+    kept: Mutex<Kept>,
     /// Most bytes that are kept, unless one unit has more.
     most: u64,
 }
 
+/// By device and number, and in the order in which they came; of one that came again the last place counts.
+#[derive(Debug, Default)]
+struct Kept {
+    units: HashMap<(u64, UnitIndex), (u64, LentUnit)>,
+    order: VecDeque<(u64, (u64, UnitIndex))>,
+    bytes: u64,
+    /// Units that came so far.
+    came: u64,
+}
+
+impl Kept {
+    fn remove(&mut self, key: (u64, UnitIndex)) {
+        if let Some((_, unit)) = self.units.remove(&key) {
+            self.bytes -= unit.blocks.len();
+        }
+    }
+}
+
 impl Lent {
     pub(super) fn new(most: u64) -> Self {
-        Self { units: Mutex::default(), most }
+        Self { kept: Mutex::default(), most }
     }
 
     pub(super) fn keep(&self, unit: LentUnit) {
-        let mut units = self.units.lock().unwrap();
-        units.retain(|known| !known.is(unit.device, unit.unit));
-        let mut bytes: u64 = units.iter().map(|unit| unit.blocks.len()).sum::<u64>() + unit.blocks.len();
-        while bytes > self.most
-            && let Some(oldest) = units.pop_front()
+        let (key, len) = ((unit.device, unit.unit), unit.blocks.len());
+        let mut kept = self.kept.lock().unwrap();
+        kept.remove(key);
+        while kept.bytes + len > self.most
+            && let Some((came, oldest)) = kept.order.pop_front()
         {
-            bytes -= oldest.blocks.len();
+            if kept.units.get(&oldest).is_some_and(|(at, _)| *at == came) {
+                kept.remove(oldest);
+            }
         }
-        units.push_back(unit);
+        let came = kept.came;
+        kept.came += 1;
+        kept.bytes += len;
+        kept.units.insert(key, (came, unit));
+        kept.order.push_back((came, key));
+        let Kept { units, order, .. } = &mut *kept;
+        if order.len() > 2 * units.len() + 16 {
+            order.retain(|(came, key)| units.get(key).is_some_and(|(at, _)| at == came));
+        }
     }
 
     pub(super) fn find(&self, device: u64, unit: UnitIndex) -> Option<LentUnit> {
-        self.units.lock().unwrap().iter().find(|known| known.is(device, unit)).cloned()
+        self.kept.lock().unwrap().units.get(&(device, unit)).map(|(_, unit)| unit.clone())
     }
 
     /// Forgets all of a device: nobody is left who could ask.
     pub(super) fn forget(&self, device: u64) {
-        self.units.lock().unwrap().retain(|unit| unit.device != device);
+        let mut kept = self.kept.lock().unwrap();
+        let keys: Vec<_> = kept.units.keys().filter(|(of, _)| *of == device).copied().collect();
+        keys.into_iter().for_each(|key| kept.remove(key));
+        kept.order.retain(|(_, (of, _))| *of != device);
     }
 
     /// Forgets all: there is room again.
     pub(super) fn clear(&self) {
-        *self.units.lock().unwrap() = VecDeque::new();
+        *self.kept.lock().unwrap() = Kept::default();
     }
 }
 

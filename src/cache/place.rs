@@ -63,7 +63,24 @@ impl Place {
 
     /// Makes everything for a blob that has no directory yet. Waits for the disk once, for the map: all else becomes
     /// durable with the first bits, before which nothing is lost with it.
+    ///
+    /// # Errors
+    /// The disk fails; nothing is left then, as far as it lets us.
     pub(super) fn start(&self, map: &UnitMap) -> Result<Opened, StoreError> {
+        self.try_start(map).inspect_err(|_| self.clear())
+    }
+
+    /// Removes what [`Place::start`] has made.
+    fn clear(&self) {
+        for name in ["units", "data", "present"] {
+            for name in [name.to_owned(), format!("{name}.new")] {
+                let _ = self.disk.remove(&self.dir.join(name));
+            }
+        }
+        let _ = self.disk.remove_dir(&self.dir);
+    }
+
+    fn try_start(&self, map: &UnitMap) -> Result<Opened, StoreError> {
         self.disk.create_dir(&self.dir).map_err(at(&self.dir))?;
         self.put("units", |file| file.write_at(&map.to_bytes(), 0).and_then(|()| file.sync()))?;
         self.put("data", |file| file.set_len(map.decoded_len()))?;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 
 use super::connect::{DaemonArgs, block_on};
-use super::mount::{SourceArgs, absolute, named};
+use super::mount::{SourceArgs, absolute, named, warn_unconfirmed};
 use super::print_json;
 use crate::daemon::api::{BLOB_DIR, BlobfsRequest, ImageSpec};
 use crate::oci::Reference;
@@ -70,6 +70,7 @@ pub(super) fn run(args: BlobfsArgs) -> anyhow::Result<ExitCode> {
         let client = args.daemon.connect().await?;
         Ok(client.mount_blobfs(&request).await?)
     })?;
+    reports.iter().try_for_each(warn_unconfirmed)?;
     if args.json {
         print_json(&reports)?;
         return Ok(ExitCode::SUCCESS);

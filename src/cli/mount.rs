@@ -158,15 +158,19 @@ pub(super) fn mount(args: MountArgs) -> anyhow::Result<ExitCode> {
         let client = args.daemon.connect().await?;
         Ok(client.mount(&request).await?)
     })?;
-    if let (Some(reference), Some(why)) = (&report.reference, &report.unconfirmed) {
-        say!(io::stderr(), "warning: this is what {reference} led to the last time, for {why}")?;
-    }
+    warn_unconfirmed(&report)?;
     if args.json {
         print_json(&report)?;
     } else {
         say!(io::stdout(), "{}: {} ({})", request.dir.display(), report.backend, report.why)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Tells people that a tag may lead elsewhere by now.
+pub(super) fn warn_unconfirmed(image: &ImageReport) -> io::Result<()> {
+    let (Some(reference), Some(why)) = (&image.reference, &image.unconfirmed) else { return Ok(()) };
+    say!(io::stderr(), "warning: this is what {reference} led to the last time, for {why}")
 }
 
 /// Unmount an image

@@ -2,7 +2,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use super::connect::{DaemonArgs, Place, block_on};
-use super::mount::ImageArgs;
+use super::mount::{ImageArgs, warn_unconfirmed};
 use super::print_json;
 use crate::daemon::api::{RegisterRequest, UnregisterRequest};
 
@@ -41,6 +41,7 @@ pub(super) fn register(args: RegisterArgs) -> anyhow::Result<ExitCode> {
         let client = args.daemon.connect().await?;
         Ok(client.register(&request).await?)
     })?;
+    warn_unconfirmed(&report)?;
     if args.json {
         print_json(&report)?;
     } else {

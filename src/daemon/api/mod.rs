@@ -167,7 +167,8 @@ pub struct ImageReport {
     /// SHA-256 of the manifest that this led to.
     #[serde(default)]
     pub manifest: Option<String>,
-    /// Why the registry could not be asked whether the reference still leads there, if that was so when it was mounted.
+    /// Why the registry could not be asked whether the reference still leads there, if that was so when this daemon was
+    /// told to mount or register it.
     #[serde(default)]
     pub unconfirmed: Option<String>,
     /// Bytes of the bootstrap.
