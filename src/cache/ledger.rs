@@ -10,11 +10,12 @@
 //! durable is withdrawn from memory as well. `landing` keeps a writer that straddles such a sync
 //! from publishing afterwards.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 
 use super::bits::{self, Identity};
-use super::presence::{Presence, bit};
+use super::presence::{Presence, bit, clear_bit};
 use super::rest::Rest;
 use super::sink::{Sink, write_blocks};
 use super::verify::check_blocks;
@@ -40,6 +41,8 @@ pub(super) struct Ledger {
     /// Units that are said to be in the file, and that nobody has looked at since it was changed by others. Not present,
     /// but kept on disk until they have been.
     claims: Presence,
+    /// Those of them that were not what they should be, until what came in their place is durable.
+    spoilt: Mutex<BTreeSet<UnitIndex>>,
     sink: Box<dyn Sink>,
     /// Held for reading from write to publish, for writing while bits are withdrawn, and while the last device lets go.
     landing: RwLock<()>,
@@ -107,6 +110,7 @@ impl Ledger {
         Self {
             presence: Presence::new(present),
             claims: Presence::new(claimed),
+            spoilt: Mutex::default(),
             sink,
             landing: RwLock::new(()),
             is_let_go: AtomicBool::new(false),
@@ -152,6 +156,8 @@ impl Ledger {
         let is_sound = read.is_ok() && check_blocks(unit, room).is_ok();
         if is_sound {
             self.publish(index);
+        } else {
+            self.spoilt.lock().unwrap().insert(index);
         }
         self.claims.withdraw_one(index);
         // What is not there must go from the disk as well.
@@ -212,11 +218,14 @@ impl Ledger {
         }
         // In this order: what is looked at meanwhile is in one of them.
         let claims = self.has_claims().then(|| self.claims.snapshot());
+        let spoilt = self.spoilt.lock().unwrap().clone();
         let mut words = self.presence.snapshot();
         words.iter_mut().zip(claims.iter().flatten()).for_each(|(word, claimed)| *word |= claimed);
         if let Err(error) = self.sink.sync() {
             let _nobody_lands = self.landing.write().unwrap();
-            self.presence.withdraw(&durable.words);
+            let mut keep = durable.words.clone();
+            self.spoilt.lock().unwrap().iter().for_each(|&index| clear_bit(&mut keep, index));
+            self.presence.withdraw(&keep);
             return Err(FlushError::Data(error));
         }
         faultpoint::reach("synced");
@@ -229,13 +238,15 @@ impl Ledger {
         }
         faultpoint::reach("flushed");
         durable.words = words;
+        self.spoilt.lock().unwrap().retain(|index| !spoilt.contains(index));
         Ok(())
     }
 
     /// Whether every unit of `map` that can be checked is durable.
     pub(super) fn holds_all(&self, map: &UnitMap) -> bool {
         let durable = self.durable.lock().unwrap();
-        let is_there = |index| bit(&durable.words, index) && self.presence.get(index);
+        let spoilt = self.spoilt.lock().unwrap();
+        let is_there = |index| bit(&durable.words, index) && self.presence.get(index) && !spoilt.contains(&index);
         (0..).zip(map.units()).all(|(index, unit)| !super::is_needed(unit) || is_there(index))
     }
 }
@@ -496,6 +507,39 @@ mod tests {
         let mut world = world.lock().unwrap();
         assert_eq!((world.bits.len(), world.unsynced_bits.len()), (512, 0));
         world.ledger = None;
+    }
+
+    #[test]
+    fn what_came_in_place_of_a_spoilt_unit_is_durable_when_it_was_synced_and_not_before() {
+        let (world, _) = world(vec![], vec![], usize::MAX);
+        let copy =
+            DurableCopy { file: Box::new(BitsFile(world.clone())), identity: identity(), names: None, rest: None };
+        let mut words = vec![0; super::super::presence::words_for(UNITS)];
+        let nothing = words.clone();
+        (words[0], words[1]) = (1 << 2 | 1 << 3, 1);
+        bits::write_changed(&BitsFile(world.clone()), &identity(), &nothing, &words).unwrap();
+        // Nothing can be read of it, which is as good as wrong bytes.
+        let ledger = Ledger::new(Box::new(DataFile(world.clone())), Found { words, is_disturbed: true }, Some(copy));
+        ledger.attach();
+        let unit = |index: UnitIndex| Unit::plain(u64::from(index) * 4096, &[1; 4096]).unwrap();
+        assert!(ledger.is_claimed(2) && !ledger.is_claimed(4) && ledger.presence.count() == 0);
+        assert!(!ledger.reclaim(2, &unit(2), &mut [0; 4096]) && !ledger.is_claimed(2));
+        ledger.publish(2);
+
+        world.lock().unwrap().fail_data = true;
+        assert!(matches!(ledger.flush(), Err(FlushError::Data(_))));
+        assert!(!ledger.presence.get(2), "it was claimed, and that was wrong");
+        ledger.publish(2);
+        ledger.flush().unwrap();
+        let bits = after_crash(&world.lock().unwrap(), &[0]);
+        assert!(bit(&bits, 2) && bit(&bits, 3) && bit(&bits, 64), "claims stay until somebody looks");
+        world.lock().unwrap().fail_data = true;
+        ledger.publish(5);
+        ledger.flush().unwrap_err();
+        assert!(ledger.presence.get(2) && !ledger.presence.get(5));
+        assert!(!ledger.reclaim(3, &unit(3), &mut [0; 4096]));
+        ledger.flush().unwrap();
+        assert!(!bit(&after_crash(&world.lock().unwrap(), &[0]), 3));
     }
 
     #[test]
