@@ -156,10 +156,12 @@ impl Ledger {
         let is_sound = read.is_ok() && check_blocks(unit, room).is_ok();
         if is_sound {
             self.publish(index);
-        } else {
-            self.spoilt.lock().unwrap().insert(index);
         }
         self.claims.withdraw_one(index);
+        if !is_sound {
+            // Not before the claim has gone: a flush that knows of it must not write the claim.
+            self.spoilt.lock().unwrap().insert(index);
+        }
         // What is not there must go from the disk as well.
         self.dirty.store(true, Ordering::Release);
         is_sound
@@ -216,9 +218,9 @@ impl Ledger {
         if durable.owners == 0 || !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        // In this order: what is looked at meanwhile is in one of them.
-        let claims = self.has_claims().then(|| self.claims.snapshot());
+        // In this order: what is looked at meanwhile is claimed or present, and what is spoilt is not claimed.
         let spoilt = self.spoilt.lock().unwrap().clone();
+        let claims = self.has_claims().then(|| self.claims.snapshot());
         let mut words = self.presence.snapshot();
         words.iter_mut().zip(claims.iter().flatten()).for_each(|(word, claimed)| *word |= claimed);
         if let Err(error) = self.sink.sync() {

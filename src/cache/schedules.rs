@@ -43,6 +43,9 @@ pub(crate) fn explore(program: fn()) {
 
 const UNITS: UnitIndex = 4;
 
+/// What every unit is full of.
+const BYTE: u8 = 7;
+
 /// A data file in a page cache that a failed sync empties, and its presence file.
 #[derive(Default)]
 struct Files {
@@ -81,6 +84,12 @@ impl Sink for Data {
         files.safe.extend(written);
         Ok(())
     }
+
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        let is_there = self.0.lock().unwrap().cached.contains(&UnitIndex::try_from(at / BLOCK).unwrap());
+        bytes.fill(if is_there { BYTE } else { 0 });
+        Ok(())
+    }
 }
 
 struct Bits(Shared);
@@ -107,23 +116,34 @@ fn identity() -> bits::Identity {
 }
 
 fn ledger(failing: &[usize]) -> (Shared, Arc<Ledger>) {
-    let bits = bits::empty(&identity());
-    let files = Files { failing: failing.iter().copied().collect(), bits, ..Files::default() };
-    let files = Arc::new(Mutex::new(files));
+    ledger_over(Files { failing: failing.iter().copied().collect(), ..Files::default() }, 0, false)
+}
+
+/// Over a disk that says it holds the `units`, whose file was changed or not since it said so.
+fn ledger_over(files: Files, units: u64, is_disturbed: bool) -> (Shared, Arc<Ledger>) {
+    let files = Arc::new(Mutex::new(Files { bits: bits::empty(&identity()), ..files }));
+    let (nothing, words) = (vec![0; words_for(UNITS)], vec![units; words_for(UNITS)]);
+    bits::write_changed(&Bits(files.clone()), &identity(), &nothing, &words).unwrap();
     let copy = DurableCopy { file: Box::new(Bits(files.clone())), identity: identity(), names: None, rest: None };
-    let ledger = Ledger::new(
-        Box::new(Data(files.clone())),
-        Found { words: vec![0; words_for(UNITS)], is_disturbed: false },
-        Some(copy),
-    );
+    let ledger = Ledger::new(Box::new(Data(files.clone())), Found { words, is_disturbed }, Some(copy));
     ledger.attach();
     (files, Arc::new(ledger))
 }
 
-fn land(ledger: &Ledger, unit: UnitIndex) {
-    let block = [7; 4096];
-    let what = Unit::plain(u64::from(unit) * BLOCK, &block).unwrap();
-    ledger.land(unit, &what, &block).unwrap();
+fn unit(unit: UnitIndex) -> Unit {
+    Unit::plain(u64::from(unit) * BLOCK, &[BYTE; 4096]).unwrap()
+}
+
+fn land(ledger: &Ledger, index: UnitIndex) {
+    ledger.land(index, &unit(index), &[BYTE; 4096]).unwrap();
+}
+
+/// A reader of a unit that may be there.
+fn look(ledger: &Ledger, index: UnitIndex) {
+    if !ledger.presence.get(index) && !(ledger.is_claimed(index) && ledger.reclaim(index, &unit(index), &mut [0; 4096]))
+    {
+        land(ledger, index);
+    }
 }
 
 /// What must hold when nobody does anything.
@@ -206,6 +226,47 @@ fn two_flushes_at_once_agree_about_what_is_durable() {
         flushers.into_iter().for_each(|thread| thread.join().unwrap());
         judge(&files, &ledger);
     });
+}
+
+/// Units 0 and 1 are there, 2 was spoilt by somebody, and 3 never was.
+fn look_and_flush(failing: &[usize]) {
+    let there = BTreeSet::from([0, 1]);
+    let failing = failing.iter().copied().collect();
+    let files = Files { cached: there.clone(), safe: there, failing, ..Files::default() };
+    let (files, ledger) = ledger_over(files, 0b111, true);
+    assert_eq!(ledger.presence.count(), 0);
+    let readers = [[0, 2], [1, 3]].map(|units| {
+        let ledger = Arc::clone(&ledger);
+        thread::spawn(move || units.into_iter().for_each(|unit| look(&ledger, unit)))
+    });
+    let flusher = thread::spawn({
+        let ledger = Arc::clone(&ledger);
+        move || {
+            let _ = ledger.flush();
+            let _ = ledger.flush();
+        }
+    });
+    readers.into_iter().chain([flusher]).for_each(|thread| thread.join().unwrap());
+    let words = ledger.presence.snapshot();
+    let lost: Vec<_> =
+        (0..UNITS).filter(|&unit| bit(&words, unit) && !files.lock().unwrap().cached.contains(&unit)).collect();
+    assert!(lost.is_empty(), "units {lost:?} are present over lost bytes");
+    loop {
+        (0..UNITS).for_each(|unit| look(&ledger, unit));
+        if ledger.flush().is_ok() {
+            break;
+        }
+    }
+    judge(&files, &ledger);
+    let durable = bits::read(&files.lock().unwrap().safe_bits, &identity());
+    assert!((0..UNITS).all(|unit| bit(&durable, unit)), "something looked at never became durable");
+}
+
+#[test]
+fn what_is_looked_at_during_a_flush_is_neither_lost_nor_believed_early() {
+    explore(|| look_and_flush(&[]));
+    explore(|| look_and_flush(&[0]));
+    explore(|| look_and_flush(&[1]));
 }
 
 #[test]
