@@ -362,6 +362,8 @@ fn a_failed_read_is_one_line_with_its_request(ctx: &Ctx) -> Outcome {
     // The same number in the line of the source.
     only_line(&log, &format!("\"message\":\"not fetched\",\"request\":{request},"))?;
     fixture.server.set_fault(Fault::Status { code: 403, retry_after: None });
+    // That it was late is remembered for a moment.
+    std::thread::sleep(Duration::from_millis(250));
     let before = fixture.log().len();
     read_denied(&mount.join("0"))?;
     // The source says so, and the answer: the kernel may still be told of the first failure as well.
