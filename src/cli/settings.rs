@@ -183,7 +183,9 @@ pub(super) fn stray_variables() -> Vec<String> {
     let told = names.filter_map(|name| {
         let key = name.strip_prefix("RAFSD_")?;
         let is_known = known.iter().any(|known| known.to_ascii_uppercase() == key);
-        let meant = nearest(key, known.iter().copied()).filter(|_| !is_known)?;
+        // A slip of a few letters: of another program's variables nothing is said.
+        let is_slip = |meant: &&str| !is_known && meant.len().abs_diff(key.len()) <= 2;
+        let meant = nearest(key, known.iter().copied()).filter(is_slip)?;
         Some(format!("{name} is no variable of rafsd; did you mean RAFSD_{}?", meant.to_ascii_uppercase()))
     });
     told.collect()
