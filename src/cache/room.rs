@@ -139,15 +139,17 @@ impl Room {
         self.short.store(true, Ordering::Release);
     }
 
-    /// A write of `bytes` to where nothing was has succeeded.
-    pub(super) fn written(&self, bytes: u64) {
+    /// A write of `bytes` to where nothing was has succeeded. Whether by that nothing is short any more.
+    pub(super) fn written(&self, bytes: u64) -> bool {
         if !self.is_short() {
-            return;
+            return false;
         }
         let mut refusal = self.refusal.lock().unwrap();
-        if refusal.is_some_and(|refusal| refusal.unit <= bytes) {
+        let is_over = refusal.is_some_and(|refusal| refusal.unit <= bytes);
+        if is_over {
             self.forget(&mut refusal);
         }
+        is_over
     }
 
     fn forget(&self, refusal: &mut Option<Refusal>) {

@@ -166,14 +166,20 @@ pub(super) fn settings_for_clients(named: Option<&Path>) -> anyhow::Result<Setti
     Ok(resolved.settings)
 }
 
+/// What this environment says about settings.
+fn in_environment() -> impl Iterator<Item = (&'static Setting, String)> {
+    let said =
+        |setting: &'static Setting| Some((setting, std::env::var_os(setting.env())?.to_string_lossy().into_owned()));
+    TABLE.iter().filter_map(said)
+}
+
 /// What this environment says that no setting takes.
 pub(super) fn wrong_values() -> Vec<String> {
-    let wrong = |setting: &'static Setting| {
-        let text = std::env::var_os(setting.env())?.to_string_lossy().into_owned();
+    let wrong = |(setting, text): (&'static Setting, String)| {
         let error = setting.field.set(&mut Settings::default(), &settings::Raw::Text(text)).err()?;
         Some(format!("{}: {error}", setting.env()))
     };
-    TABLE.iter().filter_map(wrong).collect()
+    in_environment().filter_map(wrong).collect()
 }
 
 /// The variables of this environment that are none of ours, and look as if they were meant to be.
@@ -196,13 +202,11 @@ pub(super) fn stray_variables() -> Vec<String> {
 /// # Errors
 /// The file cannot be read, or something is wrong in the settings: all of it is told.
 pub(super) fn settings_for_tools(named: Option<&Path>) -> anyhow::Result<Settings> {
-    let set = |setting: &'static Setting| {
-        let text = std::env::var_os(setting.env())?.to_string_lossy().into_owned();
-        Some(Given { key: setting.key, text, origin: Origin::Environment })
-    };
+    let set =
+        |(setting, text): (&'static Setting, String)| Given { key: setting.key, text, origin: Origin::Environment };
     // What it says of proxies and trust must not be passed over, because its reader is somebody else.
     let file = config_text(named).context("the settings of this host count here too; --config names others")?;
-    let given: Vec<_> = TABLE.iter().filter_map(set).collect();
+    let given: Vec<_> = in_environment().map(set).collect();
     Ok(usable(file.as_ref(), &given)?.settings)
 }
 
